@@ -1,0 +1,1 @@
+"""Which library is this array from?"""

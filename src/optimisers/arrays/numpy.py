@@ -1,0 +1,269 @@
+"""NumPy arrays, including those of the half-precision types of ml_dtypes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+NAME = "numpy"
+
+
+# -- what an array is ---------------------------------------------------------------------------------------------------
+
+
+def is_array_type(kind: type) -> bool:
+    return issubclass(kind, np.ndarray)
+
+
+def is_inexact(x: Array) -> bool:
+    return x.dtype.kind in "fc" or x.dtype.name == "bfloat16"
+
+
+def is_numbers(x: Array) -> bool:
+    return x.dtype.kind in "biufc" or is_inexact(x)
+
+
+def is_complex(x: Array) -> bool:
+    return x.dtype.kind == "c"
+
+
+def is_writable(x: Array) -> bool:
+    """Read-only arrays are not, and neither are those in which two elements share one place (broadcast views)."""
+    return x.flags.writeable and not _overlaps_itself(x)
+
+
+def _overlaps_itself(x: Array) -> bool:
+    return any(s == 0 and n > 1 for s, n in zip(x.strides, x.shape, strict=True))
+
+
+def dtype_name(x: Array) -> str:
+    return type_name(x.dtype)
+
+
+def type_name(dtype: Any) -> str:
+    """The name of an element type; byte-swapped ones say so."""
+    return dtype.name if dtype.isnative else f"byte-swapped {dtype.name}"
+
+
+def device(_: Array) -> str:
+    return "cpu"
+
+
+def memory(x: Array) -> tuple[int, int, tuple[tuple[int, int], ...]]:
+    """(address, bytes per element, sorted (stride, size) of the axes): equal for an array and its transposed views."""
+    axes = sorted((s, n) for s, n in zip(x.strides, x.shape, strict=True) if n != 1)
+    return x.__array_interface__["data"][0], x.itemsize, tuple(axes)
+
+
+def axes_between(first: Array, other: Array) -> tuple[int, ...] | None:
+    """The permutation with `first.transpose(p)` laid out like `other`, for two views of one memory; None if equal."""
+    if first.shape == other.shape and first.strides == other.strides:
+        return None
+    left = list(range(first.ndim))
+    found: list[int] = []
+    for stride, n in zip(other.strides, other.shape, strict=True):
+        axis = next(a for a in left if first.shape[a] == n and (n == 1 or first.strides[a] == stride))
+        left.remove(axis)
+        found.append(axis)
+    return tuple(found)
+
+
+def permuted(x: Array, axes: tuple[int, ...]) -> Array:
+    return x.transpose(axes)
+
+
+# -- making arrays ------------------------------------------------------------------------------------------------------
+
+
+def arithmetic(dtype: "np.dtype[Any]") -> "np.dtype[Any]":
+    """The type in which the maths is done: that of the parameter, but float32 at least."""
+    return np.dtype(np.float32) if dtype.itemsize < 4 else dtype.newbyteorder("=")
+
+
+def real_of(dtype: "np.dtype[Any]") -> "np.dtype[Any]":
+    return np.empty(0, dtype).real.dtype
+
+
+def full_like(x: Array, value: Any, *, real: bool = False) -> Array:
+    dtype = arithmetic(x.dtype)
+    dtype = real_of(dtype) if real else dtype
+    return np.zeros_like(x, dtype, subok=False) if value == 0 else np.full_like(x, value, dtype, subok=False)
+
+
+def widened(x: Array) -> Array:
+    """A copy in the type of the arithmetic, laid out like `x`."""
+    return np.array(x, arithmetic(x.dtype), order="K")
+
+
+def stand_in(shape: tuple[int, ...], dtype: Any) -> Array:
+    """An array of this shape and type that takes no memory, to be looked at only."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def scalar_array(value: object) -> Array | None:
+    """A NumPy number as a 0-d array; None for anything else: a Python number is no array."""
+    return np.asarray(value) if isinstance(value, np.generic) else None
+
+
+def any_set(x: Array) -> bool:
+    """Whether some element is not zero."""
+    return bool(x.any())
+
+
+def zeros(n: int, dtype: Any) -> Array:
+    return np.zeros(n, dtype)
+
+
+def empty(n: int, dtype: Any) -> Array:
+    return np.empty(n, dtype)
+
+
+def view(buffer: Array, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
+    """An array of this shape inside a flat buffer; offset and strides in elements."""
+    size = buffer.itemsize
+    return np.ndarray(shape, buffer.dtype, buffer, offset * size, tuple(s * size for s in strides))
+
+
+def dense_strides(x: Array) -> tuple[int, ...]:
+    """The strides, in elements, of a dense array with the axes of `x` in the same order."""
+    if x.flags.c_contiguous:
+        return contiguous_strides(x.shape)
+    return tuple(s // x.itemsize for s in np.empty_like(x, subok=False).strides)
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    out: list[int] = []
+    step = 1
+    for n in reversed(shape):
+        out.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(out))
+
+
+def fresh(shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None) -> Array:
+    """An array not yet written, with these dense strides (in elements); None for contiguous ones."""
+    if strides is None:
+        return np.empty(shape, dtype)
+    axes = sorted(range(len(shape)), key=lambda a: -strides[a])
+    return np.empty([shape[a] for a in axes], dtype).transpose(np.argsort(axes))
+
+
+def laid_out(x: Any, dtype: Any, strides: tuple[int, ...] | None) -> Array:
+    """A copy of `x` in this type with these dense strides (in elements); None for contiguous ones."""
+    new = fresh(np.shape(x), dtype, strides)
+    np.copyto(new, x, casting="unsafe")
+    return new
+
+
+def assign(target: Array, value: Array) -> None:
+    """Write `value` into `target`, rounding once to its type."""
+    np.copyto(target, value, casting="unsafe")
+
+
+def flattened(arrays: list[Array]) -> Array:
+    """All elements in one new vector, in the type to which those of the arrays promote."""
+    return np.concatenate([x.ravel() for x in arrays]) if arrays else np.zeros(0, bool)
+
+
+def piece(flat: Array, start: int, shape: tuple[int, ...], dtype: Any, *, copy: bool) -> Array:
+    """An array of this shape and type from the elements of a vector; a view if it can be and no copy is wanted."""
+    part = flat[start : start + int(np.prod(shape))].reshape(shape)
+    if part.dtype.kind == "c" and np.dtype(dtype).kind != "c":
+        part = part.real
+    return part.astype(dtype, copy=copy)
+
+
+def stored(x: Array, value: Any, *, inplace: bool) -> Array:
+    """`value` rounded to the type of `x`: in `x` itself where that may be written, else in a new array of its kind."""
+    target = x if inplace and is_writable(x) else np.empty_like(x)
+    np.copyto(target, value, casting="unsafe")
+    return target if target is x else like(x, target)
+
+
+def like(x: Array, new: Array) -> Array:
+    """`new`, read-only if `x` is."""
+    if not x.flags.writeable:
+        new.flags.writeable = False
+    return new
+
+
+def cast(x: Any, dtype: Any) -> Any:
+    return np.asanyarray(x).astype(dtype, copy=False)
+
+
+# -- the words ----------------------------------------------------------------------------------------------------------
+
+
+def _abs2(x: Any) -> Any:
+    return x.real * x.real + x.imag * x.imag if np.iscomplexobj(x) else x * x
+
+
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    return np.where(condition, a, b)
+
+
+def _sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    """Whole sums are taken in float64 at least, as the fused kernels take them."""
+    if axis is None and not keepdims:
+        x = np.asanyarray(x)
+        return np.sum(x, dtype=np.result_type(x.dtype if x.dtype.kind in "fc" else np.float64, np.float64))
+    return np.sum(x, axis=axis, keepdims=keepdims)
+
+
+def _extreme(reduce: Callable[..., Any], empty: float) -> Callable[..., Any]:
+    def word(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+        if axis is None and not keepdims and np.size(x) == 0:
+            return np.asanyarray(x).dtype.type(empty)
+        return reduce(x, axis=axis, keepdims=keepdims)
+
+    return word
+
+
+WORDS: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "subtract": np.subtract,
+    "multiply": np.multiply,
+    "divide": np.divide,
+    "power": np.power,
+    "negative": np.negative,
+    "less": np.less,
+    "less_equal": np.less_equal,
+    "greater": np.greater,
+    "greater_equal": np.greater_equal,
+    "equal": np.equal,
+    "not_equal": np.not_equal,
+    "logical_and": np.logical_and,
+    "logical_or": np.logical_or,
+    "logical_not": np.logical_not,
+    "sqrt": np.sqrt,
+    "exp": np.exp,
+    "expm1": np.expm1,
+    "log": np.log,
+    "log1p": np.log1p,
+    "sin": np.sin,
+    "cos": np.cos,
+    "tanh": np.tanh,
+    "arctan": np.arctan,
+    "floor": np.floor,
+    "ceil": np.ceil,
+    "sign": np.sign,
+    "abs": np.abs,
+    "abs2": _abs2,
+    "real": np.real,
+    "imag": np.imag,
+    "conj": np.conj,
+    "isfinite": np.isfinite,
+    "isnan": np.isnan,
+    "maximum": np.maximum,
+    "minimum": np.minimum,
+    "where": _where,
+    "sum": _sum,
+    "max": _extreme(np.max, -np.inf),
+    "min": _extreme(np.min, np.inf),
+    "matmul": np.matmul,
+    "transpose": lambda x: np.swapaxes(x, -1, -2),
+    "reshape": np.reshape,
+    "call": lambda function, *args: function(*args),
+}

@@ -1,0 +1,87 @@
+"""Where do the arrays of a state lie? Small ones side by side in one buffer, large ones each in a buffer of its own.
+
+A thousand small arrays so cost one allocation, and their addresses are one base and a table of offsets; each is made
+into an array of its own only when somebody looks.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+LARGE = 1 << 15
+"""Elements from which an array has a buffer of its own."""
+
+ALIGNED = 16
+"""Arrays in a shared buffer start at multiples of this many elements."""
+
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclasses.dataclass(eq=False)
+class Places:
+    """Which buffer holds each of a list of arrays, from which element on, and how it is laid out."""
+
+    shapes: list[tuple[int, ...]]
+    strides: list[tuple[int, ...]]
+    """In elements."""
+    sizes: Indices
+    buffer: Indices
+    offset: Indices
+    lengths: list[int]
+    """Elements of each buffer."""
+
+    @classmethod
+    def of(cls, shapes: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...]]) -> "Places":
+        sizes = np.array([int(np.prod(s)) for s in shapes], np.int64)
+        large = sizes >= LARGE
+        room = np.where(large, 0, -(-sizes // ALIGNED) * ALIGNED)
+        offset = np.concatenate([[0], np.cumsum(room)[:-1]]) if len(sizes) else np.zeros(0, np.int64)
+        lengths = [int(room.sum()), *(int(n) for n in sizes[large])]
+        buffer = np.where(large, np.cumsum(large), 0)
+        return cls(list(shapes), list(strides), sizes, buffer, np.where(large, 0, offset), lengths)
+
+    def pick(self, members: Indices) -> "Places":
+        """Some of the arrays, where they lie."""
+        shapes, strides = [self.shapes[i] for i in members], [self.strides[i] for i in members]
+        return Places(shapes, strides, self.sizes[members], self.buffer[members], self.offset[members], self.lengths)
+
+
+@dataclasses.dataclass(eq=False)
+class Pack:
+    """The arrays of one slot of the state, one for each leaf of a group."""
+
+    library: Any
+    dtype: Any
+    places: Places
+    buffers: list[Any]
+
+    @classmethod
+    def zeros(cls, library: Any, dtype: Any, places: Places) -> "Pack":
+        return cls(library, dtype, places, [library.zeros(n, dtype) for n in places.lengths])
+
+    def empty(self) -> "Pack":
+        """Buffers of the same form, not yet written."""
+        fresh = [self.library.empty(n, self.dtype) for n in self.places.lengths]
+        return Pack(self.library, self.dtype, self.places, fresh)
+
+    def copy(self) -> "Pack":
+        new = self.empty()
+        for target, source in zip(new.buffers, self.buffers, strict=True):
+            self.library.assign(target, source)
+        return new
+
+    def pick(self, places: Places) -> "Pack":
+        """The arrays at some of the places; they share the buffers."""
+        return Pack(self.library, self.dtype, places, self.buffers)
+
+    def __getitem__(self, i: int) -> Any:
+        p = self.places
+        return self.library.view(self.buffers[p.buffer[i]], int(p.offset[i]), p.shapes[i], p.strides[i])
+
+    def __len__(self) -> int:
+        return len(self.places.shapes)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))

@@ -1,0 +1,36 @@
+"""Several gradients for one step."""
+
+from typing import Any, NamedTuple
+
+from optimisers.errors import BadSetting
+from optimisers.ops import when, where, zeros_like
+from optimisers.rule import Rule
+
+
+class AccumState(NamedTuple):
+    sum: Any
+    """The sum of the gradients since the last step."""
+    count: int
+    """How many they are."""
+
+
+class AccumGrad(Rule):
+    """Passes on the mean of n gradients at every n-th update; in between there is no step, and later rules do not run.
+
+    `Chain(AccumGrad(4), Adam())` steps as Adam does on a batch four times as large.
+    """
+
+    n: int
+
+    def check(self) -> None:
+        if isinstance(self.n, int) and self.n < 1:
+            raise BadSetting(f"AccumGrad.n is {self.n!r}; it takes a whole number, 1 or more")
+
+    def init(self, x: Any) -> Any:
+        return AccumState(zeros_like(x), 0)
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        gathered = where(state.count == 0, 0, state.sum) + dx
+        count = state.count + 1
+        full = count >= self.n
+        return AccumState(gathered, where(full, 0, count)), when(full, gathered / count)

@@ -1,0 +1,44 @@
+"""Several rules, one after the other."""
+
+from typing import Any
+
+from optimisers.errors import BadSetting
+from optimisers.ops import under
+from optimisers.rule import Rule, stepped
+
+
+class Chain(Rule):
+    """Applies rules in order, each to what the one before returned; without rules, the gradient itself is the step.
+
+    `Chain(WeightDecay(0.1), Adam())`. The state is the tuple of theirs. Where a rule answers "no step" (None, or `when`
+    with a condition that fails), the rules behind it do not run and keep their state.
+    """
+
+    rules: tuple[Rule, ...] = ()
+
+    def __init__(self, *rules: Rule) -> None:
+        object.__setattr__(self, "rules", rules)
+        self.__post_init__()
+
+    def check(self) -> None:
+        for rule in self.rules:
+            if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
+                hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
+                raise BadSetting(f"Chain was given {rule!r}; it takes rules, such as Chain(ClipGrad(), Adam()){hint}")
+
+    def init(self, x: Any) -> Any:
+        return tuple(rule.init(x) for rule in self.rules)
+
+    def apply(self, state: Any, x: Any, dx: Any, *more: Any) -> Any:
+        new: list[Any] = []
+        for rule, old in zip(self.rules, state, strict=True):
+            if dx is None:
+                new.append(old)
+                continue
+            with under(dx):
+                kept, dx = stepped(rule, old, x, dx, more)  # noqa: PLW2901 what goes on is what came out
+            new.append(kept)
+        return tuple(new), dx
+
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.rules))})"

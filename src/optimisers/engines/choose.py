@@ -1,0 +1,46 @@
+"""Which engine runs a group? The fused one where it can, else the interpreter; the reason is kept for `explain`."""
+
+import dataclasses
+from typing import Any
+
+from optimisers.engines import interpret, numba
+from optimisers.engines.job import Task
+from optimisers.errors import BadSetting
+from optimisers.trace.program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The engine of a group."""
+
+    name: str
+    task: type[Task]
+    reason: str
+    """Why it is not a faster one; empty if it is the fastest."""
+
+
+NAMES = (numba.NAME, interpret.NAME)
+
+
+def choice_for(program: Program, library: Any, dtype: Any, wanted: str | None, memo: dict[str, Any]) -> Choice:
+    """The engine for leaves of one program and element type; remembered in `memo`."""
+    if "engine" not in memo:
+        memo["engine"] = _choose(program, library, dtype, wanted)
+    return memo["engine"]
+
+
+def task_for(program: Program, library: Any, dtype: Any, wanted: str | None, memo: dict[str, Any]) -> type[Task]:
+    return choice_for(program, library, dtype, wanted, memo).task
+
+
+def _choose(program: Program, library: Any, dtype: Any, wanted: str | None) -> Choice:
+    if wanted not in (None, *NAMES):
+        raise BadSetting(f"engine={wanted!r}; it takes {' or '.join(map(repr, NAMES))}, or None to choose")
+    if wanted == interpret.NAME:
+        return Choice(interpret.NAME, interpret.Interpreter, "asked for")
+    reason = numba.refusal(program, library, library.type_name(dtype))
+    if reason is None:
+        return Choice(numba.NAME, numba.Fused, "")
+    if wanted == numba.NAME:
+        raise BadSetting(f"engine='numba' cannot run this model: {reason}")
+    return Choice(interpret.NAME, interpret.Interpreter, reason)

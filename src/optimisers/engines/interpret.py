@@ -1,0 +1,114 @@
+"""The definition of correct: a rule's graph, pass by pass, with the array library's own functions, leaf by leaf."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from optimisers.engines.job import Job, Result, Task
+from optimisers.trace.expr import Expr, order
+from optimisers.trace.phases import is_input, outputs
+
+NAME = "interpret"
+
+_ARITHMETIC = frozenset({"add", "subtract", "multiply", "divide", "power", "negative", "maximum", "minimum"})
+
+
+class Values:
+    """The arrays of one leaf, node by node, in the type of the arithmetic."""
+
+    def __init__(self, job: Job, leaf: int, scalar: Callable[[Expr], Any]) -> None:
+        self.library, self.leaf, self.scalar = job.library, leaf, scalar
+        self.job = job
+        self.wide = job.library.arithmetic(job.dtype)
+        self.real = job.library.real_of(self.wide)
+        self.found: dict[int, Any] = {}
+
+    def get(self, e: Expr) -> Any:
+        if e.domain == "scalar":
+            return self.number(e)
+        for node in order([e], self.found):
+            if node.domain != "scalar":
+                self.found[id(node)] = self.compute(node)
+        return self.found[id(e)]
+
+    def number(self, e: Expr) -> Any:
+        """A scalar as the kernels see it: rounded once to the type of the arithmetic."""
+        value = self.scalar(e) if e.op != "const" else e.value
+        return np.bool_(value) if e.type == "bool" else self.library.cast(value, self.wide if e.type == "complex" else self.real)[()]
+
+    def compute(self, e: Expr) -> Any:
+        if e.op == "input":
+            return self.library.cast(input_of(self.job, self.leaf, e.value), self.wide if e.type == "complex" else self.real)
+        if e.op == "const":
+            return e.value
+        args = [self.number(a) if a.domain == "scalar" else self.found[id(a)] for a in e.args]
+        if e.op in _ARITHMETIC:
+            args = [self.library.cast(a, self.real) if n.type == "bool" else a for a, n in zip(args, e.args, strict=True)]
+        options = dict(e.options)
+        word = self.library.WORDS[e.op]
+        if e.op == "call":
+            return word(options["function"], *args)
+        return word(*args, **options)
+
+
+def input_of(job: Job, leaf: int, name: str) -> Any:
+    """The array that an input of the program stands for."""
+    if name == "x":
+        return job.x[leaf]
+    if name.startswith("d"):
+        return job.grads[int(name[2:] or "1") - 1][leaf]
+    return job.slots[int(name[1:])][leaf]
+
+
+class Interpreter(Task):
+    """Runs any program on any array library."""
+
+    def __init__(self, job: Job) -> None:
+        leaves = range(len(job.row))
+        x = [job.checked_x(i) for i in leaves]
+        grads = tuple([job.checked_gradient(order, i) for i in leaves] for order in range(len(job.grads)))
+        super().__init__(dataclasses.replace(job, x=x, grads=grads))
+
+    def values(self, leaf: int) -> Values:
+        return Values(self.job, leaf, lambda e: self.scalars.of_leaves(e)[leaf])
+
+    def reduce(self, reductions: Sequence[Expr]) -> list[Any]:
+        out = np.zeros((len(reductions), len(self.job.row)), complex if any(r.type == "complex" for r in reductions) else float)
+        with np.errstate(all="ignore"):
+            for leaf in range(len(self.job.row)):
+                values = self.values(leaf)
+                for i, r in enumerate(reductions):
+                    out[i, leaf] = self.job.library.WORDS[r.op](values.get(r.args[0]))
+        return list(out)
+
+    def prepare(self) -> None:
+        """Compute everything before anything is written, since a word of the array library may raise."""
+        job = self.job
+        self.new: dict[int, tuple[Any, list[Any]]] = {}
+        with np.errstate(all="ignore"):
+            for holds, members in self.branches():
+                out = outputs(job.program, holds)
+                for leaf in range(len(job.row)) if members is None else members:
+                    self.new[int(leaf)] = self.leaf_outputs(int(leaf), out.x, out.slots)
+
+    def leaf_outputs(self, leaf: int, x: Expr | None, slots: Sequence[Expr]) -> tuple[Any, list[Any]]:
+        values = self.values(leaf)
+        new_x = None if x is None or is_input(x, "x") else values.get(x)
+        if new_x is not None and np.shape(new_x) != tuple(self.job.x[leaf].shape):
+            raise ValueError(f"a rule gave a step of shape {np.shape(new_x)} for parameters of shape "
+                             f"{tuple(self.job.x[leaf].shape)}, at {self.job.code(leaf, 'model')}")
+        return new_x, [None if is_input(e, s.name) else values.get(e)
+                       for e, s in zip(slots, self.job.program.slots, strict=True)]
+
+    def commit(self) -> Result:
+        job, library = self.job, self.job.library
+        results = list(job.x)
+        for leaf, (x, slots) in self.new.items():
+            for pack, old, value in zip(job.out, job.slots, slots, strict=True):
+                if value is not None or pack is not old:
+                    library.assign(pack[leaf], old[leaf] if value is None else value)
+            if x is not None:
+                results[leaf] = library.stored(job.x[leaf], x, inplace=job.inplace)
+        return Result(results, *self.counters())

@@ -1,0 +1,204 @@
+"""What is an engine given? Jobs: leaves that share a program, with their arrays. What it must offer: a `Task`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from optimisers.arrays import registry
+from optimisers.arrays.pack import Indices, Pack
+from optimisers.errors import DomainError, TraceError, TreeMismatch
+from optimisers.trace.evaluate import Scalars, Table, counters
+from optimisers.trace.expr import Expr
+from optimisers.trace.phases import Stage, stages
+from optimisers.trace.program import Program, total_key
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One step for leaves that share a program, an array library and an element type."""
+
+    program: Program
+    library: Any
+    dtype: Any
+    x: Sequence[Any]
+    """The parameters of each leaf."""
+    grads: tuple[Sequence[Any], ...]
+    """The gradients of each leaf, first order first."""
+    slots: tuple[Pack, ...]
+    """The state arrays: slot by slot, the array of each leaf."""
+    out: tuple[Pack, ...]
+    """Where new state goes: the same packs in place, else packs of the same form."""
+    strides: list[tuple[int, ...]]
+    """The layout of each leaf's arrays, in elements."""
+    shapes: list[tuple[int, ...]]
+    sizes: Indices
+    numbers: Table
+    row: Indices
+    """The row of `numbers` of each leaf."""
+    clock: int
+    inplace: bool
+    code: Callable[[int, str], str]
+    """Leaf number here, root -> its path as code, for messages."""
+    memo: dict[str, Any]
+    """Tables that the engine wants to find again while the group stays the same."""
+
+
+    def checked_x(self, i: int) -> Any:
+        """The parameters of a leaf; raises TreeMismatch unless they are of the kind that `setup` saw."""
+        x, name = self.x[i], self.code(i, "model")
+        if registry.module_of(type(x)) is not self.library:
+            raise TreeMismatch(f"{name} is {_brief(x)}; `setup` saw an array of {self.library.NAME}")
+        for what, found, seen in (("shape", tuple(x.shape), self.shapes[i]), ("type", x.dtype, self.dtype)):
+            if found != seen:
+                raise TreeMismatch(f"{name} has {what} {found}; `setup` saw {seen}; call `setup` again for another model")
+        return x
+
+    def checked_gradient(self, order: int, i: int) -> Any:
+        """The gradient of a leaf as an array; raises TreeMismatch if it does not fit: nothing is broadcast."""
+        dx, name = self.grads[order][i], self.code(i, "grads" if order == 0 else f"grads{order + 1}")
+        if not registry.isarray(dx):
+            found = self.library.scalar_array(dx) if self.shapes[i] == () else None
+            if found is None:
+                raise TreeMismatch(f"{name} is {_brief(dx)}; it takes an array of shape {self.shapes[i]}, "
+                                   f"or None for no step")
+            dx = found
+        if registry.module_of(type(dx)) is not self.library:
+            raise TreeMismatch(f"{name} is {_brief(dx)}; the parameters are arrays of {self.library.NAME}")
+        if tuple(dx.shape) != self.shapes[i]:
+            raise TreeMismatch(f"gradient of shape {tuple(dx.shape)} for parameters of shape {self.shapes[i]}, at {name}")
+        if not self.library.is_numbers(dx):
+            raise TreeMismatch(f"{name} has elements of type {dx.dtype}; it takes numbers")
+        if self.library.is_complex(dx) and not self.library.is_complex(self.x[i]):
+            raise TreeMismatch(f"{name} is complex for real parameters; take its real part")
+        return dx
+
+
+def _brief(value: object) -> str:
+    kind = type(value).__name__
+    text = repr(value) if isinstance(value, int | float | complex | str) else ""
+    return f"the Python {kind} {text}" if text else f"of type {kind}"
+
+
+@dataclasses.dataclass(eq=False)
+class Result:
+    """What came of a job: for each leaf its new parameters (the old object where nothing was stored elsewhere)."""
+
+    x: Sequence[Any]
+    counters: list[Any]
+    of_leaf: bool
+    """Whether the counters differ from leaf to leaf."""
+
+
+class Task:
+    """A job on its way through the levels of its program; an engine says how passes run.
+
+    Nothing is written before every task of the step has come to its end and its checks hold.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.scalars = Scalars(job.numbers, job.row, job.sizes, job.clock)
+        self.stages: tuple[Stage, ...] = stages(job.program)
+        self.level = 0
+        self.reduced = False
+
+    # -- what an engine offers --
+
+    def reduce(self, reductions: Sequence[Expr]) -> list[Any]:
+        """The value of each reduction for every leaf."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Everything about the last pass that may fail, or needs memory."""
+        raise NotImplementedError
+
+    def commit(self) -> Result:
+        """The last pass: store."""
+        raise NotImplementedError
+
+    # -- what all engines share --
+
+    def advance(self, totals: "Totals") -> bool:
+        """Go on as far as the totals known allow; whether anything moved."""
+        moved = False
+        while self.level < len(self.stages):
+            stage = self.stages[self.level]
+            if not self.reduced:
+                needed = [self.needed(r) for r in stage.reductions]
+                wanted = [r for r, n in zip(stage.reductions, needed, strict=True) if n]
+                found = iter(self.reduce(wanted) if wanted else [])
+                for r, n in zip(stage.reductions, needed, strict=True):
+                    self.scalars.put(r, next(found) if n else np.zeros(len(self.job.row)), of_leaf=True)
+                for t in stage.totals:
+                    totals.give(self, t, float(np.sum(self.scalars.of_leaves(t.args[0]))))
+                self.reduced = moved = True
+            known = [totals.known(t) for t in stage.totals]
+            if None in known:
+                break
+            for t, value in zip(stage.totals, known, strict=True):
+                self.scalars.put(t, value, of_leaf=False)
+            self.level, self.reduced, moved = self.level + 1, False, True
+        return moved
+
+    def needed(self, reduction: Expr) -> bool:
+        """Whether a reduction counts for any leaf: under a condition that holds for none, its pass is left out."""
+        return bool(np.all([self.scalars.of_leaves(g) for g in reduction.guard], axis=0).any()) if reduction.guard else True
+
+    def verify(self) -> None:
+        """Raise DomainError, naming the leaf, for the first check of the rule that fails."""
+        for condition, message, values in self.job.program.checks:
+            holds = self.scalars.of_leaves(condition)
+            if not np.all(holds):
+                leaf = int(np.argmin(holds))
+                shown = [self.scalars.of_leaves(v)[leaf] for v in values]
+                raise DomainError(f"{message.format(*(f'{v:g}' for v in shown))}, at {self.job.code(leaf, 'grads')}")
+
+    def branches(self) -> list[tuple[tuple[bool, ...], Any]]:
+        """(answers to the conditions of the program, the leaves where they are so); None for all leaves."""
+        guards = self.job.program.guards
+        if not guards:
+            return [((), None)]
+        holds = np.array([self.scalars.of_leaves(g) for g in guards], bool)
+        if (holds == holds[:, :1]).all():
+            return [(tuple(bool(h) for h in holds[:, 0]), None)] if holds.shape[1] else []
+        kinds, which = np.unique(holds, axis=1, return_inverse=True)
+        return [(tuple(bool(h) for h in kinds[:, i]), np.flatnonzero(which.ravel() == i)) for i in range(kinds.shape[1])]
+
+    def counters(self) -> tuple[list[Any], bool]:
+        """The new counters, by row of numbers or by leaf."""
+        return counters(self.scalars, self.job.program.new_counters)
+
+
+class Totals:
+    """Sums over all leaves stepped together, across tasks: known once everyone who asks for one has given his part."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.askers: dict[str, int] = {}
+        for task in tasks:
+            for stage in task.stages:
+                for t in stage.totals:
+                    self.askers[total_key(t)] = self.askers.get(total_key(t), 0) + 1
+        self.parts: dict[str, list[float]] = {}
+
+    def give(self, _: Task, total: Expr, part: float) -> None:
+        self.parts.setdefault(total_key(total), []).append(part)
+
+    def known(self, total: Expr) -> float | None:
+        key = total_key(total)
+        return sum(self.parts[key]) if len(self.parts[key]) == self.askers[key] else None
+
+
+def run(tasks: Sequence[Task]) -> list[Result]:
+    """Take all tasks through their passes in lock step, then store; if anything raises, nothing was stored."""
+    totals = Totals(tasks)
+    while any(t.level < len(t.stages) for t in tasks):
+        moved = [t.advance(totals) for t in tasks]
+        if not any(moved):
+            raise TraceError("two rules of this model wait for each other's totals; put their clipping in the same order")
+    for t in tasks:
+        t.verify()
+    for t in tasks:
+        t.prepare()
+    return [t.commit() for t in tasks]

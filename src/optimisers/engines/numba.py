@@ -1,0 +1,290 @@
+"""The CPU engine: one compiled kernel per pass, over the addresses of all leaves of a group.
+
+Serves writable or fresh arrays of float16, bfloat16, float32, float64, complex64 and complex128. Arrays that are not
+laid out like the state, of another type, or overlapping what is written, are copied first; all else is used where it lies.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from optimisers.arrays.pack import Indices, Pack
+from optimisers.engines import cache, kernels, threads
+from optimisers.engines.addresses import Chunks, Form
+from optimisers.engines.interpret import Values
+from optimisers.engines.job import Job, Result, Task
+from optimisers.trace.expr import Expr
+from optimisers.trace.phases import Pass, is_input, outputs, reduce_pass, stages, store_pass
+from optimisers.trace.program import Program
+
+NAME = "numba"
+
+
+# -- which groups it takes ------------------------------------------------------------------------------------------------
+
+
+def refusal(program: Program, library: Any, dtype: str) -> str | None:
+    """Why this engine does not take a group; None if it does."""
+    if library.NAME != "numpy":
+        return f"arrays of {library.NAME}"
+    if dtype not in kernels.ARITHMETIC:
+        return f"element type {dtype}"
+    try:
+        for p in sample_passes(program):
+            sources(program, p, kinds_of(program, dtype, dtype), dtype, inplace=True)
+    except kernels.Unprintable as reason:
+        return str(reason)
+    return None
+
+
+def sample_passes(program: Program) -> list[Pass]:
+    """The passes of a step in which every condition of the rule holds."""
+    found = [reduce_pass([r for r in stage.reductions if r.args[0].domain == "array"]) for stage in stages(program)]
+    found.append(store_pass(program, outputs(program, [True] * len(program.guards))))
+    return [p for p in found if p is not None]
+
+
+def kinds_of(program: Program, dtype: str, gradient: str) -> dict[str, str]:
+    """The element type of every array that a kernel of this program may touch."""
+    kinds = {"x": dtype, "dx": gradient, **{f"dx{i}": gradient for i in range(2, 10)}}
+    kinds |= {s.name: s.dtype for s in program.slots}
+    kinds |= {f"new {name}": kind for name, kind in kinds.items()}
+    wide = {"float16": "float32", "bfloat16": "float32"}.get(dtype, dtype)
+    return kinds | {f"f{j}": wide for j in range(64)}
+
+
+def labels_of(program: Program) -> dict[str, str]:
+    """Names of the state arrays for the reader of a kernel: the last key of their path, where that is one's own."""
+    last = [str(s.path[-1]) if s.path and isinstance(s.path[-1], str) else s.name for s in program.slots]
+    unique = [name if last.count(name) == 1 and name.isidentifier() else s.name
+              for name, s in zip(last, program.slots, strict=True)]
+    return {s.name: name for s, name in zip(program.slots, unique, strict=True)}
+
+
+def sources(program: Program, p: Pass, kinds: dict[str, str], dtype: str, *, inplace: bool) -> str:
+    """The source of one pass; raises Unprintable."""
+    what = "sums" if p.reductions else "in place" if inplace else "into new arrays"
+    title = f"One pass over all parameters ({what}), {dtype}."
+    return kernels.source(p, kinds, kernels.ARITHMETIC[dtype], labels_of(program), title, inplace=inplace)
+
+
+@functools.lru_cache(maxsize=4096)
+def compiled(text: str) -> Callable[..., None]:
+    return cache.load(text).kernel
+
+
+# -- the task ----------------------------------------------------------------------------------------------------------------
+
+
+class Fused(Task):
+    """Leaves of one group, on their way through compiled kernels."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        if "form" not in job.memo:
+            contiguous = [job.library.contiguous_strides(s) == t for s, t in zip(job.shapes, job.strides, strict=True)]
+            job.memo["form"] = Form(job.shapes, job.strides, contiguous)
+            job.memo["chunks"] = Chunks(job.sizes)
+        self.form: Form = job.memo["form"]
+        self.chunks: Chunks = job.memo["chunks"]
+        kind = np.dtype(job.dtype)
+        self.wide = job.library.arithmetic(kind)
+        self.x, self.x_at = self.fitted(job.x, kind, job.checked_x, write=job.inplace)
+        read = common_dtype(job.grads, kind, self.wide)
+        self.kinds = kinds_of(job.program, kind.name, read.name)
+        self.dx_at: list[Indices] = []
+        self.alive: list[Sequence[Any]] = []
+        for n, grads in enumerate(job.grads):
+            arrays, at = self.fitted(grads, read, functools.partial(job.checked_gradient, n), write=False)
+            self.alive.append(arrays)
+            self.dx_at.append(at)
+        self.free: dict[int, list[Any]] = {}
+
+    def fitted(
+        self, arrays: Sequence[Any], dtype: Any, checked: Callable[[int], Any], *, write: bool
+    ) -> tuple[Sequence[Any], Indices]:
+        """(arrays, addresses) with every array laid out like the state: where one is not, a copy that is."""
+        at, misfits = self.form.addresses(arrays, dtype, write=write)
+        if len(misfits):
+            arrays = list(arrays)
+            for i in misfits:
+                arrays[i] = self.job.library.laid_out(checked(int(i)), dtype, self.layout(i))
+                at[i] = arrays[i].__array_interface__["data"][0]
+        return arrays, at
+
+    def layout(self, leaf: int) -> tuple[int, ...] | None:
+        """The strides of a leaf's arrays, None where they are contiguous."""
+        return None if self.form.contiguous[leaf] else self.job.strides[leaf]
+
+    # -- passes --
+
+    def reduce(self, reductions: Sequence[Expr]) -> list[Any]:
+        out: list[Any] = [None] * len(reductions)
+        fused = [i for i, r in enumerate(reductions) if r.args[0].domain == "array"]
+        for i, r in enumerate(reductions):
+            if i not in fused:
+                out[i] = np.array([self.job.library.WORDS[r.op](self.values(k).get(r.args[0]))
+                                   for k in range(len(self.job.row))], float)
+        p = reduce_pass([reductions[i] for i in fused])
+        if p is not None:
+            partial = np.empty((len(fused), len(self.chunks.leaf)))
+            self.launch(p, self.chunks, None, {}, partial)
+            for j, i in enumerate(fused):
+                out[i] = gathered(reductions[i].op, partial[j], self.chunks.leaf, len(self.job.row))
+        return out
+
+    def values(self, leaf: int) -> Values:
+        return Values(self.job, leaf, lambda e: self.scalars.of_leaves(e)[leaf])
+
+    def launch(self, p: Pass, chunks: Chunks, members: Any, new: dict[str, Indices], *partial: Any) -> None:
+        """Run the kernel of a pass over these chunks; `new` has the addresses of the arrays that are written anew."""
+        job = self.job
+        table, row = self.scalars.table(p.scalars)
+        rows = self.rows(p, new)
+        if members is not None:
+            row, rows = row[members], [r[members] for r in rows]
+        addresses = np.stack(rows) if rows else np.zeros((1, len(row)), np.int64)
+        kernel = kernel_of(job.program, p, tuple(self.kinds.items()), np.dtype(job.dtype).name, inplace=job.inplace)
+        counter = np.zeros(1, np.int64)
+        at = counter.ctypes.data
+        row = np.ascontiguousarray(row, np.int64)
+        threads.together(lambda: kernel(at, chunks.spans, chunks.table, addresses, table, row, *partial), chunks.elements)
+
+    def rows(self, p: Pass, new: dict[str, Indices]) -> list[Indices]:
+        """The address table of a pass."""
+        out: list[Indices] = []
+        for name in kernels.columns(p, inplace=self.job.inplace):
+            if name in new:
+                out.append(new[name])
+            elif name == "x":
+                out.append(self.x_at)
+            elif name.startswith("d"):
+                out.append(self.dx_at[int(name[2:] or "1") - 1])
+            elif name.startswith("f"):
+                out.append(self.of_free(p.free[int(name[1:])]))
+            else:
+                out.append(slot_addresses(self.job.slots[int(name[1:])]))
+        return out
+
+    def of_free(self, e: Expr) -> Indices:
+        """Addresses of a value of another shape, computed by the array library and spread to the shape of x."""
+        if id(e) not in self.free:
+            job = self.job
+            self.free[id(e)] = [
+                job.library.laid_out(np.broadcast_to(self.values(k).get(e), job.shapes[k]), self.wide, self.layout(k))
+                for k in range(len(job.row))
+            ]
+        return np.array([a.__array_interface__["data"][0] for a in self.free[id(e)]], np.int64)
+
+    # -- storing --
+
+    def prepare(self) -> None:
+        job = self.job
+        self.plan: list[tuple[Pass | None, Any]] = []
+        self.other: list[tuple[int, int, Any]] = []
+        for holds, members in self.branches():
+            out = outputs(job.program, holds)
+            p = store_pass(job.program, out)
+            self.plan.append((p, members))
+            for j, (slot, e) in enumerate(zip(job.program.slots, out.slots, strict=True)):
+                if slot.shape is not None and not is_input(e, slot.name):
+                    for k in range(len(job.row)) if members is None else members:
+                        self.other.append((j, int(k), np.array(self.values(int(k)).get(e))))
+            for e in p.free if p is not None else ():
+                self.of_free(e)
+        if job.inplace:
+            self.separate()
+
+    def separate(self) -> None:
+        """Copy gradients that lie in memory which this step writes: `{"a": model["b"], "b": model["a"]}` is a gradient."""
+        job = self.job
+        begin = np.concatenate([self.x_at, *(b.__array_interface__["data"][0] * np.ones(1, np.int64)
+                                             for p in job.slots for b in p.buffers)])
+        size = np.dtype(job.dtype).itemsize
+        end = np.concatenate([self.x_at + job.sizes * size, *(
+            np.full(1, b.__array_interface__["data"][0] + b.nbytes) for p in job.slots for b in p.buffers)])
+        by = np.argsort(begin, kind="stable")
+        begin, end = begin[by], end[by]
+        for j, at in enumerate(self.dx_at):
+            kind = np.dtype(self.kinds["dx"])
+            before = np.searchsorted(begin, at + job.sizes * kind.itemsize) - 1
+            clash = np.flatnonzero((before >= 0) & (end[before] > at) & (job.sizes > 0))
+            for i in clash:
+                arrays = self.alive[j] = list(self.alive[j])
+                arrays[i] = job.library.laid_out(arrays[i], kind, self.layout(i))
+                at[i] = arrays[i].__array_interface__["data"][0]
+
+    def commit(self) -> Result:
+        job = self.job
+        results: Sequence[Any] = job.x if job.inplace else list(job.x)
+        for p, members in self.plan:
+            stored = {name for name, _ in p.stores} if p is not None else set[str]()
+            new: dict[str, Indices] = {}
+            if not job.inplace:
+                new = {f"new s{j}": slot_addresses(pack) for j, pack in enumerate(job.out)}
+                self.keep(stored, members)
+            if "x" in stored:
+                new["new x"] = self.targets(results, members)
+            if p is not None:
+                self.launch(p, self.chunks if members is None else Chunks(job.sizes[members]), members, new)
+        for j, k, value in self.other:
+            job.library.assign(job.out[j][k], value)
+        if job.inplace and self.x is not job.x:
+            results = self.write_back()
+        return Result(results, *self.counters())
+
+    def keep(self, stored: set[str], members: Any) -> None:
+        """Carry over the state that this step leaves as it was."""
+        for j, (pack, old) in enumerate(zip(self.job.out, self.job.slots, strict=True)):
+            if f"s{j}" not in stored:
+                for k in range(len(old)) if members is None else members:
+                    self.job.library.assign(pack[int(k)], old[int(k)])
+
+    def targets(self, results: Any, members: Any) -> Indices:
+        """Where new parameters go: the arrays themselves in place, else fresh ones, which become the results."""
+        job = self.job
+        if job.inplace:
+            return self.x_at
+        at = np.zeros(len(job.row), np.int64)
+        for k in range(len(job.row)) if members is None else members:
+            fresh = job.library.fresh(job.shapes[k], job.x[k].dtype, self.layout(k))
+            results[k] = job.library.like(job.x[k], fresh)
+            at[k] = fresh.__array_interface__["data"][0]
+        return at
+
+    def write_back(self) -> list[Any]:
+        """Bring parameters that were stepped in a copy home; immutable ones are replaced by the copy."""
+        pairs = zip(self.job.x, self.x, strict=True)
+        return [old if new is old else self.job.library.stored(old, new, inplace=True) for old, new in pairs]
+
+
+@functools.lru_cache(maxsize=4096)
+def kernel_of(program: Program, p: Pass, kinds: tuple[tuple[str, str], ...], dtype: str, *, inplace: bool) -> Callable[..., None]:
+    return compiled(sources(program, p, dict(kinds), dtype, inplace=inplace))
+
+
+def slot_addresses(pack: Pack) -> Indices:
+    """The address of every array of a pack."""
+    base = np.array([b.__array_interface__["data"][0] for b in pack.buffers], np.int64)
+    return base[pack.places.buffer] + pack.places.offset * np.dtype(pack.dtype).itemsize
+
+
+def common_dtype(grads: tuple[Sequence[Any], ...], dtype: Any, wide: Any) -> Any:
+    """The element type in which kernels read the gradients: their own if they agree, else that of the arithmetic."""
+    kinds = {getattr(g, "dtype", wide) for order in grads for g in order}
+    if kinds == {dtype} or not kinds:
+        return dtype
+    kind = kinds.pop()
+    readable = not kinds and kind.isnative and kind.name in kernels.ARITHMETIC and (kind.kind == "c") == (dtype.kind == "c")
+    return kind if readable else wide
+
+
+def gathered(op: str, partial: Any, leaf: Indices, leaves: int) -> Any:
+    """The reduction of every leaf from those of its chunks, in their fixed order."""
+    if op == "sum":
+        return np.bincount(leaf, partial, leaves) if len(leaf) else np.zeros(leaves)
+    out = np.full(leaves, -np.inf if op == "max" else np.inf)
+    (np.maximum if op == "max" else np.minimum).at(out, leaf, partial)
+    return out

@@ -1,0 +1,219 @@
+"""What generated kernels are made of: reading and writing elements at addresses, and a few words of LLVM.
+
+Numba knows no pointers made of integers, no bfloat16 and no arithmetic in float16; these intrinsics give it all three.
+Each array of a kernel has an alias scope of its own, which spares LLVM its overlap checks.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F32, F64 = ir.FloatType(), ir.DoubleType()
+
+ELEMENTS: dict[str, Any] = {
+    "float16": (types.float32, I16, 2),
+    "bfloat16": (types.float32, I16, 2),
+    "float32": (types.float32, F32, 4),
+    "float64": (types.float64, F64, 8),
+    "complex64": (types.complex64, F32, 8),
+    "complex128": (types.complex128, F64, 16),
+}
+"""Element type -> (type of the arithmetic, LLVM type in memory, bytes)."""
+
+
+def _scopes(module: Any, slot: int, slots: int) -> Any:
+    domain = module.add_metadata(["optimisers"])
+    scopes = [module.add_metadata([f"array {i}", domain]) for i in range(slots)]
+    others = [s for i, s in enumerate(scopes) if i != slot]
+    return module.add_metadata([scopes[slot]]), module.add_metadata(others)
+
+
+def _mark(instruction: Any, module: Any, slot: int, slots: int) -> Any:
+    mine, others = _scopes(module, slot, slots)
+    instruction.set_metadata("alias.scope", mine)
+    instruction.set_metadata("noalias", others)
+    return instruction
+
+
+def loader(kind: str, slot: int, slots: int) -> Any:
+    """`load(address, i)`: element i of an array of this kind, array `slot` of `slots`."""
+    number, memory, _ = ELEMENTS[kind]
+    parts = 2 if kind.startswith("complex") else 1
+
+    def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        base = b.inttoptr(args[0], memory.as_pointer())
+        index = args[1] if parts == 1 else b.mul(args[1], ir.Constant(I64, 2))
+        found = [_mark(b.load(b.gep(base, [b.add(index, ir.Constant(I64, p))])), b.module, slot, slots)
+                 for p in range(parts)]
+        if kind == "bfloat16":
+            return b.bitcast(b.shl(b.zext(found[0], I32), ir.Constant(I32, 16)), F32)
+        if kind == "float16":
+            return widen_half(b, found[0])
+        if parts == 1:
+            return found[0]
+        z = context.make_complex(b, signature.return_type)
+        z.real, z.imag = found
+        return z._getvalue()  # noqa: SLF001 Numba's own way to read a struct proxy
+
+    @intrinsic
+    def load(typingctx: Any, address: Any, i: Any) -> Any:  # noqa: ARG001 Numba's signature
+        return number(types.int64, types.int64), emit
+
+    return load
+
+
+def storer(kind: str, slot: int, slots: int) -> Any:
+    """`store(address, i, value)`: write element i, rounded to this kind (to nearest, ties to even)."""
+    number, memory, _ = ELEMENTS[kind]
+
+    def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        base = b.inttoptr(args[0], memory.as_pointer())
+        if kind.startswith("complex"):
+            z = context.make_complex(b, signature.args[2], value=args[2])
+            index = b.mul(args[1], ir.Constant(I64, 2))
+            for p, part in enumerate((z.real, z.imag)):
+                _mark(b.store(part, b.gep(base, [b.add(index, ir.Constant(I64, p))])), b.module, slot, slots)
+        else:
+            value = {"bfloat16": narrow_brain, "float16": narrow_half}.get(kind, lambda _, v: v)(b, args[2])
+            _mark(b.store(value, b.gep(base, [args[1]])), b.module, slot, slots)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def store(typingctx: Any, address: Any, i: Any, value: Any) -> Any:  # noqa: ARG001 Numba's signature
+        return types.void(types.int64, types.int64, number), emit
+
+    return store
+
+
+# -- half precision by its bits: the same on every processor, and it vectorises -------------------------------------------
+
+
+def widen_half(b: Any, h: Any) -> Any:
+    """float16 -> float32: shift the bits into place and multiply the exponent right; infinities and NaN apart."""
+    u = b.zext(h, I32)
+    size = b.shl(b.and_(u, ir.Constant(I32, 0x7FFF)), ir.Constant(I32, 13))
+    scaled = b.bitcast(b.fmul(b.bitcast(size, F32), ir.Constant(F32, 2.0**112)), I32)
+    special = b.icmp_unsigned(">=", size, ir.Constant(I32, 0x0F800000))
+    bits = b.select(special, b.or_(size, ir.Constant(I32, 0x7F800000)), scaled)
+    sign = b.shl(b.and_(u, ir.Constant(I32, 0x8000)), ir.Constant(I32, 16))
+    return b.bitcast(b.or_(bits, sign), F32)
+
+
+def narrow_half(b: Any, v: Any) -> Any:
+    """float32 -> float16, to nearest, ties to even: three ranges (too large, subnormal, normal), by their bits."""
+    u = b.bitcast(v, I32)
+    sign = b.and_(u, ir.Constant(I32, 0x80000000))
+    u = b.xor(u, sign)
+    nan = b.icmp_unsigned(">", u, ir.Constant(I32, 255 << 23))
+    large = b.select(nan, ir.Constant(I32, 0x7E00), ir.Constant(I32, 0x7C00))
+    magic = ir.Constant(I32, 126 << 23)
+    small = b.sub(b.bitcast(b.fadd(b.bitcast(u, F32), b.bitcast(magic, F32)), I32), magic)
+    odd = b.and_(b.lshr(u, ir.Constant(I32, 13)), ir.Constant(I32, 1))
+    shifted = b.add(u, ir.Constant(I32, (((15 - 127) << 23) + 0xFFF) & 0xFFFFFFFF))
+    normal = b.lshr(b.add(shifted, odd), ir.Constant(I32, 13))
+    bits = b.select(b.icmp_unsigned("<", u, ir.Constant(I32, 113 << 23)), small, normal)
+    bits = b.select(b.icmp_unsigned(">=", u, ir.Constant(I32, 143 << 23)), large, bits)
+    return b.trunc(b.or_(bits, b.lshr(sign, ir.Constant(I32, 16))), I16)
+
+
+def narrow_brain(b: Any, v: Any) -> Any:
+    """float32 -> bfloat16, to nearest, ties to even; NaN stays NaN."""
+    u = b.bitcast(v, I32)
+    odd = b.and_(b.lshr(u, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+    rounded = b.lshr(b.add(b.add(u, ir.Constant(I32, 0x7FFF)), odd), ir.Constant(I32, 16))
+    quiet = b.or_(b.lshr(u, ir.Constant(I32, 16)), ir.Constant(I32, 0x40))
+    return b.trunc(b.select(b.fcmp_unordered("uno", v, v), quiet, rounded), I16)
+
+
+# -- words ---------------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def select(typingctx: Any, condition: Any, a: Any, b: Any) -> Any:  # noqa: ARG001 Numba's signature
+    """a if the condition holds, else b, without a branch."""
+
+    def emit(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.select(args[0], args[1], args[2])
+
+    return a(types.boolean, a, a), emit
+
+
+@intrinsic
+def complex_of(typingctx: Any, re: Any, im: Any) -> Any:  # noqa: ARG001 Numba's signature
+    """The complex number of two reals, no wider than they are."""
+    kind = types.complex64 if re == types.float32 else types.complex128
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        z = context.make_complex(builder, signature.return_type)
+        z.real, z.imag = args
+        return z._getvalue()  # noqa: SLF001 Numba's own way to read a struct proxy
+
+    return kind(re, re), emit
+
+
+@intrinsic
+def claim(typingctx: Any, counter: Any) -> Any:  # noqa: ARG001 Numba's signature
+    """The number at the address `counter`, which is raised by one in the same instant: the next span to work on."""
+
+    def emit(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(I64, 1), "monotonic")
+
+    return types.int64(types.int64), emit
+
+
+def _ranked(*, nan_last: bool) -> Any:
+    """A float as an integer of the same order, NaN above or below all: integer maxima vectorise, float ones do not."""
+
+    @intrinsic
+    def rank(typingctx: Any, x: Any) -> Any:  # noqa: ARG001 Numba's signature
+        bits, result = (I32, types.int32) if x == types.float32 else (I64, types.int64)
+        top = (1 << (bits.width - 1)) - 1
+
+        def emit(_: Any, b: Any, __: Any, args: Any) -> Any:
+            i = b.bitcast(args[0], bits)
+            flipped = b.xor(i, b.and_(b.ashr(i, ir.Constant(bits, bits.width - 1)), ir.Constant(bits, top)))
+            edge = ir.Constant(bits, top if nan_last else -top - 1)
+            return b.select(b.fcmp_unordered("uno", args[0], args[0]), edge, flipped)
+
+        return result(x), emit
+
+    return rank
+
+
+rank_max = _ranked(nan_last=True)
+rank_min = _ranked(nan_last=False)
+
+
+@intrinsic
+def unrank(typingctx: Any, i: Any) -> Any:  # noqa: ARG001 Numba's signature
+    """The float of a rank; the bits of both edges are those of a NaN."""
+    bits, number, result = (I32, F32, types.float32) if i == types.int32 else (I64, F64, types.float64)
+    top = (1 << (bits.width - 1)) - 1
+
+    def emit(_: Any, b: Any, __: Any, args: Any) -> Any:
+        mask = b.and_(b.ashr(args[0], ir.Constant(bits, bits.width - 1)), ir.Constant(bits, top))
+        return b.bitcast(b.xor(args[0], mask), number)
+
+    return result(i), emit
+
+
+# -- looking at Python objects --------------------------------------------------------------------------------------------------
+
+
+def _peek(bits: Any, result: Any) -> Any:
+    @intrinsic
+    def peek(typingctx: Any, address: Any) -> Any:  # noqa: ARG001 Numba's signature
+        def emit(_: Any, b: Any, __: Any, args: Any) -> Any:
+            return b.load(b.inttoptr(args[0], bits.as_pointer()))
+
+        return result(types.int64), emit
+
+    return peek
+
+
+peek64 = _peek(I64, types.int64)
+peek32 = _peek(I32, types.int32)

@@ -1,0 +1,61 @@
+"""Every exception of the package.
+
+    OptimiserError
+    ├── BadSetting      a hyper-parameter of the wrong kind or outside its range        (also a ValueError)
+    ├── UnknownField    a name that no rule here has                                    (also a TypeError)
+    ├── BadState        a state was wanted and something else came, or the reverse      (also a TypeError)
+    ├── TreeMismatch    model, state and gradients differ in structure, shape or dtype  (also a ValueError)
+    ├── NoMatch         a selector that matches nothing, a leaf that no selector takes  (also a LookupError)
+    ├── DomainError     a rule met a value that it cannot step with, such as a NaN norm (also a ValueError)
+    ├── TraceError      a rule did what cannot be traced                                (also a TypeError)
+    └── CacheRefused    the cache directory cannot be trusted (a warning, not an error)
+
+A message has up to four parts, in this order: where, what was there, what is accepted, what to write instead.
+"""
+
+
+class OptimiserError(Exception):
+    """The root of the errors raised by this package."""
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = "optimisers"
+
+
+class BadSetting(OptimiserError, ValueError):
+    """A hyper-parameter of the wrong kind or outside its range."""
+
+
+class UnknownField(OptimiserError, TypeError):
+    """A hyper-parameter name that no rule here has."""
+
+
+class BadState(OptimiserError, TypeError):
+    """A state tree was wanted and something else came, or the reverse."""
+
+
+class TreeMismatch(OptimiserError, ValueError):
+    """Model, state and gradients differ in structure, shape or dtype."""
+
+
+class NoMatch(OptimiserError, LookupError):
+    """A selector that matches nothing, or a parameter that no selector takes."""
+
+
+class DomainError(OptimiserError, ValueError):
+    """A rule met a value that it cannot step with, such as a norm that is not finite."""
+
+
+class TraceError(OptimiserError, TypeError):
+    """A rule did something whose result is not known until the step runs."""
+
+
+class FloatParameter(UserWarning):
+    """A Python float stands where an array would train."""
+
+
+class NoParameters(UserWarning):
+    """A model without a single array to train."""
+
+
+class CacheRefused(UserWarning):
+    """The cache directory cannot be trusted; kernels are compiled anew in each process."""

@@ -1,0 +1,81 @@
+"""A model as one vector, and back; and its arrays as a list."""
+
+from typing import Any
+
+from optimisers.arrays import registry
+from optimisers.errors import TreeMismatch
+from optimisers.tree.children import container
+from optimisers.tree.walk import Layout, rebuild, survey
+
+
+class Restructure:
+    """The way back from a vector to a model: `re(flat)` is the model with its numbers taken from `flat`.
+
+    `re(model, flat)` fills another model of the same structure. `len(re)` is the length of the vector. Everything that
+    is not trained is that of the original; shapes, element types and ties are restored. With `copy=False` arrays that
+    need no conversion are views of `flat`.
+    """
+
+    def __init__(self, model: Any, layout: Layout, arrays: list[Any]) -> None:
+        self._model, self._layout = model, layout
+        self._like = [(tuple(x.shape), x.dtype) for x in arrays]
+        ends = [0]
+        for x in arrays:
+            ends.append(ends[-1] + x.size)
+        self._ends = ends
+        self._library = registry.library(*arrays) if arrays else None
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __repr__(self) -> str:
+        return f"Restructure({type(self._model).__name__}, ..., {len(self)})"
+
+    def __call__(self, *given: Any, copy: bool = True) -> Any:
+        """The model of a vector.
+
+        Raises TreeMismatch, naming both lengths, for a vector of another length.
+        """
+        if len(given) not in (1, 2):
+            raise TypeError(f"re takes (flat) or (model, flat); {len(given)} arguments were given")
+        model, flat = (self._model, *given)[-2:]
+        if not registry.isarray(flat) or flat.ndim != 1 or flat.size != len(self):
+            shape = tuple(flat.shape) if registry.isarray(flat) else type(flat).__name__
+            raise TreeMismatch(f"re takes a vector of length {len(self)}; {shape} was given")
+        if self._library is None:
+            return model
+        new = {i: self._library.piece(flat, self._ends[i], shape, dtype, copy=copy)
+               for i, (shape, dtype) in enumerate(self._like)}
+        return rebuild(self._layout.root, model, new)
+
+
+def destructure(model: Any) -> tuple[Any, Restructure]:
+    """(flat, re): all trainable numbers of a model in one vector, and the way back.
+
+    The vector has the type to which those of all arrays promote, ties occur once, order is that of `trainables`.
+    `setup(rule, flat)` then trains the whole model as one array.
+    """
+    layout, arrays = survey(model)
+    library = registry.library(*arrays) if arrays else registry.library(0.0)
+    return library.flattened(arrays), Restructure(model, layout, arrays)
+
+
+def trainables(model: Any, *, path: bool = False) -> list[Any]:
+    """The arrays that `setup` would train, in its order, tied ones once; with `path`, as pairs (KeyPath, array).
+
+    They are the model's own arrays: writing into them changes the model.
+    """
+    layout, arrays = survey(model)
+    return list(zip(layout.paths, arrays, strict=True)) if path else arrays
+
+
+def trainable(x: Any) -> dict[Any, Any]:
+    """The children of one container that may be trained, by key; empty for what is not a container."""
+    ways = container(x)
+    if ways is None:
+        return {}
+    keys = ways.keys(x)
+    kept = keys if ways.trainable is None else [k for k in keys if k in ways.trainable]
+    found = dict(zip(keys, ways.read(x, keys), strict=True))
+    return {k: found[k] for k in kept}
+

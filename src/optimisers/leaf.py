@@ -1,0 +1,380 @@
+"""What does a user hold of the state? Handles: a Leaf beside each array, a Branch beside each container.
+
+Any handle is an address: `freeze_(state.layers[3])`. They are made when somebody looks; the store behind them is one.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from optimisers.arrays import registry
+from optimisers.errors import BadState, NoMatch, TraceError, UnknownField
+from optimisers.rule import Rule, changes_of
+from optimisers.store import Store
+from optimisers.trace.program import entries, flatten, form, unflatten
+from optimisers.tree.path import Attr, KeyPath, matches
+from optimisers.tree.walk import EMPTY, Node, find
+from optimisers.value import Value, adjusted, fields_of, refuse_unknown, skeleton
+
+Where = Any
+"""A selector: a glob over paths, a predicate (path, leaf), a rule type, or a list of these."""
+
+
+class Leaf:
+    """The rule and state of one array of parameters (or of several tied ones).
+
+    `rule`, `state` and `frozen` may be read and assigned. Arrays in `state` are views: they show what the next step
+    starts from. Two leaves are equal if rule, state and frozen are.
+    """
+
+    __slots__ = ("_leaf", "_node", "_store")
+
+    def __init__(self, store: Store, node: Node) -> None:
+        self._store, self._node, self._leaf = store, node, node.leaf
+
+    @property
+    def path(self) -> KeyPath:
+        """Where the parameters stand in the model; the first place of tied ones."""
+        return self._store.layout.paths[self._leaf]
+
+    @property
+    def rule(self) -> Rule:
+        group, i = self._store.where(self._leaf)
+        return group.rule_of(i)
+
+    @rule.setter
+    def rule(self, rule: Rule) -> None:
+        if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise BadState(f"{self._name()}.rule is {rule!r}; it takes a rule")
+        if skeleton(rule) != skeleton(self.rule):
+            self._replace(rule, self.state)
+        else:
+            self._store.change([self._leaf], lambda _: rule)
+
+    @property
+    def state(self) -> Any:
+        group, i = self._store.where(self._leaf)
+        return group.state_of(i)
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        old = self.state
+        if form(state) != form(old):
+            raise BadState(f"{self._name()}.state takes a state of the form {_kinds(old)}; {_kinds(state)} was given")
+        self._replace(self.rule, state)
+
+    def _replace(self, rule: Rule, state: Any) -> None:
+        try:
+            self._store.move([(self._leaf, rule, _copied(state))])
+        except TraceError as error:
+            raise BadState(f"the state of {self._name()} does not fit {rule!r}: {error}; call `setup` for a new state") from error
+
+    @property
+    def frozen(self) -> bool:
+        """Whether updates pass this leaf by: no step, no decay, no change of state."""
+        return bool(self._store.frozen[self._leaf])
+
+    @frozen.setter
+    def frozen(self, frozen: bool) -> None:
+        self._store.frozen[self._leaf] = bool(frozen)
+
+    def _name(self) -> str:
+        return self.path.code("state")
+
+    def __eq__(self, other: object) -> bool:
+        return (isinstance(other, Leaf) and self.rule == other.rule and self.frozen == other.frozen
+                and same(self.state, other.state))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Leaf({self.rule!r}, {_short(self.state)}{', frozen=True' if self.frozen else ''})"
+
+    def __copy__(self) -> Any:
+        return handle(self._store.fork(), self._node, self.path)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copied(self, self._node, self.path)
+
+
+class Branch:
+    """The part of the state beside one container: children by attribute or item, in the order of the model.
+
+    `state.layers[3].w`, `state["layers"]`, `state["layers.3.w"]` and `state[path]` all work. Where the model has
+    nothing to train there is `()`.
+    """
+
+    __slots__ = ("_node", "_path", "_store")
+
+    def __init__(self, store: Store, node: Node, path: KeyPath) -> None:
+        self._store, self._node, self._path = store, node, path
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, KeyPath):
+            return functools.reduce(lambda here, k: here[k], key, self)
+        for name in (key, len(self) + key if isinstance(key, int) and key < 0 else key):
+            child = find(self._node, name)
+            if child is not None:
+                return handle(self._store, child, KeyPath(self._path, _own(self._node, name)))
+        if isinstance(key, str) and ("." in key or key.isdigit()):
+            first, _, rest = key.partition(".")
+            here = self[int(first)] if find(self._node, first) is None and first.isdigit() else self[first]
+            return here[rest] if rest else here
+        has = ", ".join(repr(_plain(k)) for k in self._node.keys)
+        raise KeyError(f"{self._path.code('state')} has no {key!r}; it has {has}")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in Branch.__slots__:
+            raise AttributeError(name)
+        child = find(self._node, name)
+        if child is None:
+            has = ", ".join(str(k) for k in self._node.keys)
+            raise AttributeError(f"{self._path.code('state')} has no {name}; it has {has}")
+        return handle(self._store, child, KeyPath(self._path, _own(self._node, name)))
+
+    def __iter__(self) -> Iterator[Any]:
+        """The children in order, as over a list; over a dict, its keys."""
+        if self._node.kind is not None and issubclass(self._node.kind, dict):
+            return iter(self._node.keys)
+        return (self[k] for k in self._node.keys)
+
+    def __len__(self) -> int:
+        return len(self._node.keys)
+
+    def __contains__(self, key: object) -> bool:
+        return find(self._node, key) is not None
+
+    def __dir__(self) -> list[str]:
+        return [k for k in self._node.keys if isinstance(k, str) and k.isidentifier()]
+
+    def __eq__(self, other: object) -> bool:
+        return (isinstance(other, Branch) and self._node.keys == other._node.keys
+                and all(self[k] == other[k] for k in self._node.keys))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return shown(self)
+
+    def __copy__(self) -> Any:
+        return handle(self._store.fork(), self._node, self._path)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copied(self, self._node, self._path)
+
+
+def _plain(key: Any) -> Any:
+    return str(key) if isinstance(key, Attr) else key
+
+
+def _own(node: Node, key: Any) -> Any:
+    """The key as the model has it, so that paths print as code."""
+    return next(k for k in node.keys if k == key)
+
+
+def handle(store: Store, node: Node, path: KeyPath) -> Any:
+    """The handle on one place: a Leaf, a Branch, or () where nothing trains; the same object each time for a leaf."""
+    if node.leaf >= 0:
+        if store.shapes[node.leaf] is None:
+            return ()
+        if node.leaf not in store.handles:
+            store.handles[node.leaf] = Leaf(store, node)
+        return store.handles[node.leaf]
+    return () if node is EMPTY or not node.leaves else Branch(store, node, path)
+
+
+def copied(of: "Leaf | Branch", node: Node, path: KeyPath) -> Any:
+    """A handle on a store with arrays of its own."""
+    store = parts(of)[0].fork()
+    for group in store.groups:
+        group.owned()
+    return handle(store, node, path)
+
+
+def parts(state: Any) -> tuple[Store, Node, KeyPath]:
+    """(store, node, path) of a handle; raises BadState for anything else."""
+    if isinstance(state, Leaf):
+        return state._store, state._node, state.path  # noqa: SLF001 handles are opened here alone
+    if isinstance(state, Branch):
+        return state._store, state._node, state._path  # noqa: SLF001
+    if isinstance(state, Rule) or (isinstance(state, type) and issubclass(state, Rule)):
+        raise BadState(f"a state was wanted and the rule {state!r} came; write state = setup({state!r}, model)")
+    raise BadState(f"a state was wanted and a {type(state).__name__} came; state is what `setup(rule, model)` returns, "
+                   f"or a part of it")
+
+
+# -- selecting ----------------------------------------------------------------------------------------------------------------
+
+
+def leaves_of(state: Any, where: Where = None) -> list[int]:
+    """The leaves below a handle that a selector picks; raises NoMatch if there are none."""
+    store, node, path = parts(state)
+    found = [i for i in dict.fromkeys(node.leaves) if store.shapes[i] is not None]
+    if where is None:
+        return found
+    choices = where if isinstance(where, list | tuple) else [where]
+    picked: set[int] = set()
+    for choice in choices:  # pyright: ignore[reportUnknownVariableType]
+        some = [i for i in found if picks(choice, store, i, len(path))]
+        if not some:
+            raise NoMatch(f"where={choice!r} matches no parameter; there are {listed(store.layout.paths[i] for i in found)}")
+        picked.update(some)
+    return [i for i in found if i in picked]
+
+
+def picks(choice: Any, store: Store, leaf: int, depth: int) -> bool:
+    """Whether one selector picks a leaf. Globs are tried on every place of a tie, from the handle's own root."""
+    if isinstance(choice, str | KeyPath):
+        return any(matches(str(choice), p[depth:]) or matches(str(choice), p) for p in store.layout.places[leaf])
+    if isinstance(choice, type) and issubclass(choice, Rule):
+        group, _ = store.where(leaf)
+        return any(issubclass(kind, choice) for kind in kinds_in(group.rule))
+    if callable(choice):
+        return bool(choice(store.layout.paths[leaf], handle(store, Node(leaf=leaf, leaves=(leaf,)), store.layout.paths[leaf])))
+    raise NoMatch(f"where={choice!r} is no selector; it takes a glob such as '**.bias', a function of (path, leaf), "
+                  f"or a rule type")
+
+
+def kinds_in(value: Any) -> list[type]:
+    """The types of a rule and of the rules it is made of."""
+    if isinstance(value, Value):
+        return [type(value), *(k for v in vars(value).values() for k in kinds_in(v))]
+    return [k for v in value for k in kinds_in(v)] if isinstance(value, tuple) else []  # pyright: ignore
+
+
+def listed(paths: Any, most: int = 6) -> str:
+    names = [str(p) or "the array itself" for p in paths]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# -- freeze, thaw, adjust --------------------------------------------------------------------------------------------------------
+
+
+def freeze_(state: Any, where: Where = None) -> None:
+    """Let updates pass by everything below `state` that `where` picks: no step, no decay, momenta kept.
+
+    Raises BadState for anything but a state, NoMatch for a selector that picks nothing.
+    """
+    _freeze(state, where, True)
+
+
+def thaw_(state: Any, where: Where = None) -> None:
+    """Undo `freeze_`: training goes on with the state as it was."""
+    _freeze(state, where, False)
+
+
+def freeze(state: Any, where: Where = None) -> Any:
+    """The state with everything that `where` picks frozen; the old one stays as it was (see `freeze_`)."""
+    return _forked(state, lambda new: _freeze(new, where, True))
+
+
+def thaw(state: Any, where: Where = None) -> Any:
+    """The state with everything that `where` picks thawed; the old one stays as it was (see `freeze_`)."""
+    return _forked(state, lambda new: _freeze(new, where, False))
+
+
+def _freeze(state: Any, where: Where, frozen: bool) -> None:
+    store = parts(state)[0]
+    store.frozen[leaves_of(state, where)] = frozen
+
+
+def adjust_(state: Any, eta: Any = None, *, where: Where = None, **changes: Any) -> None:
+    """Change hyper-parameters below `state`: `adjust_(state, 0.03)` sets eta, others go by name. State is kept.
+
+    A value may be a schedule. In a chain, every rule that has the name takes it. Nothing is recompiled.
+    Raises UnknownField for a name that no rule there has, BadSetting for a value that does not fit, NoMatch for a
+    selector that picks nothing; then nothing has changed.
+    """
+    store, leaves = parts(state)[0], leaves_of(state, where)
+    changes = changes_of(eta, changes)
+    rules = _rules(store, leaves)
+    for name in changes:
+        if not any(name in fields_of(rule) for rule in rules):
+            for rule in rules:
+                refuse_unknown(rule, [name], type(rule).__name__)
+            raise UnknownField(f"there is nothing to train here, so nothing has a setting {name}")
+    for rule in rules:  # before anything changes
+        adjusted(rule, changes)
+    store.change(leaves, lambda rule: adjusted(rule, changes))
+
+
+def adjust(state: Any, eta: Any = None, *, where: Where = None, **changes: Any) -> Any:
+    """The state, or the rule, with hyper-parameters changed; the old one stays as it was (see `adjust_`)."""
+    if isinstance(state, Rule):
+        if where is not None:
+            raise BadState("a rule has no parts for `where` to pick from; adjust the state")
+        return state.adjust(eta, **changes)
+    return _forked(state, lambda new: adjust_(new, eta, where=where, **changes))
+
+
+def _forked(state: Any, change: Callable[[Any], None]) -> Any:
+    store, node, path = parts(state)
+    new = handle(store.fork(), node, path)
+    change(new)
+    return new
+
+
+def _rules(store: Store, leaves: list[int]) -> list[Rule]:
+    """The different rules of some leaves."""
+    seen: dict[tuple[int, int], Rule] = {}
+    for leaf in leaves:
+        group, i = store.where(leaf)
+        key = (id(group), int(group.row[i]))
+        if key not in seen:
+            seen[key] = group.rule_of(i)
+    return list(seen.values())
+
+
+# -- showing and comparing ---------------------------------------------------------------------------------------------------------
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two states are of one form and equal in every array and number."""
+    if form(a) != form(b):
+        return False
+    return all(np.array_equal(x, y, equal_nan=True) for (_, x), (_, y) in zip(flatten(a), flatten(b), strict=True))
+
+
+def _copied(state: Any) -> Any:
+    """The state with arrays of its own, since a group may be built from views of itself."""
+    return unflatten(state, iter([v.copy() if registry.isarray(v) else v for _, v in flatten(state)]))
+
+
+def _kinds(state: Any) -> str:
+    inner = entries(state)
+    if inner:
+        return f"{type(state).__name__}({', '.join(_kinds(v) for _, v in inner)})"
+    return "array" if registry.isarray(state) else "number" if not isinstance(state, tuple) and state is not None else repr(state)
+
+
+def _short(state: Any) -> str:
+    """A state on one line, its arrays abbreviated."""
+    if registry.isarray(state):
+        text = np.array2string(state, threshold=6, edgeitems=2, precision=4, separator=", ").replace("\n", "")
+        return text if state.size <= 6 else f"{state.dtype}{list(state.shape)}"
+    inner = entries(state)
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        return f"{type(state).__name__}({', '.join(f'{k}={_short(v)}' for k, v in inner)})"
+    if isinstance(state, dict):
+        return "{" + ", ".join(f"{k!r}: {_short(v)}" for k, v in inner) + "}"
+    if inner:
+        return f"({', '.join(_short(v) for _, v in inner)}{',' if len(inner) == 1 else ''})"
+    return repr(state)
+
+
+def shown(state: Any, indent: int = 0, most: int = 12) -> str:
+    """A state as an indented tree; long containers are cut, with a count."""
+    if not isinstance(state, Branch):
+        return repr(state)
+    _, node, _ = parts(state)
+    pad = "  " * (indent + 1)
+    named = [k for k in node.keys if isinstance(k, Attr)]
+    lines = [f"{pad}{f'{k}=' if isinstance(k, Attr) else '' if isinstance(k, int) else f'{k!r}: '}"
+             f"{shown(state[k], indent + 1)},\n" for k in node.keys[:most]]
+    if len(node.keys) > most:
+        lines.append(f"{pad}... and {len(node.keys) - most} more\n")
+    kind = node.kind
+    left, right = ("{", "}") if kind and issubclass(kind, dict) else ("[", "]") if kind and issubclass(kind, list) else ("(", ")")
+    return f"{kind.__name__ if named and kind else ''}{left}\n{''.join(lines)}{'  ' * indent}{right}"

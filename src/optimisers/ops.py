@@ -1,0 +1,418 @@
+"""Which words may a rule use? These, and arithmetic; each asks its argument who it is.
+
+A word called on a NumPy array computes with NumPy, on a tensor with torch, and on a traced symbol it writes itself into
+the graph. So a rule is written once. `WORDS` is the whole vocabulary that an engine must know; what stands below it is
+said with these words.
+"""
+
+import builtins
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from optimisers.arrays import registry
+from optimisers.errors import DomainError
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word: its name, what it does to shapes, and the type of what it gives."""
+
+    name: str
+    family: str
+    """`elementwise`; `reduce` (to one number, or along an axis); `shape` (free in its shape: closes a phase)."""
+    gives: str
+    """`same` as the arguments, `real`, `bool`, or `branch`: the type of its arguments after the first."""
+
+
+WORDS: dict[str, Word] = {}
+
+
+def _word(family: str = "elementwise", gives: str = "same") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(declaration: Callable[..., Any]) -> Callable[..., Any]:
+        name = declaration.__name__.rstrip("_")
+        WORDS[name] = Word(name, family, gives)
+
+        @functools.wraps(declaration)
+        def say(*args: Any, **options: Any) -> Any:
+            return speak(name, args, options)
+
+        return say
+
+    return register
+
+
+def speak(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The value of a word: written into the graph if an argument is a symbol, else computed by its array library."""
+    for a in args:
+        if (write := getattr(type(a), "__word__", None)) is not None:
+            return write(name, args, options)
+    return registry.library(*args).WORDS[name](*args, **options)
+
+
+# -- arithmetic; the operators + - * / ** < & ... of a symbol are these -------------------------------------------------
+
+
+@_word()
+def add(a: Any, b: Any) -> Any:
+    """a + b."""
+
+
+@_word()
+def subtract(a: Any, b: Any) -> Any:
+    """a - b."""
+
+
+@_word()
+def multiply(a: Any, b: Any) -> Any:
+    """a * b."""
+
+
+@_word()
+def divide(a: Any, b: Any) -> Any:
+    """a / b."""
+
+
+@_word()
+def power(a: Any, b: Any) -> Any:
+    """a ** b."""
+
+
+@_word()
+def negative(x: Any) -> Any:
+    """-x."""
+
+
+@_word(gives="bool")
+def less(a: Any, b: Any) -> Any:
+    """a < b."""
+
+
+@_word(gives="bool")
+def less_equal(a: Any, b: Any) -> Any:
+    """a <= b."""
+
+
+@_word(gives="bool")
+def greater(a: Any, b: Any) -> Any:
+    """a > b."""
+
+
+@_word(gives="bool")
+def greater_equal(a: Any, b: Any) -> Any:
+    """a >= b."""
+
+
+@_word(gives="bool")
+def equal(a: Any, b: Any) -> Any:
+    """a == b, element by element."""
+
+
+@_word(gives="bool")
+def not_equal(a: Any, b: Any) -> Any:
+    """a != b, element by element."""
+
+
+@_word(gives="bool")
+def logical_and(a: Any, b: Any) -> Any:
+    """a & b of conditions."""
+
+
+@_word(gives="bool")
+def logical_or(a: Any, b: Any) -> Any:
+    """a | b of conditions."""
+
+
+@_word(gives="bool")
+def logical_not(a: Any) -> Any:
+    """~a of a condition."""
+
+
+# -- functions of one element -------------------------------------------------------------------------------------------
+
+
+@_word()
+def sqrt(x: Any) -> Any:
+    """Square root; where an engine differentiates, its derivative at 0 is 0."""
+
+
+@_word()
+def exp(x: Any) -> Any:
+    """e to the power x."""
+
+
+@_word()
+def expm1(x: Any) -> Any:
+    """exp(x) - 1 without cancellation near 0."""
+
+
+@_word()
+def log(x: Any) -> Any:
+    """Natural logarithm."""
+
+
+@_word()
+def log1p(x: Any) -> Any:
+    """log(1 + x) without cancellation near 0."""
+
+
+@_word()
+def sin(x: Any) -> Any:
+    """Sine of x in radians."""
+
+
+@_word()
+def cos(x: Any) -> Any:
+    """Cosine of x in radians."""
+
+
+@_word()
+def tanh(x: Any) -> Any:
+    """Hyperbolic tangent."""
+
+
+@_word()
+def arctan(x: Any) -> Any:
+    """Inverse tangent, in radians."""
+
+
+@_word()
+def floor(x: Any) -> Any:
+    """The largest whole number not above x."""
+
+
+@_word()
+def ceil(x: Any) -> Any:
+    """The smallest whole number not below x."""
+
+
+@_word()
+def sign(x: Any) -> Any:
+    """-1, 0 or 1; z/|z| for complex z; NaN stays NaN."""
+
+
+@_word(gives="real")
+def abs_(x: Any) -> Any:
+    """|x|, real also for complex x."""
+
+
+@_word(gives="real")
+def abs2(x: Any) -> Any:
+    """|x|^2, real also for complex x."""
+
+
+@_word(gives="real")
+def real(x: Any) -> Any:
+    """The real part."""
+
+
+@_word(gives="real")
+def imag(x: Any) -> Any:
+    """The imaginary part."""
+
+
+@_word()
+def conj(x: Any) -> Any:
+    """The complex conjugate."""
+
+
+@_word(gives="bool")
+def isfinite(x: Any) -> Any:
+    """Whether x is neither infinite nor NaN."""
+
+
+@_word(gives="bool")
+def isnan(x: Any) -> Any:
+    """Whether x is NaN."""
+
+
+@_word()
+def maximum(a: Any, b: Any) -> Any:
+    """The larger of a and b, element by element; NaN if one of them is NaN."""
+
+
+@_word()
+def minimum(a: Any, b: Any) -> Any:
+    """The smaller of a and b, element by element; NaN if one of them is NaN."""
+
+
+@_word(gives="branch")
+def where(condition: Any, a: Any, b: Any) -> Any:
+    """a where the condition holds, else b; the one not taken may hold anything, NaN included."""
+
+
+# -- reductions: of a whole array to one number (these stay fused), or along an axis ---------------------------------------
+
+
+@_word("reduce")
+def sum_(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    """The sum over all elements of this array, in float64 inside fused kernels; or along `axis`."""
+
+
+@_word("reduce")
+def max_(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    """The largest element of this array (NaN if there is one); or along `axis`."""
+
+
+@_word("reduce")
+def min_(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    """The smallest element of this array (NaN if there is one); or along `axis`."""
+
+
+# -- what the array library does itself: right, though not fused -----------------------------------------------------------
+
+
+@_word("shape")
+def matmul(a: Any, b: Any) -> Any:
+    """The matrix product a @ b."""
+
+
+@_word("shape")
+def transpose(x: Any) -> Any:
+    """The array with its last two axes exchanged."""
+
+
+@_word("shape")
+def reshape(x: Any, shape: Any) -> Any:
+    """The same elements in another shape."""
+
+
+@_word("shape")
+def call(function: Any, *args: Any) -> Any:
+    """`function(*arrays)`: any function of the array library, on whole arrays; it must be pure."""
+
+
+# -- the tree ------------------------------------------------------------------------------------------------------------------
+
+
+def total(s: Any) -> Any:
+    """The sum of the scalar `s` over all leaves stepped together that ask for the same total, whatever their rule.
+
+    Called on a plain number, outside any update, there is one leaf, and the total is `s` itself.
+    """
+    write = getattr(type(s), "__total__", None)
+    return s if write is None else write(s)
+
+
+def when(condition: Any, dx: Any) -> Any:
+    """The answer of a rule that steps only where the scalar condition holds.
+
+    Elsewhere the rest of the chain does not run, its state stays, and so does the parameter. Inside a trace the result
+    is a symbol; for plain values it is `dx` itself, or None, which means "no step".
+    """
+    for a in (condition, dx):
+        if (write := getattr(type(a), "__when__", None)) is not None:
+            return write(condition, dx)
+    return dx if condition else None
+
+
+def under(dx: Any) -> contextlib.AbstractContextManager[Any]:
+    """The scope in which the rest of a chain runs after a rule answered `dx`: what is made in it holds only with it."""
+    enter = getattr(type(dx), "__under__", None)
+    return contextlib.nullcontext() if enter is None else enter(dx)
+
+
+def check(condition: Any, message: str, *values: Any) -> None:
+    """Raise DomainError where the scalar condition fails, before anything of the step is written.
+
+    `message` is a format string for `values`, which are scalars too; the path of the leaf is added to it.
+    """
+    for a in (condition, *values):
+        if (write := getattr(type(a), "__check__", None)) is not None:
+            write(condition, message, values)
+            return
+    if not condition:
+        raise DomainError(message.format(*values))
+
+
+# -- making state -------------------------------------------------------------------------------------------------------------
+
+
+def zeros_like(x: Any) -> Any:
+    """Zeros in the shape of `x`, in the type of the arithmetic: that of `x`, but float32 at least.
+
+    A mean or a sum kept in half precision would lose its small terms (0.999 is 1 in bfloat16), so state for float16
+    and bfloat16 parameters is float32.
+    """
+    return full_like(x, 0)
+
+
+def ones_like(x: Any) -> Any:
+    """Ones in the shape of `x`, in the type of the arithmetic (see `zeros_like`)."""
+    return full_like(x, 1)
+
+
+def full_like(x: Any, value: Any) -> Any:
+    """An array in the shape of `x` filled with `value`, in the type of the arithmetic (see `zeros_like`)."""
+    write = getattr(type(x), "__full_like__", None)
+    return registry.library(x).full_like(x, value) if write is None else write(x, value)
+
+
+def real_zeros_like(x: Any) -> Any:
+    """Real zeros in the shape of `x`, also for complex `x`: for state such as a mean of |dx|^2."""
+    write = getattr(type(x), "__full_like__", None)
+    return registry.library(x).full_like(x, 0, real=True) if write is None else write(x, 0)
+
+
+def copy(x: Any) -> Any:
+    """A copy of `x` in the type of the arithmetic, for state that starts at the parameters."""
+    write = getattr(type(x), "__copied__", None)
+    return registry.library(x).widened(x) if write is None else write(x)
+
+
+# -- said with these words ------------------------------------------------------------------------------------------------------
+
+
+def square(x: Any) -> Any:
+    """x * x, complex for complex x (`abs2` is the real one)."""
+    return x * x
+
+
+def ema(beta: Any, m: Any, x: Any) -> Any:
+    """One step of an exponential moving average: beta m + (1 - beta) x."""
+    return beta * m + (1 - beta) * x
+
+
+def clip(x: Any, low: Any, high: Any) -> Any:
+    """x limited to the interval [low, high]."""
+    return minimum(maximum(x, low), high)
+
+
+def mean(x: Any) -> Any:
+    """The mean over all elements of this array."""
+    return sum_(x) / x.size
+
+
+def dot(a: Any, b: Any) -> Any:
+    """The sum over all elements of conj(a) * b."""
+    return sum_(conj(a) * b)
+
+
+def norm(x: Any, p: float = 2.0) -> Any:
+    """The p-norm of all elements of this array; p = 0 counts those that are not zero, -inf takes the least."""
+    if p == 2:
+        return sqrt(sum_(abs2(x)))
+    size = abs_(x)
+    if p == 1:
+        return sum_(size)
+    if p == float("inf"):
+        return max_(size)
+    if p == -float("inf"):
+        return min_(size)
+    if p == 0:
+        return sum_(where(not_equal(size, 0), 1.0, 0.0))
+    return sum_(size**p) ** (1 / p)
+
+
+builtin_names = {"abs", "sum", "max", "min"}
+"""Words that would hide a builtin here; inside the package they end in an underscore, for users they do not."""
+
+
+def exported() -> dict[str, Any]:
+    """The words by the names that users write."""
+    here = globals()
+    names = [*WORDS, "total", "when", "under", "check", "zeros_like", "ones_like", "full_like", "real_zeros_like"]
+    names += ["copy", "square", "ema", "clip", "mean", "dot", "norm"]
+    return {n: here[n + "_" if n in builtin_names else n] for n in builtins.sorted(names)}

@@ -1,0 +1,91 @@
+"""What is a rule? A value with `init` and `apply`, written for one array."""
+
+import functools
+import inspect
+from typing import Any, Self
+
+from optimisers.errors import BadSetting, TraceError, UnknownField
+from optimisers.value import Value, adjusted, is_number, refuse_unknown, settings, static
+
+
+class Rule(Value):
+    """A way to step one array of parameters; subclass it, list the hyper-parameters as fields, write two functions.
+
+    `init(x) -> state` and `apply(state, x, dx) -> (state, dx)`, where the returned `dx` is subtracted from `x`. Both
+    are pure and use only arithmetic and the words of `optimisers.ops`. State is any nest of tuples, NamedTuples and
+    dicts, of arrays and numbers; None or () if there is none.
+
+    Fields with a number as default are hyper-parameters: they can be adjusted, and each may be a schedule, a function
+    of the clock. Other fields, and those declared with `static(default)`, are structure. An `eta` must not be negative.
+    """
+
+    def init(self, x: Any) -> Any:
+        """The state for one array of parameters."""
+        raise NotImplementedError(f"{type(self).__name__} has no init(self, x)")
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        """(state, what is subtracted from x)."""
+        raise NotImplementedError(f"{type(self).__name__} has no apply(self, state, x, dx)")
+
+    def adjust(self, eta: Any = None, **changes: Any) -> Self:
+        """This rule with the named hyper-parameters replaced, also in the rules it is made of; `eta` may come first.
+
+        Raises UnknownField for a name that none of them has, BadSetting for a value that does not fit.
+        """
+        changes = changes_of(eta, changes)
+        refuse_unknown(self, changes, type(self).__name__)
+        return adjusted(self, changes)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field, value in settings(self):
+            if field == "eta" and is_number(value) and isinstance(value, float | int) and value < 0:
+                raise BadSetting(f"{type(self).__name__}.eta is {value!r}; the learning rate cannot be negative")
+
+
+def changes_of(eta: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a call of `adjust` names; raises UnknownField if it names none."""
+    if eta is not None:
+        changes = {"eta": eta, **changes}
+    if not changes:
+        raise UnknownField("adjust was given nothing to change; write adjust(state, 0.01) or adjust(state, rho=0.9)")
+    return changes
+
+
+def stepped(rule: Rule, state: Any, x: Any, dx: Any, more: tuple[Any, ...] = ()) -> Any:
+    """`rule.apply`, given as many of the further gradients `more` (second derivatives, say) as it asks for."""
+    needs, takes = further(type(rule))
+    if len(more) < needs:
+        raise TraceError(f"{type(rule).__name__} takes {needs + 1} gradients, and {len(more) + 1} came; "
+                         f"write update(state, model, grads, {', '.join(f'grads{i + 2}' for i in range(needs))})")
+    return rule.apply(state, x, dx, *more[:takes])
+
+
+@functools.cache
+def further(cls: type[Rule]) -> tuple[int, int]:
+    """How many gradients beyond the first `apply` of this class needs, and how many it takes."""
+    parameters = list(inspect.signature(cls.apply).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return 0, 1 << 30
+    extra = [p for p in parameters[4:] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return sum(p.default is p.empty for p in extra), len(extra)
+
+
+def in_unit_interval(rule: Rule, *names: str) -> None:
+    """Raise BadSetting unless the named settings, decay factors of averages, lie in [0, 1)."""
+    for name in names:
+        value = getattr(rule, name)
+        for v in value if isinstance(value, tuple) else (value,):
+            if isinstance(v, float) and not 0 <= v < 1:
+                raise BadSetting(f"{type(rule).__name__}.{name} is {value!r}; it takes numbers in [0, 1)")
+
+
+def not_negative(rule: Rule, *names: str) -> None:
+    """Raise BadSetting if one of the named settings is negative."""
+    for name in names:
+        value = getattr(rule, name)
+        if isinstance(value, float) and not value >= 0:
+            raise BadSetting(f"{type(rule).__name__}.{name} is {value!r}; it cannot be negative")
+
+
+__all__ = ["Rule", "changes_of", "in_unit_interval", "not_negative", "static", "stepped"]

@@ -1,0 +1,112 @@
+"""Rules that change the gradient on its way to another rule: decay and clipping."""
+
+from typing import Any
+
+from optimisers.errors import BadSetting
+from optimisers.ops import abs2, check, clip, isfinite, minimum, norm, sign, sqrt, sum_, total, where
+from optimisers.rule import Rule, not_negative, static
+
+
+class WeightDecay(Rule):
+    """Adds lam x to the gradient: an L2 penalty of lam/2 |x|^2 on the loss, where it comes before the other rules."""
+
+    lam: float = 5e-4
+
+    def check(self) -> None:
+        not_negative(self, "lam")
+
+    def init(self, x: Any) -> Any:
+        return ()
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return state, dx + self.lam * x
+
+
+class SignDecay(Rule):
+    """Adds lam sign(x) to the gradient: an L1 penalty of lam |x| on the loss, where it comes before the other rules."""
+
+    lam: float = 1e-3
+
+    def check(self) -> None:
+        not_negative(self, "lam")
+
+    def init(self, x: Any) -> Any:
+        return ()
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return state, dx + self.lam * sign(x)
+
+
+class ClipGrad(Rule):
+    """Limits every element of a real gradient to [-delta, delta]."""
+
+    delta: float = 10.0
+
+    def check(self) -> None:
+        not_negative(self, "delta")
+
+    def init(self, x: Any) -> Any:
+        return ()
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return state, clip(dx, -self.delta, self.delta)
+
+
+class ClipNorm(Rule):
+    """Scales the gradient of each array down to p-norm omega, where it is longer (`ClipGlobalNorm`: of all arrays).
+
+    `p` may be any number or +-inf; with p = 0, which counts the elements that are not zero, nothing is scaled. With
+    `throw`, a norm that is not finite raises DomainError before anything is changed; without, it spreads.
+    """
+
+    omega: float = 10.0
+    p: float = static(2.0)
+    throw: bool = static(True)  # noqa: FBT003 the value of a field
+
+    def check(self) -> None:
+        not_negative(self, "omega")
+        if not isinstance(self.p, int | float) or isinstance(self.p, bool) or self.p != self.p:
+            raise BadSetting(f"ClipNorm.p is {self.p!r}; it takes a number, inf or -inf")
+
+    def init(self, x: Any) -> Any:
+        return ()
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        if self.p == 0:
+            return state, dx
+        size = norm(dx, self.p)
+        if self.throw:
+            check(isfinite(size), f"gradient has {self.p:g}-norm {{}}; ClipNorm takes finite ones, "
+                                  f"ClipNorm(..., throw=False) lets others pass", size)
+        return state, dx * shrink(self.omega, size)
+
+
+class ClipGlobalNorm(Rule):
+    """Scales all gradients down by one factor, so that together they have 2-norm omega at most.
+
+    Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, arXiv:1211.5063, algorithm 1, as
+    torch.nn.utils.clip_grad_norm_ does it. The norm goes over all leaves stepped together whose rules clip by it. With
+    `throw`, a norm that is not finite raises DomainError before anything is changed; without, it spreads.
+    """
+
+    omega: float = 1.0
+    throw: bool = static(True)  # noqa: FBT003 the value of a field
+
+    def check(self) -> None:
+        not_negative(self, "omega")
+
+    def init(self, x: Any) -> Any:
+        return ()
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        square = sum_(abs2(dx))
+        size = sqrt(total(square))
+        if self.throw:
+            check(isfinite(size) | isfinite(square), "the gradients have global norm {}; ClipGlobalNorm takes finite "
+                  "ones, ClipGlobalNorm(..., throw=False) lets others pass", size)
+        return state, dx * shrink(self.omega, size)
+
+
+def shrink(omega: Any, size: Any) -> Any:
+    """The factor that brings a norm of `size` down to omega, where it is larger; 1 for a norm of 0."""
+    return where(size == 0, 1, minimum(omega / size, 1))

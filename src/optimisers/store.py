@@ -1,0 +1,279 @@
+"""Where does the state live? In groups of leaves that share a program, each with packed arrays and a table of numbers.
+
+The numbers of a leaf (hyper-parameters, then counters) are a row of the table of its group. Leaves that were always
+stepped together share a row; one that is adjusted, frozen or skipped gets its own, copied when they part.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from optimisers.arrays import registry
+from optimisers.arrays.pack import Indices, Pack, Places
+from optimisers.errors import BadState
+from optimisers.rule import Rule
+from optimisers.trace.program import Program, flatten, form, trace, unflatten
+from optimisers.tree.walk import Layout
+from optimisers.value import fill, numbers, skeleton
+
+Table = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shape:
+    """What `setup` saw of one leaf's parameters."""
+
+    library: Any
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """Those of its state arrays, in elements."""
+    dtype: Any
+    device: str
+
+    @classmethod
+    def of(cls, x: Any) -> "Shape":
+        library = registry.library(x)
+        return cls(library, tuple(x.shape), library.dense_strides(x), x.dtype, library.device(x))
+
+
+@dataclasses.dataclass(eq=False)
+class Group:
+    """Leaves with one rule structure, element type and device."""
+
+    rule: Rule
+    """A rule of the right structure; the numbers of each leaf are in the table."""
+    program: Program
+    more: dict[int, Program]
+    """Programs for updates with further gradients."""
+    kind: Shape
+    leaves: Indices
+    places: Places
+    slots: tuple[Pack, ...]
+    types: tuple[type, ...]
+    """Python types of the counters, for those who look."""
+    numbers: Table
+    row: Indices
+    shared: bool = False
+    """Whether another store may hold the same arrays: then they are copied before they are written."""
+    memo: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+    def owned(self) -> "Group":
+        """This group, its arrays no other store's: they may be written."""
+        if self.shared:
+            self.slots = tuple(p.copy() for p in self.slots)
+            self.shared = False
+        return self
+
+    def fork(self) -> "Group":
+        """The same leaves and arrays with a table of their own."""
+        self.shared = True
+        return dataclasses.replace(self, numbers=self.numbers.copy(), row=self.row.copy())
+
+    def successor(self, *, whole: bool) -> "Group":
+        """A group for the state after a step: new arrays, not yet written where the `whole` of it is stepped."""
+        slots = tuple(p.empty() if whole else p.copy() for p in self.slots)
+        return dataclasses.replace(self, numbers=self.numbers.copy(), row=self.row.copy(), slots=slots, shared=False)
+
+    def part(self, stepped: Indices) -> None:
+        """Give the members that are stepped rows of their own, where they shared one with others."""
+        among = np.bincount(self.row[stepped], minlength=len(self.numbers))
+        split = np.flatnonzero((among > 0) & (among < np.bincount(self.row, minlength=len(self.numbers))))
+        if len(split):
+            renamed = np.arange(len(self.numbers))
+            renamed[split] = len(self.numbers) + np.arange(len(split))
+            self.numbers = np.concatenate([self.numbers, self.numbers[split]])
+            self.row[stepped] = renamed[self.row[stepped]]
+
+    def count(self, members: Any, counters: list[Any], *, of_leaf: bool) -> None:
+        """Store the counters of the members that were stepped (None for all), given by row or by leaf."""
+        if of_leaf:
+            stepped = np.arange(len(self.row)) if members is None else members
+            rows = self.numbers[self.row[stepped]]
+            self.numbers = np.concatenate([self.numbers, rows])
+            self.row[stepped] = at = len(self.numbers) - len(rows) + np.arange(len(rows))
+            for j, value in enumerate(counters):
+                self.numbers[at, self.program.hypers + j] = value
+            self.join()
+            return
+        rows = slice(None) if members is None else np.unique(self.row[members])
+        for j, value in enumerate(counters):
+            self.numbers[rows, self.program.hypers + j] = value if np.ndim(value) == 0 else value[rows]
+
+    def program_for(self, gradients: int) -> Program:
+        """The program for updates with this many gradients."""
+        if gradients == 1:
+            return self.program
+        if gradients not in self.more:
+            self.more[gradients] = program_of(self.rule_of(0), self.state_of(0), self.kind, gradients - 1)
+        return self.more[gradients]
+
+    def join(self) -> None:
+        """One row for equal numbers: what has not parted, or has met again, is one history."""
+        used, row = np.unique(self.row, return_inverse=True)
+        table, which = np.unique(self.numbers[used], axis=0, return_inverse=True)
+        self.numbers, self.row = table, which.ravel()[row.ravel()]
+
+    def rule_of(self, i: int) -> Rule:
+        """The rule of leaf i of this group."""
+        like = numbers(self.rule)
+        given = [_as(type(old), v) for old, v in zip(like, self.numbers[self.row[i]], strict=False)]
+        return fill(self.rule, iter(given))
+
+    def state_of(self, i: int) -> Any:
+        """The state of leaf i: arrays are views, numbers are copies."""
+        counters = iter([_as(t, v) for t, v in zip(self.types, self.numbers[self.row[i], self.program.hypers :], strict=True)])
+        arrays = iter([pack[i] for pack in self.slots])
+        leaves = [next(arrays) if registry.isarray(v) else next(counters) for _, v in flatten(self.program.template)]
+        return unflatten(self.program.template, iter(leaves))
+
+
+def _as(kind: type, value: Any) -> Any:
+    return int(value) if kind is int and value == int(value) else bool(value) if kind is bool else float(value)
+
+
+@dataclasses.dataclass(eq=False)
+class Store:
+    """The state of one `setup`; handles on it are made when somebody looks."""
+
+    layout: Layout
+    shapes: list[Shape | None]
+    """None for a leaf without a rule, which is never stepped."""
+    groups: list[Group]
+    frozen: "np.ndarray[Any, np.dtype[np.bool_]]"
+    clock: int = 0
+    """Updates finished so far, of whatever part."""
+    engine: str | None = None
+    """The engine that must run all groups; None to choose by group."""
+    group_of: Indices = dataclasses.field(init=False)
+    index_of: Indices = dataclasses.field(init=False)
+    handles: dict[Any, Any] = dataclasses.field(default_factory=dict[Any, Any])
+    plans: dict[int, Any] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.index()
+
+    def index(self) -> None:
+        """Note where each leaf lives, after the groups have changed."""
+        self.group_of = np.full(len(self.shapes), -1)
+        self.index_of = np.full(len(self.shapes), -1)
+        for g, group in enumerate(self.groups):
+            self.group_of[group.leaves] = g
+            self.index_of[group.leaves] = np.arange(len(group.leaves))
+        self.plans = {}
+
+    def where(self, leaf: int) -> tuple[Group, int]:
+        return self.groups[self.group_of[leaf]], int(self.index_of[leaf])
+
+    def fork(self) -> "Store":
+        """A store with the same state, to be changed apart from this one; arrays are copied when they are written."""
+        return dataclasses.replace(self, groups=[g.fork() for g in self.groups], frozen=self.frozen.copy(), handles={})
+
+    def successor(self, groups: list[Group]) -> "Store":
+        """The store after a step, with groups of the same leaves."""
+        new = copy.copy(self)
+        new.groups, new.frozen, new.clock, new.handles = groups, self.frozen.copy(), self.clock + 1, {}
+        return new
+
+    def change(self, leaves: Iterable[int], new: Callable[[Rule], Rule]) -> None:
+        """Replace the rule of every one of the leaves; state stays, and so do rules' equal parts of it."""
+        wanted = set(leaves)
+        moved: list[tuple[int, Rule, Any]] = []
+        for group in self.groups:
+            mask = np.array([int(leaf) in wanted for leaf in group.leaves], bool)
+            if not mask.any():
+                continue
+            group.part(np.flatnonzero(mask))
+            for r in np.unique(group.row[mask]):
+                members = np.flatnonzero(group.row == r)
+                rule = new(group.rule_of(int(members[0])))
+                if skeleton(rule) == skeleton(group.rule):
+                    group.numbers[r, : group.program.hypers] = numbers(rule)
+                else:
+                    moved += [(int(group.leaves[i]), rule, group.state_of(int(i))) for i in members]
+            group.join()
+        if moved:
+            self.move(moved)
+
+    def move(self, moved: Sequence[tuple[int, Rule, Any]]) -> None:
+        """Give leaves rules of another structure, or states of another form: they change group."""
+        gone = {leaf for leaf, _, _ in moved}
+        entries = list(moved)
+        for group in self.groups:
+            if gone & set(map(int, group.leaves)):
+                entries += [(int(leaf), group.rule_of(i), group.state_of(i))
+                            for i, leaf in enumerate(group.leaves) if int(leaf) not in gone]
+        touched = {leaf for leaf, _, _ in entries}
+        kept = [g for g in self.groups if not touched & set(map(int, g.leaves))]
+        self.groups = kept + grouped(sorted(entries, key=lambda e: e[0]), self.shapes)
+        self.index()
+
+
+# -- making groups ------------------------------------------------------------------------------------------------------------
+
+
+def grouped(entries: Sequence[tuple[int, Rule, Any]], shapes: Sequence[Shape | None]) -> list[Group]:
+    """Groups for (leaf, rule, state) entries: one for each rule structure, form of state, element type and device."""
+    kinds: dict[Any, list[tuple[int, Rule, Any]]] = {}
+    programs: dict[Any, Program] = {}
+    for leaf, rule, state in entries:
+        kind = shapes[leaf]
+        assert kind is not None
+        key = (skeleton(rule), form(state), _arrays(state, kind), str(kind.dtype), kind.library.NAME, kind.device)
+        if key not in programs:
+            programs[key] = program_of(rule, state, kind)
+        if programs[key].shape_read:
+            key = (*key, kind.shape)
+            if key not in programs:
+                programs[key] = program_of(rule, state, kind)
+        kinds.setdefault(key, []).append((leaf, rule, state))
+    return [_group(items, programs[key], shapes) for key, items in kinds.items()]
+
+
+def _arrays(state: Any, kind: Shape) -> Any:
+    """The types of the arrays of a state, and whether they have the shape of the parameters."""
+    return tuple((str(v.dtype), tuple(v.shape) == kind.shape) for _, v in flatten(state) if registry.isarray(v))
+
+
+def program_of(rule: Rule, state: Any, kind: Shape, more: int = 0) -> Program:
+    """The program for parameters of one kind; a stand-in without elements of its own is traced."""
+    return trace(rule, state, kind.library.stand_in(kind.shape, kind.dtype), more)
+
+
+def _group(items: list[tuple[int, Rule, Any]], program: Program, shapes: Sequence[Shape | None]) -> Group:
+    kinds = [k for leaf, _, _ in items if (k := shapes[leaf]) is not None]
+    first, rule = kinds[0], items[0][1]
+    table = np.array([[*numbers(r), *(v for _, v in flatten(s) if not registry.isarray(v))] for _, r, s in items], float)
+    places = Places.of([k.shape for k in kinds], [k.strides for k in kinds])
+    columns = [[v for _, v in flatten(s) if registry.isarray(v)] for _, _, s in items]
+    packs: list[Pack] = []
+    for j, slot in enumerate(program.slots):
+        arrays = [c[j] for c in columns]
+        there = places if slot.shape is None else _places(first.library, arrays)
+        pack = Pack.zeros(first.library, arrays[0].dtype, there)
+        for i, a in enumerate(arrays):
+            if first.library.any_set(a):  # zeros are left as the system gives them, untouched
+                first.library.assign(pack[i], a)
+        packs.append(pack)
+    group = Group(
+        rule=rule, program=program, more={}, kind=first, leaves=np.array([leaf for leaf, _, _ in items], np.int64),
+        places=places, slots=tuple(packs),
+        types=tuple(type(v) for _, v in flatten(items[0][2]) if not registry.isarray(v)),
+        numbers=table.reshape(len(items), -1), row=np.arange(len(items)),
+    )
+    group.join()
+    return group
+
+
+def _places(library: Any, arrays: list[Any]) -> Places:
+    return Places.of([tuple(a.shape) for a in arrays], [library.contiguous_strides(tuple(a.shape)) for a in arrays])
+
+
+def started(rule: Rule, x: Any, path: str) -> Any:
+    """The state that a rule wants for an array; raises BadState if it is no state."""
+    if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
+        hint = f"; write {rule.__name__}()" if isinstance(rule, type) and issubclass(rule, Rule) else ""
+        raise BadState(f"the rule for {path} is {rule!r}; it takes a rule, such as Adam(){hint}")
+    return rule.init(x)

@@ -1,0 +1,93 @@
+"""What are the scalars of a step? One value for a row of numbers, or for a leaf where a reduction is in it.
+
+`Scalars` holds those of one group of leaves. It is asked for values, computes what they need from the table of numbers
+in float64, and keeps them. Reductions and totals are put in from outside, as soon as they are known.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from optimisers.arrays import numpy as host
+from optimisers.trace.expr import CUT, Expr, order
+
+Table = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class Scalars:
+    """The values of scalar nodes for leaves that share a program.
+
+    `numbers` is the table (rows, numbers), `row` the row of each leaf, `sizes` its number of elements.
+    """
+
+    def __init__(self, numbers: Table, row: Any, sizes: Any, clock: int) -> None:
+        self.numbers, self.row, self.sizes, self.clock = numbers, row, sizes, clock
+        self.values: dict[int, Any] = {}
+        self.of_leaf: dict[int, bool] = {}
+
+    def put(self, e: Expr, value: Any, *, of_leaf: bool) -> None:
+        """Say what a reduction (a value for each leaf) or a total (one for all) came to."""
+        self.values[id(e)], self.of_leaf[id(e)] = value, of_leaf
+
+    def get(self, e: Expr) -> Any:
+        """The value of a scalar node: an array over rows, over leaves, or a number for all."""
+        found = self.values.get(id(e))
+        if found is None:
+            with np.errstate(all="ignore"):
+                self._compute([e])
+            found = self.values[id(e)]
+        return found
+
+    def _compute(self, roots: Iterable[Expr]) -> None:
+        for e in order(roots, self.values):
+            args = e.args
+            leafy = any(self.of_leaf[id(a)] for a in args)
+            if e.op == "const":
+                value: Any = e.value
+            elif e.op == "number":
+                value = self.numbers[:, e.value]
+            elif e.op == "clock":
+                value = float(self.clock)
+            elif e.op == "size":
+                value, leafy = self.sizes, True
+            elif e.op in CUT or e.op == "total":
+                raise LookupError(f"{e.op} is not known yet")
+            else:
+                values = [self.values[id(a)] for a in args]
+                if leafy:
+                    values = [self.spread(v, a) for v, a in zip(values, args, strict=True)]
+                value = host.WORDS[e.op](*values)
+            self.values[id(e)], self.of_leaf[id(e)] = value, leafy
+
+    def spread(self, value: Any, e: Expr) -> Any:
+        """A value over rows as one over leaves."""
+        if self.of_leaf[id(e)] or np.ndim(value) == 0:
+            return value
+        return value[self.row] if len(value) != 1 else value
+
+    def of_leaves(self, e: Expr) -> Any:
+        """The value of a scalar node for every leaf, as an array."""
+        return np.broadcast_to(self.spread(self.get(e), e), (len(self.row),))
+
+    def table(self, scalars: tuple[Expr, ...]) -> tuple[Table, Any]:
+        """(values, row of each leaf): the scalar table of a pass, one column a node; a row a history or a leaf."""
+        found = [self.get(e) for e in scalars]
+        if any(self.of_leaf[id(e)] for e in scalars):
+            found = [self.spread(v, e) for v, e in zip(found, scalars, strict=True)]
+            rows, row = len(self.row), np.arange(len(self.row))
+        else:
+            rows, row = len(self.numbers), self.row
+        out = np.empty((rows, max(1, len(scalars))))
+        for i, v in enumerate(found):
+            out[:, i] = v
+        return out, row
+
+
+def counters(values: Scalars, new: tuple[Expr, ...]) -> tuple[list[Any], bool]:
+    """The new counters of a step, and whether they differ from leaf to leaf."""
+    found = [values.get(e) for e in new]
+    leafy = any(values.of_leaf[id(e)] for e in new)
+    if leafy:
+        found = [values.spread(v, e) for v, e in zip(found, new, strict=True)]
+    return found, leafy

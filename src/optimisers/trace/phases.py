@@ -1,0 +1,148 @@
+"""A program -> passes over memory. A pass ends where a sum over the whole array is needed before the maths can go on.
+
+Level of a node: how many reductions and totals lie below it. The pass of level k computes the reductions that need
+nothing above level k; the last pass stores the new parameters and state. Passes share no intermediate arrays: a later
+one computes again, in registers, what it needs from the unchanged inputs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+from optimisers.trace.expr import CUT, Expr, order
+from optimisers.trace.program import Program, fold
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pass:
+    """One pass over memory, in no particular kernel language."""
+
+    loads: tuple[str, ...]
+    """The arrays read: x, dx, ..., s0, ..."""
+    free: tuple[Expr, ...]
+    """Values of another shape that the array library computes first; they are read broadcast to the shape of x."""
+    scalars: tuple[Expr, ...]
+    """The columns of the scalar table."""
+    body: tuple[Expr, ...]
+    """The maths on single elements, arguments first."""
+    stores: tuple[tuple[str, Expr], ...]
+    """(array, value): written at the end."""
+    reductions: tuple[Expr, ...]
+    """Sums, maxima and minima over each whole array, of their first argument."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outputs:
+    """What a step stores, for known answers to the conditions of a program."""
+
+    x: Expr | None
+    slots: tuple[Expr, ...]
+
+
+def outputs(program: Program, holds: Sequence[bool]) -> Outputs:
+    """The arrays that a step stores where condition i of the program holds or not; what does not run is left out.
+
+    Scalar nodes stay the very ones of the program, so their values serve every variant.
+    """
+    known = {id(g): h for g, h in zip(program.guards, holds, strict=True)}
+    roots = [*program.new_slots, *([] if program.new_x is None else [program.new_x])]
+    table: dict[object, Expr] = {}
+    new: dict[int, Expr] = {}
+    for e in order(roots):
+        if id(e) in known:
+            new[id(e)] = Expr("const", type="bool", value=known[id(e)])
+        elif e.domain == "scalar":
+            new[id(e)] = e
+        else:
+            new[id(e)] = fold(table, e, tuple(new[id(a)] for a in e.args), ())
+    x = None if program.new_x is None else new[id(program.new_x)]
+    return Outputs(x, tuple(new[id(s)] for s in program.new_slots))
+
+
+def levels(roots: Sequence[Expr]) -> dict[int, int]:
+    """The level of every node below the roots, by id."""
+    level: dict[int, int] = {}
+    for e in order(roots):
+        below = max((level[id(a)] for a in e.args), default=0)
+        below = max([below, *(level.get(id(g), 0) for g in e.guard)])
+        level[id(e)] = below + (e.op in CUT or e.op == "total")
+    return level
+
+
+def reduce_pass(reductions: Sequence[Expr]) -> Pass | None:
+    """The pass that computes these reductions over arrays; None if there are none."""
+    return _pass([], list(reductions)) if reductions else None
+
+
+def store_pass(program: Program, new: Outputs) -> Pass | None:
+    """The last pass: stores everything that changes and has the shape of the parameters; None if nothing does."""
+    stores: list[tuple[str, Expr]] = []
+    for slot, e in zip(program.slots, new.slots, strict=True):
+        if slot.shape is None and not is_input(e, slot.name):
+            stores.append((slot.name, e))
+    if new.x is not None and not is_input(new.x, "x"):
+        stores.append(("x", new.x))
+    return _pass(stores, []) if stores else None
+
+
+def is_input(e: Expr, name: str) -> bool:
+    return e.op == "input" and e.value == name
+
+
+def _pass(stores: list[tuple[str, Expr]], reductions: list[Expr]) -> Pass:
+    body: list[Expr] = []
+    loads: list[str] = []
+    free: dict[int, Expr] = {}
+    scalars: dict[int, Expr] = {}
+    done: set[int] = set()
+    stack = [(e, False) for e in reversed([*(r.args[0] for r in reductions), *(e for _, e in stores)])]
+    while stack:
+        e, ready = stack.pop()
+        if ready:
+            body.append(e)
+        elif e.domain == "free":
+            free.setdefault(id(e), e)
+        elif e.domain == "scalar":
+            scalars.setdefault(id(e), e)
+        elif id(e) not in done:
+            done.add(id(e))
+            if e.op == "input":
+                loads.append(e.value)
+                body.append(e)
+            else:
+                stack.append((e, True))
+                stack.extend((a, False) for a in reversed(e.args))
+    names = ["x", *sorted((n for n in loads if n.startswith("d")), key=lambda n: (len(n), n))]
+    names += sorted((n for n in loads if n.startswith("s")), key=lambda n: (len(n), n))
+    return Pass(
+        loads=tuple(n for n in names if n in loads),
+        free=tuple(free.values()),
+        scalars=tuple(s for s in scalars.values() if s.op != "const"),
+        body=tuple(body),
+        stores=tuple(stores),
+        reductions=tuple(reductions),
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+    """What becomes known at one level."""
+
+    reductions: tuple[Expr, ...]
+    totals: tuple[Expr, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def stages(program: Program) -> tuple[Stage, ...]:
+    """The reductions and totals of a program by level, the lowest first."""
+    roots = [*program.guards, *program.roots]
+    level = levels(roots)
+    top = max(level.values(), default=0)
+    nodes = order(roots)
+    return tuple(
+        Stage(
+            tuple(e for e in nodes if e.op in CUT and level[id(e)] == k),
+            tuple(e for e in nodes if e.op == "total" and level[id(e)] == k),
+        )
+        for k in range(1, top + 1)
+    )

@@ -1,0 +1,312 @@
+"""A rule and the form of its state -> a program: what the new parameters, state and counters are made of."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from optimisers import ops
+from optimisers.arrays import registry
+from optimisers.errors import TraceError
+from optimisers.rule import Rule, stepped
+from optimisers.trace.expr import CUT, Expr, Guard, lift, make, order, show, tracing
+from optimisers.value import fill, is_number, schedules, walk
+
+# -- state: any nest of tuples, NamedTuples, dicts and lists, of arrays and numbers -----------------------------------------
+
+
+def flatten(state: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(path, array or number) for everything in a state, depth first."""
+    for key, item in entries(state):
+        yield from flatten(item, (*path, key))
+    if registry.isarray(state) or isinstance(state, Expr) or is_number(state) or isinstance(state, bool):
+        yield path, state
+
+
+def entries(state: Any) -> list[tuple[Any, Any]]:
+    """The keys and items of a container in a state; none for what is not one."""
+    if isinstance(state, dict):
+        return list(state.items())  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        return list(zip(state._fields, state, strict=True))  # pyright: ignore
+    if isinstance(state, tuple | list):
+        return list(enumerate(state))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    return []
+
+
+def unflatten(template: Any, leaves: Iterator[Any]) -> Any:
+    """A state of the form of `template` with its arrays and numbers replaced, in the order of `flatten`."""
+    if isinstance(template, dict):
+        return {k: unflatten(v, leaves) for k, v in template.items()}  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(template, tuple) and hasattr(template, "_fields"):
+        return type(template)(*(unflatten(v, leaves) for v in template))  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(template, tuple | list):
+        return type(template)(unflatten(v, leaves) for v in template)  # pyright: ignore[reportUnknownVariableType]
+    return template if template is None else next(leaves)
+
+
+def form(state: Any) -> Any:
+    """What two states must share to be of one form: containers, keys, and which entries are arrays or numbers."""
+    inner = entries(state)
+    if inner or isinstance(state, tuple | list | dict):
+        return (type(state), tuple((k, form(v)) for k, v in inner))
+    if state is None:
+        return None
+    if registry.isarray(state) or (isinstance(state, Expr) and state.domain != "scalar"):
+        return "array"
+    if is_number(state) or isinstance(state, bool):
+        return "number"
+    raise TraceError(f"state holds {state!r}; it takes arrays and numbers, in tuples, NamedTuples and dicts")
+
+
+# -- the program ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One array of the state."""
+
+    name: str
+    path: tuple[Any, ...]
+    dtype: str
+    type: str
+    shape: tuple[int, ...] | None
+    """None if it has the shape of the parameter."""
+
+
+@dataclasses.dataclass(eq=False)
+class Program:
+    """What one step of a rule computes, for one array. Numbers come in a row: hyper-parameters first, then counters."""
+
+    title: str
+    template: Any
+    """A state of the right form."""
+    slots: tuple[Slot, ...]
+    names: tuple[str, ...]
+    """Names of the numbers: hyper-parameters first, then counters."""
+    hypers: int
+    new_x: Expr | None
+    new_slots: tuple[Expr, ...]
+    new_counters: tuple[Expr, ...]
+    checks: tuple[tuple[Expr, str, tuple[Expr, ...]], ...]
+    guards: tuple[Expr, ...]
+    """The scalar conditions of `when`."""
+    shape_read: bool
+    """Whether the rule asked for the shape of its parameters: then the program serves that shape only."""
+
+    @property
+    def roots(self) -> list[Expr]:
+        return [*([self.new_x] if self.new_x is not None else []), *self.new_slots, *self.new_counters,
+                *(e for c, _, values in self.checks for e in (c, *values))]
+
+
+def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
+    """The program of `rule` for parameters like `x` whose state is like `state`, with `more` further gradients.
+
+    Raises TraceError, saying what the rule did, if it cannot be traced.
+    """
+    kind = "complex" if "complex" in registry.library(x).dtype_name(x) else "real"
+    shape = tuple(x.shape)
+    with tracing() as notes:
+        paths = [path for path, _ in walk(rule)]
+        hypers = [Expr("number", value=i, options=(("name", _name(p)),)) for i, p in enumerate(paths)]
+        clock = Expr("clock")
+        symbolic = schedules(fill(rule, iter(hypers)), lambda schedule: lift(schedule(clock)))
+        inputs = [Expr("input", value=n, domain="array", type=kind, shape=shape) for n in _gradients(more, "x")]
+        slots, names, symbols = _state_symbols(state, shape, len(hypers))
+        try:
+            answer = stepped(symbolic, unflatten(state, iter(symbols)), inputs[0], inputs[1], tuple(inputs[2:]))
+        except TraceError as error:
+            raise TraceError(f"{type(rule).__name__}: {error}") from error
+        new_state, dx = _answer(rule, answer)
+        _same_form(rule, state, new_state)
+        new = [lift(e) for _, e in flatten(new_state)]
+        wanted = [lift(0)] if dx is None else [inputs[0] - lift(dx)]
+        _types(rule, kind, wanted[0], state, new, symbols)
+        olds = [inputs[0], *symbols]
+        outputs = [_guarded(e, old) for e, old in zip([*wanted, *new], olds, strict=True)]
+        checks = [(make("logical_or", (make("logical_not", (_all(g),)), c)) if g else c, m, v)
+                  for c, m, v, g in notes.checks]
+        conditions = _unique(g for e in order([*outputs, *(c for c, _, _ in checks)]) for g in e.guard)
+        cleaned, of = clean([*outputs, *conditions, *(e for c, _, v in checks for e in (c, *v))])
+    it = iter(cleaned[len(outputs) + len(conditions) :])
+    by_symbol = dict(zip(symbols, cleaned[1 : len(outputs)], strict=True))
+    return Program(
+        title=repr(rule),
+        template=unflatten(state, iter([_blank(v) for _, v in flatten(state)])),
+        slots=tuple(slots),
+        names=(*(_name(p) for p in paths), *names),
+        hypers=len(hypers),
+        new_x=None if dx is None else cleaned[0],
+        new_slots=tuple(by_symbol[s] for s in symbols if s.op == "input"),
+        new_counters=tuple(by_symbol[s] for s in symbols if s.op == "number"),
+        checks=tuple((next(it), m, tuple(next(it) for _ in v)) for _, m, v in checks),
+        guards=tuple(of[id(c)] for c in conditions),
+        shape_read=notes.shape_read or any(s.shape is not None for s in slots),
+    )
+
+
+def _blank(value: Any) -> Any:
+    """Only the form of a template is used: it keeps no arrays alive."""
+    return registry.library(value).stand_in((0,), value.dtype) if registry.isarray(value) else value
+
+
+def _gradients(more: int, *first: str) -> list[str]:
+    return [*first, "dx", *(f"dx{i + 2}" for i in range(more))]
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """A short name for a number: `beta[0]`, without the rules around it."""
+    at = max(i for i, p in enumerate(path) if isinstance(p, str)) if any(isinstance(p, str) for p in path) else 0
+    return str(path[at]) + "".join(f"[{p}]" for p in path[at + 1 :])
+
+
+def _state_symbols(state: Any, shape: tuple[int, ...], hypers: int) -> Any:
+    slots: list[Slot] = []
+    names: list[str] = []
+    symbols: list[Expr] = []
+    for path, value in flatten(state):
+        if registry.isarray(value):
+            dtype = registry.library(value).dtype_name(value)
+            kind = "complex" if "complex" in dtype else "real"
+            same = tuple(value.shape) == shape
+            slot = Slot(f"s{len(slots)}", path, dtype, kind, None if same else tuple(value.shape))
+            slots.append(slot)
+            domain = "array" if same else "free"
+            symbols.append(Expr("input", value=slot.name, domain=domain, type=kind, shape=tuple(value.shape)))
+        else:
+            name = _name(path) if path else "state"
+            symbols.append(Expr("number", value=hypers + len(names), options=(("name", name),)))
+            names.append(name)
+    return slots, names, symbols
+
+
+def _answer(rule: Rule, answer: Any) -> tuple[Any, Any]:
+    if not isinstance(answer, tuple) or len(answer) != 2:  # pyright: ignore[reportUnknownArgumentType]
+        raise TraceError(f"{type(rule).__name__}.apply returned {type(answer).__name__}; it returns a pair (state, dx)")
+    return answer  # pyright: ignore[reportUnknownVariableType]
+
+
+def _same_form(rule: Rule, old: Any, new: Any) -> None:
+    want, got = form(old), form(new)
+    if _loosened(want) != _loosened(got):
+        raise TraceError(f"{type(rule).__name__}.apply returned a state of another form than init: "
+                         f"{_sketch(got)} instead of {_sketch(want)}")
+
+
+def _loosened(f: Any) -> Any:
+    """An array in the state may be given as a number, which fills it; the reverse is an error of its own."""
+    if isinstance(f, tuple):
+        return (f[0], tuple((k, _loosened(v)) for k, v in f[1]))  # pyright: ignore[reportUnknownVariableType]
+    return "value" if f in ("array", "number") else f
+
+
+def _sketch(f: Any) -> str:
+    if isinstance(f, tuple):
+        kind, items = f  # pyright: ignore[reportUnknownVariableType]
+        return f"{kind.__name__}({', '.join(_sketch(v) for _, v in items)})"  # pyright: ignore[reportUnknownVariableType]
+    return str(f)
+
+
+def _types(rule: Rule, kind: str, step: Expr, state: Any, new: list[Expr], symbols: list[Expr]) -> None:
+    """Raise TraceError where a result does not fit its place."""
+    name = type(rule).__name__
+    if step.type == "complex" and kind == "real":
+        raise TraceError(f"{name}.apply gives a complex step for real parameters")
+    for (path, _), e, old in zip(flatten(state), new, symbols, strict=True):
+        where = f"the state{''.join(f'[{p!r}]' for p in path)} of {name}"
+        if old.op == "number" and e.domain != "scalar":
+            raise TraceError(f"{where} is a number in init and an array in apply; let init return zeros_like(x)")
+        if old.domain == "free" and e.domain == "array":
+            raise TraceError(f"{where} has another shape than x in init and the shape of x in apply")
+        if old.type == "real" and e.type == "complex":
+            raise TraceError(f"{where} is real in init and complex in apply; take abs2 or real, "
+                             f"or let init return complex zeros")
+
+
+def _guarded(e: Expr, old: Expr) -> Expr:
+    for condition in e.guard:
+        e = make("where", (condition, e, old))
+    return e
+
+
+def _all(guard: Guard) -> Expr:
+    e = guard[0]
+    for g in guard[1:]:
+        e = make("logical_and", (e, g))
+    return e
+
+
+def _unique(nodes: Iterable[Expr]) -> list[Expr]:
+    return list({id(e): e for e in nodes}.values())
+
+
+# -- cleaning: one node for one value, guards only where they steer ----------------------------------------------------------------
+
+
+def clean(roots: list[Expr]) -> tuple[list[Expr], dict[int, Expr]]:
+    """The roots rebuilt with equal nodes merged and constants folded; and the new node of every old one, by id.
+
+    Guards stay on reductions alone, where they tell that a pass over memory can be left out; a total gets a `where`.
+    """
+    table: dict[Any, Expr] = {}
+    new: dict[int, Expr] = {}
+    for e in order(_with_guards(roots)):
+        args = tuple(new[id(a)] for a in e.args)
+        keep = _unique(new[id(g)] for g in e.guard) if e.op in CUT or e.op == "total" else []
+        new[id(e)] = fold(table, e, args, tuple(keep))
+    return [new[id(r)] for r in roots], new
+
+
+def _with_guards(roots: list[Expr]) -> list[Expr]:
+    """The roots, after the conditions that reductions and totals below them hang on."""
+    out = list(roots)
+    while True:
+        below = _unique(g for e in order(out) if e.op in CUT or e.op == "total" for g in e.guard)
+        missing = [g for g in below if all(g is not e for e in out)]
+        if not missing:
+            return out
+        out = [*missing, *out]
+
+
+def _merge(table: dict[Any, Expr], e: Expr) -> Expr:
+    value = id(e.value) if e.domain == "free" and e.op == "const" else (type(e.value), e.value)
+    options = tuple((k, v if k != "function" else id(v)) for k, v in e.options)
+    key = (e.op, tuple(id(a) for a in e.args), repr(value), repr(options), e.domain, e.type, tuple(id(g) for g in e.guard))
+    return table.setdefault(key, e)
+
+
+def fold(table: dict[Any, Expr], e: Expr, args: tuple[Expr, ...], guard: Guard) -> Expr:
+    """The node with these arguments, simplified where that cannot change its value."""
+    known = [a.value if a.op == "const" and a.type == "bool" else None for a in args]
+    if e.op == "identity":
+        return args[0]
+    if e.op == "where" and known[0] is not None:
+        return args[1] if known[0] else args[2]
+    if e.op == "where" and args[1] is args[2]:
+        return args[1]
+    if e.op in ("logical_and", "logical_or"):
+        absorbing = e.op == "logical_or"
+        for i in (0, 1):
+            if known[i] is not None:
+                return args[i] if known[i] is absorbing else args[1 - i]
+    if e.op == "logical_not" and known[0] is not None:
+        return _merge(table, Expr("const", type="bool", value=not known[0]))
+    if e.op in CUT and any(g.op == "const" for g in guard):
+        return _merge(table, Expr("const", value=0.0))
+    if e.op == "total" and guard:
+        zero = _merge(table, Expr("const", value=0.0))
+        for g in guard:
+            args = (_merge(table, Expr("where", (g, args[0], zero), type=args[0].type)),)
+        guard = ()
+    if e.op == "power" and args[1].op == "const" and args[0].domain != "scalar":
+        if args[1].value == 2:
+            return _merge(table, Expr("multiply", (args[0], args[0]), domain=e.domain, type=e.type, shape=e.shape_))
+        if args[1].value == 0.5 and args[0].type == "real":
+            return _merge(table, Expr("sqrt", (args[0],), domain=e.domain, type=e.type, shape=e.shape_))
+    node = Expr(e.op, args, domain=e.domain, type=e.type, value=e.value, options=e.options, guard=guard, shape=e.shape_)
+    return _merge(table, node)
+
+
+def total_key(e: Expr) -> str:
+    """What two totals must share to be one sum over all leaves: the formula of the scalar that is summed."""
+    return show(e.args[0], depth=64)

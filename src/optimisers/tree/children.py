@@ -1,0 +1,157 @@
+"""How is a container read and made anew? One table: type -> its keys, its children, its rebuilding."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from optimisers.tree.path import Attr
+
+
+@dataclasses.dataclass(frozen=True)
+class Container:
+    """The ways of one kind of container."""
+
+    keys: Callable[[Any], tuple[Any, ...]]
+    """The keys of its children, in order; `Attr` for those read as attributes."""
+    read: Callable[[Any, tuple[Any, ...]], Iterable[Any]]
+    """The children under these keys."""
+    rebuild: Callable[[Any, dict[Any, Any]], Any]
+    """A new container like the old one, with some children replaced."""
+    trainable: tuple[str, ...] | None = None
+    """The keys that may be trained; None for all."""
+
+
+# -- the built-in kinds --------------------------------------------------------------------------------------------------
+
+
+def _read_items(obj: Any, keys: tuple[Any, ...]) -> Iterable[Any]:
+    return [obj[k] for k in keys]
+
+
+def _read_attributes(obj: Any, keys: tuple[Any, ...]) -> Iterable[Any]:
+    return [getattr(obj, k) for k in keys]
+
+
+def _with_items(old: Any, changes: dict[Any, Any]) -> Any:
+    """A dict or list, or a subclass with its own attributes, with items replaced; order kept."""
+    new = copy.copy(old)
+    for key, value in changes.items():
+        new[key] = value
+    return new
+
+
+def _with_tuple_items(old: Any, changes: dict[Any, Any]) -> Any:
+    items = [changes.get(i, v) for i, v in enumerate(old)]
+    return tuple(items) if type(old) is tuple else type(old)(items)
+
+
+def _with_fields(old: Any, changes: dict[Any, Any]) -> Any:
+    return old._replace(**{str(k): v for k, v in changes.items()})
+
+
+def _with_attributes(old: Any, changes: dict[Any, Any]) -> Any:
+    """A copy with attributes replaced, past `__init__` and `__setattr__`: frozen classes and non-init fields work."""
+    new = copy.copy(old)
+    for key, value in changes.items():
+        object.__setattr__(new, key, value)
+    return new
+
+
+def _indices(obj: Any) -> tuple[Any, ...]:
+    return tuple(range(len(obj)))
+
+
+DICT = Container(lambda obj: tuple(obj), _read_items, _with_items)
+LIST = Container(_indices, lambda obj, _: list(obj), _with_items)
+TUPLE = Container(_indices, lambda obj, _: list(obj), _with_tuple_items)
+NAMEDTUPLE = Container(lambda obj: tuple(map(Attr, obj._fields)), lambda obj, _: list(obj), _with_fields)
+DATACLASS = Container(
+    lambda obj: tuple(Attr(f.name) for f in dataclasses.fields(obj) if hasattr(obj, f.name)),
+    _read_attributes,
+    _with_attributes,
+)
+ATTRS = Container(
+    lambda obj: tuple(Attr(a.name) for a in type(obj).__attrs_attrs__ if hasattr(obj, a.name)),
+    _read_attributes,
+    _with_attributes,
+)
+
+REGISTERED: dict[type, Container] = {}
+"""Classes that were registered by hand; looked up along the method resolution order, before the built-in kinds."""
+
+FINDERS: list[Callable[[type], Container | None]] = []
+"""Asked in turn for classes that are not registered: each knows one family of foreign models."""
+
+
+def register(
+    cls: type | None = None, *, children: tuple[str, ...] | None = None, trainable: tuple[str, ...] | None = None
+) -> Any:
+    """Make a class a container, whose `children` (attribute names) are walked; usable as a decorator.
+
+    Without `children`: the fields of a dataclass or attrs class, else all instance attributes. Of these only the
+    `trainable` ones are stepped; None for all. Attributes that are not children are never looked at, and survive.
+    Raises TypeError if `cls` is not a class.
+    """
+    if cls is None:
+        return lambda c: register(c, children=children, trainable=trainable)  # pyright: ignore[reportUnknownLambdaType]
+    if not isinstance(cls, type):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"register takes a class; {cls!r} is not one")
+    like = DATACLASS if dataclasses.is_dataclass(cls) else ATTRS if hasattr(cls, "__attrs_attrs__") else None
+    if children is not None:
+        names = tuple(map(Attr, children))
+        keys: Callable[[Any], tuple[Any, ...]] = lambda _: names
+    elif like is not None:
+        keys = like.keys
+    else:
+        keys = lambda obj: tuple(map(Attr, vars(obj)))
+    REGISTERED[cls] = Container(keys, _read_attributes, _with_attributes, trainable)
+    return cls
+
+
+def container(obj: Any) -> Container | None:
+    """The ways of the container `obj`, or None if it is not one."""
+    kind: type = type(obj)
+    for base in kind.__mro__:
+        if base in REGISTERED:
+            return REGISTERED[base]
+    for find in FINDERS:
+        if (found := find(kind)) is not None:
+            return found
+    if issubclass(kind, dict):
+        return DICT
+    if issubclass(kind, list):
+        return LIST
+    if issubclass(kind, tuple):
+        return NAMEDTUPLE if hasattr(kind, "_fields") else TUPLE
+    if dataclasses.is_dataclass(kind):
+        return DATACLASS
+    if hasattr(kind, "__attrs_attrs__"):
+        return ATTRS
+    return None
+
+
+def loose(obj: Any, keys: tuple[Any, ...], needed: tuple[Any, ...]) -> dict[Any, Any] | str:
+    """The children of a gradient by key, whatever container it is; or a sentence that says what is wrong.
+
+    A gradient may be a mapping, an object with attributes, or a sequence in the order of `keys`. It must have every
+    key that is `needed` (None for "no step") and none that is not among `keys`.
+    """
+    if isinstance(obj, Mapping):
+        extra: list[Any] = [k for k in obj if k not in keys]  # pyright: ignore[reportUnknownVariableType]
+        missing = [k for k in needed if k not in obj]
+        if extra or missing:
+            return f"{extra[0]!r}, which is not in the model" if extra else _absent(missing[0])
+        return {k: obj[k] for k in needed}
+    named = all(isinstance(k, str) for k in keys)
+    if isinstance(obj, tuple | list) and not (named and hasattr(obj, "_fields")):  # pyright: ignore[reportUnknownArgumentType]
+        items: list[Any] = list(obj)  # pyright: ignore[reportUnknownArgumentType]
+        return dict(zip(keys, items, strict=True)) if len(items) == len(keys) else f"{len(items)} entries, not {len(keys)}"
+    if container(obj) is None or not named:
+        return f"a {type(obj).__name__} where a container stands"
+    missing = [k for k in needed if not hasattr(obj, k)]
+    return _absent(missing[0]) if missing else {k: getattr(obj, k) for k in needed}
+
+
+def _absent(key: Any) -> str:
+    return f"no {str(key) if isinstance(key, Attr) else key!r} (None means no step there)"

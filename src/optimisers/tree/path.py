@@ -1,0 +1,97 @@
+"""Where is something in a model? A path of keys, printed as the code that reaches it; and patterns over paths."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, SupportsIndex, overload
+
+
+class Attr(str):
+    """A key that is read as an attribute; equal to the plain string."""
+
+    __slots__ = ()
+
+
+class KeyPath(Sequence[Any]):
+    """The keys from the root of a model to a place in it: attribute names, dict keys, indices.
+
+    `KeyPath("b", 1, "c")` joins keys and other paths; it compares, hashes, slices and counts like a tuple, prints as
+    `b.1.c`, and `path.get(model)` reads what stands there.
+    """
+
+    __slots__ = ("keys",)
+
+    def __init__(self, *keys: Any) -> None:
+        flat: list[Any] = []
+        for key in keys:
+            flat.extend(key.keys if isinstance(key, KeyPath) else (key,))
+        self.keys = tuple(flat)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> "KeyPath": ...
+    def __getitem__(self, index: Any) -> Any:
+        return KeyPath(*self.keys[index]) if isinstance(index, slice) else self.keys[index]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.keys)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KeyPath) and self.keys == other.keys
+
+    def __hash__(self) -> int:
+        return hash(self.keys)
+
+    def __str__(self) -> str:
+        return ".".join(str(k) for k in self.keys)
+
+    def __repr__(self) -> str:
+        return f"KeyPath({', '.join(repr(str(k) if isinstance(k, Attr) else k) for k in self.keys)})"
+
+    def code(self, root: str = "model") -> str:
+        """The path as one would type it: `model.layers[1]["w"]`."""
+        return root + "".join(f".{k}" if isinstance(k, Attr) else f"[{k!r}]" for k in self.keys)
+
+    def get(self, tree: Any) -> Any:
+        """What stands at this path in `tree`; raises LookupError, naming the first key that is missing."""
+        here = tree
+        for i, key in enumerate(self.keys):
+            try:
+                here = step(here, key)
+            except (LookupError, TypeError, AttributeError) as error:
+                raise LookupError(f"{KeyPath(*self.keys[: i + 1]).code('tree')} is not there") from error
+        return here
+
+    def within(self, tree: Any) -> bool:
+        """Whether `tree` has something at this path."""
+        try:
+            self.get(tree)
+        except LookupError:
+            return False
+        return True
+
+
+def step(here: Any, key: Any) -> Any:
+    """The child of `here` under `key`: an item, or an attribute where there are no items."""
+    if isinstance(key, str) and not hasattr(type(here), "keys"):
+        return getattr(here, key)
+    return here[key]
+
+
+def matches(pattern: str, path: KeyPath) -> bool:
+    """Whether a glob fits a path: `*` is any one key, `**` any number of keys, also none; keys are split at dots."""
+    return compiled(pattern).fullmatch("".join(f"{part}." for part in str(path).split("."))) is not None
+
+
+def compiled(pattern: str) -> "re.Pattern[str]":
+    """The regular expression of a glob, over keys that each end in a dot."""
+    text = ""
+    for part in pattern.split("."):
+        if part == "**":
+            text += r"(?:[^.]+\.)*"
+        else:
+            text += "".join("[^.]*" if c == "*" else "[^.]" if c == "?" else re.escape(c) for c in part) + r"\."
+    return re.compile(text)

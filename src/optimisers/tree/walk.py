@@ -1,0 +1,290 @@
+"""How are model, state and gradients walked together? Along one layout, made once by `survey`.
+
+The layout is a tree of nodes that mirrors the model: containers, and leaves where arrays are trained. The same array at
+several places (the same memory: one object, equal views of it, or transposed views) is one leaf with several places.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import numpy as np
+
+from optimisers.arrays import registry
+from optimisers.errors import TreeMismatch
+from optimisers.tree.children import Container, container, loose
+from optimisers.tree.path import Attr, KeyPath
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """One place of the model: a leaf (an array that is trained), a container, or nothing to train."""
+
+    leaf: int = -1
+    """The number of the leaf, or -1."""
+    axes: tuple[int, ...] | None = None
+    """How the axes of the leaf's first place are permuted here, for a transposed tie."""
+    kind: type | None = None
+    ways: Container | None = None
+    keys: tuple[Any, ...] = ()
+    """All keys of the container."""
+    children: "tuple[Node, ...]" = ()
+    """One for each key."""
+    live: "tuple[tuple[Any, Node], ...]" = ()
+    """The keys and children that have leaves in them."""
+    fetch: Callable[[Any], Any] | None = None
+    """The values of the live children in one call; set where all of them are leaves."""
+    leaves: tuple[int, ...] = ()
+    """The leaves below, in the order of the walk, one entry a place."""
+
+
+@dataclasses.dataclass(eq=False)
+class Layout:
+    """The walk over one model."""
+
+    root: Node
+    paths: list[KeyPath]
+    """The path of each leaf: that of its first place."""
+    places: list[list[KeyPath]]
+    """All paths of each leaf."""
+    floats: list[tuple[KeyPath, float]]
+    """Python floats beside arrays: they do not train, though somebody may think so."""
+
+
+EMPTY = Node()
+
+
+# -- the first walk ------------------------------------------------------------------------------------------------------
+
+
+def survey(model: Any) -> tuple[Layout, list[Any]]:
+    """The layout of a model, and the array of each leaf.
+
+    Raises TreeMismatch for a container that holds itself, a class that hides arrays without being registered, and
+    parameters that overlap in memory without being the same.
+    """
+    return _Survey().run(model)
+
+
+class _Survey:
+    def __init__(self) -> None:
+        self.arrays: list[Any] = []
+        self.places: list[list[KeyPath]] = []
+        self.known: dict[Any, int] = {}
+        self.nodes: dict[int, Node] = {}
+        self.open: set[int] = set()
+        self.floats: list[tuple[KeyPath, float]] = []
+        self.kept: list[Any] = []
+
+    def run(self, model: Any) -> tuple[Layout, list[Any]]:
+        if isinstance(model, float | complex):
+            raise TreeMismatch(f"the model is the Python number {model!r}; write np.array({model!r}) to train it")
+        root = self.visit(model, KeyPath(), listed=False)
+        self.refuse_overlaps()
+        return Layout(root, [p[0] for p in self.places], self.places, self.floats), self.arrays
+
+    def visit(self, obj: Any, path: KeyPath, *, listed: bool) -> Node:
+        if registry.isarray(obj):
+            return self.leaf(obj, path) if registry.isnumeric(obj) else EMPTY
+        ways = container(obj)
+        if ways is None:
+            self.refuse_hidden(obj, path, listed=listed)
+            return EMPTY
+        if id(obj) in self.nodes:
+            return self.seen_again(self.nodes[id(obj)], path)
+        if id(obj) in self.open:
+            raise TreeMismatch(f"{path.code()} holds itself; a model is a tree")
+        self.open.add(id(obj))
+        node = self.branch(obj, ways, path)
+        self.open.discard(id(obj))
+        if node.leaves:
+            self.nodes[id(obj)] = node
+            self.kept.append(obj)
+        return node
+
+    def branch(self, obj: Any, ways: Container, path: KeyPath) -> Node:
+        keys = ways.keys(obj)
+        if ways.trainable is not None:
+            for name in ways.trainable:
+                if name not in keys:
+                    raise TreeMismatch(f"{type(obj).__name__} was registered with trainable {name!r}, which is not among "
+                                       f"its children {', '.join(map(str, keys))}")
+        children: list[Node] = []
+        for key, value in zip(keys, ways.read(obj, keys), strict=True):
+            below = KeyPath(path, key)
+            skipped = ways.trainable is not None and key not in ways.trainable
+            listed = ways.trainable is not None and not skipped
+            children.append(EMPTY if skipped else self.visit(value, below, listed=listed))
+            if isinstance(value, float) and not skipped and not _declared_float(obj, key):
+                self.floats.append((below, value))
+        live = tuple((k, c) for k, c in zip(keys, children, strict=True) if c.leaves)
+        fetch = None
+        if live and all(c.leaf >= 0 for _, c in live):
+            wanted = [k for k, _ in live]
+            get = attrgetter(*wanted) if isinstance(wanted[0], Attr) else itemgetter(*wanted)
+            fetch = get if len(wanted) > 1 else lambda o: (get(o),)
+        leaves = tuple(i for _, c in live for i in c.leaves)
+        return Node(kind=type(obj), ways=ways, keys=keys, children=tuple(children), live=live, fetch=fetch, leaves=leaves)
+
+    def leaf(self, x: Any, path: KeyPath) -> Node:
+        library = registry.library(x)
+        where = ("empty", id(x)) if x.size == 0 else (library.NAME, library.memory(x))
+        number = self.known.setdefault(where, len(self.arrays))
+        if number == len(self.arrays):
+            self.arrays.append(x)
+            self.places.append([path])
+            return Node(leaf=number, leaves=(number,))
+        first = self.arrays[number]
+        if first.dtype != x.dtype:
+            raise TreeMismatch(f"{path.code()} is the memory of {self.places[number][0].code()} read as {x.dtype} "
+                               f"instead of {first.dtype}; train one of them")
+        self.places[number].append(path)
+        return Node(leaf=number, axes=library.axes_between(first, x), leaves=(number,))
+
+    def seen_again(self, node: Node, path: KeyPath) -> Node:
+        """A container met before: the same node, so that it is shared in the rebuilt model too."""
+        for below, leaf in _leaf_paths(node, path):
+            self.places[leaf].append(below)
+        return node
+
+    def refuse_hidden(self, obj: Any, path: KeyPath, *, listed: bool) -> None:
+        if listed and isinstance(obj, float | complex):
+            raise TreeMismatch(f"{path.code()} is registered as trainable and is the Python number {obj!r}; "
+                               f"write np.array({obj!r})")
+        if isinstance(obj, type) or not hasattr(obj, "__dict__"):
+            return
+        for name, value in vars(obj).items():
+            if registry.isnumeric(value):
+                cls = type(obj).__name__
+                raise TreeMismatch(f"{path.code()} is a {cls}, which holds an array in .{name} but is no container known "
+                                   f"here; write opt.register({cls}), or make it a dataclass")
+
+    def refuse_overlaps(self) -> None:
+        """Two parameters that share elements, but are not the same array, would be stepped twice."""
+        spans = [(*np.lib.array_utils.byte_bounds(x), i) for i, x in enumerate(self.arrays) if isinstance(x, np.ndarray)]
+        spans.sort()
+        end, last = 0, -1
+        for low, high, i in spans:
+            if low < end and np.shares_memory(self.arrays[last], self.arrays[i]):
+                a, b = self.places[last][0].code(), self.places[i][0].code()
+                raise TreeMismatch(f"{a} and {b} share memory without being the same array or its transpose; "
+                                   f"train one of them, or copy")
+            if high > end:
+                end, last = high, i
+
+
+def _declared_float(obj: Any, key: Any) -> bool:
+    """Whether the class of `obj` says that this field is a float: then it is a setting of the model."""
+    for base in type(obj).__mro__:
+        declared = vars(base).get("__annotations__", {}).get(str(key)) if isinstance(key, Attr) else None
+        if declared is not None:
+            return declared is float or "float" in str(declared)
+    return False
+
+
+def _leaf_paths(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
+    """(path, leaf) for every place below a node."""
+    if node.leaf >= 0:
+        yield path, node.leaf
+    for key, child in node.live:
+        yield from _leaf_paths(child, KeyPath(path, key))
+
+
+# -- the walks of every step ---------------------------------------------------------------------------------------------
+
+
+def gather(node: Node, model: Any, path: KeyPath) -> Any:
+    """The arrays of a model at the places below `node`, in order; raises TreeMismatch where the structure differs."""
+    if node.leaf >= 0:
+        return [model]
+    if node.fetch is not None and type(model) is node.kind and node.ways is not None:
+        try:
+            if node.kind in _SIZED and len(model) != len(node.keys):
+                raise LookupError
+            return node.fetch(model)
+        except (LookupError, AttributeError):
+            pass
+    out: list[Any] = []
+    for key, child, value in model_children(node, model, path):
+        out.extend(gather(child, value, KeyPath(path, key)))
+    return out
+
+
+_SIZED = (dict, list, tuple)
+
+
+def model_children(node: Node, model: Any, path: KeyPath) -> Iterator[tuple[Any, Node, Any]]:
+    """(key, child, value) of the live children of a container; raises TreeMismatch if it is not the one surveyed."""
+    if not node.leaves:
+        return
+    ways = container(model)
+    assert node.kind is not None
+    if ways is None or (type(model) is not node.kind and not isinstance(model, node.kind)):
+        raise TreeMismatch(f"{path.code()} is a {type(model).__name__}; `setup` saw a {node.kind.__name__}; "
+                           f"call `setup` again for another model")
+    keys = ways.keys(model)
+    if keys != node.keys and set(keys) != set(node.keys):
+        gone = [k for k in node.keys if k not in keys]
+        new = [k for k in keys if k not in node.keys]
+        what = f"no {gone[0]!r}, which `setup` saw" if gone else f"{new[0]!r}, which `setup` did not see"
+        raise TreeMismatch(f"{path.code()} has {what}; call `setup` again for another model")
+    values = dict(zip(keys, ways.read(model, keys), strict=True))
+    for key, child in node.live:
+        yield key, child, values[key]
+
+
+def gather_gradients(node: Node, grads: Any, path: KeyPath) -> Any:
+    """The gradients at the places below `node`, in order: None where there is no step.
+
+    Gradients may stand in any container with the keys of the model. Raises TreeMismatch where they do not fit.
+    """
+    if node.leaf >= 0:
+        return [grads]
+    if grads is None:
+        return [None] * len(node.leaves)
+    if node.fetch is not None and type(grads) is node.kind and len(node.live) == len(node.keys):
+        try:
+            if not (node.kind in _SIZED and len(grads) != len(node.keys)):
+                return node.fetch(grads)
+        except (LookupError, AttributeError):
+            pass
+    if registry.isarray(grads):
+        raise TreeMismatch(f"{path.code('grads')} is an array of shape {tuple(grads.shape)}; the model has a "
+                           f"{node.kind.__name__ if node.kind else 'container'} there")
+    found = loose(grads, node.keys, tuple(k for k, _ in node.live))
+    if isinstance(found, str):
+        live = [str(k) for k, _ in node.live]
+        raise TreeMismatch(f"{path.code('grads')} has {found}; it takes the structure of the model, with "
+                           f"{', '.join(live[:8])}{', ...' if len(live) > 8 else ''}")
+    out: list[Any] = []
+    for key, child in node.live:
+        out.extend(gather_gradients(child, found[key], KeyPath(path, key)))
+    return out
+
+
+def rebuild(node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any] | None = None) -> Any:
+    """The model with the leaves in `new` replaced; what holds none of them is the same object as before."""
+    if node.leaf >= 0:
+        x = new.get(node.leaf)
+        if x is None:
+            return model
+        return x if node.axes is None else registry.library(x).permuted(x, node.axes)
+    memo = {} if memo is None else memo
+    if id(node) in memo:
+        return memo[id(node)]
+    changes: dict[Any, Any] = {}
+    for key, child, value in model_children(node, model, KeyPath()):
+        if any(i in new for i in child.leaves):
+            changes[key] = rebuild(child, value, new, memo)
+    assert node.ways is not None
+    memo[id(node)] = result = node.ways.rebuild(model, changes) if changes else model
+    return result
+
+
+def find(node: Node, key: Any) -> Node | None:
+    """The child of a node under `key`."""
+    for k, child in zip(node.keys, node.children, strict=True):
+        if k == key:
+            return child
+    return None

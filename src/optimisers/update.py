@@ -1,0 +1,290 @@
+"""How does a model take a step? `setup` puts a rule and state beside each array; `update` walks them together."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from optimisers.arrays import registry
+from optimisers.engines.choose import task_for
+from optimisers.engines.job import Job, run
+from optimisers.errors import BadState, FloatParameter, NoMatch, NoParameters, TreeMismatch
+from optimisers.leaf import Branch, Leaf, handle, listed, parts
+from optimisers.rule import Rule
+from optimisers.store import Group, Shape, Store, grouped, started
+from optimisers.tree.path import KeyPath, matches
+from optimisers.tree.walk import Layout, Node, gather, gather_gradients, rebuild, survey
+
+# -- setup ----------------------------------------------------------------------------------------------------------------
+
+
+def setup(rule: Any, model: Any, *, engine: str | None = None) -> Any:
+    """The state that trains `model` by `rule`: a tree with the model's structure and a Leaf for each array.
+
+    `rule` is a rule; or a dict {glob: rule}, where the first glob that matches a path wins; or a function
+    (path, array) -> rule. A rule of None trains nothing there. `engine="interpret"` computes every step with the array
+    library's own functions instead of fused kernels.
+
+    Raises BadState if rule and model are mixed up, NoMatch for a glob that matches nothing or a parameter that no glob
+    matches, TraceError for a rule that cannot be traced. Warns if there is nothing to train.
+    """
+    if isinstance(model, Leaf | Branch):
+        raise BadState("setup was given a state where the model goes; write setup(rule, model)")
+    if isinstance(model, Rule):
+        raise BadState(f"setup was given the rule {model!r} where the model goes; write setup(rule, model)")
+    layout, arrays = survey(model)
+    for path, value in layout.floats if arrays else []:
+        warnings.warn(f"{path.code()} is the Python float {value!r}, which does not train; "
+                      f"write np.array({value!r}) to train it", FloatParameter, stacklevel=2)
+    if not arrays:
+        warnings.warn("the model has no array of floating point or complex numbers: nothing will be trained",
+                      NoParameters, stacklevel=2)
+    rules = _choose(rule, layout, arrays)
+    shapes = [None if r is None else Shape.of(x) for r, x in zip(rules, arrays, strict=True)]
+    entries = [(i, r, started(r, x, layout.paths[i].code())) for i, (r, x) in enumerate(zip(rules, arrays, strict=True))
+               if r is not None]
+    store = Store(layout, shapes, grouped(entries, shapes), np.zeros(len(arrays), bool), engine=engine)
+    for group in store.groups:
+        task_for(group.program, group.kind.library, group.kind.dtype, engine, group.memo)
+    return handle(store, layout.root, KeyPath())
+
+
+def _choose(rule: Any, layout: Layout, arrays: list[Any]) -> list[Any]:
+    """The rule of each leaf."""
+    if isinstance(rule, Mapping):
+        return _by_glob(dict(rule), layout)  # pyright: ignore[reportUnknownArgumentType]
+    if callable(rule) and not isinstance(rule, type | Rule):
+        return [rule(path, x) for path, x in zip(layout.paths, arrays, strict=True)]
+    if not isinstance(rule, Rule):
+        hint = f"write {rule.__name__}()" if isinstance(rule, type) else "write setup(Adam(), model)"
+        raise BadState(f"setup was given {rule!r} where the rule goes; {hint}")
+    return [rule] * len(arrays)
+
+
+def _by_glob(rules: dict[str, Any], layout: Layout) -> list[Any]:
+    used: set[str] = set()
+    chosen: list[Any] = []
+    for places in layout.places:
+        fitting = [g for g in rules if any(matches(g, p) for p in places)]
+        used.update(fitting)
+        if not fitting:
+            raise NoMatch(f"no rule for {places[0].code()}; the globs are {', '.join(map(repr, rules))}; "
+                          f'add "**" for the rest, with None as its rule to train nothing there')
+        chosen.append(rules[fitting[0]])
+    for glob in rules:
+        if glob not in used:
+            raise NoMatch(f"{glob!r} matches no parameter; there are {listed(layout.paths)}")
+    return chosen
+
+
+# -- update ---------------------------------------------------------------------------------------------------------------
+
+_MISSING = object()
+
+
+def update(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
+    """(state, model) after one step, leaving the old arrays and the old state as they were.
+
+    `grads` has the structure of `model`; None in it means "no step here", which is not the same as a zero gradient:
+    momenta stay untouched too. `more` are further gradients (of second order, say) for rules that ask for them. What
+    takes no step is shared with the old model. `state` may be a part of a state tree, with that part of the model.
+
+    Raises TreeMismatch, naming the path, if structure, shapes or types do not fit, BadState for mixed-up arguments, and
+    what the rules raise, such as DomainError for a norm that is not finite.
+    """
+    store, node, path = parts(state)
+    step = _Step(store, node, path, model, _given(grads), more, inplace=False)
+    new = step.run()
+    groups = [step.targets.get(g) or group.fork() for g, group in enumerate(store.groups)]
+    return handle(store.successor(groups), node, path), rebuild(node, model, new)
+
+
+def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
+    """(state, model) after one step in place: the same numbers as `update`, written into the arrays that are there.
+
+    Arrays that may not be written (read-only ones) are replaced in the model that is returned, and only there. If it
+    raises, nothing has changed. Arguments and errors are those of `update`.
+    """
+    store, node, path = parts(state)
+    new = _Step(store, node, path, model, _given(grads), more, inplace=True).run()
+    store.clock += 1
+    return state, rebuild(node, model, new) if new else model
+
+
+def _given(grads: Any) -> Any:
+    if grads is _MISSING:
+        raise BadState("the gradients are missing; write update(state, model, grads)")
+    return grads
+
+
+class _Step:
+    """One step of a part of a state, on its way to the engines and back."""
+
+    def __init__(
+        self, store: Store, node: Node, path: KeyPath, model: Any, grads: Any, more: tuple[Any, ...], *, inplace: bool
+    ) -> None:
+        self.store, self.inplace = store, inplace
+        self.targets: dict[int, Group] = {}
+        plan = _plan(store, node)
+        xs: Sequence[Any] = gather(node, model, path)
+        orders: list[Sequence[Any]] = [gather_gradients(node, g, path) for g in (grads, *more)]
+        if plan.ties is not None:
+            xs, orders = plan.untied(xs, orders, store.layout)
+        active = _active(store, plan, orders)
+        self.jobs: list[tuple[Group, Any, Job]] = []
+        for g, inside, at in plan.parts:
+            members, taken = inside, at
+            if active is not None:
+                on = active[at]
+                if not on.all():
+                    members, taken = (np.arange(len(on)) if inside is None else inside)[on], at[on]
+            if len(taken):
+                whole = plan.whole and members is None
+                given = [xs, *orders] if whole else [[v[i] for i in taken] for v in (xs, *orders)]
+                self.jobs.append(self.job(g, members, given[0], tuple(given[1:])))
+
+    def job(self, g: int, members: Any, xs: Sequence[Any], grads: tuple[Sequence[Any], ...]) -> tuple[Group, Any, Job]:
+        """(group that takes the result, its members that are stepped, their job); members None for all."""
+        group = self.store.groups[g]
+        target = self.targets[g] = group.owned() if self.inplace else group.successor(whole=members is None)
+        row, memo, places, leaves = target.row, group.memo, group.places, group.leaves
+        slots, out = group.slots, target.slots
+        if members is not None:
+            target.part(members)
+            memo = _memo(group, members)
+            row, places, leaves = target.row[members], memo["places"], leaves[members]
+            slots = tuple(p.pick(q) for p, q in zip(slots, memo["slots"], strict=True))
+            out = tuple(p.pick(q) for p, q in zip(out, memo["slots"], strict=True))
+        paths = self.store.layout.paths
+        return target, members, Job(
+            program=group.program_for(len(grads)), library=group.kind.library, dtype=group.kind.dtype, x=xs, grads=grads,
+            slots=slots, out=out, strides=places.strides, shapes=places.shapes, sizes=places.sizes, numbers=target.numbers,
+            row=row, clock=self.store.clock, inplace=self.inplace,
+            code=lambda i, root: paths[leaves[i]].code(root), memo=memo,
+        )  # fmt: skip
+
+    def run(self) -> dict[int, Any]:
+        """Take the step; the new parameters, by leaf, where they are other objects than the old."""
+        results = run([task_for(j.program, j.library, j.dtype, self.store.engine, j.memo)(j) for _, _, j in self.jobs])
+        new: dict[int, Any] = {}
+        for (target, members, job), result in zip(self.jobs, results, strict=True):
+            target.count(members, result.counters, of_leaf=result.of_leaf)
+            if result.x is not job.x:
+                leaves = (target.leaves if members is None else target.leaves[members]).tolist()
+                new.update({i: x for i, x, was in zip(leaves, result.x, job.x, strict=True) if x is not was})
+        return new
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plan:
+    """How the places below a node come to the groups."""
+
+    leaves: list[int]
+    """The different leaves, in the order of the walk."""
+    parts: list[tuple[int, Any, Any]]
+    """(group, its members here or None for all, where they stand in `leaves`)."""
+    whole: bool
+    """Whether all of it is one group, in order."""
+    ties: list[list[tuple[int, Any]]] | None
+    """For each leaf its places: (number in the walk, axes); None where every leaf has one."""
+
+    def untied(self, xs: Sequence[Any], orders: list[Sequence[Any]], layout: Layout) -> Any:
+        """(parameters, gradients) of each leaf: gradients are summed over its places, the same object counting once."""
+        assert self.ties is not None
+        for leaf, places in zip(self.leaves, self.ties, strict=True):
+            for place, axes in places[1:]:
+                _still_tied(xs[places[0][0]], xs[place], axes, layout.places[leaf])
+        alone = [xs[places[0][0]] for places in self.ties]
+        summed = [[_sum_of_places(gs, places, layout.places[leaf]) if len(places) > 1 else gs[places[0][0]]
+                   for leaf, places in zip(self.leaves, self.ties, strict=True)] for gs in orders]
+        return alone, summed
+
+
+def _plan(store: Store, node: Node) -> _Plan:
+    if id(node) not in store.plans:
+        leaves = [i for i in dict.fromkeys(node.leaves) if store.shapes[i] is not None]
+        ties = None
+        if leaves != list(node.leaves):
+            seen: dict[int, list[tuple[int, Any]]] = {}
+            for place, (leaf, axes) in enumerate(_places(node)):
+                seen.setdefault(leaf, []).append((place, axes))
+            ties = [seen[i] for i in leaves]
+        at = {leaf: n for n, leaf in enumerate(leaves)}
+        parts: list[tuple[int, Any, Any]] = []
+        for g, group in enumerate(store.groups):
+            members = np.array([m for m, leaf in enumerate(group.leaves) if int(leaf) in at], np.int64)
+            if len(members):
+                inside = None if len(members) == len(group.leaves) else members
+                parts.append((g, inside, np.array([at[int(i)] for i in group.leaves[members]], np.int64)))
+        whole = len(parts) == 1 and bool((parts[0][2] == np.arange(len(leaves))).all())
+        store.plans[id(node)] = node, _Plan(leaves, parts, whole, ties)
+    return store.plans[id(node)][1]
+
+
+def _places(node: Node) -> Iterator[tuple[int, Any]]:
+    """(leaf, axes) of every place below a node, in the order of the walk."""
+    if node.leaf >= 0:
+        yield node.leaf, node.axes
+    for _, child in node.live:
+        yield from _places(child)
+
+
+def _active(store: Store, plan: _Plan, orders: list[Sequence[Any]]) -> Any:
+    """Which leaves are stepped, as a mask; None for all: those that are not frozen and have a gradient."""
+    missing = [n for n, g in enumerate(orders[0]) if g is None]
+    frozen = store.frozen[plan.leaves]
+    if not missing and not frozen.any():
+        return None
+    active = ~frozen
+    active[missing] = False
+    return active
+
+
+def _still_tied(first: Any, other: Any, axes: Any, places: list[KeyPath]) -> None:
+    """Raise TreeMismatch unless two places still share one array, as `setup` saw."""
+    if first is other and axes is None:
+        return
+    library = registry.library(first)
+    tied = registry.module_of(type(other)) is library and library.memory(first) == library.memory(other)
+    if not tied or library.axes_between(first, other) != axes:
+        names = " and ".join(p.code() for p in places)
+        raise TreeMismatch(f"{names} were one array at `setup` and are not now; tie them again, or call `setup` again")
+
+
+def _sum_of_places(grads: Sequence[Any], places: list[tuple[int, Any]], paths: list[KeyPath]) -> Any:
+    """The gradient of a tied leaf as its first place sees it."""
+    found: list[Any] = []
+    for n, (place, axes) in enumerate(places):
+        g = grads[place]
+        if g is None or any(g is other for other, _ in found):
+            continue
+        if not registry.isarray(g):
+            raise TreeMismatch(f"{paths[n].code('grads')} is a {type(g).__name__}; it takes an array, or None for no step")
+        found.append((g, axes))
+    if len(found) <= 1 and (not found or found[0][1] is None):
+        return found[0][0] if found else None
+    back = [g if axes is None else registry.library(g).permuted(g, tuple(np.argsort(axes))) for g, axes in found]
+    for g in back[1:]:
+        if g.shape != back[0].shape:
+            raise TreeMismatch(f"gradients of shapes {tuple(back[0].shape)} and {tuple(g.shape)} for one array, at "
+                               f"{' and '.join(p.code('grads') for p in paths)}")
+    return functools.reduce(lambda a, b: a + b, (registry.library(g).widened(g) for g in back))
+
+
+def _memo(group: Group, members: Any) -> dict[str, Any]:
+    """Tables for some of the members of a group, kept for the patterns seen last."""
+    subsets: dict[bytes, dict[str, Any]] = group.memo.setdefault("subsets", {})
+    key = members.tobytes()
+    if key not in subsets:
+        if len(subsets) >= SUBSETS:
+            subsets.pop(next(iter(subsets)))
+        slots = [p.places.pick(members) for p in group.slots]
+        subsets[key] = {"places": group.places.pick(members), "slots": slots}
+    return subsets[key]
+
+
+SUBSETS = 16
+"""How many patterns of stepped leaves a group remembers."""

@@ -1,0 +1,271 @@
+"""What is a rule or a schedule made of? Numbers that may change at any step, and structure that may not.
+
+A `Value` is a frozen dataclass. Its *skeleton* is everything but the numbers: two values with one skeleton share one
+traced program and one compiled kernel. Every walk over nested settings (adjust, trace, print) goes through here, so a
+rule that wraps another cannot forget to forward.
+"""
+
+import dataclasses
+import enum
+import numbers as abstract
+from collections.abc import Callable, Iterator
+from typing import Any, Self, dataclass_transform
+
+from optimisers.errors import BadSetting, UnknownField
+
+
+def static(default: Any = dataclasses.MISSING) -> Any:
+    """A field that belongs to the structure, though it may hold a number: it cannot be adjusted or scheduled."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+def is_number(x: object) -> bool:
+    """Whether `x` is one real run-time number: an int or float, a 0-d array of any library, or a traced scalar."""
+    if isinstance(x, bool):
+        return False
+    if isinstance(x, abstract.Real):
+        return True
+    symbol = getattr(type(x), "__number__", None)
+    if symbol is not None:
+        return symbol(x)
+    return not isinstance(x, type) and getattr(x, "shape", None) == () and hasattr(x, "dtype")
+
+
+@dataclass_transform(frozen_default=True)
+class Value:
+    """A frozen dataclass; its subclasses need no decorator."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own_repr = "__repr__" in vars(cls)
+        dataclasses.dataclass(frozen=True, repr=False)(cls)
+        if not own_repr and "__repr__" not in vars(cls):
+            cls.__repr__ = Value.__repr__
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = checked(type(self).__name__, field, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raise BadSetting where the settings contradict the rule; runs after every construction and adjustment."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings(self))})"
+
+
+def settings(value: Value) -> list[tuple[str, Any]]:
+    """The fields of a value by name, in order."""
+    return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]  # type: ignore[arg-type]
+
+
+# -- what a field accepts ---------------------------------------------------------------------------------------------
+
+
+def kind(field: "dataclasses.Field[Any]") -> Any:
+    """`float`, `int`, a tuple of such kinds, or None for a field that holds structure or other values."""
+    if field.metadata.get("static"):
+        return None
+    name = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+    declared = {"float": float, "int": int}.get(name)
+    return kind_of(field.default) if declared is None and field.default is not dataclasses.MISSING else declared
+
+
+def kind_of(default: object) -> Any:
+    if isinstance(default, bool):
+        return None
+    if isinstance(default, int):
+        return int
+    if is_number(default):
+        return float
+    if isinstance(default, tuple) and default and all(kind_of(d) in (int, float) for d in default):
+        return tuple(kind_of(d) for d in default)
+    return None
+
+
+def checked(owner: str, field: "dataclasses.Field[Any]", value: Any) -> Any:
+    want = kind(field)
+    if want is None:
+        return value
+    if isinstance(want, tuple):
+        name = f"{owner}.{field.name}"
+        if callable(value) and not is_number(value):
+            raise BadSetting(f"{name} is one schedule, {value!r}; it has {len(want)} numbers: write a tuple of "
+                             f"{len(want)}, each a number or a schedule")
+        if not isinstance(value, tuple | list) or len(value) != len(want):  # pyright: ignore[reportUnknownArgumentType]
+            raise BadSetting(f"{name} is {value!r}; it takes a tuple of {len(want)} numbers")
+        return tuple(number(f"{name}[{i}]", k, v) for i, (k, v) in enumerate(zip(want, value, strict=True)))
+    return number(f"{owner}.{field.name}", want, value)
+
+
+def number(name: str, want: type, value: Any) -> Any:
+    """The number as the field stores it: an int becomes a float where the default is one; 0-d arrays stay themselves."""
+    if isinstance(value, abstract.Real) and not isinstance(value, bool):
+        if want is int and not float(value).is_integer():
+            raise BadSetting(f"{name} is {value!r}; it takes a whole number")
+        return int(value) if want is int else float(value)
+    if is_number(value) or (callable(value) and not isinstance(value, type)):
+        return value
+    raise BadSetting(f"{name} is {value!r}; it takes a real number, or a schedule of it")
+
+
+# -- the one walk over nested settings --------------------------------------------------------------------------------
+
+_number = "#"
+
+
+def numbers(value: object) -> list[Any]:
+    """Every run-time number in `value`, depth first in field order; `fill` takes them back in that order."""
+    return [x for _, x in walk(value)]
+
+
+def walk(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """(path, number) for every run-time number in `value`."""
+    if isinstance(value, Value):
+        for field in dataclasses.fields(value):  # type: ignore[arg-type]
+            if not field.metadata.get("static"):
+                yield from walk(getattr(value, field.name), (*path, field.name))
+    elif isinstance(value, tuple | list):
+        for i, item in enumerate(value):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+            yield from walk(item, (*path, i))
+    elif is_number(value):
+        yield path, value
+
+
+def skeleton(value: Any) -> Any:
+    """What is left of `value` without its numbers: hashable, equal for values that may share a program."""
+    if isinstance(value, Value):
+        parts = tuple(
+            ("static", _key(getattr(value, f.name))) if f.metadata.get("static") else skeleton(getattr(value, f.name))
+            for f in dataclasses.fields(value)  # type: ignore[arg-type]
+        )
+        return (type(value), parts)
+    if isinstance(value, tuple | list):
+        return tuple(skeleton(v) for v in value)  # pyright: ignore[reportUnknownVariableType]
+    return _number if is_number(value) else _key(value)
+
+
+def _key(value: Any) -> Any:
+    """A hashable stand-in; values that cannot be hashed are told apart by identity, and kept alive by the key."""
+    try:
+        hash(value)
+    except TypeError:
+        return _Identity(value)
+    return (type(value), value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Identity:
+    value: object
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.value is self.value
+
+
+def fill(value: Any, given: Iterator[Any]) -> Any:
+    """`value` with its numbers replaced, in the order of `numbers`; nothing is checked or converted."""
+    if isinstance(value, Value):
+        changes = {
+            f.name: fill(getattr(value, f.name), given)
+            for f in dataclasses.fields(value)  # type: ignore[arg-type]
+            if not f.metadata.get("static")
+        }
+        return replaced(value, changes)
+    if isinstance(value, tuple):
+        return rebuilt(value, [fill(v, given) for v in value])  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, list):
+        return [fill(v, given) for v in value]  # pyright: ignore[reportUnknownVariableType]
+    return next(given) if is_number(value) else value
+
+
+def rebuilt(old: "tuple[Any, ...]", items: list[Any]) -> Any:
+    """A tuple of the type of `old`, which may be a NamedTuple."""
+    return type(old)(*items) if hasattr(old, "_fields") else type(old)(items)
+
+
+def replaced(value: Any, changes: dict[str, Any]) -> Any:
+    """`value` with some fields replaced, past every check: the new contents may be symbols."""
+    new = object.__new__(type(value))
+    for name, old in vars(value).items():
+        object.__setattr__(new, name, changes.get(name, old))
+    return new
+
+
+def schedules(value: Value, resolve: Callable[[Callable[[Any], Any]], Any]) -> Any:
+    """`value` with every schedule in a numeric field replaced by `resolve(schedule)`, at every depth."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(value):  # type: ignore[arg-type]
+        old = getattr(value, field.name)
+        if field.metadata.get("static"):
+            continue
+        want = kind(field)
+        if want is not None:
+            parts = old if isinstance(want, tuple) else (old,)
+            new = tuple(resolve(v) if callable(v) and not is_number(v) else v for v in parts)
+            changes[field.name] = new if isinstance(want, tuple) else new[0]
+        else:
+            changes[field.name] = _inner(old, lambda v: schedules(v, resolve))
+    return replaced(value, changes)
+
+
+def _inner(old: Any, change: Callable[[Value], Any]) -> Any:
+    """`old` with `change` applied to the values in it."""
+    if isinstance(old, Value):
+        return change(old)
+    if isinstance(old, tuple) and any(isinstance(v, Value) for v in old):  # pyright: ignore[reportUnknownVariableType]
+        return rebuilt(old, [_inner(v, change) for v in old])  # pyright: ignore[reportUnknownVariableType]
+    return old
+
+
+def fields_of(value: Any) -> set[str]:
+    """The names that `adjust` knows: the fields that hold numbers, of `value` and of the values in it."""
+    names: set[str] = set()
+    if isinstance(value, Value):
+        for field in dataclasses.fields(value):  # type: ignore[arg-type]
+            old = getattr(value, field.name)
+            if kind(field) is not None:
+                names.add(field.name)
+            elif not field.metadata.get("static"):
+                names |= fields_of(old)
+    elif isinstance(value, tuple):
+        for item in value:  # pyright: ignore[reportUnknownVariableType]
+            names |= fields_of(item)
+    return names
+
+
+def adjusted(value: Any, changes: dict[str, Any]) -> Any:
+    """`value` with the named numeric fields replaced wherever they occur in it; every constructor check runs again."""
+    if not isinstance(value, Value):
+        return value
+    new: dict[str, Any] = {}
+    for field in dataclasses.fields(value):  # type: ignore[arg-type]
+        old = getattr(value, field.name)
+        if kind(field) is not None:
+            new[field.name] = changes.get(field.name, old)
+        elif field.metadata.get("static"):
+            new[field.name] = old
+        else:
+            new[field.name] = _inner(old, lambda v: adjusted(v, changes))
+    result = replaced(value, new)
+    result.__post_init__()
+    return result
+
+
+def refuse_unknown(value: Any, names: Iterator[str] | list[str] | dict[str, Any], owner: str) -> None:
+    """Raise UnknownField for the first name that `adjust` does not know, listing those it does."""
+    known = fields_of(value)
+    fixed = {f.name for f in dataclasses.fields(value)} - known if isinstance(value, Value) else set[str]()
+    for name in names:
+        if name in fixed:
+            raise UnknownField(f"{owner}.{name} belongs to the structure of the rule and cannot be adjusted; "
+                               f"make a new rule and call `setup` with it")
+        if name not in known:
+            has = f"it has {', '.join(sorted(known))}" if known else "it has none"
+            raise UnknownField(f"{owner} has no setting {name}; {has}")
+
+
+__all__ = ["Self", "Value", "static"]
