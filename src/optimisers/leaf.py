@@ -15,8 +15,8 @@ from optimisers.rule import Rule, changes_of
 from optimisers.store import Store
 from optimisers.trace.program import entries, flatten, form, unflatten
 from optimisers.tree.path import Attr, KeyPath, matches
-from optimisers.tree.walk import EMPTY, Node, find
-from optimisers.value import Value, adjusted, fields_of, refuse_unknown, skeleton
+from optimisers.tree.walk import Node, find
+from optimisers.value import Value, adjusted, fields_of, refuse_unknown, schedules, skeleton
 
 Where = Any
 """A selector: a glob over paths, a predicate (path, leaf), a rule type, or a list of these."""
@@ -182,7 +182,7 @@ def handle(store: Store, node: Node, path: KeyPath) -> Any:
         if node.leaf not in store.handles:
             store.handles[node.leaf] = Leaf(store, node)
         return store.handles[node.leaf]
-    return () if node is EMPTY or not node.leaves else Branch(store, node, path)
+    return Branch(store, node, path) if node.leaves else ()
 
 
 def copied(of: "Leaf | Branch", node: Node, path: KeyPath) -> Any:
@@ -325,6 +325,18 @@ def _rules(store: Store, leaves: list[int]) -> list[Rule]:
         if key not in seen:
             seen[key] = group.rule_of(i)
     return list(seen.values())
+
+
+def current(state: Any) -> Any:
+    """The hyper-parameters that the next update will use: rules whose schedules are replaced by their present values.
+
+    For a Leaf its rule, for a Branch a dict {path: rule}: `current(state.w).eta`, `current(state)["w"].eta`.
+    """
+    store = parts(state)[0]
+    if isinstance(state, Leaf):
+        return schedules(state.rule, lambda schedule: float(schedule(store.clock)))
+    return {str(store.layout.paths[i]): current(handle(store, Node(leaf=i, leaves=(i,)), store.layout.paths[i]))
+            for i in leaves_of(state)}
 
 
 # -- showing and comparing ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ the graph. So a rule is written once. `WORDS` is the whole vocabulary that an en
 said with these words.
 """
 
-import builtins
 import contextlib
 import functools
 from collections.abc import Callable
@@ -404,15 +403,3 @@ def norm(x: Any, p: float = 2.0) -> Any:
     if p == 0:
         return sum_(where(not_equal(size, 0), 1.0, 0.0))
     return sum_(size**p) ** (1 / p)
-
-
-builtin_names = {"abs", "sum", "max", "min"}
-"""Words that would hide a builtin here; inside the package they end in an underscore, for users they do not."""
-
-
-def exported() -> dict[str, Any]:
-    """The words by the names that users write."""
-    here = globals()
-    names = [*WORDS, "total", "when", "under", "check", "zeros_like", "ones_like", "full_like", "real_zeros_like"]
-    names += ["copy", "square", "ema", "clip", "mean", "dot", "norm"]
-    return {n: here[n + "_" if n in builtin_names else n] for n in builtins.sorted(names)}

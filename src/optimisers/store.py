@@ -26,7 +26,8 @@ Table = np.ndarray[Any, np.dtype[np.float64]]
 class Shape:
     """What `setup` saw of one leaf's parameters."""
 
-    library: Any
+    name: str
+    """The array library."""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     """Those of its state arrays, in elements."""
@@ -36,7 +37,11 @@ class Shape:
     @classmethod
     def of(cls, x: Any) -> "Shape":
         library = registry.library(x)
-        return cls(library, tuple(x.shape), library.dense_strides(x), x.dtype, library.device(x))
+        return cls(library.NAME, tuple(x.shape), library.dense_strides(x), x.dtype, library.device(x))
+
+    @property
+    def library(self) -> Any:
+        return registry.named(self.name)
 
 
 @dataclasses.dataclass(eq=False)
@@ -110,6 +115,18 @@ class Group:
             self.more[gradients] = program_of(self.rule_of(0), self.state_of(0), self.kind, gradients - 1)
         return self.more[gradients]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what can be made again: programs, and the tables of engines."""
+        kept = {k: v for k, v in vars(self).items() if k not in ("program", "more", "memo")}
+        return kept | {"template": self.program.template}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        template = kept.pop("template")
+        vars(self).update(kept, more={}, memo={})
+        arrays = iter([p.library.stand_in(p.places.shapes[0], p.dtype) for p in self.slots])
+        state = unflatten(template, iter([next(arrays) if registry.isarray(v) else v for _, v in flatten(template)]))
+        self.program = program_of(self.rule, state, self.kind)
+
     def join(self) -> None:
         """One row for equal numbers: what has not parted, or has met again, is one history."""
         used, row = np.unique(self.row, return_inverse=True)
@@ -176,6 +193,9 @@ class Store:
         new = copy.copy(self)
         new.groups, new.frozen, new.clock, new.handles = groups, self.frozen.copy(), self.clock + 1, {}
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"handles": {}, "plans": {}}
 
     def change(self, leaves: Iterable[int], new: Callable[[Rule], Rule]) -> None:
         """Replace the rule of every one of the leaves; state stays, and so do rules' equal parts of it."""

@@ -234,7 +234,7 @@ def _places(node: Node) -> Iterator[tuple[int, Any]]:
 
 def _active(store: Store, plan: _Plan, orders: list[Sequence[Any]]) -> Any:
     """Which leaves are stepped, as a mask; None for all: those that are not frozen and have a gradient."""
-    missing = [n for n, g in enumerate(orders[0]) if g is None]
+    missing = [n for n, g in enumerate(orders[0]) if g is None] if id(None) in map(id, orders[0]) else []
     frozen = store.frozen[plan.leaves]
     if not missing and not frozen.any():
         return None

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from optimisers.arrays import registry
+
 LARGE = 1 << 15
 """Elements from which an array has a buffer of its own."""
 
@@ -52,19 +54,24 @@ class Places:
 class Pack:
     """The arrays of one slot of the state, one for each leaf of a group."""
 
-    library: Any
+    name: str
+    """The array library."""
     dtype: Any
     places: Places
     buffers: list[Any]
 
+    @property
+    def library(self) -> Any:
+        return registry.named(self.name)
+
     @classmethod
     def zeros(cls, library: Any, dtype: Any, places: Places) -> "Pack":
-        return cls(library, dtype, places, [library.zeros(n, dtype) for n in places.lengths])
+        return cls(library.NAME, dtype, places, [library.zeros(n, dtype) for n in places.lengths])
 
     def empty(self) -> "Pack":
         """Buffers of the same form, not yet written."""
         fresh = [self.library.empty(n, self.dtype) for n in self.places.lengths]
-        return Pack(self.library, self.dtype, self.places, fresh)
+        return Pack(self.name, self.dtype, self.places, fresh)
 
     def copy(self) -> "Pack":
         new = self.empty()
@@ -74,7 +81,7 @@ class Pack:
 
     def pick(self, places: Places) -> "Pack":
         """The arrays at some of the places; they share the buffers."""
-        return Pack(self.library, self.dtype, places, self.buffers)
+        return Pack(self.name, self.dtype, places, self.buffers)
 
     def __getitem__(self, i: int) -> Any:
         p = self.places

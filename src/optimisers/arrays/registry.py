@@ -22,6 +22,12 @@ def module_of(kind: type) -> ModuleType | None:
     return None
 
 
+@functools.cache
+def named(name: str) -> Any:
+    """The module that speaks for a library."""
+    return importlib.import_module(LIBRARIES[name])
+
+
 def library(*args: Any) -> Any:
     """The library of the first array among the arguments; NumPy for plain numbers.
 
@@ -34,7 +40,7 @@ def library(*args: Any) -> Any:
             return module
         plain = plain or isinstance(a, numbers.Number)
     if plain:
-        return importlib.import_module(LIBRARIES["numpy"])
+        return named("numpy")
     raise TypeError(f"no array among {', '.join(type(a).__name__ for a in args)}")
 
 

@@ -42,7 +42,7 @@ class Form:
     """Shapes and strides of a list of arrays, as tables for the compiled look."""
 
     def __init__(self, shapes: list[tuple[int, ...]], strides: list[tuple[int, ...]], contiguous: list[bool]) -> None:
-        self.shapes, self.strides = shapes, strides
+        self.shapes, self.strides, self.flat = shapes, strides, contiguous
         self.contiguous = np.array(contiguous, np.int64)
         self.begin = np.concatenate([[0], np.cumsum([len(s) for s in shapes])]).astype(np.int64)
         self.shape = np.array([n for s in shapes for n in s], np.int64)

@@ -74,14 +74,15 @@ class Interpreter(Task):
     def values(self, leaf: int) -> Values:
         return Values(self.job, leaf, lambda e: self.scalars.of_leaves(e)[leaf])
 
-    def reduce(self, reductions: Sequence[Expr]) -> list[Any]:
-        out = np.zeros((len(reductions), len(self.job.row)), complex if any(r.type == "complex" for r in reductions) else float)
+    def reduce(self, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
+        chosen = [r for r, w in zip(self.stages[level].reductions, wanted, strict=True) if w]
+        found: dict[Expr, list[Any]] = {r: [] for r in chosen}
         with np.errstate(all="ignore"):
             for leaf in range(len(self.job.row)):
                 values = self.values(leaf)
-                for i, r in enumerate(reductions):
-                    out[i, leaf] = self.job.library.WORDS[r.op](values.get(r.args[0]))
-        return list(out)
+                for r in chosen:
+                    found[r].append(self.job.library.WORDS[r.op](values.get(r.args[0])))
+        return {r: np.array(v, complex if r.type == "complex" else float) for r, v in found.items()}
 
     def prepare(self) -> None:
         """Compute everything before anything is written, since a word of the array library may raise."""

@@ -106,8 +106,8 @@ class Task:
 
     # -- what an engine offers --
 
-    def reduce(self, reductions: Sequence[Expr]) -> list[Any]:
-        """The value of each reduction for every leaf."""
+    def reduce(self, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
+        """The values of the wanted reductions of a level, each for every leaf."""
         raise NotImplementedError
 
     def prepare(self) -> None:
@@ -126,11 +126,10 @@ class Task:
         while self.level < len(self.stages):
             stage = self.stages[self.level]
             if not self.reduced:
-                needed = [self.needed(r) for r in stage.reductions]
-                wanted = [r for r, n in zip(stage.reductions, needed, strict=True) if n]
-                found = iter(self.reduce(wanted) if wanted else [])
-                for r, n in zip(stage.reductions, needed, strict=True):
-                    self.scalars.put(r, next(found) if n else np.zeros(len(self.job.row)), of_leaf=True)
+                wanted = tuple(self.needed(r) for r in stage.reductions)
+                found = self.reduce(self.level, wanted) if any(wanted) else {}
+                for r in stage.reductions:
+                    self.scalars.put(r, found.get(r, np.zeros(len(self.job.row))), of_leaf=True)
                 for t in stage.totals:
                     totals.give(self, t, float(np.sum(self.scalars.of_leaves(t.args[0]))))
                 self.reduced = moved = True

@@ -41,8 +41,8 @@ def refusal(program: Program, library: Any, dtype: str) -> str | None:
 
 def sample_passes(program: Program) -> list[Pass]:
     """The passes of a step in which every condition of the rule holds."""
-    found = [reduce_pass([r for r in stage.reductions if r.args[0].domain == "array"]) for stage in stages(program)]
-    found.append(store_pass(program, outputs(program, [True] * len(program.guards))))
+    found = [reduce_pass(program, k, (True,) * len(stage.reductions)) for k, stage in enumerate(stages(program))]
+    found.append(store_pass(program, (True,) * len(program.guards)))
     return [p for p in found if p is not None]
 
 
@@ -70,11 +70,6 @@ def sources(program: Program, p: Pass, kinds: dict[str, str], dtype: str, *, inp
     return kernels.source(p, kinds, kernels.ARITHMETIC[dtype], labels_of(program), title, inplace=inplace)
 
 
-@functools.lru_cache(maxsize=4096)
-def compiled(text: str) -> Callable[..., None]:
-    return cache.load(text).kernel
-
-
 # -- the task ----------------------------------------------------------------------------------------------------------------
 
 
@@ -92,14 +87,16 @@ class Fused(Task):
         kind = np.dtype(job.dtype)
         self.wide = job.library.arithmetic(kind)
         self.x, self.x_at = self.fitted(job.x, kind, job.checked_x, write=job.inplace)
-        read = common_dtype(job.grads, kind, self.wide)
-        self.kinds = kinds_of(job.program, kind.name, read.name)
-        self.dx_at: list[Indices] = []
-        self.alive: list[Sequence[Any]] = []
-        for n, grads in enumerate(job.grads):
-            arrays, at = self.fitted(grads, read, functools.partial(job.checked_gradient, n), write=False)
-            self.alive.append(arrays)
-            self.dx_at.append(at)
+        self.gradient = kind
+        looked = [self.form.addresses(grads, kind, write=False) for grads in job.grads]
+        if any(len(misfits) for _, misfits in looked):
+            self.gradient = common_dtype(job.grads, kind, self.wide)
+            found = [self.fitted(grads, self.gradient, functools.partial(job.checked_gradient, n), write=False)
+                     for n, grads in enumerate(job.grads)]
+            self.dx = [arrays for arrays, _ in found]
+            self.dx_at = [at for _, at in found]
+        else:
+            self.dx, self.dx_at = list(job.grads), [at for at, _ in looked]
         self.free: dict[int, list[Any]] = {}
 
     def fitted(
@@ -120,20 +117,20 @@ class Fused(Task):
 
     # -- passes --
 
-    def reduce(self, reductions: Sequence[Expr]) -> list[Any]:
-        out: list[Any] = [None] * len(reductions)
-        fused = [i for i, r in enumerate(reductions) if r.args[0].domain == "array"]
-        for i, r in enumerate(reductions):
-            if i not in fused:
-                out[i] = np.array([self.job.library.WORDS[r.op](self.values(k).get(r.args[0]))
-                                   for k in range(len(self.job.row))], float)
-        p = reduce_pass([reductions[i] for i in fused])
+    def reduce(self, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
+        leaves = len(self.job.row)
+        found: dict[Expr, Any] = {}
+        for r, w in zip(self.stages[level].reductions, wanted, strict=True):
+            if w and r.args[0].domain != "array":
+                word = self.job.library.WORDS[r.op]
+                found[r] = np.array([word(self.values(k).get(r.args[0])) for k in range(leaves)], float)
+        p = reduce_pass(self.job.program, level, wanted)
         if p is not None:
-            partial = np.empty((len(fused), len(self.chunks.leaf)))
+            partial = np.empty((len(p.reductions), len(self.chunks.leaf)))
             self.launch(p, self.chunks, None, {}, partial)
-            for j, i in enumerate(fused):
-                out[i] = gathered(reductions[i].op, partial[j], self.chunks.leaf, len(self.job.row))
-        return out
+            for r, parts in zip(p.reductions, partial, strict=True):
+                found[r] = gathered(r.op, parts, self.chunks.leaf, leaves)
+        return found
 
     def values(self, leaf: int) -> Values:
         return Values(self.job, leaf, lambda e: self.scalars.of_leaves(e)[leaf])
@@ -146,7 +143,7 @@ class Fused(Task):
         if members is not None:
             row, rows = row[members], [r[members] for r in rows]
         addresses = np.stack(rows) if rows else np.zeros((1, len(row)), np.int64)
-        kernel = kernel_of(job.program, p, tuple(self.kinds.items()), np.dtype(job.dtype).name, inplace=job.inplace)
+        kernel = kernel_of(job.program, p, job.dtype, self.gradient, inplace=job.inplace)
         counter = np.zeros(1, np.int64)
         at = counter.ctypes.data
         row = np.ascontiguousarray(row, np.int64)
@@ -186,7 +183,7 @@ class Fused(Task):
         self.other: list[tuple[int, int, Any]] = []
         for holds, members in self.branches():
             out = outputs(job.program, holds)
-            p = store_pass(job.program, out)
+            p = store_pass(job.program, holds)
             self.plan.append((p, members))
             for j, (slot, e) in enumerate(zip(job.program.slots, out.slots, strict=True)):
                 if slot.shape is not None and not is_input(e, slot.name):
@@ -199,22 +196,25 @@ class Fused(Task):
 
     def separate(self) -> None:
         """Copy gradients that lie in memory which this step writes: `{"a": model["b"], "b": model["a"]}` is a gradient."""
-        job = self.job
-        begin = np.concatenate([self.x_at, *(b.__array_interface__["data"][0] * np.ones(1, np.int64)
-                                             for p in job.slots for b in p.buffers)])
-        size = np.dtype(job.dtype).itemsize
-        end = np.concatenate([self.x_at + job.sizes * size, *(
-            np.full(1, b.__array_interface__["data"][0] + b.nbytes) for p in job.slots for b in p.buffers)])
-        by = np.argsort(begin, kind="stable")
-        begin, end = begin[by], end[by]
-        for j, at in enumerate(self.dx_at):
-            kind = np.dtype(self.kinds["dx"])
-            before = np.searchsorted(begin, at + job.sizes * kind.itemsize) - 1
-            clash = np.flatnonzero((before >= 0) & (end[before] > at) & (job.sizes > 0))
-            for i in clash:
-                arrays = self.alive[j] = list(self.alive[j])
-                arrays[i] = job.library.laid_out(arrays[i], kind, self.layout(i))
+        begin, end = self.written()
+        for n, at in enumerate(self.dx_at):
+            before = np.searchsorted(begin, at + self.job.sizes * self.gradient.itemsize) - 1
+            for i in np.flatnonzero((end[before] > at) & (before >= 0) & (self.job.sizes > 0)):
+                arrays = self.dx[n] = list(self.dx[n])
+                arrays[i] = self.job.library.laid_out(arrays[i], self.gradient, self.layout(i))
                 at[i] = arrays[i].__array_interface__["data"][0]
+
+    def written(self) -> tuple[Indices, Indices]:
+        """(begin, end) of the memory that a step in place writes, sorted; remembered while arrays stay where they are."""
+        job = self.job
+        buffers = [b for p in job.slots for b in p.buffers]
+        known = job.memo.get("written")
+        if known is None or known[0] != list(map(id, buffers)) or not np.array_equal(known[1], self.x_at):
+            at = np.concatenate([self.x_at, np.array([b.__array_interface__["data"][0] for b in buffers], np.int64)])
+            end = at + np.concatenate([job.sizes * job.dtype.itemsize, np.array([b.nbytes for b in buffers], np.int64)])
+            by = np.argsort(at, kind="stable")
+            known = job.memo["written"] = (list(map(id, buffers)), self.x_at.copy(), at[by], end[by])
+        return known[2], known[3]
 
     def commit(self) -> Result:
         job = self.job
@@ -244,14 +244,14 @@ class Fused(Task):
 
     def targets(self, results: Any, members: Any) -> Indices:
         """Where new parameters go: the arrays themselves in place, else fresh ones, which become the results."""
-        job = self.job
-        if job.inplace:
+        if self.job.inplace:
             return self.x_at
-        at = np.zeros(len(job.row), np.int64)
-        for k in range(len(job.row)) if members is None else members:
-            fresh = job.library.fresh(job.shapes[k], job.x[k].dtype, self.layout(k))
-            results[k] = job.library.like(job.x[k], fresh)
-            at[k] = fresh.__array_interface__["data"][0]
+        fresh, contiguous, strides = self.job.library.fresh, self.form.flat, self.job.strides
+        new = [fresh(shape, self.job.dtype, None if flat else laid)
+               for shape, flat, laid in zip(self.job.shapes, contiguous, strides, strict=True)]
+        at, _ = self.form.addresses(new, self.job.dtype, write=True)
+        for k in range(len(new)) if members is None else members:
+            results[k] = self.job.library.like(self.job.x[k], new[k])
         return at
 
     def write_back(self) -> list[Any]:
@@ -261,8 +261,10 @@ class Fused(Task):
 
 
 @functools.lru_cache(maxsize=4096)
-def kernel_of(program: Program, p: Pass, kinds: tuple[tuple[str, str], ...], dtype: str, *, inplace: bool) -> Callable[..., None]:
-    return compiled(sources(program, p, dict(kinds), dtype, inplace=inplace))
+def kernel_of(program: Program, p: Pass, dtype: Any, gradient: Any, *, inplace: bool) -> Callable[..., None]:
+    """The compiled kernel of a pass."""
+    kinds = kinds_of(program, dtype.name, gradient.name)
+    return cache.load(sources(program, p, kinds, dtype.name, inplace=inplace)).kernel
 
 
 def slot_addresses(pack: Pack) -> Indices:

@@ -39,7 +39,8 @@ class Outputs:
     slots: tuple[Expr, ...]
 
 
-def outputs(program: Program, holds: Sequence[bool]) -> Outputs:
+@functools.lru_cache(maxsize=4096)
+def outputs(program: Program, holds: tuple[bool, ...]) -> Outputs:
     """The arrays that a step stores where condition i of the program holds or not; what does not run is left out.
 
     Scalar nodes stay the very ones of the program, so their values serve every variant.
@@ -69,13 +70,17 @@ def levels(roots: Sequence[Expr]) -> dict[int, int]:
     return level
 
 
-def reduce_pass(reductions: Sequence[Expr]) -> Pass | None:
-    """The pass that computes these reductions over arrays; None if there are none."""
-    return _pass([], list(reductions)) if reductions else None
+@functools.lru_cache(maxsize=4096)
+def reduce_pass(program: Program, level: int, wanted: tuple[bool, ...]) -> Pass | None:
+    """The pass for the wanted reductions of a level over arrays of the shape of x; None if there are none."""
+    chosen = [r for r, w in zip(stages(program)[level].reductions, wanted, strict=True) if w and r.args[0].domain == "array"]
+    return _pass([], chosen) if chosen else None
 
 
-def store_pass(program: Program, new: Outputs) -> Pass | None:
+@functools.lru_cache(maxsize=4096)
+def store_pass(program: Program, holds: tuple[bool, ...]) -> Pass | None:
     """The last pass: stores everything that changes and has the shape of the parameters; None if nothing does."""
+    new = outputs(program, holds)
     stores: list[tuple[str, Expr]] = []
     for slot, e in zip(program.slots, new.slots, strict=True):
         if slot.shape is None and not is_input(e, slot.name):

@@ -111,7 +111,11 @@ def register(
 
 def container(obj: Any) -> Container | None:
     """The ways of the container `obj`, or None if it is not one."""
-    kind: type = type(obj)
+    return container_of(type(obj))
+
+
+def container_of(kind: type) -> Container | None:
+    """The ways of the containers of this type, or None if they are not."""
     for base in kind.__mro__:
         if base in REGISTERED:
             return REGISTERED[base]

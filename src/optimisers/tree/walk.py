@@ -13,7 +13,7 @@ import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.errors import TreeMismatch
-from optimisers.tree.children import Container, container, loose
+from optimisers.tree.children import Container, container, container_of, loose
 from optimisers.tree.path import Attr, KeyPath
 
 
@@ -37,6 +37,22 @@ class Node:
     """The values of the live children in one call; set where all of them are leaves."""
     leaves: tuple[int, ...] = ()
     """The leaves below, in the order of the walk, one entry a place."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("ways", "fetch")}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        vars(self).update(kept, fetch=_fetcher(kept["live"]))
+        self.ways = None if self.kind is None else container_of(self.kind)
+
+
+def _fetcher(live: "tuple[tuple[Any, Node], ...]") -> Callable[[Any], Any] | None:
+    """Reads all live children in one call, if all of them are leaves."""
+    if not live or any(c.leaf < 0 for _, c in live):
+        return None
+    keys = [k for k, _ in live]
+    get = attrgetter(*keys) if isinstance(keys[0], Attr) else itemgetter(*keys)
+    return get if len(keys) > 1 else lambda obj: (get(obj),)
 
 
 @dataclasses.dataclass(eq=False)
@@ -119,13 +135,9 @@ class _Survey:
             if isinstance(value, float) and not skipped and not _declared_float(obj, key):
                 self.floats.append((below, value))
         live = tuple((k, c) for k, c in zip(keys, children, strict=True) if c.leaves)
-        fetch = None
-        if live and all(c.leaf >= 0 for _, c in live):
-            wanted = [k for k, _ in live]
-            get = attrgetter(*wanted) if isinstance(wanted[0], Attr) else itemgetter(*wanted)
-            fetch = get if len(wanted) > 1 else lambda o: (get(o),)
         leaves = tuple(i for _, c in live for i in c.leaves)
-        return Node(kind=type(obj), ways=ways, keys=keys, children=tuple(children), live=live, fetch=fetch, leaves=leaves)
+        return Node(kind=type(obj), ways=ways, keys=keys, children=tuple(children), live=live,
+                    fetch=_fetcher(live), leaves=leaves)
 
     def leaf(self, x: Any, path: KeyPath) -> Node:
         library = registry.library(x)

@@ -1,0 +1,167 @@
+"""`python -m optimisers`: see the rules, look inside one, train with them, check this machine."""
+
+import argparse
+import difflib
+import importlib
+import importlib.metadata
+import inspect
+import os
+import platform
+import stat
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import optimisers as opt
+from optimisers.engines import cache, threads
+
+NEEDED = ("optimisers", "numpy", "numba", "platformdirs")
+OPTIONAL = ("matplotlib", "rich", "scikit-learn", "ml_dtypes", "attrs", "torch", "jax", "cupy")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m optimisers", description=opt.__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[..., int]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=docstring(run), description=docstring(run))
+        sub.set_defaults(run=run)
+        return sub
+
+    command("demo", demo)
+    command("list", list_rules)
+    command("show", show).add_argument("rule", metavar="RULE", help="the name of a rule, as `list` prints it")
+    command("doctor", doctor)
+    given = vars(parser.parse_args(arguments))
+    return given.pop("run")(**given)
+
+
+def failed(message: str) -> int:
+    """Say why on the error stream; the exit status of a command that could not run."""
+    print(message, file=sys.stderr)
+    return 1
+
+
+def docstring(of: object) -> str:
+    return inspect.getdoc(of) or ""
+
+
+# -- training -----------------------------------------------------------------------------------------------------------
+
+
+def demo() -> int:
+    """Train a classifier of handwritten digits under four rules; writes demo.png."""
+    try:
+        run = importlib.import_module("optimisers.demo").run
+    except ModuleNotFoundError as error:
+        return failed(f'the demo needs {error.name}, which is not installed; write pip install "optimisers[demo]"')
+    run()
+    return 0
+
+
+# -- rules --------------------------------------------------------------------------------------------------------------
+
+
+def rules() -> dict[str, type[opt.Rule]]:
+    """Every public rule, by name."""
+    public = [getattr(opt, name) for name in sorted(opt.__all__)]
+    return {r.__name__: r for r in public if isinstance(r, type) and issubclass(r, opt.Rule) and r is not opt.Rule}
+
+
+def call_of(rule: type[opt.Rule]) -> str:
+    """How to write the rule: `Momentum(eta=0.01, rho=0.9)`."""
+    bare = [p.replace(annotation=p.empty) for p in inspect.signature(rule).parameters.values()]
+    return rule.__name__ + str(inspect.Signature(bare))
+
+
+def list_rules() -> int:
+    """Print every rule: its settings with their defaults, and what it does."""
+    for rule in rules().values():
+        print(f"{call_of(rule)}\n    {docstring(rule).splitlines()[0]}")
+    return 0
+
+
+def show(rule: str) -> int:
+    """Print what a rule does, what its step costs, and the kernel that is generated from it."""
+    known = rules()
+    if rule not in known:
+        close = difflib.get_close_matches(rule, known)
+        return failed(f"there is no rule {rule}; " + (f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"))
+    print(f"{call_of(known[rule])}\n\n{docstring(known[rule])}")
+    try:
+        one = known[rule]()
+    except TypeError:
+        print(f"\nIt has settings without a default: give them and write print(opt.kernel({rule}(...))).")
+        return 0
+    print(f"\n{opt.explain(opt.setup(one, np.zeros(1000, np.float32)))}\n\n{opt.kernel(one)}")
+    return 0
+
+
+# -- the machine --------------------------------------------------------------------------------------------------------
+
+
+def doctor() -> int:
+    """Check this machine: versions, cache, threads, and whether the fused engine works."""
+    works, step = fused_step()
+    for name, found in {
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        **{name: version(name) for name in NEEDED},
+        "optional": ", ".join(f"{name} {version(name)}" for name in OPTIONAL),
+        "import": f"{seconds_to_import():.3f} s beyond that of NumPy",
+        "threads": f"{threads.available()}, alone below {threads.SERIAL_BELOW:,} elements",
+        "kernel cache": described(cache.directory()),
+        "fused engine": step,
+    }.items():
+        print(f"{name:<14}{found}")
+    return 0 if works else 1
+
+
+def version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "-"
+
+
+def seconds_to_import() -> float:
+    """How long `import optimisers` takes in a fresh process that has NumPy."""
+    code = "import numpy, time; t = time.perf_counter(); import optimisers; print(time.perf_counter() - t)"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
+
+
+def described(directory: Path) -> str:
+    """A directory with its mode and owner, as far as there is one."""
+    if not directory.exists():
+        return f"{directory}, not made yet"
+    mode = stat.S_IMODE(directory.stat().st_mode)
+    owner = f", owner {directory.owner()}" if os.name == "posix" else ""
+    return f"{directory}, mode {mode:o}{owner}"
+
+
+def fused_step() -> tuple[bool, str]:
+    """Whether one fused step equals the interpreter's, and a sentence on it."""
+    rng = np.random.default_rng(0)
+    x, dx = rng.standard_normal((2, 1000)).astype(np.float32)
+    start = time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            state, fused = opt.update(opt.setup(opt.Adam(), x, engine="numba"), x, dx)
+        except Exception as error:  # noqa: BLE001 whatever is wrong is what was asked for
+            return False, f"fails: {type(error).__name__}: {error}"
+    seconds = time.perf_counter() - start
+    state, plain = opt.update(opt.setup(opt.Adam(), x, engine="interpret"), x, dx)
+    ulps = float(np.max(np.abs(fused - plain) / np.spacing(np.abs(plain))))
+    works = ulps <= 4
+    said = "".join(f"\n{'':<14}warning: {w.message}" for w in caught)
+    return works, f"{'works' if works else 'WRONG'}: within {ulps:g} ulp of the interpreter, {seconds:.2f} s for the first step{said}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
