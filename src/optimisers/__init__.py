@@ -84,7 +84,19 @@ from optimisers.rule import Rule, static
 from optimisers.rules.adam import Adam, AdamW
 from optimisers.rules.descent import Descent, Momentum, Nesterov
 from optimisers.rules.gradient import ClipGlobalNorm, ClipGrad, ClipNorm, SignDecay, WeightDecay
-from optimisers.schedules import Constant, Cosine, Exponential, InverseSqrt, Join, Linear, OneCycle, Polynomial, Schedule, Step, WarmupStableDecay
+from optimisers.schedules import (
+    Constant,
+    Cosine,
+    Exponential,
+    InverseSqrt,
+    Join,
+    Linear,
+    OneCycle,
+    Polynomial,
+    Schedule,
+    Step,
+    WarmupStableDecay,
+)
 from optimisers.tree.children import register
 from optimisers.tree.path import KeyPath
 from optimisers.update import setup, update, update_

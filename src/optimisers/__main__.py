@@ -23,6 +23,9 @@ from optimisers.engines import cache, threads
 NEEDED = ("optimisers", "numpy", "numba", "platformdirs")
 OPTIONAL = ("matplotlib", "rich", "scikit-learn", "ml_dtypes", "attrs", "torch", "jax", "cupy")
 
+SAME = 4
+"""Units in the last place by which two engines may differ."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit status."""
@@ -52,7 +55,7 @@ def docstring(of: object) -> str:
     return inspect.getdoc(of) or ""
 
 
-# -- training -----------------------------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------------------------
 
 
 def demo() -> int:
@@ -60,18 +63,22 @@ def demo() -> int:
     try:
         run = importlib.import_module("optimisers.demo").run
     except ModuleNotFoundError as error:
-        return failed(f'the demo needs {error.name}, which is not installed; write pip install "optimisers[demo]"')
+        return failed(
+            f'the demo needs {error.name}, which is not installed; write pip install "optimisers[demo]"'
+        )
     run()
     return 0
 
 
-# -- rules --------------------------------------------------------------------------------------------------------------
+# -- rules ---------------------------------------------------------------------------------------------------
 
 
 def rules() -> dict[str, type[opt.Rule]]:
     """Every public rule, by name."""
     public = [getattr(opt, name) for name in sorted(opt.__all__)]
-    return {r.__name__: r for r in public if isinstance(r, type) and issubclass(r, opt.Rule) and r is not opt.Rule}
+    return {
+        r.__name__: r for r in public if isinstance(r, type) and issubclass(r, opt.Rule) and r is not opt.Rule
+    }
 
 
 def call_of(rule: type[opt.Rule]) -> str:
@@ -91,8 +98,10 @@ def show(rule: str) -> int:
     """Print what a rule does, what its step costs, and the kernel that is generated from it."""
     known = rules()
     if rule not in known:
-        close = difflib.get_close_matches(rule, known)
-        return failed(f"there is no rule {rule}; " + (f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"))
+        names = {name.lower(): name for name in known}
+        close = difflib.get_close_matches(rule.lower(), names, n=1)
+        hint = f"did you mean {names[close[0]]}?" if close else f"there are {', '.join(known)}"
+        return failed(f"there is no rule {rule}; {hint}")
     print(f"{call_of(known[rule])}\n\n{docstring(known[rule])}")
     try:
         one = known[rule]()
@@ -103,7 +112,7 @@ def show(rule: str) -> int:
     return 0
 
 
-# -- the machine --------------------------------------------------------------------------------------------------------
+# -- the machine ---------------------------------------------------------------------------------------------
 
 
 def doctor() -> int:
@@ -132,7 +141,9 @@ def version(distribution: str) -> str:
 def seconds_to_import() -> float:
     """How long `import optimisers` takes in a fresh process that has NumPy."""
     code = "import numpy, time; t = time.perf_counter(); import optimisers; print(time.perf_counter() - t)"
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
+    return float(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
+    )
 
 
 def described(directory: Path) -> str:
@@ -152,15 +163,19 @@ def fused_step() -> tuple[bool, str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            state, fused = opt.update(opt.setup(opt.Adam(), x, engine="numba"), x, dx)
+            fused = opt.update(opt.setup(opt.Adam(), x, engine="numba"), x, dx)[1]
         except Exception as error:  # noqa: BLE001 whatever is wrong is what was asked for
             return False, f"fails: {type(error).__name__}: {error}"
     seconds = time.perf_counter() - start
-    state, plain = opt.update(opt.setup(opt.Adam(), x, engine="interpret"), x, dx)
+    plain = opt.update(opt.setup(opt.Adam(), x, engine="interpret"), x, dx)[1]
     ulps = float(np.max(np.abs(fused - plain) / np.spacing(np.abs(plain))))
-    works = ulps <= 4
+    works = ulps <= SAME
     said = "".join(f"\n{'':<14}warning: {w.message}" for w in caught)
-    return works, f"{'works' if works else 'WRONG'}: within {ulps:g} ulp of the interpreter, {seconds:.2f} s for the first step{said}"
+    verdict = "works" if works else "WRONG"
+    return (
+        works,
+        f"{verdict}: within {ulps:g} ulp of the interpreter, {seconds:.2f} s for the first step{said}",
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What does training look like? A classifier of handwritten digits, in NumPy alone, under four rules side by side."""
+"""What does training look like? A classifier of handwritten digits, in NumPy alone, under four rules."""
 
 import time
 from collections.abc import Callable
@@ -33,7 +33,7 @@ CLASSES = 10
 Array = NDArray[Any]
 
 
-# -- the model and its gradient, by hand ------------------------------------------------------------------------------
+# -- the model and its gradient, by hand ---------------------------------------------------------------------
 
 
 @dataclass
@@ -94,7 +94,7 @@ def accuracy(net: Network, x: Array, labels: Array) -> float:
     return float((logp.argmax(axis=1) == labels).mean())
 
 
-# -- training -----------------------------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------------------------
 
 
 class Digits(NamedTuple):
@@ -108,8 +108,8 @@ class Digits(NamedTuple):
 
 def digits(seed: int = 0) -> Digits:
     """The 1797 digits of scikit-learn; a fifth of them, drawn by the seed, is kept for the test."""
-    data = load_digits()
-    x, y = np.asarray(data.data / 16, np.float32), np.asarray(data.target)
+    pixels, y = load_digits(return_X_y=True)
+    x = np.asarray(pixels, np.float32) / 16
     order = np.random.default_rng(seed).permutation(len(x))
     test, train = np.split(order, [len(x) // 5])
     return Digits(x[train], y[train], x[test], y[test])
@@ -169,7 +169,7 @@ def run(epochs: int = EPOCHS, picture: Path = Path("demo.png")) -> list[Result]:
     return results
 
 
-# -- what is shown ------------------------------------------------------------------------------------------------------
+# -- what is shown -------------------------------------------------------------------------------------------
 
 
 def table(results: list[Result]) -> Table:
@@ -216,7 +216,7 @@ def spread(heights: Array, gap: float) -> Array:
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """Save the loss curves: each mini-batch faint, the mean around it on top, a label where the curve ends."""
+    """Save the loss curves: mini-batches faint, the mean around each on top, a label where the curve ends."""
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.set_yscale("log")

@@ -3,17 +3,20 @@
 from typing import Any
 
 from optimisers.arrays import registry
-from optimisers.errors import TreeMismatch
+from optimisers.errors import BadState, TreeMismatch
+from optimisers.leaf import Branch, Leaf
+from optimisers.rule import Rule
 from optimisers.tree.children import container
-from optimisers.tree.walk import Layout, rebuild, survey
+from optimisers.tree.path import KeyPath
+from optimisers.tree.walk import Layout, gather, rebuild, survey
 
 
 class Restructure:
     """The way back from a vector to a model: `re(flat)` is the model with its numbers taken from `flat`.
 
-    `re(model, flat)` fills another model of the same structure. `len(re)` is the length of the vector. Everything that
-    is not trained is that of the original; shapes, element types and ties are restored. With `copy=False` arrays that
-    need no conversion are views of `flat`.
+    `re(model, flat)` fills another model of the same structure. `len(re)` is the length of the vector.
+    Everything that is not trained is that of the original; shapes, element types and ties are restored. With
+    `copy=False` arrays that need no conversion are views of `flat`.
     """
 
     def __init__(self, model: Any, layout: Layout, arrays: list[Any]) -> None:
@@ -42,31 +45,54 @@ class Restructure:
         if not registry.isarray(flat) or flat.ndim != 1 or flat.size != len(self):
             shape = tuple(flat.shape) if registry.isarray(flat) else type(flat).__name__
             raise TreeMismatch(f"re takes a vector of length {len(self)}; {shape} was given")
+        if model is not self._model:
+            self._refuse_other(model)
         if self._library is None:
             return model
-        new = {i: self._library.piece(flat, self._ends[i], shape, dtype, copy=copy)
-               for i, (shape, dtype) in enumerate(self._like)}
+        new = {
+            i: self._library.piece(flat, self._ends[i], shape, dtype, copy=copy)
+            for i, (shape, dtype) in enumerate(self._like)
+        }
         return rebuild(self._layout.root, model, new)
+
+    def _refuse_other(self, model: Any) -> None:
+        """Raise TreeMismatch unless another model has arrays of the same shapes at the same places."""
+        found = gather(self._layout.root, model, KeyPath())
+        for leaf, x in zip(self._layout.root.leaves, found, strict=True):
+            shape = self._like[leaf][0]
+            if not registry.isnumeric(x) or tuple(x.shape) != shape:
+                what = f"shape {tuple(x.shape)}" if registry.isarray(x) else type(x).__name__
+                raise TreeMismatch(
+                    f"{self._layout.paths[leaf].code()} has {what}; `destructure` saw an array of shape "
+                    f"{shape}"
+                )
 
 
 def destructure(model: Any) -> tuple[Any, Restructure]:
     """(flat, re): all trainable numbers of a model in one vector, and the way back.
 
-    The vector has the type to which those of all arrays promote, ties occur once, order is that of `trainables`.
-    `setup(rule, flat)` then trains the whole model as one array.
+    The vector has the type to which those of all arrays promote, ties occur once, order is that of
+    `trainables`. `setup(rule, flat)` then trains the whole model as one array.
     """
-    layout, arrays = survey(model)
+    layout, arrays = _survey(model, "destructure")
     library = registry.library(*arrays) if arrays else registry.library(0.0)
     return library.flattened(arrays), Restructure(model, layout, arrays)
 
 
 def trainables(model: Any, *, path: bool = False) -> list[Any]:
-    """The arrays that `setup` would train, in its order, tied ones once; with `path`, as pairs (KeyPath, array).
+    """The arrays that `setup` would train, in its order, tied ones once; with `path`, as pairs (KeyPath,
+    array).
 
     They are the model's own arrays: writing into them changes the model.
     """
-    layout, arrays = survey(model)
+    layout, arrays = _survey(model, "trainables")
     return list(zip(layout.paths, arrays, strict=True)) if path else arrays
+
+
+def _survey(model: Any, name: str) -> Any:
+    if isinstance(model, Leaf | Branch | Rule):
+        raise BadState(f"{name} was given a {type(model).__name__}; it takes a model")
+    return survey(model)
 
 
 def trainable(x: Any) -> dict[Any, Any]:
@@ -78,4 +104,3 @@ def trainable(x: Any) -> dict[Any, Any]:
     kept = keys if ways.trainable is None else [k for k in keys if k in ways.trainable]
     found = dict(zip(keys, ways.read(x, keys), strict=True))
     return {k: found[k] for k in kept}
-

@@ -1,6 +1,7 @@
 """What does a user hold of the state? Handles: a Leaf beside each array, a Branch beside each container.
 
-Any handle is an address: `freeze_(state.layers[3])`. They are made when somebody looks; the store behind them is one.
+Any handle is an address: `freeze_(state.layers[3])`. They are made when somebody looks; the store behind them
+is one.
 """
 
 import functools
@@ -10,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import registry
-from optimisers.errors import BadState, NoMatch, TraceError, UnknownField
+from optimisers.errors import BadState, NoMatch, UnknownField
 from optimisers.rule import Rule, changes_of
 from optimisers.store import Store
 from optimisers.trace.program import entries, flatten, form, unflatten
 from optimisers.tree.path import Attr, KeyPath, matches
 from optimisers.tree.walk import Node, find
-from optimisers.value import Value, adjusted, fields_of, refuse_unknown, schedules, skeleton
+from optimisers.value import Value, adjustable, adjusted, refuse_unknown, schedules, skeleton
 
 Where = Any
 """A selector: a glob over paths, a predicate (path, leaf), a rule type, or a list of these."""
@@ -25,8 +26,8 @@ Where = Any
 class Leaf:
     """The rule and state of one array of parameters (or of several tied ones).
 
-    `rule`, `state` and `frozen` may be read and assigned. Arrays in `state` are views: they show what the next step
-    starts from. Two leaves are equal if rule, state and frozen are.
+    `rule`, `state` and `frozen` may be read and assigned. Arrays in `state` are views: they show what the
+    next step starts from. Two leaves are equal if rule, state and frozen are.
     """
 
     __slots__ = ("_leaf", "_node", "_store")
@@ -46,12 +47,21 @@ class Leaf:
 
     @rule.setter
     def rule(self, rule: Rule) -> None:
-        if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise BadState(f"{self._name()}.rule is {rule!r}; it takes a rule")
-        if skeleton(rule) != skeleton(self.rule):
-            self._replace(rule, self.state)
-        else:
+        if not isinstance(rule, Rule):
+            raise BadState(f"{self._name()}.rule is {rule!r}; it takes a rule, such as Adam()")
+        if skeleton(rule) == skeleton(self.rule):
             self._store.change([self._leaf], lambda _: rule)
+            return
+        kind = self._store.shapes[self._leaf]
+        assert kind is not None
+        wanted = rule.init(kind.stand_in())
+        if form(wanted) != form(self.state):
+            raise BadState(
+                f"{self._name()} has a state of the form {_kinds(self.state)}; {rule!r} takes "
+                f"{_kinds(wanted)}; "
+                f"call `setup` for a new state"
+            )
+        self._store.move([(self._leaf, rule, _copied(self.state, self.state, self._name()))])
 
     @property
     def state(self) -> Any:
@@ -60,16 +70,10 @@ class Leaf:
 
     @state.setter
     def state(self, state: Any) -> None:
-        old = self.state
+        old, name = self.state, f"{self._name()}.state"
         if form(state) != form(old):
-            raise BadState(f"{self._name()}.state takes a state of the form {_kinds(old)}; {_kinds(state)} was given")
-        self._replace(self.rule, state)
-
-    def _replace(self, rule: Rule, state: Any) -> None:
-        try:
-            self._store.move([(self._leaf, rule, _copied(state))])
-        except TraceError as error:
-            raise BadState(f"the state of {self._name()} does not fit {rule!r}: {error}; call `setup` for a new state") from error
+            raise BadState(f"{name} is given {_kinds(state)}; it takes {_kinds(old)}")
+        self._store.move([(self._leaf, self.rule, _copied(state, old, name))])
 
     @property
     def frozen(self) -> bool:
@@ -78,19 +82,28 @@ class Leaf:
 
     @frozen.setter
     def frozen(self, frozen: bool) -> None:
-        self._store.frozen[self._leaf] = bool(frozen)
+        if not isinstance(frozen, bool | np.bool_):
+            raise BadState(f"{self._name()}.frozen is {frozen!r}; it takes True or False")
+        self._store.frozen[self._leaf] = frozen
 
     def _name(self) -> str:
         return self.path.code("state")
 
     def __eq__(self, other: object) -> bool:
-        return (isinstance(other, Leaf) and self.rule == other.rule and self.frozen == other.frozen
-                and same(self.state, other.state))
+        return (
+            isinstance(other, Leaf)
+            and self.rule == other.rule
+            and self.frozen == other.frozen
+            and same(self.state, other.state)
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"Leaf({self.rule!r}, {_short(self.state)}{', frozen=True' if self.frozen else ''})"
+
+    def __reduce__(self) -> Any:
+        return handle, (self._store, self._node, self.path)
 
     def __copy__(self) -> Any:
         return handle(self._store.fork(), self._node, self.path)
@@ -102,14 +115,21 @@ class Leaf:
 class Branch:
     """The part of the state beside one container: children by attribute or item, in the order of the model.
 
-    `state.layers[3].w`, `state["layers"]`, `state["layers.3.w"]` and `state[path]` all work. Where the model has
-    nothing to train there is `()`.
+    `state.layers[3].w`, `state["layers"]`, `state["layers.3.w"]` and `state[path]` all work. Where the model
+    has nothing to train there is `()`.
     """
 
     __slots__ = ("_node", "_path", "_store")
 
     def __init__(self, store: Store, node: Node, path: KeyPath) -> None:
-        self._store, self._node, self._path = store, node, path
+        for name, value in (("_store", store), ("_node", node), ("_path", path)):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise BadState(
+            f"a state has no parts to replace; assign {self._path.code('state')}.{name}.rule or .state of a "
+            "leaf"
+        )
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, KeyPath):
@@ -121,7 +141,10 @@ class Branch:
         if isinstance(key, str) and ("." in key or key.isdigit()):
             first, _, rest = key.partition(".")
             here = self[int(first)] if find(self._node, first) is None and first.isdigit() else self[first]
-            return here[rest] if rest else here
+            if isinstance(here, Branch) and rest:
+                return here[rest]
+            if not rest:
+                return here
         has = ", ".join(repr(_plain(k)) for k in self._node.keys)
         raise KeyError(f"{self._path.code('state')} has no {key!r}; it has {has}")
 
@@ -150,13 +173,19 @@ class Branch:
         return [k for k in self._node.keys if isinstance(k, str) and k.isidentifier()]
 
     def __eq__(self, other: object) -> bool:
-        return (isinstance(other, Branch) and self._node.keys == other._node.keys
-                and all(self[k] == other[k] for k in self._node.keys))
+        return (
+            isinstance(other, Branch)
+            and self._node.keys == other._node.keys
+            and all(self[k] == other[k] for k in self._node.keys)
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return shown(self)
+
+    def __reduce__(self) -> Any:
+        return handle, (self._store, self._node, self._path)
 
     def __copy__(self) -> Any:
         return handle(self._store.fork(), self._node, self._path)
@@ -175,7 +204,9 @@ def _own(node: Node, key: Any) -> Any:
 
 
 def handle(store: Store, node: Node, path: KeyPath) -> Any:
-    """The handle on one place: a Leaf, a Branch, or () where nothing trains; the same object each time for a leaf."""
+    """The handle on one place: a Leaf, a Branch, or () where nothing trains; the same object each time for a
+    leaf.
+    """
     if node.leaf >= 0:
         if store.shapes[node.leaf] is None:
             return ()
@@ -193,19 +224,26 @@ def copied(of: "Leaf | Branch", node: Node, path: KeyPath) -> Any:
     return handle(store, node, path)
 
 
+def opened(of: "Leaf | Branch") -> tuple[Store, Node, KeyPath]:
+    """What stands behind a handle."""
+    return of.__reduce__()[1]
+
+
 def parts(state: Any) -> tuple[Store, Node, KeyPath]:
     """(store, node, path) of a handle; raises BadState for anything else."""
-    if isinstance(state, Leaf):
-        return state._store, state._node, state.path  # noqa: SLF001 handles are opened here alone
-    if isinstance(state, Branch):
-        return state._store, state._node, state._path  # noqa: SLF001
+    if isinstance(state, Leaf | Branch):
+        return opened(state)
     if isinstance(state, Rule) or (isinstance(state, type) and issubclass(state, Rule)):
-        raise BadState(f"a state was wanted and the rule {state!r} came; write state = setup({state!r}, model)")
-    raise BadState(f"a state was wanted and a {type(state).__name__} came; state is what `setup(rule, model)` returns, "
-                   f"or a part of it")
+        rule = f"{state.__name__}()" if isinstance(state, type) else repr(state)
+        raise BadState(f"a state was wanted and the rule {state!r} came; write state = setup({rule}, model)")
+    raise BadState(
+        f"a state was wanted and a {type(state).__name__} came; a state is what `setup(rule, model)` "
+        "returns, or a part "
+        f"of it"
+    )
 
 
-# -- selecting ----------------------------------------------------------------------------------------------------------------
+# -- selecting -----------------------------------------------------------------------------------------------
 
 
 def leaves_of(state: Any, where: Where = None) -> list[int]:
@@ -215,33 +253,49 @@ def leaves_of(state: Any, where: Where = None) -> list[int]:
     if where is None:
         return found
     choices = where if isinstance(where, list | tuple) else [where]
+    if not choices:
+        raise NoMatch("where=[] picks nothing; leave it out to pick everything")
     picked: set[int] = set()
-    for choice in choices:  # pyright: ignore[reportUnknownVariableType]
+    for choice in choices:
         some = [i for i in found if picks(choice, store, i, len(path))]
         if not some:
-            raise NoMatch(f"where={choice!r} matches no parameter; there are {listed(store.layout.paths[i] for i in found)}")
+            raise NoMatch(
+                f"where={choice!r} matches no parameter; there are "
+                f"{listed(store.layout.paths[i] for i in found)}"
+            )
         picked.update(some)
     return [i for i in found if i in picked]
 
 
 def picks(choice: Any, store: Store, leaf: int, depth: int) -> bool:
-    """Whether one selector picks a leaf. Globs are tried on every place of a tie, from the handle's own root."""
+    """Whether one selector picks a leaf. Globs are tried on every place of a tie, from the handle's own
+    root.
+    """
     if isinstance(choice, str | KeyPath):
-        return any(matches(str(choice), p[depth:]) or matches(str(choice), p) for p in store.layout.places[leaf])
+        return any(
+            matches(str(choice), p[depth:]) or matches(str(choice), p) for p in store.layout.places[leaf]
+        )
     if isinstance(choice, type) and issubclass(choice, Rule):
         group, _ = store.where(leaf)
         return any(issubclass(kind, choice) for kind in kinds_in(group.rule))
-    if callable(choice):
-        return bool(choice(store.layout.paths[leaf], handle(store, Node(leaf=leaf, leaves=(leaf,)), store.layout.paths[leaf])))
-    raise NoMatch(f"where={choice!r} is no selector; it takes a glob such as '**.bias', a function of (path, leaf), "
-                  f"or a rule type")
+    if callable(choice) and not isinstance(choice, type):
+        return bool(
+            choice(
+                store.layout.paths[leaf],
+                handle(store, Node(leaf=leaf, leaves=(leaf,)), store.layout.paths[leaf]),
+            )
+        )
+    raise NoMatch(
+        f"where={choice!r} is no selector; it takes a glob such as '**.bias', a function of (path, leaf), "
+        f"or a rule type"
+    )
 
 
 def kinds_in(value: Any) -> list[type]:
     """The types of a rule and of the rules it is made of."""
     if isinstance(value, Value):
         return [type(value), *(k for v in vars(value).values() for k in kinds_in(v))]
-    return [k for v in value for k in kinds_in(v)] if isinstance(value, tuple) else []  # pyright: ignore
+    return [k for v in value for k in kinds_in(v)] if isinstance(value, tuple) else []
 
 
 def listed(paths: Any, most: int = 6) -> str:
@@ -249,7 +303,7 @@ def listed(paths: Any, most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-# -- freeze, thaw, adjust --------------------------------------------------------------------------------------------------------
+# -- freeze, thaw, adjust ------------------------------------------------------------------------------------
 
 
 def freeze_(state: Any, where: Where = None) -> None:
@@ -281,19 +335,20 @@ def _freeze(state: Any, where: Where, frozen: bool) -> None:
 
 
 def adjust_(state: Any, eta: Any = None, *, where: Where = None, **changes: Any) -> None:
-    """Change hyper-parameters below `state`: `adjust_(state, 0.03)` sets eta, others go by name. State is kept.
+    """Change hyper-parameters below `state`: `adjust_(state, 0.03)` sets eta, others go by name. State is
+    kept.
 
     A value may be a schedule. In a chain, every rule that has the name takes it. Nothing is recompiled.
-    Raises UnknownField for a name that no rule there has, BadSetting for a value that does not fit, NoMatch for a
-    selector that picks nothing; then nothing has changed.
+    Raises UnknownField for a name that no rule there has, BadSetting for a value that does not fit, NoMatch
+    for a selector that picks nothing; then nothing has changed.
     """
     store, leaves = parts(state)[0], leaves_of(state, where)
     changes = changes_of(eta, changes)
     rules = _rules(store, leaves)
     for name in changes:
-        if not any(name in fields_of(rule) for rule in rules):
+        if not any(name in adjustable(rule) for rule in rules):
             for rule in rules:
-                refuse_unknown(rule, [name], type(rule).__name__)
+                refuse_unknown(rule, [name])
             raise UnknownField(f"there is nothing to train here, so nothing has a setting {name}")
     for rule in rules:  # before anything changes
         adjusted(rule, changes)
@@ -328,37 +383,57 @@ def _rules(store: Store, leaves: list[int]) -> list[Rule]:
 
 
 def current(state: Any) -> Any:
-    """The hyper-parameters that the next update will use: rules whose schedules are replaced by their present values.
+    """The hyper-parameters that the next update will use: rules whose schedules are replaced by their present
+    values.
 
     For a Leaf its rule, for a Branch a dict {path: rule}: `current(state.w).eta`, `current(state)["w"].eta`.
     """
     store = parts(state)[0]
     if isinstance(state, Leaf):
-        return schedules(state.rule, lambda schedule: float(schedule(store.clock)))
-    return {str(store.layout.paths[i]): current(handle(store, Node(leaf=i, leaves=(i,)), store.layout.paths[i]))
-            for i in leaves_of(state)}
+        return schedules(state.rule, lambda _, schedule: float(schedule(store.clock)))
+    return {
+        str(store.layout.paths[i]): current(handle(store, Node(leaf=i, leaves=(i,)), store.layout.paths[i]))
+        for i in leaves_of(state)
+    }
 
 
-# -- showing and comparing ---------------------------------------------------------------------------------------------------------
+# -- showing and comparing -----------------------------------------------------------------------------------
 
 
 def same(a: Any, b: Any) -> bool:
     """Whether two states are of one form and equal in every array and number."""
     if form(a) != form(b):
         return False
-    return all(np.array_equal(x, y, equal_nan=True) for (_, x), (_, y) in zip(flatten(a), flatten(b), strict=True))
+    return all(
+        np.array_equal(x, y, equal_nan=True) for (_, x), (_, y) in zip(flatten(a), flatten(b), strict=True)
+    )
 
 
-def _copied(state: Any) -> Any:
-    """The state with arrays of its own, since a group may be built from views of itself."""
-    return unflatten(state, iter([v.copy() if registry.isarray(v) else v for _, v in flatten(state)]))
+def _copied(state: Any, old: Any, name: str) -> Any:
+    """The state with arrays of its own, in the types of the old one; raises BadState for other shapes."""
+    new: list[Any] = []
+    for (path, value), (_, was) in zip(flatten(state), flatten(old), strict=True):
+        if registry.isarray(was):
+            if value.shape != was.shape:
+                at = "".join(f".{p}" if isinstance(p, str) else f"[{p}]" for p in path)
+                raise BadState(f"{name}{at} has shape {tuple(value.shape)}; it takes {tuple(was.shape)}")
+            new.append(registry.library(was).copied(value, was.dtype))
+        else:
+            new.append(value)
+    return unflatten(state, iter(new))
 
 
 def _kinds(state: Any) -> str:
     inner = entries(state)
     if inner:
         return f"{type(state).__name__}({', '.join(_kinds(v) for _, v in inner)})"
-    return "array" if registry.isarray(state) else "number" if not isinstance(state, tuple) and state is not None else repr(state)
+    return (
+        "array"
+        if registry.isarray(state)
+        else "number"
+        if not isinstance(state, tuple) and state is not None
+        else repr(state)
+    )
 
 
 def _short(state: Any) -> str:
@@ -383,10 +458,19 @@ def shown(state: Any, indent: int = 0, most: int = 12) -> str:
     _, node, _ = parts(state)
     pad = "  " * (indent + 1)
     named = [k for k in node.keys if isinstance(k, Attr)]
-    lines = [f"{pad}{f'{k}=' if isinstance(k, Attr) else '' if isinstance(k, int) else f'{k!r}: '}"
-             f"{shown(state[k], indent + 1)},\n" for k in node.keys[:most]]
+    lines = [
+        f"{pad}{f'{k}=' if isinstance(k, Attr) else '' if isinstance(k, int) else f'{k!r}: '}"
+        f"{shown(state[k], indent + 1)},\n"
+        for k in node.keys[:most]
+    ]
     if len(node.keys) > most:
         lines.append(f"{pad}... and {len(node.keys) - most} more\n")
     kind = node.kind
-    left, right = ("{", "}") if kind and issubclass(kind, dict) else ("[", "]") if kind and issubclass(kind, list) else ("(", ")")
+    left, right = (
+        ("{", "}")
+        if kind and issubclass(kind, dict)
+        else ("[", "]")
+        if kind and issubclass(kind, list)
+        else ("(", ")")
+    )
     return f"{kind.__name__ if named and kind else ''}{left}\n{''.join(lines)}{'  ' * indent}{right}"

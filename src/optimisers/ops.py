@@ -1,8 +1,8 @@
 """Which words may a rule use? These, and arithmetic; each asks its argument who it is.
 
-A word called on a NumPy array computes with NumPy, on a tensor with torch, and on a traced symbol it writes itself into
-the graph. So a rule is written once. `WORDS` is the whole vocabulary that an engine must know; what stands below it is
-said with these words.
+A word called on a NumPy array computes with NumPy, on a tensor with torch, and on a traced symbol it writes
+itself into the graph. So a rule is written once. `WORDS` is the whole vocabulary that an engine must know;
+what stands below it is said with these words.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optimisers.arrays import registry
-from optimisers.errors import DomainError
+from optimisers.errors import DomainError, TraceError
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,9 @@ class Word:
 
     name: str
     family: str
-    """`elementwise`; `reduce` (to one number, or along an axis); `shape` (free in its shape: closes a phase)."""
+    """`elementwise`; `reduce` (to one number, or along an axis); `shape` (free in its shape: closes a
+    phase).
+    """
     gives: str
     """`same` as the arguments, `real`, `bool`, or `branch`: the type of its arguments after the first."""
 
@@ -29,7 +31,9 @@ class Word:
 WORDS: dict[str, Word] = {}
 
 
-def _word(family: str = "elementwise", gives: str = "same") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _word(
+    family: str = "elementwise", gives: str = "same"
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(declaration: Callable[..., Any]) -> Callable[..., Any]:
         name = declaration.__name__.rstrip("_")
         WORDS[name] = Word(name, family, gives)
@@ -44,14 +48,16 @@ def _word(family: str = "elementwise", gives: str = "same") -> Callable[[Callabl
 
 
 def speak(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """The value of a word: written into the graph if an argument is a symbol, else computed by its array library."""
+    """The value of a word: written into the graph if an argument is a symbol, else computed by its array
+    library.
+    """
     for a in args:
         if (write := getattr(type(a), "__word__", None)) is not None:
             return write(name, args, options)
     return registry.library(*args).WORDS[name](*args, **options)
 
 
-# -- arithmetic; the operators + - * / ** < & ... of a symbol are these -------------------------------------------------
+# -- arithmetic; the operators + - * / ** < & ... of a symbol are these --------------------------------------
 
 
 @_word()
@@ -129,7 +135,7 @@ def logical_not(a: Any) -> Any:
     """~a of a condition."""
 
 
-# -- functions of one element -------------------------------------------------------------------------------------------
+# -- functions of one element --------------------------------------------------------------------------------
 
 
 @_word()
@@ -242,7 +248,7 @@ def where(condition: Any, a: Any, b: Any) -> Any:
     """a where the condition holds, else b; the one not taken may hold anything, NaN included."""
 
 
-# -- reductions: of a whole array to one number (these stay fused), or along an axis ---------------------------------------
+# -- reductions: of a whole array to one number (these stay fused), or along an axis -------------------------
 
 
 @_word("reduce")
@@ -260,7 +266,7 @@ def min_(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
     """The smallest element of this array (NaN if there is one); or along `axis`."""
 
 
-# -- what the array library does itself: right, though not fused -----------------------------------------------------------
+# -- what the array library does itself: right, though not fused ---------------------------------------------
 
 
 @_word("shape")
@@ -283,32 +289,42 @@ def call(function: Any, *args: Any) -> Any:
     """`function(*arrays)`: any function of the array library, on whole arrays; it must be pure."""
 
 
-# -- the tree ------------------------------------------------------------------------------------------------------------------
+# -- the tree ------------------------------------------------------------------------------------------------
 
 
 def total(s: Any) -> Any:
-    """The sum of the scalar `s` over all leaves stepped together that ask for the same total, whatever their rule.
+    """The sum of the scalar `s` over all leaves stepped together that ask for the same total, whatever their
+    rule.
 
     Called on a plain number, outside any update, there is one leaf, and the total is `s` itself.
     """
     write = getattr(type(s), "__total__", None)
+    if write is None and getattr(s, "shape", ()) != ():
+        raise TraceError("total() was given an array; it takes a scalar: total(sum(...))")
     return s if write is None else write(s)
 
 
 def when(condition: Any, dx: Any) -> Any:
     """The answer of a rule that steps only where the scalar condition holds.
 
-    Elsewhere the rest of the chain does not run, its state stays, and so does the parameter. Inside a trace the result
-    is a symbol; for plain values it is `dx` itself, or None, which means "no step".
+    Elsewhere the rest of the chain does not run, its state stays, and so does the parameter. Inside a trace
+    the result is a symbol; for plain values it is `dx` itself, or None, which means "no step".
     """
     for a in (condition, dx):
         if (write := getattr(type(a), "__when__", None)) is not None:
             return write(condition, dx)
+    if getattr(condition, "shape", ()) != ():
+        raise TraceError(
+            "when() was given a condition for each element; it takes a scalar one: "
+            "use where() for single elements"
+        )
     return dx if condition else None
 
 
 def under(dx: Any) -> contextlib.AbstractContextManager[Any]:
-    """The scope in which the rest of a chain runs after a rule answered `dx`: what is made in it holds only with it."""
+    """The scope in which the rest of a chain runs after a rule answered `dx`: what is made in it holds only
+    with it.
+    """
     enter = getattr(type(dx), "__under__", None)
     return contextlib.nullcontext() if enter is None else enter(dx)
 
@@ -326,14 +342,14 @@ def check(condition: Any, message: str, *values: Any) -> None:
         raise DomainError(message.format(*values))
 
 
-# -- making state -------------------------------------------------------------------------------------------------------------
+# -- making state --------------------------------------------------------------------------------------------
 
 
 def zeros_like(x: Any) -> Any:
     """Zeros in the shape of `x`, in the type of the arithmetic: that of `x`, but float32 at least.
 
-    A mean or a sum kept in half precision would lose its small terms (0.999 is 1 in bfloat16), so state for float16
-    and bfloat16 parameters is float32.
+    A mean or a sum kept in half precision would lose its small terms (0.999 is 1 in bfloat16), so state for
+    float16 and bfloat16 parameters is float32.
     """
     return full_like(x, 0)
 
@@ -361,7 +377,7 @@ def copy(x: Any) -> Any:
     return registry.library(x).widened(x) if write is None else write(x)
 
 
-# -- said with these words ------------------------------------------------------------------------------------------------------
+# -- said with these words -----------------------------------------------------------------------------------
 
 
 def square(x: Any) -> Any:
@@ -390,16 +406,18 @@ def dot(a: Any, b: Any) -> Any:
 
 
 def norm(x: Any, p: float = 2.0) -> Any:
-    """The p-norm of all elements of this array; p = 0 counts those that are not zero, -inf takes the least."""
+    """The p-norm of all elements of this array; p = 0 counts those that are not zero, -inf takes the
+    least.
+    """
     if p == 2:
         return sqrt(sum_(abs2(x)))
     size = abs_(x)
     if p == 1:
         return sum_(size)
     if p == float("inf"):
-        return max_(size)
+        return where(equal(x.size, 0), 0.0, max_(size))
     if p == -float("inf"):
-        return min_(size)
+        return where(equal(x.size, 0), 0.0, min_(size))
     if p == 0:
         return sum_(where(not_equal(size, 0), 1.0, 0.0))
-    return sum_(size**p) ** (1 / p)
+    return where(equal(x.size, 0), 0.0, sum_(size**p) ** (1 / p))

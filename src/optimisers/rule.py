@@ -5,18 +5,20 @@ import inspect
 from typing import Any, Self
 
 from optimisers.errors import BadSetting, TraceError, UnknownField
-from optimisers.value import Value, adjusted, is_number, refuse_unknown, settings, static
+from optimisers.value import Value, adjusted, is_number, parts, refuse_unknown, settings, static
 
 
 class Rule(Value):
-    """A way to step one array of parameters; subclass it, list the hyper-parameters as fields, write two functions.
+    """A way to step one array of parameters; subclass it, list the hyper-parameters as fields, write two
+    functions.
 
-    `init(x) -> state` and `apply(state, x, dx) -> (state, dx)`, where the returned `dx` is subtracted from `x`. Both
-    are pure and use only arithmetic and the words of `optimisers.ops`. State is any nest of tuples, NamedTuples and
-    dicts, of arrays and numbers; None or () if there is none.
+    `init(x) -> state` and `apply(state, x, dx) -> (state, dx)`, where the returned `dx` is subtracted from
+    `x`. Both are pure and use only arithmetic and the words of `optimisers.ops`. State is any nest of tuples,
+    NamedTuples and dicts, of arrays and numbers; None or () if there is none.
 
-    Fields with a number as default are hyper-parameters: they can be adjusted, and each may be a schedule, a function
-    of the clock. Other fields, and those declared with `static(default)`, are structure. An `eta` must not be negative.
+    Fields with a number as default are hyper-parameters: they can be adjusted, and each may be a schedule, a
+    function of the clock. Other fields, and those declared with `static(default)`, are structure. An `eta`
+    must not be negative.
     """
 
     def init(self, x: Any) -> Any:
@@ -28,19 +30,22 @@ class Rule(Value):
         raise NotImplementedError(f"{type(self).__name__} has no apply(self, state, x, dx)")
 
     def adjust(self, eta: Any = None, **changes: Any) -> Self:
-        """This rule with the named hyper-parameters replaced, also in the rules it is made of; `eta` may come first.
+        """This rule with the named hyper-parameters replaced, also in the rules it is made of; `eta` may come
+        first.
 
         Raises UnknownField for a name that none of them has, BadSetting for a value that does not fit.
         """
         changes = changes_of(eta, changes)
-        refuse_unknown(self, changes, type(self).__name__)
+        refuse_unknown(self, changes)
         return adjusted(self, changes)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for field, value in settings(self):
             if field == "eta" and is_number(value) and isinstance(value, float | int) and value < 0:
-                raise BadSetting(f"{type(self).__name__}.eta is {value!r}; the learning rate cannot be negative")
+                raise BadSetting(
+                    f"{type(self).__name__}.eta is {value!r}; the learning rate cannot be negative"
+                )
 
 
 def changes_of(eta: Any, changes: dict[str, Any]) -> dict[str, Any]:
@@ -48,17 +53,28 @@ def changes_of(eta: Any, changes: dict[str, Any]) -> dict[str, Any]:
     if eta is not None:
         changes = {"eta": eta, **changes}
     if not changes:
-        raise UnknownField("adjust was given nothing to change; write adjust(state, 0.01) or adjust(state, rho=0.9)")
+        raise UnknownField(
+            "adjust was given nothing to change; write adjust(state, 0.01) or adjust(state, rho=0.9)"
+        )
     return changes
 
 
 def stepped(rule: Rule, state: Any, x: Any, dx: Any, more: tuple[Any, ...] = ()) -> Any:
-    """`rule.apply`, given as many of the further gradients `more` (second derivatives, say) as it asks for."""
+    """`rule.apply`, given as many of the further gradients `more` (second derivatives, say) as it asks
+    for.
+    """
     needs, takes = further(type(rule))
     if len(more) < needs:
-        raise TraceError(f"{type(rule).__name__} takes {needs + 1} gradients, and {len(more) + 1} came; "
-                         f"write update(state, model, grads, {', '.join(f'grads{i + 2}' for i in range(needs))})")
+        raise TraceError(
+            f"{type(rule).__name__} takes {needs + 1} gradients, and {len(more) + 1} came; "
+            f"write update(state, model, grads, {', '.join(f'grads{i + 2}' for i in range(needs))})"
+        )
     return rule.apply(state, x, dx, *more[:takes])
+
+
+def needed(rule: Rule) -> int:
+    """How many gradients beyond the first a rule, or one that it is made of, cannot do without."""
+    return max((further(type(part))[0] for part in parts(rule) if isinstance(part, Rule)), default=0)
 
 
 @functools.cache

@@ -1,7 +1,9 @@
-"""Where does the state live? In groups of leaves that share a program, each with packed arrays and a table of numbers.
+"""Where does the state live? In groups of leaves that share a program, each with packed arrays and a table of
+numbers.
 
-The numbers of a leaf (hyper-parameters, then counters) are a row of the table of its group. Leaves that were always
-stepped together share a row; one that is adjusted, frozen or skipped gets its own, copied when they part.
+The numbers of a leaf (hyper-parameters, then counters) are a row of the table of its group. Leaves that were
+always stepped together share a row; one that is adjusted, frozen or skipped gets its own, copied when they
+part.
 """
 
 import copy
@@ -14,7 +16,7 @@ import numpy as np
 from optimisers.arrays import registry
 from optimisers.arrays.pack import Indices, Pack, Places
 from optimisers.errors import BadState
-from optimisers.rule import Rule
+from optimisers.rule import Rule, needed
 from optimisers.trace.program import Program, flatten, form, trace, unflatten
 from optimisers.tree.walk import Layout
 from optimisers.value import fill, numbers, skeleton
@@ -43,6 +45,10 @@ class Shape:
     def library(self) -> Any:
         return registry.named(self.name)
 
+    def stand_in(self) -> Any:
+        """An array of this kind that takes no memory, to be looked at only."""
+        return self.library.stand_in(self.shape, self.dtype)
+
 
 @dataclasses.dataclass(eq=False)
 class Group:
@@ -51,8 +57,10 @@ class Group:
     rule: Rule
     """A rule of the right structure; the numbers of each leaf are in the table."""
     program: Program
-    more: dict[int, Program]
-    """Programs for updates with further gradients."""
+    programs: dict[int, Program]
+    """The programs for updates with one, two, ... gradients; `program` is that for as few as the rule
+    needs.
+    """
     kind: Shape
     leaves: Indices
     places: Places
@@ -78,9 +86,13 @@ class Group:
         return dataclasses.replace(self, numbers=self.numbers.copy(), row=self.row.copy())
 
     def successor(self, *, whole: bool) -> "Group":
-        """A group for the state after a step: new arrays, not yet written where the `whole` of it is stepped."""
+        """A group for the state after a step: new arrays, not yet written where the `whole` of it is
+        stepped.
+        """
         slots = tuple(p.empty() if whole else p.copy() for p in self.slots)
-        return dataclasses.replace(self, numbers=self.numbers.copy(), row=self.row.copy(), slots=slots, shared=False)
+        return dataclasses.replace(
+            self, numbers=self.numbers.copy(), row=self.row.copy(), slots=slots, shared=False
+        )
 
     def part(self, stepped: Indices) -> None:
         """Give the members that are stepped rows of their own, where they shared one with others."""
@@ -108,24 +120,25 @@ class Group:
             self.numbers[rows, self.program.hypers + j] = value if np.ndim(value) == 0 else value[rows]
 
     def program_for(self, gradients: int) -> Program:
-        """The program for updates with this many gradients."""
-        if gradients == 1:
-            return self.program
-        if gradients not in self.more:
-            self.more[gradients] = program_of(self.rule_of(0), self.state_of(0), self.kind, gradients - 1)
-        return self.more[gradients]
+        """The program for updates with this many gradients; raises TraceError if the rule needs more."""
+        if gradients not in self.programs:
+            self.programs[gradients] = program_of(self.rule_of(0), self.state_of(0), self.kind, gradients - 1)
+        return self.programs[gradients]
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what can be made again: programs, and the tables of engines."""
-        kept = {k: v for k, v in vars(self).items() if k not in ("program", "more", "memo")}
+        kept = {k: v for k, v in vars(self).items() if k not in ("program", "programs", "memo")}
         return kept | {"template": self.program.template}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         template = kept.pop("template")
-        vars(self).update(kept, more={}, memo={})
+        vars(self).update(kept, memo={})
         arrays = iter([p.library.stand_in(p.places.shapes[0], p.dtype) for p in self.slots])
-        state = unflatten(template, iter([next(arrays) if registry.isarray(v) else v for _, v in flatten(template)]))
+        state = unflatten(
+            template, iter([next(arrays) if registry.isarray(v) else v for _, v in flatten(template)])
+        )
         self.program = program_of(self.rule, state, self.kind)
+        self.programs = {needed(self.rule) + 1: self.program}
 
     def join(self) -> None:
         """One row for equal numbers: what has not parted, or has met again, is one history."""
@@ -141,14 +154,23 @@ class Group:
 
     def state_of(self, i: int) -> Any:
         """The state of leaf i: arrays are views, numbers are copies."""
-        counters = iter([_as(t, v) for t, v in zip(self.types, self.numbers[self.row[i], self.program.hypers :], strict=True)])
+        counters = iter(
+            [
+                _as(t, v)
+                for t, v in zip(self.types, self.numbers[self.row[i], self.program.hypers :], strict=True)
+            ]
+        )
         arrays = iter([pack[i] for pack in self.slots])
-        leaves = [next(arrays) if registry.isarray(v) else next(counters) for _, v in flatten(self.program.template)]
+        leaves = [
+            next(arrays) if registry.isarray(v) else next(counters) for _, v in flatten(self.program.template)
+        ]
         return unflatten(self.program.template, iter(leaves))
 
 
 def _as(kind: type, value: Any) -> Any:
-    return int(value) if kind is int and value == int(value) else bool(value) if kind is bool else float(value)
+    return (
+        int(value) if kind is int and value == int(value) else bool(value) if kind is bool else float(value)
+    )
 
 
 @dataclasses.dataclass(eq=False)
@@ -185,8 +207,12 @@ class Store:
         return self.groups[self.group_of[leaf]], int(self.index_of[leaf])
 
     def fork(self) -> "Store":
-        """A store with the same state, to be changed apart from this one; arrays are copied when they are written."""
-        return dataclasses.replace(self, groups=[g.fork() for g in self.groups], frozen=self.frozen.copy(), handles={})
+        """A store with the same state, to be changed apart from this one; arrays are copied when they are
+        written.
+        """
+        return dataclasses.replace(
+            self, groups=[g.fork() for g in self.groups], frozen=self.frozen.copy(), handles={}
+        )
 
     def successor(self, groups: list[Group]) -> "Store":
         """The store after a step, with groups of the same leaves."""
@@ -223,25 +249,37 @@ class Store:
         entries = list(moved)
         for group in self.groups:
             if gone & set(map(int, group.leaves)):
-                entries += [(int(leaf), group.rule_of(i), group.state_of(i))
-                            for i, leaf in enumerate(group.leaves) if int(leaf) not in gone]
+                entries += [
+                    (int(leaf), group.rule_of(i), group.state_of(i))
+                    for i, leaf in enumerate(group.leaves)
+                    if int(leaf) not in gone
+                ]
         touched = {leaf for leaf, _, _ in entries}
         kept = [g for g in self.groups if not touched & set(map(int, g.leaves))]
         self.groups = kept + grouped(sorted(entries, key=lambda e: e[0]), self.shapes)
         self.index()
 
 
-# -- making groups ------------------------------------------------------------------------------------------------------------
+# -- making groups -------------------------------------------------------------------------------------------
 
 
 def grouped(entries: Sequence[tuple[int, Rule, Any]], shapes: Sequence[Shape | None]) -> list[Group]:
-    """Groups for (leaf, rule, state) entries: one for each rule structure, form of state, element type and device."""
+    """Groups for (leaf, rule, state) entries: one for each rule structure, form of state, element type and
+    device.
+    """
     kinds: dict[Any, list[tuple[int, Rule, Any]]] = {}
     programs: dict[Any, Program] = {}
     for leaf, rule, state in entries:
         kind = shapes[leaf]
         assert kind is not None
-        key = (skeleton(rule), form(state), _arrays(state, kind), str(kind.dtype), kind.library.NAME, kind.device)
+        key = (
+            skeleton(rule),
+            form(state),
+            _arrays(state, kind),
+            str(kind.dtype),
+            kind.library.NAME,
+            kind.device,
+        )
         if key not in programs:
             programs[key] = program_of(rule, state, kind)
         if programs[key].shape_read:
@@ -254,18 +292,22 @@ def grouped(entries: Sequence[tuple[int, Rule, Any]], shapes: Sequence[Shape | N
 
 def _arrays(state: Any, kind: Shape) -> Any:
     """The types of the arrays of a state, and whether they have the shape of the parameters."""
-    return tuple((str(v.dtype), tuple(v.shape) == kind.shape) for _, v in flatten(state) if registry.isarray(v))
+    return tuple(
+        (str(v.dtype), tuple(v.shape) == kind.shape) for _, v in flatten(state) if registry.isarray(v)
+    )
 
 
-def program_of(rule: Rule, state: Any, kind: Shape, more: int = 0) -> Program:
-    """The program for parameters of one kind; a stand-in without elements of its own is traced."""
-    return trace(rule, state, kind.library.stand_in(kind.shape, kind.dtype), more)
+def program_of(rule: Rule, state: Any, kind: Shape, more: int | None = None) -> Program:
+    """The program for parameters of one kind, with as many further gradients as are given, or else needed."""
+    return trace(rule, state, kind.stand_in(), needed(rule) if more is None else more)
 
 
 def _group(items: list[tuple[int, Rule, Any]], program: Program, shapes: Sequence[Shape | None]) -> Group:
     kinds = [k for leaf, _, _ in items if (k := shapes[leaf]) is not None]
     first, rule = kinds[0], items[0][1]
-    table = np.array([[*numbers(r), *(v for _, v in flatten(s) if not registry.isarray(v))] for _, r, s in items], float)
+    table = np.array(
+        [[*numbers(r), *(v for _, v in flatten(s) if not registry.isarray(v))] for _, r, s in items], float
+    )
     places = Places.of([k.shape for k in kinds], [k.strides for k in kinds])
     columns = [[v for _, v in flatten(s) if registry.isarray(v)] for _, _, s in items]
     packs: list[Pack] = []
@@ -278,22 +320,30 @@ def _group(items: list[tuple[int, Rule, Any]], program: Program, shapes: Sequenc
                 first.library.assign(pack[i], a)
         packs.append(pack)
     group = Group(
-        rule=rule, program=program, more={}, kind=first, leaves=np.array([leaf for leaf, _, _ in items], np.int64),
-        places=places, slots=tuple(packs),
+        rule=rule,
+        program=program,
+        programs={needed(rule) + 1: program},
+        kind=first,
+        leaves=np.array([leaf for leaf, _, _ in items], np.int64),
+        places=places,
+        slots=tuple(packs),
         types=tuple(type(v) for _, v in flatten(items[0][2]) if not registry.isarray(v)),
-        numbers=table.reshape(len(items), -1), row=np.arange(len(items)),
+        numbers=table.reshape(len(items), -1),
+        row=np.arange(len(items)),
     )
     group.join()
     return group
 
 
 def _places(library: Any, arrays: list[Any]) -> Places:
-    return Places.of([tuple(a.shape) for a in arrays], [library.contiguous_strides(tuple(a.shape)) for a in arrays])
+    return Places.of(
+        [tuple(a.shape) for a in arrays], [library.contiguous_strides(tuple(a.shape)) for a in arrays]
+    )
 
 
 def started(rule: Rule, x: Any, path: str) -> Any:
     """The state that a rule wants for an array; raises BadState if it is no state."""
-    if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(rule, Rule):
         hint = f"; write {rule.__name__}()" if isinstance(rule, type) and issubclass(rule, Rule) else ""
         raise BadState(f"the rule for {path} is {rule!r}; it takes a rule, such as Adam(){hint}")
     return rule.init(x)

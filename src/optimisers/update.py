@@ -1,4 +1,6 @@
-"""How does a model take a step? `setup` puts a rule and state beside each array; `update` walks them together."""
+"""How does a model take a step? `setup` puts a rule and state beside each array; `update` walks them
+together.
+"""
 
 import dataclasses
 import functools
@@ -18,18 +20,18 @@ from optimisers.store import Group, Shape, Store, grouped, started
 from optimisers.tree.path import KeyPath, matches
 from optimisers.tree.walk import Layout, Node, gather, gather_gradients, rebuild, survey
 
-# -- setup ----------------------------------------------------------------------------------------------------------------
+# -- setup ---------------------------------------------------------------------------------------------------
 
 
 def setup(rule: Any, model: Any, *, engine: str | None = None) -> Any:
     """The state that trains `model` by `rule`: a tree with the model's structure and a Leaf for each array.
 
     `rule` is a rule; or a dict {glob: rule}, where the first glob that matches a path wins; or a function
-    (path, array) -> rule. A rule of None trains nothing there. `engine="interpret"` computes every step with the array
-    library's own functions instead of fused kernels.
+    (path, array) -> rule. A rule of None trains nothing there. `engine="interpret"` computes every step with
+    the array library's own functions instead of fused kernels.
 
-    Raises BadState if rule and model are mixed up, NoMatch for a glob that matches nothing or a parameter that no glob
-    matches, TraceError for a rule that cannot be traced. Warns if there is nothing to train.
+    Raises BadState if rule and model are mixed up, NoMatch for a glob that matches nothing or a parameter
+    that no glob matches, TraceError for a rule that cannot be traced. Warns if there is nothing to train.
     """
     if isinstance(model, Leaf | Branch):
         raise BadState("setup was given a state where the model goes; write setup(rule, model)")
@@ -37,15 +39,25 @@ def setup(rule: Any, model: Any, *, engine: str | None = None) -> Any:
         raise BadState(f"setup was given the rule {model!r} where the model goes; write setup(rule, model)")
     layout, arrays = survey(model)
     for path, value in layout.floats if arrays else []:
-        warnings.warn(f"{path.code()} is the Python float {value!r}, which does not train; "
-                      f"write np.array({value!r}) to train it", FloatParameter, stacklevel=2)
+        warnings.warn(
+            f"{path.code()} is the number {value!r}, which does not train; "
+            f"write np.array({value!r}) to train it",
+            FloatParameter,
+            stacklevel=2,
+        )
     if not arrays:
-        warnings.warn("the model has no array of floating point or complex numbers: nothing will be trained",
-                      NoParameters, stacklevel=2)
+        warnings.warn(
+            "the model has no array of floating point or complex numbers: nothing will be trained",
+            NoParameters,
+            stacklevel=2,
+        )
     rules = _choose(rule, layout, arrays)
     shapes = [None if r is None else Shape.of(x) for r, x in zip(rules, arrays, strict=True)]
-    entries = [(i, r, started(r, x, layout.paths[i].code())) for i, (r, x) in enumerate(zip(rules, arrays, strict=True))
-               if r is not None]
+    entries = [
+        (i, r, started(r, x, layout.paths[i].code()))
+        for i, (r, x) in enumerate(zip(rules, arrays, strict=True))
+        if r is not None
+    ]
     store = Store(layout, shapes, grouped(entries, shapes), np.zeros(len(arrays), bool), engine=engine)
     for group in store.groups:
         task_for(group.program, group.kind.library, group.kind.dtype, engine, group.memo)
@@ -55,7 +67,7 @@ def setup(rule: Any, model: Any, *, engine: str | None = None) -> Any:
 def _choose(rule: Any, layout: Layout, arrays: list[Any]) -> list[Any]:
     """The rule of each leaf."""
     if isinstance(rule, Mapping):
-        return _by_glob(dict(rule), layout)  # pyright: ignore[reportUnknownArgumentType]
+        return _by_glob(dict(rule), layout)
     if callable(rule) and not isinstance(rule, type | Rule):
         return [rule(path, x) for path, x in zip(layout.paths, arrays, strict=True)]
     if not isinstance(rule, Rule):
@@ -65,22 +77,33 @@ def _choose(rule: Any, layout: Layout, arrays: list[Any]) -> list[Any]:
 
 
 def _by_glob(rules: dict[str, Any], layout: Layout) -> list[Any]:
+    for glob in rules:
+        if not isinstance(glob, str):
+            raise NoMatch(f"{glob!r} is no selector; a dict of rules takes globs, such as '**.bias'")
     used: set[str] = set()
+    won: set[str] = set()
     chosen: list[Any] = []
     for places in layout.places:
         fitting = [g for g in rules if any(matches(g, p) for p in places)]
         used.update(fitting)
         if not fitting:
-            raise NoMatch(f"no rule for {places[0].code()}; the globs are {', '.join(map(repr, rules))}; "
-                          f'add "**" for the rest, with None as its rule to train nothing there')
+            raise NoMatch(
+                f"no rule for {places[0].code()}; the globs are {', '.join(map(repr, rules))}; "
+                f'add "**" for the rest, with None as its rule to train nothing there'
+            )
+        won.add(fitting[0])
         chosen.append(rules[fitting[0]])
     for glob in rules:
         if glob not in used:
             raise NoMatch(f"{glob!r} matches no parameter; there are {listed(layout.paths)}")
+        if glob not in won and glob != "**":
+            raise NoMatch(
+                f"{glob!r} takes no parameter, since globs before it match all that it does; put it first"
+            )
     return chosen
 
 
-# -- update ---------------------------------------------------------------------------------------------------------------
+# -- update --------------------------------------------------------------------------------------------------
 
 _MISSING = object()
 
@@ -88,35 +111,44 @@ _MISSING = object()
 def update(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     """(state, model) after one step, leaving the old arrays and the old state as they were.
 
-    `grads` has the structure of `model`; None in it means "no step here", which is not the same as a zero gradient:
-    momenta stay untouched too. `more` are further gradients (of second order, say) for rules that ask for them. What
-    takes no step is shared with the old model. `state` may be a part of a state tree, with that part of the model.
+    `grads` has the structure of `model`; None in it means "no step here", which is not the same as a zero
+    gradient: momenta stay untouched too. `more` are further gradients (of second order, say) for rules that
+    ask for them. What takes no step is shared with the old model. `state` may be a part of a state tree, with
+    that part of the model.
 
-    Raises TreeMismatch, naming the path, if structure, shapes or types do not fit, BadState for mixed-up arguments, and
-    what the rules raise, such as DomainError for a norm that is not finite.
+    Raises TreeMismatch, naming the path, if structure, shapes or types do not fit, BadState for mixed-up
+    arguments, and what the rules raise, such as DomainError for a norm that is not finite.
     """
-    store, node, path = parts(state)
-    step = _Step(store, node, path, model, _given(grads), more, inplace=False)
+    store, node, path = _opened(state, model)
+    step = _Step(store, node, path, model, _given(grads, "update"), more, inplace=False)
     new = step.run()
     groups = [step.targets.get(g) or group.fork() for g, group in enumerate(store.groups)]
     return handle(store.successor(groups), node, path), rebuild(node, model, new)
 
 
 def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
-    """(state, model) after one step in place: the same numbers as `update`, written into the arrays that are there.
+    """(state, model) after one step in place: the same numbers as `update`, written into the arrays that are
+    there.
 
-    Arrays that may not be written (read-only ones) are replaced in the model that is returned, and only there. If it
-    raises, nothing has changed. Arguments and errors are those of `update`.
+    Arrays that may not be written (read-only ones) are replaced in the model that is returned, and only
+    there. If it raises, nothing has changed. Arguments and errors are those of `update`.
     """
-    store, node, path = parts(state)
-    new = _Step(store, node, path, model, _given(grads), more, inplace=True).run()
+    store, node, path = _opened(state, model)
+    new = _Step(store, node, path, model, _given(grads, "update_"), more, inplace=True).run()
     store.clock += 1
     return state, rebuild(node, model, new) if new else model
 
 
-def _given(grads: Any) -> Any:
+def _opened(state: Any, model: Any) -> tuple[Store, Node, KeyPath]:
+    if isinstance(model, Leaf | Branch):
+        raise BadState("the second argument is a state; the order is update(state, model, grads)")
+    return parts(state)
+
+
+def _given(grads: Any, name: str) -> Any:
+    """The gradients; raises BadState if they are missing."""
     if grads is _MISSING:
-        raise BadState("the gradients are missing; write update(state, model, grads)")
+        raise BadState(f"the gradients are missing; write state, model = {name}(state, model, grads)")
     return grads
 
 
@@ -124,7 +156,15 @@ class _Step:
     """One step of a part of a state, on its way to the engines and back."""
 
     def __init__(
-        self, store: Store, node: Node, path: KeyPath, model: Any, grads: Any, more: tuple[Any, ...], *, inplace: bool
+        self,
+        store: Store,
+        node: Node,
+        path: KeyPath,
+        model: Any,
+        grads: Any,
+        more: tuple[Any, ...],
+        *,
+        inplace: bool,
     ) -> None:
         self.store, self.inplace = store, inplace
         self.targets: dict[int, Group] = {}
@@ -146,7 +186,9 @@ class _Step:
                 given = [xs, *orders] if whole else [[v[i] for i in taken] for v in (xs, *orders)]
                 self.jobs.append(self.job(g, members, given[0], tuple(given[1:])))
 
-    def job(self, g: int, members: Any, xs: Sequence[Any], grads: tuple[Sequence[Any], ...]) -> tuple[Group, Any, Job]:
+    def job(
+        self, g: int, members: Any, xs: Sequence[Any], grads: tuple[Sequence[Any], ...]
+    ) -> tuple[Group, Any, Job]:
         """(group that takes the result, its members that are stepped, their job); members None for all."""
         group = self.store.groups[g]
         target = self.targets[g] = group.owned() if self.inplace else group.successor(whole=members is None)
@@ -159,16 +201,32 @@ class _Step:
             slots = tuple(p.pick(q) for p, q in zip(slots, memo["slots"], strict=True))
             out = tuple(p.pick(q) for p, q in zip(out, memo["slots"], strict=True))
         paths = self.store.layout.paths
-        return target, members, Job(
-            program=group.program_for(len(grads)), library=group.kind.library, dtype=group.kind.dtype, x=xs, grads=grads,
-            slots=slots, out=out, strides=places.strides, shapes=places.shapes, sizes=places.sizes, numbers=target.numbers,
-            row=row, clock=self.store.clock, inplace=self.inplace,
-            code=lambda i, root: paths[leaves[i]].code(root), memo=memo,
-        )  # fmt: skip
+        job = Job(
+            rule=group.rule,
+            program=group.program_for(len(grads)),
+            library=group.kind.library,
+            dtype=group.kind.dtype,
+            x=xs,
+            grads=grads,
+            slots=slots,
+            out=out,
+            strides=places.strides,
+            shapes=places.shapes,
+            sizes=places.sizes,
+            numbers=target.numbers,
+            row=row,
+            clock=self.store.clock,
+            inplace=self.inplace,
+            code=lambda i, root: paths[leaves[i]].code(root),
+            memo=memo,
+        )
+        return target, members, job
 
     def run(self) -> dict[int, Any]:
         """Take the step; the new parameters, by leaf, where they are other objects than the old."""
-        results = run([task_for(j.program, j.library, j.dtype, self.store.engine, j.memo)(j) for _, _, j in self.jobs])
+        results = run(
+            [task_for(j.program, j.library, j.dtype, self.store.engine, j.memo)(j) for _, _, j in self.jobs]
+        )
         new: dict[int, Any] = {}
         for (target, members, job), result in zip(self.jobs, results, strict=True):
             target.count(members, result.counters, of_leaf=result.of_leaf)
@@ -192,14 +250,21 @@ class _Plan:
     """For each leaf its places: (number in the walk, axes); None where every leaf has one."""
 
     def untied(self, xs: Sequence[Any], orders: list[Sequence[Any]], layout: Layout) -> Any:
-        """(parameters, gradients) of each leaf: gradients are summed over its places, the same object counting once."""
+        """(parameters, gradients) of each leaf: gradients are summed over its places, the same object
+        counting once.
+        """
         assert self.ties is not None
         for leaf, places in zip(self.leaves, self.ties, strict=True):
             for place, axes in places[1:]:
                 _still_tied(xs[places[0][0]], xs[place], axes, layout.places[leaf])
         alone = [xs[places[0][0]] for places in self.ties]
-        summed = [[_sum_of_places(gs, places, layout.places[leaf]) if len(places) > 1 else gs[places[0][0]]
-                   for leaf, places in zip(self.leaves, self.ties, strict=True)] for gs in orders]
+        summed = [
+            [
+                _sum_of_places(gs, places, layout.places[leaf]) if len(places) > 1 else gs[places[0][0]]
+                for leaf, places in zip(self.leaves, self.ties, strict=True)
+            ]
+            for gs in orders
+        ]
         return alone, summed
 
 
@@ -251,7 +316,9 @@ def _still_tied(first: Any, other: Any, axes: Any, places: list[KeyPath]) -> Non
     tied = registry.module_of(type(other)) is library and library.memory(first) == library.memory(other)
     if not tied or library.axes_between(first, other) != axes:
         names = " and ".join(p.code() for p in places)
-        raise TreeMismatch(f"{names} were one array at `setup` and are not now; tie them again, or call `setup` again")
+        raise TreeMismatch(
+            f"{names} were one array at `setup` and are not now; tie them again, or call `setup` again"
+        )
 
 
 def _sum_of_places(grads: Sequence[Any], places: list[tuple[int, Any]], paths: list[KeyPath]) -> Any:
@@ -262,15 +329,21 @@ def _sum_of_places(grads: Sequence[Any], places: list[tuple[int, Any]], paths: l
         if g is None or any(g is other for other, _ in found):
             continue
         if not registry.isarray(g):
-            raise TreeMismatch(f"{paths[n].code('grads')} is a {type(g).__name__}; it takes an array, or None for no step")
+            raise TreeMismatch(
+                f"{paths[n].code('grads')} is a {type(g).__name__}; it takes an array, or None for no step"
+            )
         found.append((g, axes))
     if len(found) <= 1 and (not found or found[0][1] is None):
         return found[0][0] if found else None
-    back = [g if axes is None else registry.library(g).permuted(g, tuple(np.argsort(axes))) for g, axes in found]
+    back = [
+        g if axes is None else registry.library(g).permuted(g, tuple(np.argsort(axes))) for g, axes in found
+    ]
     for g in back[1:]:
         if g.shape != back[0].shape:
-            raise TreeMismatch(f"gradients of shapes {tuple(back[0].shape)} and {tuple(g.shape)} for one array, at "
-                               f"{' and '.join(p.code('grads') for p in paths)}")
+            raise TreeMismatch(
+                f"gradients of shapes {tuple(back[0].shape)} and {tuple(g.shape)} for one array, at "
+                f"{' and '.join(p.code('grads') for p in paths)}"
+            )
     return functools.reduce(lambda a, b: a + b, (registry.library(g).widened(g) for g in back))
 
 

@@ -1,26 +1,29 @@
 """What is a rule or a schedule made of? Numbers that may change at any step, and structure that may not.
 
-A `Value` is a frozen dataclass. Its *skeleton* is everything but the numbers: two values with one skeleton share one
-traced program and one compiled kernel. Every walk over nested settings (adjust, trace, print) goes through here, so a
-rule that wraps another cannot forget to forward.
+A `Value` is a dataclass whose fields are set once. Its *skeleton* is everything but the numbers: two values
+with one skeleton share one traced program and one compiled kernel. Every walk over nested settings (adjust,
+trace, print) goes through here, so a rule that wraps another cannot forget to forward.
 """
 
 import dataclasses
-import enum
 import numbers as abstract
-from collections.abc import Callable, Iterator
-from typing import Any, Self, dataclass_transform
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, Self, dataclass_transform
 
 from optimisers.errors import BadSetting, UnknownField
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
-    """A field that belongs to the structure, though it may hold a number: it cannot be adjusted or scheduled."""
+    """A field that belongs to the structure, though it may hold a number: it cannot be adjusted or
+    scheduled.
+    """
     return dataclasses.field(default=default, metadata={"static": True})
 
 
 def is_number(x: object) -> bool:
-    """Whether `x` is one real run-time number: an int or float, a 0-d array of any library, or a traced scalar."""
+    """Whether `x` is one real run-time number: an int or float, a 0-d array of any library, or a traced
+    scalar.
+    """
     if isinstance(x, bool):
         return False
     if isinstance(x, abstract.Real):
@@ -33,34 +36,69 @@ def is_number(x: object) -> bool:
 
 @dataclass_transform(frozen_default=True)
 class Value:
-    """A frozen dataclass; its subclasses need no decorator."""
+    """A dataclass whose fields are set once; its subclasses need no decorator."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        own_repr = "__repr__" in vars(cls)
-        dataclasses.dataclass(frozen=True, repr=False)(cls)
-        if not own_repr and "__repr__" not in vars(cls):
-            cls.__repr__ = Value.__repr__
+        generated = "__init__" not in vars(cls)
+        # Only __init__ is generated for each class: the rest is the same for all, and generation is slow.
+        dataclasses.dataclass(repr=False, eq=False)(cls)
+        cls._names = tuple(cls.__dataclass_fields__) if generated else None  # type: ignore[attr-defined]
+
+    _names: ClassVar[tuple[str, ...] | None] = None
+    """The keywords of the constructor; None where a class has its own."""
+
+    def __new__(cls, *_: Any, **settings: Any) -> Self:
+        for name in settings:
+            if cls._names is not None and name not in cls._names:
+                has = f"it has {', '.join(cls._names)}" if cls._names else "it has none"
+                raise UnknownField(f"{cls.__name__} has no setting {name}; {has}")
+        return object.__new__(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self) or name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
+            raise dataclasses.FrozenInstanceError(
+                f"{type(self).__name__} is a value; write rule.adjust({name}=...) for a new one"
+            )
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise dataclasses.FrozenInstanceError(
+            f"{type(self).__name__} is a value; nothing can be deleted from it"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and settings(self) == settings(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *(v for _, v in settings(self))))
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in fields(self):
             value = checked(type(self).__name__, field, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         self.check()
 
     def check(self) -> None:
-        """Raise BadSetting where the settings contradict the rule; runs after every construction and adjustment."""
+        """Raise BadSetting where the settings contradict the rule; runs after every construction and
+        adjustment.
+        """
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings(self))})"
 
 
+def fields(value: Value) -> "tuple[dataclasses.Field[Any], ...]":
+    """The fields of a value, in order."""
+    return dataclasses.fields(value)  # pyright: ignore[reportArgumentType] its subclasses are dataclasses
+
+
 def settings(value: Value) -> list[tuple[str, Any]]:
     """The fields of a value by name, in order."""
-    return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]  # type: ignore[arg-type]
+    return [(f.name, getattr(value, f.name)) for f in fields(value)]
 
 
-# -- what a field accepts ---------------------------------------------------------------------------------------------
+# -- what a field accepts ------------------------------------------------------------------------------------
 
 
 def kind(field: "dataclasses.Field[Any]") -> Any:
@@ -69,7 +107,9 @@ def kind(field: "dataclasses.Field[Any]") -> Any:
         return None
     name = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
     declared = {"float": float, "int": int}.get(name)
-    return kind_of(field.default) if declared is None and field.default is not dataclasses.MISSING else declared
+    return (
+        kind_of(field.default) if declared is None and field.default is not dataclasses.MISSING else declared
+    )
 
 
 def kind_of(default: object) -> Any:
@@ -87,30 +127,42 @@ def kind_of(default: object) -> Any:
 def checked(owner: str, field: "dataclasses.Field[Any]", value: Any) -> Any:
     want = kind(field)
     if want is None:
+        if isinstance(field.default, bool) and not isinstance(value, bool):
+            raise BadSetting(f"{owner}.{field.name} is {value!r}; it takes True or False")
         return value
     if isinstance(want, tuple):
         name = f"{owner}.{field.name}"
         if callable(value) and not is_number(value):
-            raise BadSetting(f"{name} is one schedule, {value!r}; it has {len(want)} numbers: write a tuple of "
-                             f"{len(want)}, each a number or a schedule")
-        if not isinstance(value, tuple | list) or len(value) != len(want):  # pyright: ignore[reportUnknownArgumentType]
+            raise BadSetting(
+                f"{name} is one schedule, {value!r}; it has {len(want)} numbers: write a tuple of "
+                f"{len(want)}, each a number or a schedule"
+            )
+        if not isinstance(value, tuple | list) or len(value) != len(want):
             raise BadSetting(f"{name} is {value!r}; it takes a tuple of {len(want)} numbers")
         return tuple(number(f"{name}[{i}]", k, v) for i, (k, v) in enumerate(zip(want, value, strict=True)))
     return number(f"{owner}.{field.name}", want, value)
 
 
 def number(name: str, want: type, value: Any) -> Any:
-    """The number as the field stores it: an int becomes a float where the default is one; 0-d arrays stay themselves."""
-    if isinstance(value, abstract.Real) and not isinstance(value, bool):
+    """The number as the field stores it: an int becomes a float where the default is one; 0-d arrays stay
+    themselves.
+    """
+    if isinstance(value, abstract.Real) and not _is_bool(value):
+        if value != value:  # noqa: PLR0124 the test for NaN
+            raise BadSetting(f"{name} is nan; it takes a number")
         if want is int and not float(value).is_integer():
             raise BadSetting(f"{name} is {value!r}; it takes a whole number")
-        return int(value) if want is int else float(value)
+        return want(float(value)) if not isinstance(value, int) else want(value)
     if is_number(value) or (callable(value) and not isinstance(value, type)):
         return value
     raise BadSetting(f"{name} is {value!r}; it takes a real number, or a schedule of it")
 
 
-# -- the one walk over nested settings --------------------------------------------------------------------------------
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+# -- the one walk over nested settings -----------------------------------------------------------------------
 
 _number = "#"
 
@@ -123,11 +175,11 @@ def numbers(value: object) -> list[Any]:
 def walk(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     """(path, number) for every run-time number in `value`."""
     if isinstance(value, Value):
-        for field in dataclasses.fields(value):  # type: ignore[arg-type]
+        for field in fields(value):
             if not field.metadata.get("static"):
                 yield from walk(getattr(value, field.name), (*path, field.name))
     elif isinstance(value, tuple | list):
-        for i, item in enumerate(value):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        for i, item in enumerate(value):
             yield from walk(item, (*path, i))
     elif is_number(value):
         yield path, value
@@ -137,17 +189,21 @@ def skeleton(value: Any) -> Any:
     """What is left of `value` without its numbers: hashable, equal for values that may share a program."""
     if isinstance(value, Value):
         parts = tuple(
-            ("static", _key(getattr(value, f.name))) if f.metadata.get("static") else skeleton(getattr(value, f.name))
-            for f in dataclasses.fields(value)  # type: ignore[arg-type]
+            ("static", _key(getattr(value, f.name)))
+            if f.metadata.get("static")
+            else skeleton(getattr(value, f.name))
+            for f in fields(value)
         )
         return (type(value), parts)
     if isinstance(value, tuple | list):
-        return tuple(skeleton(v) for v in value)  # pyright: ignore[reportUnknownVariableType]
+        return tuple(skeleton(v) for v in value)
     return _number if is_number(value) else _key(value)
 
 
 def _key(value: Any) -> Any:
-    """A hashable stand-in; values that cannot be hashed are told apart by identity, and kept alive by the key."""
+    """A hashable stand-in; values that cannot be hashed are told apart by identity, and kept alive by the
+    key.
+    """
     try:
         hash(value)
     except TypeError:
@@ -170,15 +226,13 @@ def fill(value: Any, given: Iterator[Any]) -> Any:
     """`value` with its numbers replaced, in the order of `numbers`; nothing is checked or converted."""
     if isinstance(value, Value):
         changes = {
-            f.name: fill(getattr(value, f.name), given)
-            for f in dataclasses.fields(value)  # type: ignore[arg-type]
-            if not f.metadata.get("static")
+            f.name: fill(getattr(value, f.name), given) for f in fields(value) if not f.metadata.get("static")
         }
         return replaced(value, changes)
     if isinstance(value, tuple):
-        return rebuilt(value, [fill(v, given) for v in value])  # pyright: ignore[reportUnknownVariableType]
+        return rebuilt(value, [fill(v, given) for v in value])
     if isinstance(value, list):
-        return [fill(v, given) for v in value]  # pyright: ignore[reportUnknownVariableType]
+        return [fill(v, given) for v in value]
     return next(given) if is_number(value) else value
 
 
@@ -195,77 +249,86 @@ def replaced(value: Any, changes: dict[str, Any]) -> Any:
     return new
 
 
-def schedules(value: Value, resolve: Callable[[Callable[[Any], Any]], Any]) -> Any:
-    """`value` with every schedule in a numeric field replaced by `resolve(schedule)`, at every depth."""
+def schedules(value: Value, resolve: Callable[[str, Callable[[Any], Any]], Any]) -> Any:
+    """`value` with every schedule in a numeric field replaced by `resolve(name, schedule)`, at every
+    depth.
+    """
     changes: dict[str, Any] = {}
-    for field in dataclasses.fields(value):  # type: ignore[arg-type]
+    for field in fields(value):
         old = getattr(value, field.name)
         if field.metadata.get("static"):
             continue
         want = kind(field)
         if want is not None:
+            name = f"{type(value).__name__}.{field.name}"
             parts = old if isinstance(want, tuple) else (old,)
-            new = tuple(resolve(v) if callable(v) and not is_number(v) else v for v in parts)
+            new = tuple(resolve(name, v) if callable(v) and not is_number(v) else v for v in parts)
             changes[field.name] = new if isinstance(want, tuple) else new[0]
         else:
-            changes[field.name] = _inner(old, lambda v: schedules(v, resolve))
+            changes[field.name] = inner(old, lambda v: schedules(v, resolve))
     return replaced(value, changes)
 
 
-def _inner(old: Any, change: Callable[[Value], Any]) -> Any:
+def inner(old: Any, change: Callable[[Value], Any]) -> Any:
     """`old` with `change` applied to the values in it."""
     if isinstance(old, Value):
         return change(old)
-    if isinstance(old, tuple) and any(isinstance(v, Value) for v in old):  # pyright: ignore[reportUnknownVariableType]
-        return rebuilt(old, [_inner(v, change) for v in old])  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(old, tuple) and any(isinstance(v, Value) for v in old):
+        return rebuilt(old, [inner(v, change) for v in old])
     return old
 
 
-def fields_of(value: Any) -> set[str]:
-    """The names that `adjust` knows: the fields that hold numbers, of `value` and of the values in it."""
-    names: set[str] = set()
+def parts(value: Any) -> Iterator[Value]:
+    """A value and all values in it, outermost first; those that stand for numbers (schedules) are no
+    parts.
+    """
     if isinstance(value, Value):
-        for field in dataclasses.fields(value):  # type: ignore[arg-type]
-            old = getattr(value, field.name)
-            if kind(field) is not None:
-                names.add(field.name)
-            elif not field.metadata.get("static"):
-                names |= fields_of(old)
+        yield value
+        for field in fields(value):
+            if kind(field) is None and not field.metadata.get("static"):
+                yield from parts(getattr(value, field.name))
     elif isinstance(value, tuple):
-        for item in value:  # pyright: ignore[reportUnknownVariableType]
-            names |= fields_of(item)
-    return names
+        for item in value:
+            yield from parts(item)
+
+
+def adjustable(value: Any) -> list[str]:
+    """The names that `adjust` knows: the fields that hold numbers, of `value` and of the values in it."""
+    return list(dict.fromkeys(f.name for part in parts(value) for f in fields(part) if kind(f) is not None))
 
 
 def adjusted(value: Any, changes: dict[str, Any]) -> Any:
-    """`value` with the named numeric fields replaced wherever they occur in it; every constructor check runs again."""
+    """`value` with the named numeric fields replaced wherever they occur in it; every constructor check runs
+    again.
+    """
     if not isinstance(value, Value):
         return value
     new: dict[str, Any] = {}
-    for field in dataclasses.fields(value):  # type: ignore[arg-type]
+    for field in fields(value):
         old = getattr(value, field.name)
         if kind(field) is not None:
             new[field.name] = changes.get(field.name, old)
         elif field.metadata.get("static"):
             new[field.name] = old
         else:
-            new[field.name] = _inner(old, lambda v: adjusted(v, changes))
+            new[field.name] = inner(old, lambda v: adjusted(v, changes))
     result = replaced(value, new)
     result.__post_init__()
     return result
 
 
-def refuse_unknown(value: Any, names: Iterator[str] | list[str] | dict[str, Any], owner: str) -> None:
+def refuse_unknown(value: Any, names: Iterable[str]) -> None:
     """Raise UnknownField for the first name that `adjust` does not know, listing those it does."""
-    known = fields_of(value)
-    fixed = {f.name for f in dataclasses.fields(value)} - known if isinstance(value, Value) else set[str]()
+    known = adjustable(value)
     for name in names:
-        if name in fixed:
-            raise UnknownField(f"{owner}.{name} belongs to the structure of the rule and cannot be adjusted; "
-                               f"make a new rule and call `setup` with it")
-        if name not in known:
-            has = f"it has {', '.join(sorted(known))}" if known else "it has none"
-            raise UnknownField(f"{owner} has no setting {name}; {has}")
-
-
-__all__ = ["Self", "Value", "static"]
+        if name in known:
+            continue
+        for part in parts(value):
+            if any(f.name == name for f in fields(part)):
+                raise UnknownField(
+                    f"{type(part).__name__}.{name} belongs to the structure of the rule and cannot be "
+                    "adjusted; "
+                    f"make a new rule and call `setup` with it"
+                )
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise UnknownField(f"{type(value).__name__} has no setting {name}; {has}")

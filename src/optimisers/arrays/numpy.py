@@ -10,7 +10,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 NAME = "numpy"
 
 
-# -- what an array is ---------------------------------------------------------------------------------------------------
+# -- what an array is ----------------------------------------------------------------------------------------
 
 
 def is_array_type(kind: type) -> bool:
@@ -30,7 +30,9 @@ def is_complex(x: Array) -> bool:
 
 
 def is_writable(x: Array) -> bool:
-    """Read-only arrays are not, and neither are those in which two elements share one place (broadcast views)."""
+    """Read-only arrays are not, and neither are those in which two elements share one place (broadcast
+    views).
+    """
     return x.flags.writeable and not _overlaps_itself(x)
 
 
@@ -52,13 +54,17 @@ def device(_: Array) -> str:
 
 
 def memory(x: Array) -> tuple[int, int, tuple[tuple[int, int], ...]]:
-    """(address, bytes per element, sorted (stride, size) of the axes): equal for an array and its transposed views."""
+    """(address, bytes per element, sorted (stride, size) of the axes): equal for an array and its transposed
+    views.
+    """
     axes = sorted((s, n) for s, n in zip(x.strides, x.shape, strict=True) if n != 1)
     return x.__array_interface__["data"][0], x.itemsize, tuple(axes)
 
 
 def axes_between(first: Array, other: Array) -> tuple[int, ...] | None:
-    """The permutation with `first.transpose(p)` laid out like `other`, for two views of one memory; None if equal."""
+    """The permutation with `first.transpose(p)` laid out like `other`, for two views of one memory; None if
+    equal.
+    """
     if first.shape == other.shape and first.strides == other.strides:
         return None
     left = list(range(first.ndim))
@@ -74,7 +80,7 @@ def permuted(x: Array, axes: tuple[int, ...]) -> Array:
     return x.transpose(axes)
 
 
-# -- making arrays ------------------------------------------------------------------------------------------------------
+# -- making arrays -------------------------------------------------------------------------------------------
 
 
 def arithmetic(dtype: "np.dtype[Any]") -> "np.dtype[Any]":
@@ -83,7 +89,7 @@ def arithmetic(dtype: "np.dtype[Any]") -> "np.dtype[Any]":
 
 
 def real_of(dtype: "np.dtype[Any]") -> "np.dtype[Any]":
-    return np.empty(0, dtype).real.dtype
+    return np.real(np.empty(0, dtype)).dtype
 
 
 def full_like(x: Array, value: Any, *, real: bool = False) -> Array:
@@ -142,6 +148,11 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(out))
 
 
+def copied(x: Array, dtype: Any) -> Array:
+    """A copy in this type."""
+    return np.array(x, dtype)
+
+
 def fresh(shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None) -> Array:
     """An array not yet written, with these dense strides (in elements); None for contiguous ones."""
     if strides is None:
@@ -168,15 +179,19 @@ def flattened(arrays: list[Array]) -> Array:
 
 
 def piece(flat: Array, start: int, shape: tuple[int, ...], dtype: Any, *, copy: bool) -> Array:
-    """An array of this shape and type from the elements of a vector; a view if it can be and no copy is wanted."""
+    """An array of this shape and type from the elements of a vector; a view if it can be and no copy is
+    wanted.
+    """
     part = flat[start : start + int(np.prod(shape))].reshape(shape)
     if part.dtype.kind == "c" and np.dtype(dtype).kind != "c":
-        part = part.real
+        part = np.real(part)
     return part.astype(dtype, copy=copy)
 
 
 def stored(x: Array, value: Any, *, inplace: bool) -> Array:
-    """`value` rounded to the type of `x`: in `x` itself where that may be written, else in a new array of its kind."""
+    """`value` rounded to the type of `x`: in `x` itself where that may be written, else in a new array of its
+    kind.
+    """
     target = x if inplace and is_writable(x) else np.empty_like(x)
     np.copyto(target, value, casting="unsafe")
     return target if target is x else like(x, target)
@@ -193,7 +208,7 @@ def cast(x: Any, dtype: Any) -> Any:
     return np.asanyarray(x).astype(dtype, copy=False)
 
 
-# -- the words ----------------------------------------------------------------------------------------------------------
+# -- the words -----------------------------------------------------------------------------------------------
 
 
 def _abs2(x: Any) -> Any:

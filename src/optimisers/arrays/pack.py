@@ -1,7 +1,8 @@
-"""Where do the arrays of a state lie? Small ones side by side in one buffer, large ones each in a buffer of its own.
+"""Where do the arrays of a state lie? Small ones side by side in one buffer, large ones each in a buffer of
+its own.
 
-A thousand small arrays so cost one allocation, and their addresses are one base and a table of offsets; each is made
-into an array of its own only when somebody looks.
+A thousand small arrays so cost one allocation, and their addresses are one base and a table of offsets; each
+is made into an array of its own only when somebody looks.
 """
 
 import dataclasses
@@ -47,7 +48,9 @@ class Places:
     def pick(self, members: Indices) -> "Places":
         """Some of the arrays, where they lie."""
         shapes, strides = [self.shapes[i] for i in members], [self.strides[i] for i in members]
-        return Places(shapes, strides, self.sizes[members], self.buffer[members], self.offset[members], self.lengths)
+        return Places(
+            shapes, strides, self.sizes[members], self.buffer[members], self.offset[members], self.lengths
+        )
 
 
 @dataclasses.dataclass(eq=False)

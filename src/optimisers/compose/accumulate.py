@@ -10,12 +10,13 @@ from optimisers.rule import Rule
 class AccumState(NamedTuple):
     sum: Any
     """The sum of the gradients since the last step."""
-    count: int
+    taken: int
     """How many they are."""
 
 
 class AccumGrad(Rule):
-    """Passes on the mean of n gradients at every n-th update; in between there is no step, and later rules do not run.
+    """Passes on the mean of n gradients at every n-th update; in between there is no step, and later rules do
+    not run.
 
     `Chain(AccumGrad(4), Adam())` steps as Adam does on a batch four times as large.
     """
@@ -30,7 +31,7 @@ class AccumGrad(Rule):
         return AccumState(zeros_like(x), 0)
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        gathered = where(state.count == 0, 0, state.sum) + dx
-        count = state.count + 1
-        full = count >= self.n
-        return AccumState(gathered, where(full, 0, count)), when(full, gathered / count)
+        gathered = where(state.taken == 0, 0, state.sum) + dx
+        taken = state.taken + 1
+        full = taken >= self.n
+        return AccumState(gathered, where(full, 0, taken)), when(full, gathered / taken)

@@ -8,10 +8,11 @@ from optimisers.rule import Rule, stepped
 
 
 class Chain(Rule):
-    """Applies rules in order, each to what the one before returned; without rules, the gradient itself is the step.
+    """Applies rules in order, each to what the one before returned; without rules, the gradient itself is the
+    step.
 
-    `Chain(WeightDecay(0.1), Adam())`. The state is the tuple of theirs. Where a rule answers "no step" (None, or `when`
-    with a condition that fails), the rules behind it do not run and keep their state.
+    `Chain(WeightDecay(0.1), Adam())`. The state is the tuple of theirs. Where a rule answers "no step" (None,
+    or `when` with a condition that fails), the rules behind it do not run and keep their state.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -22,9 +23,11 @@ class Chain(Rule):
 
     def check(self) -> None:
         for rule in self.rules:
-            if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
+            if not isinstance(rule, Rule):
                 hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
-                raise BadSetting(f"Chain was given {rule!r}; it takes rules, such as Chain(ClipGrad(), Adam()){hint}")
+                raise BadSetting(
+                    f"Chain was given {rule!r}; it takes rules, such as Chain(ClipGrad(), Adam()){hint}"
+                )
 
     def init(self, x: Any) -> Any:
         return tuple(rule.init(x) for rule in self.rules)

@@ -1,9 +1,11 @@
-"""Where do a thousand NumPy arrays lie, and are they laid out as expected? Asked anew at every step, in microseconds.
+"""Where do a thousand NumPy arrays lie, and are they laid out as expected? Asked anew at every step, in
+microseconds.
 
-Addresses are never kept: arrays are replaced, resized and freed behind one's back. Reading the address of one array in
-Python costs a microsecond, as much as stepping it; so a compiled function reads them from the array objects (their
-layout is part of NumPy's stable C interface: `PyArrayObject_fields` in `ndarraytypes.h`; that of lists and tuples, of
-CPython's). Whether that works is tried once in every process; where it does not, Python asks each array.
+Addresses are never kept: arrays are replaced, resized and freed behind one's back. Reading the address of one
+array in Python costs a microsecond, as much as stepping it; so a compiled function reads them from the array
+objects (their layout is part of NumPy's stable C interface: `PyArrayObject_fields` in `ndarraytypes.h`; that
+of lists and tuples, of CPython's). Whether that works is tried once in every process; where it does not,
+Python asks each array.
 """
 
 import functools
@@ -35,28 +37,47 @@ class Chunks:
         self.table: Indices = np.stack([leaf, first, length], axis=1).astype(np.int64)
         self.elements = int(sizes.sum())
         group = (np.cumsum(length) - length) // SPAN
-        self.spans: Indices = np.append(np.flatnonzero(np.diff(group, prepend=-1)), len(leaf)).astype(np.int64)
+        self.spans: Indices = np.append(np.flatnonzero(np.diff(group, prepend=-1)), len(leaf)).astype(
+            np.int64
+        )
 
 
 class Form:
     """Shapes and strides of a list of arrays, as tables for the compiled look."""
 
-    def __init__(self, shapes: list[tuple[int, ...]], strides: list[tuple[int, ...]], contiguous: list[bool]) -> None:
+    def __init__(
+        self, shapes: list[tuple[int, ...]], strides: list[tuple[int, ...]], contiguous: list[bool]
+    ) -> None:
         self.shapes, self.strides, self.flat = shapes, strides, contiguous
         self.contiguous = np.array(contiguous, np.int64)
         self.begin = np.concatenate([[0], np.cumsum([len(s) for s in shapes])]).astype(np.int64)
         self.shape = np.array([n for s in shapes for n in s], np.int64)
         self.stride = np.array([n for s in strides for n in s], np.int64)
 
-    def addresses(self, arrays: Sequence[Any], dtype: "np.dtype[Any]", *, write: bool) -> tuple[Indices, Indices]:
-        """(the address of each array, the numbers of those that are not as expected: their address means nothing)."""
+    def addresses(
+        self, arrays: Sequence[Any], dtype: "np.dtype[Any]", *, write: bool
+    ) -> tuple[Indices, Indices]:
+        """(the address of each array, the numbers of those that are not as expected: their address means
+        nothing).
+        """
         look = compiled_look()
         if look is None or type(arrays) not in (list, tuple):
             return self.asked(arrays, dtype, write=write)
         at = np.empty(len(arrays), np.int64)
         misfit = np.empty(len(arrays), np.int64)
-        count = look(_items(arrays), id(np.ndarray), id(dtype), dtype.itemsize, 0x500 if write else 0x100, self.contiguous,
-                     self.begin, self.shape, self.stride, at, misfit)
+        count = look(
+            _items(arrays),
+            id(np.ndarray),
+            id(dtype),
+            dtype.itemsize,
+            0x500 if write else 0x100,
+            self.contiguous,
+            self.begin,
+            self.shape,
+            self.stride,
+            at,
+            misfit,
+        )
         return at, misfit[:count]
 
     def asked(self, arrays: Sequence[Any], dtype: "np.dtype[Any]", *, write: bool) -> tuple[Indices, Indices]:
@@ -68,11 +89,18 @@ class Form:
     def fits(self, i: int, a: Any, dtype: "np.dtype[Any]", *, write: bool) -> bool:
         laid = a.flags.c_contiguous if self.contiguous[i] else False
         strides = tuple(s * dtype.itemsize for s in self.strides[i])
-        return (type(a) is np.ndarray and a.dtype == dtype and a.dtype.isnative and a.shape == self.shapes[i]
-                and (laid or a.strides == strides) and a.flags.aligned and (a.flags.writeable or not write))
+        return (
+            type(a) is np.ndarray
+            and a.dtype == dtype
+            and a.dtype.isnative
+            and a.shape == self.shapes[i]
+            and (laid or a.strides == strides)
+            and a.flags.aligned
+            and (a.flags.writeable or not write)
+        )
 
 
-LOOK = '''"""Reads the addresses of NumPy arrays from the array objects, and counts those not laid out as expected."""
+LOOK = '''"""Reads the addresses of arrays from their objects, and counts those not laid out as expected."""
 from numba import njit
 
 from optimisers.engines.support import peek32, peek64
@@ -92,7 +120,8 @@ def look(items, array_type, dtype, itemsize, flags, contiguous, begin, shape, st
                 laid = contiguous[k] == 1 and (found & 1) == 1
                 for d in range(ndim):
                     fits = fits and peek64(peek64(array + 32) + 8 * d) == shape[begin[k] + d]
-                    fits = fits and (laid or peek64(peek64(array + 40) + 8 * d) == itemsize * stride[begin[k] + d])
+                    step = itemsize * stride[begin[k] + d]
+                    fits = fits and (laid or peek64(peek64(array + 40) + 8 * d) == step)
             at[k] = peek64(array + 16)
         if not fits:
             misfit[count] = k
@@ -112,20 +141,42 @@ def _items(arrays: Sequence[Any]) -> int:
 @functools.cache
 def compiled_look() -> Any:
     """The compiled look, if it agrees with Python on a handful of arrays; else None."""
-    if sys.implementation.name != "cpython" or sys.maxsize != 2**63 - 1 or not getattr(sys, "_is_gil_enabled", lambda: True)():
+    if (
+        sys.implementation.name != "cpython"
+        or sys.maxsize != 2**63 - 1
+        or not getattr(sys, "_is_gil_enabled", lambda: True)()
+    ):
         return None
     look = cache.load(LOOK).look
     single = np.dtype(np.float32)
-    arrays = [np.zeros((2, 3), np.float32), np.zeros((3, 2), np.float32).T, np.zeros((2, 3)), np.zeros((4, 3), np.float32)[::2],
-              np.zeros((3, 3), np.float32), np.zeros((), np.float32), np.zeros((1, 3), np.float32)]
+    arrays = [
+        np.zeros((2, 3), np.float32),
+        np.zeros((3, 2), np.float32).T,
+        np.zeros((2, 3)),
+        np.zeros((4, 3), np.float32)[::2],
+        np.zeros((3, 3), np.float32),
+        np.zeros((), np.float32),
+        np.zeros((1, 3), np.float32),
+    ]
     shapes = [(2, 3)] * 5 + [(), (1, 3)]
     strides = [(3, 1)] * 5 + [(), (3, 1)]
     arrays[4].flags.writeable = False
     form = Form(shapes, strides, [True] * 7)
     for given in (arrays, tuple(arrays)):
         at, misfit = np.empty(7, np.int64), np.empty(7, np.int64)
-        count = look(_items(given), id(np.ndarray), id(single), 4, 0x500, form.contiguous, form.begin, form.shape, form.stride,
-                     at, misfit)
+        count = look(
+            _items(given),
+            id(np.ndarray),
+            id(single),
+            4,
+            0x500,
+            form.contiguous,
+            form.begin,
+            form.shape,
+            form.stride,
+            at,
+            misfit,
+        )
         expected_at, expected = form.asked(given, single, write=True)
         if not np.array_equal(at, expected_at) or not np.array_equal(misfit[:count], expected):
             return None

@@ -1,7 +1,8 @@
 """Where do generated kernels live? In importable files in the user's private cache directory.
 
-Numba's disk cache needs a real file beside which it keeps the compiled code. Loading that code executes it, so the
-directory and all in it must belong to this user and be writable by nobody else; else kernels are compiled in memory.
+Numba's disk cache needs a real file beside which it keeps the compiled code. Loading that code executes it,
+so the directory and all in it must belong to this user and be writable by nobody else; else kernels are
+compiled in memory.
 """
 
 import hashlib
@@ -80,7 +81,7 @@ def _write(path: Path, source: str) -> None:
     Path(temporary).replace(path)
 
 
-# -- whom to trust --------------------------------------------------------------------------------------------------------
+# -- whom to trust -------------------------------------------------------------------------------------------
 
 
 def prepared(where: Path) -> str | None:
@@ -105,7 +106,9 @@ def untrusted(path: Path) -> str | None:
     if found.st_uid != os.getuid():
         return f"{path} belongs to user {found.st_uid}; the kernel cache takes only what this user wrote"
     if found.st_mode & 0o022:
-        return f"{path} can be written by others (mode {stat.S_IMODE(found.st_mode):o}); write chmod go-w {path}"
+        return (
+            f"{path} can be written by others (mode {stat.S_IMODE(found.st_mode):o}); write chmod go-w {path}"
+        )
     return None
 
 

@@ -1,9 +1,13 @@
-"""Which engine runs a group? The fused one where it can, else the interpreter; the reason is kept for `explain`."""
+"""Which engine runs a group? The fused one where it can, else the interpreter; the reason is kept for
+`explain`.
+"""
 
 import dataclasses
+import functools
+import importlib
 from typing import Any
 
-from optimisers.engines import interpret, numba
+from optimisers.engines import interpret
 from optimisers.engines.job import Task
 from optimisers.errors import BadSetting
 from optimisers.trace.program import Program
@@ -19,17 +23,29 @@ class Choice:
     """Why it is not a faster one; empty if it is the fastest."""
 
 
-NAMES = (numba.NAME, interpret.NAME)
+NAMES = ("numba", interpret.NAME)
 
 
-def choice_for(program: Program, library: Any, dtype: Any, wanted: str | None, memo: dict[str, Any]) -> Choice:
+@functools.cache
+def fused() -> Any:
+    """The module of the fused engine, imported when the first state is made: `import optimisers` stays
+    light.
+    """
+    return importlib.import_module("optimisers.engines.numba")
+
+
+def choice_for(
+    program: Program, library: Any, dtype: Any, wanted: str | None, memo: dict[str, Any]
+) -> Choice:
     """The engine for leaves of one program and element type; remembered in `memo`."""
     if "engine" not in memo:
         memo["engine"] = _choose(program, library, dtype, wanted)
     return memo["engine"]
 
 
-def task_for(program: Program, library: Any, dtype: Any, wanted: str | None, memo: dict[str, Any]) -> type[Task]:
+def task_for(
+    program: Program, library: Any, dtype: Any, wanted: str | None, memo: dict[str, Any]
+) -> type[Task]:
     return choice_for(program, library, dtype, wanted, memo).task
 
 
@@ -38,9 +54,9 @@ def _choose(program: Program, library: Any, dtype: Any, wanted: str | None) -> C
         raise BadSetting(f"engine={wanted!r}; it takes {' or '.join(map(repr, NAMES))}, or None to choose")
     if wanted == interpret.NAME:
         return Choice(interpret.NAME, interpret.Interpreter, "asked for")
-    reason = numba.refusal(program, library, library.type_name(dtype))
+    reason = fused().refusal(program, library, library.type_name(dtype))
     if reason is None:
-        return Choice(numba.NAME, numba.Fused, "")
-    if wanted == numba.NAME:
+        return Choice(fused().NAME, fused().Fused, "")
+    if wanted is not None:
         raise BadSetting(f"engine='numba' cannot run this model: {reason}")
     return Choice(interpret.NAME, interpret.Interpreter, reason)

@@ -1,4 +1,6 @@
-"""The definition of correct: a rule's graph, pass by pass, with the array library's own functions, leaf by leaf."""
+"""The definition of correct: a rule's graph, pass by pass, with the array library's own functions, leaf by
+leaf.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -7,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.engines.job import Job, Result, Task
+from optimisers.errors import TraceError
 from optimisers.trace.expr import Expr, order
 from optimisers.trace.phases import is_input, outputs
 
@@ -36,21 +39,37 @@ class Values:
     def number(self, e: Expr) -> Any:
         """A scalar as the kernels see it: rounded once to the type of the arithmetic."""
         value = self.scalar(e) if e.op != "const" else e.value
-        return np.bool_(value) if e.type == "bool" else self.library.cast(value, self.wide if e.type == "complex" else self.real)[()]
+        return (
+            np.bool_(value)
+            if e.type == "bool"
+            else self.library.cast(value, self.wide if e.type == "complex" else self.real)[()]
+        )
 
     def compute(self, e: Expr) -> Any:
         if e.op == "input":
-            return self.library.cast(input_of(self.job, self.leaf, e.value), self.wide if e.type == "complex" else self.real)
+            return self.library.cast(
+                input_of(self.job, self.leaf, e.value), self.wide if e.type == "complex" else self.real
+            )
         if e.op == "const":
             return e.value
         args = [self.number(a) if a.domain == "scalar" else self.found[id(a)] for a in e.args]
         if e.op in _ARITHMETIC:
-            args = [self.library.cast(a, self.real) if n.type == "bool" else a for a, n in zip(args, e.args, strict=True)]
+            args = [
+                self.library.cast(a, self.real) if n.type == "bool" else a
+                for a, n in zip(args, e.args, strict=True)
+            ]
         options = dict(e.options)
         word = self.library.WORDS[e.op]
         if e.op == "call":
             return word(options["function"], *args)
-        return word(*args, **options)
+        try:
+            return word(*args, **options)
+        except ValueError as error:
+            shapes = " and ".join(str(np.shape(a)) for a in args)
+            raise TraceError(
+                f"{type(self.job.rule).__name__}: {e.op} of arrays of shape {shapes}: {error}, "
+                f"at {self.job.code(self.leaf, 'model')}"
+            ) from error
 
 
 def input_of(job: Job, leaf: int, name: str) -> Any:
@@ -97,11 +116,14 @@ class Interpreter(Task):
     def leaf_outputs(self, leaf: int, x: Expr | None, slots: Sequence[Expr]) -> tuple[Any, list[Any]]:
         values = self.values(leaf)
         new_x = None if x is None or is_input(x, "x") else values.get(x)
-        if new_x is not None and np.shape(new_x) != tuple(self.job.x[leaf].shape):
-            raise ValueError(f"a rule gave a step of shape {np.shape(new_x)} for parameters of shape "
-                             f"{tuple(self.job.x[leaf].shape)}, at {self.job.code(leaf, 'model')}")
-        return new_x, [None if is_input(e, s.name) else values.get(e)
-                       for e, s in zip(slots, self.job.program.slots, strict=True)]
+        if new_x is not None:
+            self.fitting(new_x, self.job.shapes[leaf], leaf, "a step")
+        return new_x, [
+            None
+            if is_input(e, s.name)
+            else self.fitting(values.get(e), p.places.shapes[leaf], leaf, "a state")
+            for e, s, p in zip(slots, self.job.program.slots, self.job.slots, strict=True)
+        ]
 
     def commit(self) -> Result:
         job, library = self.job, self.job.library

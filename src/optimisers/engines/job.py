@@ -1,4 +1,6 @@
-"""What is an engine given? Jobs: leaves that share a program, with their arrays. What it must offer: a `Task`."""
+"""What is an engine given? Jobs: leaves that share a program, with their arrays. What it must offer: a
+`Task`.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -9,6 +11,7 @@ import numpy as np
 from optimisers.arrays import registry
 from optimisers.arrays.pack import Indices, Pack
 from optimisers.errors import DomainError, TraceError, TreeMismatch
+from optimisers.rule import Rule
 from optimisers.trace.evaluate import Scalars, Table, counters
 from optimisers.trace.expr import Expr
 from optimisers.trace.phases import Stage, stages
@@ -19,6 +22,8 @@ from optimisers.trace.program import Program, total_key
 class Job:
     """One step for leaves that share a program, an array library and an element type."""
 
+    rule: Rule
+    """A rule of the right structure, for messages."""
     program: Program
     library: Any
     dtype: Any
@@ -44,7 +49,6 @@ class Job:
     memo: dict[str, Any]
     """Tables that the engine wants to find again while the group stays the same."""
 
-
     def checked_x(self, i: int) -> Any:
         """The parameters of a leaf; raises TreeMismatch unless they are of the kind that `setup` saw."""
         x, name = self.x[i], self.code(i, "model")
@@ -52,22 +56,30 @@ class Job:
             raise TreeMismatch(f"{name} is {_brief(x)}; `setup` saw an array of {self.library.NAME}")
         for what, found, seen in (("shape", tuple(x.shape), self.shapes[i]), ("type", x.dtype, self.dtype)):
             if found != seen:
-                raise TreeMismatch(f"{name} has {what} {found}; `setup` saw {seen}; call `setup` again for another model")
+                raise TreeMismatch(
+                    f"{name} has {what} {found}; `setup` saw {seen}; call `setup` again for another model"
+                )
         return x
 
     def checked_gradient(self, order: int, i: int) -> Any:
-        """The gradient of a leaf as an array; raises TreeMismatch if it does not fit: nothing is broadcast."""
+        """The gradient of a leaf as an array; raises TreeMismatch if it does not fit: nothing is
+        broadcast.
+        """
         dx, name = self.grads[order][i], self.code(i, "grads" if order == 0 else f"grads{order + 1}")
         if not registry.isarray(dx):
             found = self.library.scalar_array(dx) if self.shapes[i] == () else None
             if found is None:
-                raise TreeMismatch(f"{name} is {_brief(dx)}; it takes an array of shape {self.shapes[i]}, "
-                                   f"or None for no step")
+                raise TreeMismatch(
+                    f"{name} is {_brief(dx)}; it takes an array of shape {self.shapes[i]}, "
+                    f"or None for no step"
+                )
             dx = found
         if registry.module_of(type(dx)) is not self.library:
             raise TreeMismatch(f"{name} is {_brief(dx)}; the parameters are arrays of {self.library.NAME}")
         if tuple(dx.shape) != self.shapes[i]:
-            raise TreeMismatch(f"gradient of shape {tuple(dx.shape)} for parameters of shape {self.shapes[i]}, at {name}")
+            raise TreeMismatch(
+                f"gradient of shape {tuple(dx.shape)} for parameters of shape {self.shapes[i]}, at {name}"
+            )
         if not self.library.is_numbers(dx):
             raise TreeMismatch(f"{name} has elements of type {dx.dtype}; it takes numbers")
         if self.library.is_complex(dx) and not self.library.is_complex(self.x[i]):
@@ -83,7 +95,9 @@ def _brief(value: object) -> str:
 
 @dataclasses.dataclass(eq=False)
 class Result:
-    """What came of a job: for each leaf its new parameters (the old object where nothing was stored elsewhere)."""
+    """What came of a job: for each leaf its new parameters (the old object where nothing was stored
+    elsewhere).
+    """
 
     x: Sequence[Any]
     counters: list[Any]
@@ -142,8 +156,24 @@ class Task:
         return moved
 
     def needed(self, reduction: Expr) -> bool:
-        """Whether a reduction counts for any leaf: under a condition that holds for none, its pass is left out."""
-        return bool(np.all([self.scalars.of_leaves(g) for g in reduction.guard], axis=0).any()) if reduction.guard else True
+        """Whether a reduction counts for any leaf: under a condition that holds for none, its pass is left
+        out.
+        """
+        return (
+            bool(np.all([self.scalars.of_leaves(g) for g in reduction.guard], axis=0).any())
+            if reduction.guard
+            else True
+        )
+
+    def fitting(self, value: Any, shape: tuple[int, ...], leaf: int, what: str) -> Any:
+        """A value to be stored; raises TraceError unless it is a number or has the shape of its place."""
+        if np.shape(value) not in ((), shape):
+            raise TraceError(
+                f"{type(self.job.rule).__name__} gave {what} of shape {np.shape(value)} where one of shape "
+                f"{shape} "
+                f"goes, at {self.job.code(leaf, 'model')}"
+            )
+        return value
 
     def verify(self) -> None:
         """Raise DomainError, naming the leaf, for the first check of the rule that fails."""
@@ -152,7 +182,9 @@ class Task:
             if not np.all(holds):
                 leaf = int(np.argmin(holds))
                 shown = [self.scalars.of_leaves(v)[leaf] for v in values]
-                raise DomainError(f"{message.format(*(f'{v:g}' for v in shown))}, at {self.job.code(leaf, 'grads')}")
+                raise DomainError(
+                    f"{message.format(*(f'{v:g}' for v in shown))}, at {self.job.code(leaf, 'grads')}"
+                )
 
     def branches(self) -> list[tuple[tuple[bool, ...], Any]]:
         """(answers to the conditions of the program, the leaves where they are so); None for all leaves."""
@@ -163,7 +195,10 @@ class Task:
         if (holds == holds[:, :1]).all():
             return [(tuple(bool(h) for h in holds[:, 0]), None)] if holds.shape[1] else []
         kinds, which = np.unique(holds, axis=1, return_inverse=True)
-        return [(tuple(bool(h) for h in kinds[:, i]), np.flatnonzero(which.ravel() == i)) for i in range(kinds.shape[1])]
+        return [
+            (tuple(bool(h) for h in kinds[:, i]), np.flatnonzero(which.ravel() == i))
+            for i in range(kinds.shape[1])
+        ]
 
     def counters(self) -> tuple[list[Any], bool]:
         """The new counters, by row of numbers or by leaf."""
@@ -171,7 +206,9 @@ class Task:
 
 
 class Totals:
-    """Sums over all leaves stepped together, across tasks: known once everyone who asks for one has given his part."""
+    """Sums over all leaves stepped together, across tasks: known once everyone who asks for one has given his
+    part.
+    """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.askers: dict[str, int] = {}
@@ -190,12 +227,16 @@ class Totals:
 
 
 def run(tasks: Sequence[Task]) -> list[Result]:
-    """Take all tasks through their passes in lock step, then store; if anything raises, nothing was stored."""
+    """Take all tasks through their passes in lock step, then store; if anything raises, nothing was
+    stored.
+    """
     totals = Totals(tasks)
     while any(t.level < len(t.stages) for t in tasks):
         moved = [t.advance(totals) for t in tasks]
         if not any(moved):
-            raise TraceError("two rules of this model wait for each other's totals; put their clipping in the same order")
+            raise TraceError(
+                "two rules of this model wait for each other's totals; put their clipping in the same order"
+            )
     for t in tasks:
         t.verify()
     for t in tasks:

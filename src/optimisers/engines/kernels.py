@@ -1,7 +1,8 @@
 """A pass -> the source of a Numba kernel over all leaves of a group.
 
-One call walks a table of chunks (leaf, start, length), cut so that a chunk is a few pages; each chunk loads the numbers
-of its leaf from a table, then runs one loop whose maths stays in registers. Arrays come as a table of addresses.
+One call walks a table of chunks (leaf, start, length), cut so that a chunk is a few pages; each chunk loads
+the numbers of its leaf from a table, then runs one loop whose maths stays in registers. Arrays come as a
+table of addresses.
 """
 
 import functools
@@ -11,8 +12,6 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
 from optimisers.trace.expr import Expr, show
 from optimisers.trace.phases import Pass
 
@@ -21,14 +20,20 @@ class Unprintable(Exception):  # noqa: N818 not an error: the group goes to the 
     """A pass holds what kernels do not know; the text says what."""
 
 
-ARITHMETIC = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64",
-              "complex64": "float32", "complex128": "float64"}
+ARITHMETIC = {
+    "float16": "float32",
+    "bfloat16": "float32",
+    "float32": "float32",
+    "float64": "float64",
+    "complex64": "float32",
+    "complex128": "float64",
+}
 """Element type of the parameters -> real type of the maths."""
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
 
 
-# -- the words, as text --------------------------------------------------------------------------------------------------
+# -- the words, as text --------------------------------------------------------------------------------------
 
 
 def _real(text: str) -> Callable[..., str]:
@@ -81,7 +86,9 @@ REAL: dict[str, Callable[..., str]] = {
 
 
 def _complex(op: str, args: list[str], types: list[str]) -> str:
-    """Words where some argument is complex; a real factor stays real, so that 0 times infinity does not creep in."""
+    """Words where some argument is complex; a real factor stays real, so that 0 times infinity does not creep
+    in.
+    """
     z = args[0]
     mixed = len(args) == 2 and types.count("complex") == 1
     if mixed and op in ("add", "subtract", "multiply", "divide"):
@@ -95,8 +102,11 @@ def _complex(op: str, args: list[str], types: list[str]) -> str:
             r, c = (a, b) if types[0] == "real" else (b, a)
             return f"complex_of({r} + {c}.real, {c}.imag)"
         if op == "subtract":
-            return (f"complex_of({a}.real - {b}, {a}.imag)" if types[1] == "real"
-                    else f"complex_of({a} - {b}.real, -{b}.imag)")
+            return (
+                f"complex_of({a}.real - {b}, {a}.imag)"
+                if types[1] == "real"
+                else f"complex_of({a} - {b}.real, -{b}.imag)"
+            )
     whole = {
         "add": "{0} + {1}",
         "subtract": "{0} - {1}",
@@ -122,15 +132,42 @@ def _complex(op: str, args: list[str], types: list[str]) -> str:
     return whole[op].format(*args)
 
 
-# -- one kernel -------------------------------------------------------------------------------------------------------------
+# -- one kernel ----------------------------------------------------------------------------------------------
 
 
 class _Printer:
-    def __init__(self, p: Pass, kinds: dict[str, str], arithmetic: str, labels: dict[str, str], *, inplace: bool) -> None:
+    def __init__(
+        self, p: Pass, kinds: dict[str, str], arithmetic: str, labels: dict[str, str], *, inplace: bool
+    ) -> None:
         self.p, self.kinds, self.real, self.labels, self.inplace = p, kinds, arithmetic, labels, inplace
         self.names: dict[int, str] = {}
-        self.taken = {"i", "n", "k", "c", "s", "h", "first", "one", "counter", "spans", "chunks", "addresses", "table", "row",
-                      "partial", "math", "numpy", "float32", "float64", "load", "store", "select", "claim", "max", "min"}
+        self.taken = {
+            "i",
+            "n",
+            "k",
+            "c",
+            "s",
+            "h",
+            "first",
+            "one",
+            "counter",
+            "spans",
+            "chunks",
+            "addresses",
+            "table",
+            "row",
+            "partial",
+            "math",
+            "numpy",
+            "float32",
+            "float64",
+            "load",
+            "store",
+            "select",
+            "claim",
+            "max",
+            "min",
+        }
         self.arrays = columns(p, inplace=inplace)
 
     def name(self, wish: str) -> str:
@@ -155,14 +192,22 @@ class _Printer:
             if self.stored_through(a):
                 lines.append(f'store_{label} = storer("{kind}", {j}, {len(self.arrays)})')
         fast = ["contract", "afn", "arcp", "nsz", *(["reassoc"] if p.reductions else [])]
-        lines += ["", "", f"@njit(nogil=True, error_model=\"numpy\", cache=True, fastmath={{{str(fast)[1:-1]}}})"]
+        lines += [
+            "",
+            "",
+            f'@njit(nogil=True, error_model="numpy", cache=True, fastmath={{{str(fast)[1:-1]}}})',
+        ]
         last = ", partial" if p.reductions else ""
         lines.append(f"def kernel(counter, spans, chunks, addresses, table, row{last}):")
         if any(e.op == "sign" for e in p.body):
             lines.append(f"    one = {self.real}(1)")
-        lines += ["    while True:", "        s = claim(counter)",
-                  "        if s + 1 >= spans.size:", "            return",
-                  "        for c in range(spans[s], spans[s + 1]):"]
+        lines += [
+            "    while True:",
+            "        s = claim(counter)",
+            "        if s + 1 >= spans.size:",
+            "            return",
+            "        for c in range(spans[s], spans[s + 1]):",
+        ]
         lines += ["            " + line for line in self.chunk()]
         about = f'"""{title}\n\nAddresses, in order: {", ".join(head)}.\n"""\n'
         return about, "\n".join(lines) + "\n"
@@ -174,7 +219,9 @@ class _Printer:
 
     def stored_through(self, array: str) -> bool:
         stored = {s for s, _ in self.p.stores}
-        return array.removeprefix("new ") in stored and (array.startswith("new ") or self.inplace or array not in self.p.loads)
+        return array.removeprefix("new ") in stored and (
+            array.startswith("new ") or self.inplace or array not in self.p.loads
+        )
 
     def chunk(self) -> list[str]:
         p = self.p
@@ -196,7 +243,11 @@ class _Printer:
             sums.append(self.name(f"{r.op}_of"))
             if r.type == "complex":
                 raise Unprintable("a sum of complex numbers")
-            zero = "float64(0)" if r.op == "sum" else f"rank_{r.op}({self.real}({'-' if r.op == 'max' else ''}math.inf))"
+            zero = (
+                "float64(0)"
+                if r.op == "sum"
+                else f"rank_{r.op}({self.real}({'-' if r.op == 'max' else ''}math.inf))"
+            )
             lines.append(f"{sums[-1]} = {zero}")
         lines.append("for i in range(n):")
         lines += ["    " + line for line in self.element(at, sums)]
@@ -208,7 +259,8 @@ class _Printer:
         p, lines = self.p, list[str]()
         for j, e in enumerate(p.free):
             self.names[id(e)] = self.name("free")
-            lines.append(f"{self.names[id(e)]} = load_f{j}({at[f'f{j}']}, i)")
+            test = " != 0" if e.type == "bool" else ""
+            lines.append(f"{self.names[id(e)]} = load_f{j}({at[f'f{j}']}, i){test}")
         for e in p.body:
             if e.op == "input":
                 name = self.names[id(e)] = self.name(self.names_of(e.value))
@@ -230,27 +282,36 @@ class _Printer:
 
     def atom(self, e: Expr, *, number: bool = False) -> str:
         """A node as an operand; `number` turns conditions into 0 and 1."""
-        if e.op == "const":
+        if e.op == "const" and e.domain == "scalar":
             if e.type == "complex":
                 raise Unprintable("a complex number beside the arrays")
             if e.type == "bool":
                 return f"{self.real}({int(e.value)})" if number else str(e.value)
             value = float(e.value)
-            text = repr(value) if math.isfinite(value) else repr(value).replace("inf", "math.inf").replace("nan", "math.nan")
+            text = (
+                repr(value)
+                if math.isfinite(value)
+                else repr(value).replace("inf", "math.inf").replace("nan", "math.nan")
+            )
             return f"{self.real}({text})"
         text = self.names[id(e)]
         return f"{self.real}({text})" if number and e.type == "bool" else text
 
     def word(self, e: Expr) -> str:
         logical = e.op.startswith("logical")
-        args = [self.atom(a, number=not logical and not (e.op == "where" and i == 0)) for i, a in enumerate(e.args)]
+        args = [
+            self.atom(a, number=not logical and not (e.op == "where" and i == 0))
+            for i, a in enumerate(e.args)
+        ]
         types = ["real" if a.type == "bool" else a.type for a in e.args]
         if e.op == "where":
             if e.type == "bool":
                 args = [self.atom(a) for a in e.args]
             elif e.type == "complex":
-                args[1:] = [a if t == "complex" else f"complex_of({a}, {self.real}(0))"
-                            for a, t in zip(args[1:], types[1:], strict=True)]
+                args[1:] = [
+                    a if t == "complex" else f"complex_of({a}, {self.real}(0))"
+                    for a, t in zip(args[1:], types[1:], strict=True)
+                ]
         if "complex" in types:
             return _complex(e.op, args, types)
         if e.op not in REAL:
@@ -259,8 +320,14 @@ class _Printer:
 
 
 def columns(p: Pass, *, inplace: bool) -> list[str]:
-    """The arrays of a kernel in the order of its address table: those read, values of another shape, those written."""
-    written = [s if inplace and s not in p.loads else f"new {s}" for s, _ in p.stores if not inplace or s not in p.loads]
+    """The arrays of a kernel in the order of its address table: those read, values of another shape, those
+    written.
+    """
+    written = [
+        s if inplace and s not in p.loads else f"new {s}"
+        for s, _ in p.stores
+        if not inplace or s not in p.loads
+    ]
     return [*p.loads, *(f"f{j}" for j in range(len(p.free))), *written]
 
 
@@ -271,15 +338,21 @@ def _support_hash() -> str:
     return hashlib.sha256(here.read_bytes()).hexdigest()[:12]
 
 
-def source(p: Pass, kinds: dict[str, str], arithmetic: str, labels: dict[str, str], title: str, *, inplace: bool) -> str:
+def source(
+    p: Pass, kinds: dict[str, str], arithmetic: str, labels: dict[str, str], title: str, *, inplace: bool
+) -> str:
     """The module text of one pass.
 
-    `kinds` has the element type of every array in `columns`, `labels` their names for the reader. Raises Unprintable.
+    `kinds` has the element type of every array in `columns`, `labels` their names for the reader. Raises
+    Unprintable.
     """
     about, body = _Printer(p, kinds, arithmetic, labels, inplace=inplace).text(title)
-    return (f"{about}import math\n\nimport numpy\nfrom numba import njit\nfrom numpy import float32, float64\n\n"
-            f"from optimisers.engines.support import claim, complex_of, loader, rank_max, rank_min, select, storer, unrank\n"
-            f"\n# intrinsics {_support_hash()}\n{body}")
+    return (
+        f"{about}import math\n\nimport numpy\nfrom numba import njit\nfrom numpy import float32, float64\n\n"
+        f"from optimisers.engines.support import claim, complex_of, loader, rank_max, rank_min, select, "
+        "storer, unrank\n"
+        f"\n# intrinsics {_support_hash()}\n{body}"
+    )
 
 
 def traffic(p: Pass, kinds: dict[str, str], itemsize: int) -> int:

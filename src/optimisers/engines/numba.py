@@ -1,7 +1,8 @@
 """The CPU engine: one compiled kernel per pass, over the addresses of all leaves of a group.
 
-Serves writable or fresh arrays of float16, bfloat16, float32, float64, complex64 and complex128. Arrays that are not
-laid out like the state, of another type, or overlapping what is written, are copied first; all else is used where it lies.
+Serves writable or fresh arrays of float16, bfloat16, float32, float64, complex64 and complex128. Arrays that
+are not laid out like the state, of another type, or overlapping what is written, are copied first; all else
+is used where it lies.
 """
 
 import functools
@@ -15,14 +16,18 @@ from optimisers.engines import cache, kernels, threads
 from optimisers.engines.addresses import Chunks, Form
 from optimisers.engines.interpret import Values
 from optimisers.engines.job import Job, Result, Task
+from optimisers.engines.kernels import Unprintable
+from optimisers.errors import TraceError
 from optimisers.trace.expr import Expr
 from optimisers.trace.phases import Pass, is_input, outputs, reduce_pass, stages, store_pass
 from optimisers.trace.program import Program
 
 NAME = "numba"
 
+__all__ = ["NAME", "Fused", "Unprintable", "printed", "refusal", "sample_passes", "traffic"]
 
-# -- which groups it takes ------------------------------------------------------------------------------------------------
+
+# -- which groups it takes -----------------------------------------------------------------------------------
 
 
 def refusal(program: Program, library: Any, dtype: str) -> str | None:
@@ -33,33 +38,52 @@ def refusal(program: Program, library: Any, dtype: str) -> str | None:
         return f"element type {dtype}"
     try:
         for p in sample_passes(program):
-            sources(program, p, kinds_of(program, dtype, dtype), dtype, inplace=True)
-    except kernels.Unprintable as reason:
+            printed(program, p, dtype, inplace=True)
+    except Unprintable as reason:
         return str(reason)
     return None
 
 
 def sample_passes(program: Program) -> list[Pass]:
     """The passes of a step in which every condition of the rule holds."""
-    found = [reduce_pass(program, k, (True,) * len(stage.reductions)) for k, stage in enumerate(stages(program))]
+    found = [
+        reduce_pass(program, k, (True,) * len(stage.reductions)) for k, stage in enumerate(stages(program))
+    ]
     found.append(store_pass(program, (True,) * len(program.guards)))
     return [p for p in found if p is not None]
 
 
-def kinds_of(program: Program, dtype: str, gradient: str) -> dict[str, str]:
-    """The element type of every array that a kernel of this program may touch."""
+def kinds_of(program: Program, p: Pass, dtype: str, gradient: str) -> dict[str, str]:
+    """The element type of every array that the kernel of a pass may touch."""
     kinds = {"x": dtype, "dx": gradient, **{f"dx{i}": gradient for i in range(2, 10)}}
     kinds |= {s.name: s.dtype for s in program.slots}
     kinds |= {f"new {name}": kind for name, kind in kinds.items()}
     wide = {"float16": "float32", "bfloat16": "float32"}.get(dtype, dtype)
-    return kinds | {f"f{j}": wide for j in range(64)}
+    return kinds | {
+        f"f{j}": wide if e.type == "complex" else kernels.ARITHMETIC.get(dtype, dtype)
+        for j, e in enumerate(p.free)
+    }
+
+
+def printed(program: Program, p: Pass, dtype: str, *, inplace: bool) -> str:
+    """The source of one pass for gradients of the type of the parameters; raises Unprintable."""
+    return sources(program, p, kinds_of(program, p, dtype, dtype), dtype, inplace=inplace)
+
+
+def traffic(program: Program, p: Pass, dtype: str, itemsize: int) -> int:
+    """Bytes that a pass moves per parameter (see `kernels.traffic`)."""
+    return kernels.traffic(p, kinds_of(program, p, dtype, dtype), itemsize)
 
 
 def labels_of(program: Program) -> dict[str, str]:
-    """Names of the state arrays for the reader of a kernel: the last key of their path, where that is one's own."""
+    """Names of the state arrays for the reader of a kernel: the last key of their path, where that is one's
+    own.
+    """
     last = [str(s.path[-1]) if s.path and isinstance(s.path[-1], str) else s.name for s in program.slots]
-    unique = [name if last.count(name) == 1 and name.isidentifier() else s.name
-              for name, s in zip(last, program.slots, strict=True)]
+    unique = [
+        name if last.count(name) == 1 and name.isidentifier() else s.name
+        for name, s in zip(last, program.slots, strict=True)
+    ]
     return {s.name: name for s, name in zip(program.slots, unique, strict=True)}
 
 
@@ -70,7 +94,7 @@ def sources(program: Program, p: Pass, kinds: dict[str, str], dtype: str, *, inp
     return kernels.source(p, kinds, kernels.ARITHMETIC[dtype], labels_of(program), title, inplace=inplace)
 
 
-# -- the task ----------------------------------------------------------------------------------------------------------------
+# -- the task ------------------------------------------------------------------------------------------------
 
 
 class Fused(Task):
@@ -79,7 +103,9 @@ class Fused(Task):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         if "form" not in job.memo:
-            contiguous = [job.library.contiguous_strides(s) == t for s, t in zip(job.shapes, job.strides, strict=True)]
+            contiguous = [
+                job.library.contiguous_strides(s) == t for s, t in zip(job.shapes, job.strides, strict=True)
+            ]
             job.memo["form"] = Form(job.shapes, job.strides, contiguous)
             job.memo["chunks"] = Chunks(job.sizes)
         self.form: Form = job.memo["form"]
@@ -91,8 +117,10 @@ class Fused(Task):
         looked = [self.form.addresses(grads, kind, write=False) for grads in job.grads]
         if any(len(misfits) for _, misfits in looked):
             self.gradient = common_dtype(job.grads, kind, self.wide)
-            found = [self.fitted(grads, self.gradient, functools.partial(job.checked_gradient, n), write=False)
-                     for n, grads in enumerate(job.grads)]
+            found = [
+                self.fitted(grads, self.gradient, functools.partial(job.checked_gradient, n), write=False)
+                for n, grads in enumerate(job.grads)
+            ]
             self.dx = [arrays for arrays, _ in found]
             self.dx_at = [at for _, at in found]
         else:
@@ -136,18 +164,26 @@ class Fused(Task):
         return Values(self.job, leaf, lambda e: self.scalars.of_leaves(e)[leaf])
 
     def launch(self, p: Pass, chunks: Chunks, members: Any, new: dict[str, Indices], *partial: Any) -> None:
-        """Run the kernel of a pass over these chunks; `new` has the addresses of the arrays that are written anew."""
+        """Run the kernel of a pass over these chunks; `new` has the addresses of the arrays that are written
+        anew.
+        """
         job = self.job
         table, row = self.scalars.table(p.scalars)
         rows = self.rows(p, new)
         if members is not None:
             row, rows = row[members], [r[members] for r in rows]
         addresses = np.stack(rows) if rows else np.zeros((1, len(row)), np.int64)
-        kernel = kernel_of(job.program, p, job.dtype, self.gradient, inplace=job.inplace)
+        kernel = self.kernel(p)
         counter = np.zeros(1, np.int64)
         at = counter.ctypes.data
         row = np.ascontiguousarray(row, np.int64)
-        threads.together(lambda: kernel(at, chunks.spans, chunks.table, addresses, table, row, *partial), chunks.elements)
+        threads.together(
+            lambda: kernel(at, chunks.spans, chunks.table, addresses, table, row, *partial), chunks.elements
+        )
+
+    def kernel(self, p: Pass) -> Callable[..., None]:
+        """The compiled kernel of a pass."""
+        return kernel_of(self.job.program, p, self.job.dtype, self.gradient, inplace=self.job.inplace)
 
     def rows(self, p: Pass, new: dict[str, Indices]) -> list[Indices]:
         """The address table of a pass."""
@@ -166,14 +202,30 @@ class Fused(Task):
         return out
 
     def of_free(self, e: Expr) -> Indices:
-        """Addresses of a value of another shape, computed by the array library and spread to the shape of x."""
+        """Addresses of a value of another shape, computed by the array library and spread to the shape of
+        x.
+        """
         if id(e) not in self.free:
             job = self.job
+            kind = self.wide if e.type == "complex" else job.library.real_of(self.wide)
             self.free[id(e)] = [
-                job.library.laid_out(np.broadcast_to(self.values(k).get(e), job.shapes[k]), self.wide, self.layout(k))
+                job.library.laid_out(self.spread(self.values(k).get(e), k), kind, self.layout(k))
                 for k in range(len(job.row))
             ]
         return np.array([a.__array_interface__["data"][0] for a in self.free[id(e)]], np.int64)
+
+    def spread(self, value: Any, leaf: int) -> Any:
+        """A value of another shape in the shape of the parameters; raises TreeMismatch if it does not
+        broadcast.
+        """
+        try:
+            return np.broadcast_to(value, self.job.shapes[leaf])
+        except ValueError:
+            raise TraceError(
+                f"{type(self.job.rule).__name__} combined an array of shape {np.shape(value)} with "
+                "parameters of "
+                f"shape {self.job.shapes[leaf]}, at {self.job.code(leaf, 'model')}"
+            ) from None
 
     # -- storing --
 
@@ -185,33 +237,46 @@ class Fused(Task):
             out = outputs(job.program, holds)
             p = store_pass(job.program, holds)
             self.plan.append((p, members))
-            for j, (slot, e) in enumerate(zip(job.program.slots, out.slots, strict=True)):
+            for j, (slot, e, pack) in enumerate(zip(job.program.slots, out.slots, job.slots, strict=True)):
                 if slot.shape is not None and not is_input(e, slot.name):
                     for k in range(len(job.row)) if members is None else members:
-                        self.other.append((j, int(k), np.array(self.values(int(k)).get(e))))
-            for e in p.free if p is not None else ():
-                self.of_free(e)
+                        value = self.fitting(
+                            self.values(int(k)).get(e), pack.places.shapes[k], int(k), "a state"
+                        )
+                        self.other.append((j, int(k), np.array(value)))
+            if p is not None:
+                self.kernel(p)
+                for e in p.free:
+                    self.of_free(e)
         if job.inplace:
             self.separate()
 
     def separate(self) -> None:
-        """Copy gradients that lie in memory which this step writes: `{"a": model["b"], "b": model["a"]}` is a gradient."""
+        """Copy gradients that lie in memory which this step writes: `{"a": model["b"], "b": model["a"]}` is a
+        gradient.
+        """
         begin, end = self.written()
         for n, at in enumerate(self.dx_at):
             before = np.searchsorted(begin, at + self.job.sizes * self.gradient.itemsize) - 1
-            for i in np.flatnonzero((end[before] > at) & (before >= 0) & (self.job.sizes > 0)):
+            for i in np.flatnonzero((end[before] > at) & (before >= 0) & (self.job.sizes > 0)).tolist():
                 arrays = self.dx[n] = list(self.dx[n])
                 arrays[i] = self.job.library.laid_out(arrays[i], self.gradient, self.layout(i))
                 at[i] = arrays[i].__array_interface__["data"][0]
 
     def written(self) -> tuple[Indices, Indices]:
-        """(begin, end) of the memory that a step in place writes, sorted; remembered while arrays stay where they are."""
+        """(begin, end) of the memory that a step in place writes, sorted; remembered while arrays stay where
+        they are.
+        """
         job = self.job
         buffers = [b for p in job.slots for b in p.buffers]
         known = job.memo.get("written")
         if known is None or known[0] != list(map(id, buffers)) or not np.array_equal(known[1], self.x_at):
-            at = np.concatenate([self.x_at, np.array([b.__array_interface__["data"][0] for b in buffers], np.int64)])
-            end = at + np.concatenate([job.sizes * job.dtype.itemsize, np.array([b.nbytes for b in buffers], np.int64)])
+            at = np.concatenate(
+                [self.x_at, np.array([b.__array_interface__["data"][0] for b in buffers], np.int64)]
+            )
+            end = at + np.concatenate(
+                [job.sizes * job.dtype.itemsize, np.array([b.nbytes for b in buffers], np.int64)]
+            )
             by = np.argsort(at, kind="stable")
             known = job.memo["written"] = (list(map(id, buffers)), self.x_at.copy(), at[by], end[by])
         return known[2], known[3]
@@ -243,12 +308,16 @@ class Fused(Task):
                     self.job.library.assign(pack[int(k)], old[int(k)])
 
     def targets(self, results: Any, members: Any) -> Indices:
-        """Where new parameters go: the arrays themselves in place, else fresh ones, which become the results."""
+        """Where new parameters go: the arrays themselves in place, else fresh ones, which become the
+        results.
+        """
         if self.job.inplace:
             return self.x_at
         fresh, contiguous, strides = self.job.library.fresh, self.form.flat, self.job.strides
-        new = [fresh(shape, self.job.dtype, None if flat else laid)
-               for shape, flat, laid in zip(self.job.shapes, contiguous, strides, strict=True)]
+        new = [
+            fresh(shape, self.job.dtype, None if flat else laid)
+            for shape, flat, laid in zip(self.job.shapes, contiguous, strides, strict=True)
+        ]
         at, _ = self.form.addresses(new, self.job.dtype, write=True)
         for k in range(len(new)) if members is None else members:
             results[k] = self.job.library.like(self.job.x[k], new[k])
@@ -263,7 +332,7 @@ class Fused(Task):
 @functools.lru_cache(maxsize=4096)
 def kernel_of(program: Program, p: Pass, dtype: Any, gradient: Any, *, inplace: bool) -> Callable[..., None]:
     """The compiled kernel of a pass."""
-    kinds = kinds_of(program, dtype.name, gradient.name)
+    kinds = kinds_of(program, p, dtype.name, gradient.name)
     return cache.load(sources(program, p, kinds, dtype.name, inplace=inplace)).kernel
 
 
@@ -274,12 +343,19 @@ def slot_addresses(pack: Pack) -> Indices:
 
 
 def common_dtype(grads: tuple[Sequence[Any], ...], dtype: Any, wide: Any) -> Any:
-    """The element type in which kernels read the gradients: their own if they agree, else that of the arithmetic."""
+    """The element type in which kernels read the gradients: their own if they agree, else that of the
+    arithmetic.
+    """
     kinds = {getattr(g, "dtype", wide) for order in grads for g in order}
     if kinds == {dtype} or not kinds:
         return dtype
     kind = kinds.pop()
-    readable = not kinds and kind.isnative and kind.name in kernels.ARITHMETIC and (kind.kind == "c") == (dtype.kind == "c")
+    readable = (
+        not kinds
+        and kind.isnative
+        and kind.name in kernels.ARITHMETIC
+        and (kind.kind == "c") == (dtype.kind == "c")
+    )
     return kind if readable else wide
 
 

@@ -1,7 +1,7 @@
 """What generated kernels are made of: reading and writing elements at addresses, and a few words of LLVM.
 
-Numba knows no pointers made of integers, no bfloat16 and no arithmetic in float16; these intrinsics give it all three.
-Each array of a kernel has an alias scope of its own, which spares LLVM its overlap checks.
+Numba knows no pointers made of integers, no bfloat16 and no arithmetic in float16; these intrinsics give it
+all three. Each array of a kernel has an alias scope of its own, which spares LLVM its overlap checks.
 """
 
 from typing import Any
@@ -46,8 +46,10 @@ def loader(kind: str, slot: int, slots: int) -> Any:
     def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
         base = b.inttoptr(args[0], memory.as_pointer())
         index = args[1] if parts == 1 else b.mul(args[1], ir.Constant(I64, 2))
-        found = [_mark(b.load(b.gep(base, [b.add(index, ir.Constant(I64, p))])), b.module, slot, slots)
-                 for p in range(parts)]
+        found = [
+            _mark(b.load(b.gep(base, [b.add(index, ir.Constant(I64, p))])), b.module, slot, slots)
+            for p in range(parts)
+        ]
         if kind == "bfloat16":
             return b.bitcast(b.shl(b.zext(found[0], I32), ir.Constant(I32, 16)), F32)
         if kind == "float16":
@@ -88,11 +90,13 @@ def storer(kind: str, slot: int, slots: int) -> Any:
     return store
 
 
-# -- half precision by its bits: the same on every processor, and it vectorises -------------------------------------------
+# -- half precision by its bits: the same on every processor, and it vectorises ------------------------------
 
 
 def widen_half(b: Any, h: Any) -> Any:
-    """float16 -> float32: shift the bits into place and multiply the exponent right; infinities and NaN apart."""
+    """float16 -> float32: shift the bits into place and multiply the exponent right; infinities and NaN
+    apart.
+    """
     u = b.zext(h, I32)
     size = b.shl(b.and_(u, ir.Constant(I32, 0x7FFF)), ir.Constant(I32, 13))
     scaled = b.bitcast(b.fmul(b.bitcast(size, F32), ir.Constant(F32, 2.0**112)), I32)
@@ -103,7 +107,9 @@ def widen_half(b: Any, h: Any) -> Any:
 
 
 def narrow_half(b: Any, v: Any) -> Any:
-    """float32 -> float16, to nearest, ties to even: three ranges (too large, subnormal, normal), by their bits."""
+    """float32 -> float16, to nearest, ties to even: three ranges (too large, subnormal, normal), by their
+    bits.
+    """
     u = b.bitcast(v, I32)
     sign = b.and_(u, ir.Constant(I32, 0x80000000))
     u = b.xor(u, sign)
@@ -128,7 +134,7 @@ def narrow_brain(b: Any, v: Any) -> Any:
     return b.trunc(b.select(b.fcmp_unordered("uno", v, v), quiet, rounded), I16)
 
 
-# -- words ---------------------------------------------------------------------------------------------------------------------
+# -- words ---------------------------------------------------------------------------------------------------
 
 
 @intrinsic
@@ -156,7 +162,9 @@ def complex_of(typingctx: Any, re: Any, im: Any) -> Any:  # noqa: ARG001 Numba's
 
 @intrinsic
 def claim(typingctx: Any, counter: Any) -> Any:  # noqa: ARG001 Numba's signature
-    """The number at the address `counter`, which is raised by one in the same instant: the next span to work on."""
+    """The number at the address `counter`, which is raised by one in the same instant: the next span to work
+    on.
+    """
 
     def emit(_: Any, builder: Any, __: Any, args: Any) -> Any:
         pointer = builder.inttoptr(args[0], I64.as_pointer())
@@ -166,7 +174,9 @@ def claim(typingctx: Any, counter: Any) -> Any:  # noqa: ARG001 Numba's signatur
 
 
 def _ranked(*, nan_last: bool) -> Any:
-    """A float as an integer of the same order, NaN above or below all: integer maxima vectorise, float ones do not."""
+    """A float as an integer of the same order, NaN above or below all: integer maxima vectorise, float ones
+    do not.
+    """
 
     @intrinsic
     def rank(typingctx: Any, x: Any) -> Any:  # noqa: ARG001 Numba's signature
@@ -201,7 +211,7 @@ def unrank(typingctx: Any, i: Any) -> Any:  # noqa: ARG001 Numba's signature
     return result(i), emit
 
 
-# -- looking at Python objects --------------------------------------------------------------------------------------------------
+# -- looking at Python objects -------------------------------------------------------------------------------
 
 
 def _peek(bits: Any, result: Any) -> Any:

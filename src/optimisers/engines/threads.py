@@ -1,8 +1,9 @@
 """Threads that share out the chunks of one kernel call.
 
-The kernels take their next span of chunks from an atomic counter and hold no lock of Python's. So one compiled kernel
-serves alone, on these threads, and on those of another runtime; a busy core delays a step by one span at most, not by a
-barrier for each tensor; and there is no thread library to be upset by fork. A forked child starts threads of its own.
+The kernels take their next span of chunks from an atomic counter and hold no lock of Python's. So one
+compiled kernel serves alone, on these threads, and on those of another runtime; a busy core delays a step by
+one span at most, not by a barrier for each tensor; and there is no thread library to be upset by fork. A
+forked child starts threads of its own.
 """
 
 import os
@@ -61,7 +62,9 @@ def available() -> int:
 
 
 def together(function: Callable[[], Any], elements: int, threads: int | None = None) -> None:
-    """Run `function` on several threads at once, this one included, and return when all have; serially if small."""
+    """Run `function` on several threads at once, this one included, and return when all have; serially if
+    small.
+    """
     count = threads if threads is not None else available()
     count = min(count, 1 + elements // SERIAL_BELOW)
     if count <= 1:

@@ -26,10 +26,12 @@ def moments(beta: Any, state: AdamState, dx: Any) -> tuple[AdamState, Any, Any]:
 
 
 class Adam(Rule):
-    """Steps of about eta, whatever the scale of the gradient: dx' = eta m / (sqrt(v) + epsilon), m and v without bias.
+    """Steps of about eta, whatever the scale of the gradient: dx' = eta m / (sqrt(v) + epsilon), m and v
+    without bias.
 
-    Kingma & Ba, "Adam: a method for stochastic optimization", 2015, arXiv:1412.6980, algorithm 1. `beta`: decay of the
-    mean gradient and of its mean square; `epsilon` stands outside the root, as in torch.optim.Adam.
+    Kingma & Ba, "Adam: a method for stochastic optimization", 2015, arXiv:1412.6980, algorithm 1. `beta`:
+    decay of the mean gradient and of its mean square; `epsilon` stands outside the root, as in
+    torch.optim.Adam.
     """
 
     eta: float = 0.001
@@ -51,9 +53,9 @@ class Adam(Rule):
 class AdamW(Rule):
     """Adam with weight decay beside the step: dx' = eta (m / (sqrt(v) + epsilon) + lam x).
 
-    Loshchilov & Hutter, "Decoupled weight decay regularization", 2019, arXiv:1711.05101, algorithm 2. `lam`: strength
-    of the decay. `couple=True` multiplies it by eta, as torch.optim.AdamW does; `couple=False` is the paper's, where
-    the decay is lam x whatever eta is.
+    Loshchilov & Hutter, "Decoupled weight decay regularization", 2019, arXiv:1711.05101, algorithm 2. `lam`:
+    strength of the decay. `couple=True` multiplies it by eta, as torch.optim.AdamW does; `couple=False` is
+    the paper's, where the decay is lam x whatever eta is.
     """
 
     eta: float = 0.001

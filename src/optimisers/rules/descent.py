@@ -29,8 +29,9 @@ class MomentumState(NamedTuple):
 class Momentum(Rule):
     """Gradient descent with heavy-ball momentum: v = rho v + eta dx; dx' = v.
 
-    Polyak, "Some methods of speeding up the convergence of iteration methods", 1964. `eta`: learning rate; `rho`: decay
-    of the velocity. `torch.optim.SGD` keeps eta outside v: the same path while eta stays constant.
+    Polyak, "Some methods of speeding up the convergence of iteration methods", 1964. `eta`: learning rate;
+    `rho`: decay of the velocity. `torch.optim.SGD` keeps eta outside v: the same path while eta stays
+    constant.
     """
 
     eta: float = 0.01
@@ -50,8 +51,9 @@ class Momentum(Rule):
 class Nesterov(Rule):
     """Momentum that looks ahead: v' = rho v - eta dx; dx' = -rho^2 v + (1 + rho) eta dx, with the old v.
 
-    Nesterov, "A method of solving a convex programming problem with convergence rate O(1/k^2)", 1983, in the form of
-    Bengio et al., arXiv:1212.0901, eq. 7. The velocity points where x goes, so its sign is that of -dx.
+    Nesterov, "A method of solving a convex programming problem with convergence rate O(1/k^2)", 1983, in the
+    form of Bengio et al., arXiv:1212.0901, eq. 7. The velocity points where x goes, so its sign is that of
+    -dx.
     """
 
     eta: float = 0.001

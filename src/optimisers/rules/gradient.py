@@ -8,7 +8,9 @@ from optimisers.rule import Rule, not_negative, static
 
 
 class WeightDecay(Rule):
-    """Adds lam x to the gradient: an L2 penalty of lam/2 |x|^2 on the loss, where it comes before the other rules."""
+    """Adds lam x to the gradient: an L2 penalty of lam/2 |x|^2 on the loss, where it comes before the other
+    rules.
+    """
 
     lam: float = 5e-4
 
@@ -23,7 +25,9 @@ class WeightDecay(Rule):
 
 
 class SignDecay(Rule):
-    """Adds lam sign(x) to the gradient: an L1 penalty of lam |x| on the loss, where it comes before the other rules."""
+    """Adds lam sign(x) to the gradient: an L1 penalty of lam |x| on the loss, where it comes before the other
+    rules.
+    """
 
     lam: float = 1e-3
 
@@ -53,10 +57,12 @@ class ClipGrad(Rule):
 
 
 class ClipNorm(Rule):
-    """Scales the gradient of each array down to p-norm omega, where it is longer (`ClipGlobalNorm`: of all arrays).
+    """Scales the gradient of each array down to p-norm omega, where it is longer (`ClipGlobalNorm`: of all
+    arrays).
 
-    `p` may be any number or +-inf; with p = 0, which counts the elements that are not zero, nothing is scaled. With
-    `throw`, a norm that is not finite raises DomainError before anything is changed; without, it spreads.
+    `p` may be any number or +-inf; with p = 0, which counts the elements that are not zero, nothing is
+    scaled. With `throw`, a norm that is not finite raises DomainError before anything is changed; without, it
+    spreads.
     """
 
     omega: float = 10.0
@@ -76,17 +82,22 @@ class ClipNorm(Rule):
             return state, dx
         size = norm(dx, self.p)
         if self.throw:
-            check(isfinite(size), f"gradient has {self.p:g}-norm {{}}; ClipNorm takes finite ones, "
-                                  f"ClipNorm(..., throw=False) lets others pass", size)
+            check(
+                isfinite(size),
+                f"gradient has {self.p:g}-norm {{}}; ClipNorm takes finite ones, "
+                f"ClipNorm(..., throw=False) lets others pass",
+                size,
+            )
         return state, dx * shrink(self.omega, size)
 
 
 class ClipGlobalNorm(Rule):
     """Scales all gradients down by one factor, so that together they have 2-norm omega at most.
 
-    Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, arXiv:1211.5063, algorithm 1, as
-    torch.nn.utils.clip_grad_norm_ does it. The norm goes over all leaves stepped together whose rules clip by it. With
-    `throw`, a norm that is not finite raises DomainError before anything is changed; without, it spreads.
+    Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, arXiv:1211.5063,
+    algorithm 1, as torch.nn.utils.clip_grad_norm_ does it. The norm goes over all leaves stepped together
+    whose rules clip by it. With `throw`, a norm that is not finite raises DomainError before anything is
+    changed; without, it spreads.
     """
 
     omega: float = 1.0
@@ -102,8 +113,12 @@ class ClipGlobalNorm(Rule):
         square = sum_(abs2(dx))
         size = sqrt(total(square))
         if self.throw:
-            check(isfinite(size) | isfinite(square), "the gradients have global norm {}; ClipGlobalNorm takes finite "
-                  "ones, ClipGlobalNorm(..., throw=False) lets others pass", size)
+            check(
+                isfinite(size) | isfinite(square),
+                "the gradients have global norm {}; ClipGlobalNorm takes finite "
+                "ones, ClipGlobalNorm(..., throw=False) lets others pass",
+                size,
+            )
         return state, dx * shrink(self.omega, size)
 
 

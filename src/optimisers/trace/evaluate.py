@@ -1,7 +1,8 @@
 """What are the scalars of a step? One value for a row of numbers, or for a leaf where a reduction is in it.
 
-`Scalars` holds those of one group of leaves. It is asked for values, computes what they need from the table of numbers
-in float64, and keeps them. Reductions and totals are put in from outside, as soon as they are known.
+`Scalars` holds those of one group of leaves. It is asked for values, computes what they need from the table
+of numbers in float64, and keeps them. Reductions and totals are put in from outside, as soon as they are
+known.
 """
 
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import numpy as host
-from optimisers.trace.expr import CUT, Expr, order
+from optimisers.trace.expr import Expr, cuts, order
 
 Table = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -51,7 +52,7 @@ class Scalars:
                 value = float(self.clock)
             elif e.op == "size":
                 value, leafy = self.sizes, True
-            elif e.op in CUT or e.op == "total":
+            elif cuts(e) or e.op == "total":
                 raise LookupError(f"{e.op} is not known yet")
             else:
                 values = [self.values[id(a)] for a in args]
@@ -71,7 +72,9 @@ class Scalars:
         return np.broadcast_to(self.spread(self.get(e), e), (len(self.row),))
 
     def table(self, scalars: tuple[Expr, ...]) -> tuple[Table, Any]:
-        """(values, row of each leaf): the scalar table of a pass, one column a node; a row a history or a leaf."""
+        """(values, row of each leaf): the scalar table of a pass, one column a node; a row a history or a
+        leaf.
+        """
         found = [self.get(e) for e in scalars]
         if any(self.of_leaf[id(e)] for e in scalars):
             found = [self.spread(v, e) for v, e in zip(found, scalars, strict=True)]

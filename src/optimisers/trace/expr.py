@@ -8,15 +8,15 @@ Grammar. A node is `op(arguments)`:
     <word>        one of `ops.WORDS` (sum, max and min of a whole array give a scalar)
     total         the sum of a scalar over the leaves stepped together
 
-Domain: `scalar` (one number a leaf), `array` (one number an element of x), or `free` (an array of another shape, which
-the array library computes). Type: bool, real or complex. A node made under a condition (see `ops.when`) carries it as
-its guard: its value means something only where the guard holds.
+Domain: `scalar` (one number a leaf), `array` (one number an element of x), or `free` (an array of another
+shape, which the array library computes). Type: bool, real or complex. A node made under a condition (see
+`ops.when`) carries it as its guard: its value means something only where the guard holds.
 """
 
 import contextlib
 import contextvars
 import numbers
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,7 @@ from optimisers.errors import TraceError
 
 Guard = tuple["Expr", ...]
 
-CUT = frozenset({"sum", "max", "min"})
-"""Reductions: their value is known only after a pass over memory."""
+_REDUCTIONS = frozenset({"sum", "max", "min"})
 
 
 class Trace:
@@ -43,7 +42,7 @@ _current: contextvars.ContextVar[Trace | None] = contextvars.ContextVar("trace",
 
 
 @contextlib.contextmanager
-def tracing() -> Iterator[Trace]:
+def tracing() -> Generator[Trace]:
     """Symbols made inside belong to this trace."""
     trace = Trace()
     token = _current.set(trace)
@@ -56,8 +55,10 @@ def tracing() -> Iterator[Trace]:
 def current() -> Trace:
     trace = _current.get()
     if trace is None:
-        raise TraceError("a symbol was used after its trace had ended; a rule keeps nothing between calls, "
-                         "what it wants to remember belongs in its state")
+        raise TraceError(
+            "a symbol was used after its trace had ended; a rule keeps nothing between calls, "
+            "what it wants to remember belongs in its state"
+        )
     return trace
 
 
@@ -157,6 +158,18 @@ class Expr:
     def __rmatmul__(self, other: Any) -> Any:
         return ops.matmul(other, self)
 
+    def __floordiv__(self, other: Any) -> Any:
+        return ops.floor(self / other)
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return ops.floor(other / self)
+
+    def __mod__(self, other: Any) -> Any:
+        return self - other * ops.floor(self / other)
+
+    def __rmod__(self, other: Any) -> Any:
+        return other - self * ops.floor(other / self)
+
     def __neg__(self) -> Any:
         return ops.negative(self)
 
@@ -201,21 +214,29 @@ class Expr:
     # -- what cannot be traced --
 
     def __bool__(self) -> bool:
-        raise TraceError("a rule branched on a value that is not known until the step runs; "
-                         "write `where(condition, a, b)` instead of `a if condition else b`, "
-                         "and `&`, `|`, `~` instead of `and`, `or`, `not`")
+        raise TraceError(
+            "a rule branched on a value that is not known until the step runs; "
+            "write `where(condition, a, b)` instead of `a if condition else b`, "
+            "and `&`, `|`, `~` instead of `and`, `or`, `not`"
+        )
 
     def __float__(self) -> float:
-        raise TraceError("a rule turned a value that is not known until the step runs into a Python number; "
-                         "leave out float() and int(), and use the words of optimisers instead of those of math")
+        raise TraceError(
+            "a rule turned a value that is not known until the step runs into a Python number; "
+            "leave out float() and int(), and use the words of optimisers instead of those of math"
+        )
 
     __int__ = __index__ = __complex__ = __round__ = __floor__ = __ceil__ = __trunc__ = __float__
 
     def __iter__(self) -> Iterator[Any]:
-        raise TraceError("a rule iterated over an array; it sees one array and writes its maths for the whole of it")
+        raise TraceError(
+            "a rule iterated over an array; it sees one array and writes its maths for the whole of it"
+        )
 
     def __len__(self) -> int:
-        raise TraceError("len() of an array inside a rule; x.size is its number of elements, x.shape its shape")
+        raise TraceError(
+            "len() of an array inside a rule; x.size is its number of elements, x.shape its shape"
+        )
 
     def __getitem__(self, _: Any) -> Any:
         raise TraceError("a rule indexed an array; use where, sums along an axis, or call(function, x)")
@@ -226,12 +247,35 @@ class Expr:
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TraceError("a rule gave a symbol to NumPy; use the words of optimisers, or call(function, x)")
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        known = (
+            f"; write {name}(x) with the word of optimisers" if name in (*ops.WORDS, "mean", "copy") else ""
+        )
+        raise TraceError(
+            f"a rule asked an array for .{name}, which it does not have while a step is traced{known}"
+        )
+
+    def __array_function__(self, function: Any, *_: Any) -> Any:
+        name = function.__name__
+        instead = (
+            f"write {name}(...) with the word of optimisers"
+            if name in (*ops.WORDS, "mean", "zeros_like")
+            else (f"use the words of optimisers, or call(np.{name}, x)")
+        )
+        raise TraceError(f"a rule called np.{name} on a symbol; {instead}")
+
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        name = {"true_divide": "divide", "absolute": "abs", "conjugate": "conj"}.get(ufunc.__name__, ufunc.__name__)
+        name = {"true_divide": "divide", "absolute": "abs", "conjugate": "conj"}.get(
+            ufunc.__name__, ufunc.__name__
+        )
         if method == "__call__" and not options and name in ops.WORDS:
             return ops.speak(name, inputs, {})
-        raise TraceError(f"a rule called np.{ufunc.__name__} on a symbol; use the words of optimisers, "
-                         f"or call(np.{ufunc.__name__}, x)")
+        raise TraceError(
+            f"a rule called np.{ufunc.__name__} on a symbol; use the words of optimisers, "
+            f"or call(np.{ufunc.__name__}, x)"
+        )
 
     # -- the protocol of `value` and `ops` --
 
@@ -260,8 +304,10 @@ class Expr:
     def __when__(condition: Any, dx: Any) -> Any:
         condition, dx = lift(condition), lift(dx)
         if condition.domain != "scalar":
-            raise TraceError("when() was given a condition for each element; it takes a scalar one: "
-                             "use where() for single elements")
+            raise TraceError(
+                "when() was given a condition for each element; it takes a scalar one: "
+                "use where() for single elements"
+            )
         result = make("identity", (dx,))
         result.guard = merged(result.guard, (condition, *condition.guard))
         return result
@@ -281,7 +327,7 @@ class Expr:
 
 
 @contextlib.contextmanager
-def scope(guard: Guard) -> Iterator[None]:
+def scope(guard: Guard) -> Generator[None]:
     trace = current()
     trace.scope.append(guard)
     try:
@@ -302,7 +348,7 @@ def merged(first: Guard, second: Iterable[Expr]) -> Guard:
     return tuple(out.values())
 
 
-# -- making nodes ----------------------------------------------------------------------------------------------------------
+# -- making nodes --------------------------------------------------------------------------------------------
 
 
 def lift(value: Any) -> Expr:
@@ -336,7 +382,9 @@ def write(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Expr:
         chosen = dict(zip(("axis", "keepdims"), args[1:], strict=False)) | options
         along = {k: v for k, v in chosen.items() if v is not None and v is not False}
         if not along:
-            return x if x.domain == "scalar" else make(name, (x,), domain="scalar", type=reduced_type(name, x))
+            return (
+                x if x.domain == "scalar" else make(name, (x,), domain="scalar", type=reduced_type(name, x))
+            )
         return make(name, (x,), domain="free", options=tuple(sorted(along.items())))
     nodes = tuple(lift(a) for a in args)
     if word.family == "shape":
@@ -351,7 +399,12 @@ def reduced_type(name: str, x: Expr) -> str:
 
 
 def make(
-    op: str, args: tuple[Expr, ...], *, domain: str = "", type: str = "", options: tuple[tuple[str, Any], ...] = ()
+    op: str,
+    args: tuple[Expr, ...],
+    *,
+    domain: str = "",
+    type: str = "",
+    options: tuple[tuple[str, Any], ...] = (),
 ) -> Expr:
     domains = {a.domain for a in args}
     if not domain:
@@ -373,7 +426,9 @@ def result_type(op: str, args: tuple[Expr, ...]) -> str:
         return args[0].type if args[0].type != "bool" or op == "identity" else "real"
     gives = ops.WORDS[op].gives
     if gives in ("real", "bool"):
-        if op in ("less", "less_equal", "greater", "greater_equal") and any(a.type == "complex" for a in args):
+        if op in ("less", "less_equal", "greater", "greater_equal") and any(
+            a.type == "complex" for a in args
+        ):
             raise TraceError(f"{op} of complex numbers has no meaning; take abs or real first")
         return gives
     widest = max((a.type for a in (args[1:] if gives == "branch" else args)), key=_RANK.__getitem__)
@@ -382,11 +437,17 @@ def result_type(op: str, args: tuple[Expr, ...]) -> str:
     return "real" if widest == "bool" and gives != "branch" else widest
 
 
-# -- reading a graph ----------------------------------------------------------------------------------------------------------
+# -- reading a graph -----------------------------------------------------------------------------------------
+
+
+def cuts(e: Expr) -> bool:
+    """Whether a node is a reduction of a whole array: its value is known only after a pass over memory."""
+    return e.op in _REDUCTIONS and e.domain == "scalar"
 
 
 def order(roots: Iterable[Expr], known: Iterable[int] = ()) -> list[Expr]:
-    """Every node below the roots, arguments first, but for those `known` by id and what lies below them alone.
+    """Every node below the roots, arguments first, but for those `known` by id and what lies below them
+    alone.
 
     Without recursion, so that long chains do not overflow.
     """
@@ -404,9 +465,21 @@ def order(roots: Iterable[Expr], known: Iterable[int] = ()) -> list[Expr]:
     return out
 
 
-_INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/", "power": "**", "less": "<", "less_equal": "<=",
-          "greater": ">", "greater_equal": ">=", "equal": "==", "not_equal": "!=", "logical_and": "&",
-          "logical_or": "|"}
+_INFIX = {
+    "add": "+",
+    "subtract": "-",
+    "multiply": "*",
+    "divide": "/",
+    "power": "**",
+    "less": "<",
+    "less_equal": "<=",
+    "greater": ">",
+    "greater_equal": ">=",
+    "equal": "==",
+    "not_equal": "!=",
+    "logical_and": "&",
+    "logical_or": "|",
+}
 
 
 def show(e: Expr, depth: int = 6) -> str:

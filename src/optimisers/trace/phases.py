@@ -1,15 +1,16 @@
-"""A program -> passes over memory. A pass ends where a sum over the whole array is needed before the maths can go on.
+"""A program -> passes over memory. A pass ends where a sum over the whole array is needed before the maths
+can go on.
 
-Level of a node: how many reductions and totals lie below it. The pass of level k computes the reductions that need
-nothing above level k; the last pass stores the new parameters and state. Passes share no intermediate arrays: a later
-one computes again, in registers, what it needs from the unchanged inputs.
+Level of a node: how many reductions and totals lie below it. The pass of level k computes the reductions that
+need nothing above level k; the last pass stores the new parameters and state. Passes share no intermediate
+arrays: a later one computes again, in registers, what it needs from the unchanged inputs.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
 
-from optimisers.trace.expr import CUT, Expr, order
+from optimisers.trace.expr import Expr, cuts, order
 from optimisers.trace.program import Program, fold
 
 
@@ -20,7 +21,9 @@ class Pass:
     loads: tuple[str, ...]
     """The arrays read: x, dx, ..., s0, ..."""
     free: tuple[Expr, ...]
-    """Values of another shape that the array library computes first; they are read broadcast to the shape of x."""
+    """Values of another shape that the array library computes first; they are read broadcast to the shape of
+    x.
+    """
     scalars: tuple[Expr, ...]
     """The columns of the scalar table."""
     body: tuple[Expr, ...]
@@ -41,7 +44,8 @@ class Outputs:
 
 @functools.lru_cache(maxsize=4096)
 def outputs(program: Program, holds: tuple[bool, ...]) -> Outputs:
-    """The arrays that a step stores where condition i of the program holds or not; what does not run is left out.
+    """The arrays that a step stores where condition i of the program holds or not; what does not run is left
+    out.
 
     Scalar nodes stay the very ones of the program, so their values serve every variant.
     """
@@ -66,20 +70,26 @@ def levels(roots: Sequence[Expr]) -> dict[int, int]:
     for e in order(roots):
         below = max((level[id(a)] for a in e.args), default=0)
         below = max([below, *(level.get(id(g), 0) for g in e.guard)])
-        level[id(e)] = below + (e.op in CUT or e.op == "total")
+        level[id(e)] = below + (cuts(e) or e.op == "total")
     return level
 
 
 @functools.lru_cache(maxsize=4096)
 def reduce_pass(program: Program, level: int, wanted: tuple[bool, ...]) -> Pass | None:
     """The pass for the wanted reductions of a level over arrays of the shape of x; None if there are none."""
-    chosen = [r for r, w in zip(stages(program)[level].reductions, wanted, strict=True) if w and r.args[0].domain == "array"]
+    chosen = [
+        r
+        for r, w in zip(stages(program)[level].reductions, wanted, strict=True)
+        if w and r.args[0].domain == "array"
+    ]
     return _pass([], chosen) if chosen else None
 
 
 @functools.lru_cache(maxsize=4096)
 def store_pass(program: Program, holds: tuple[bool, ...]) -> Pass | None:
-    """The last pass: stores everything that changes and has the shape of the parameters; None if nothing does."""
+    """The last pass: stores everything that changes and has the shape of the parameters; None if nothing
+    does.
+    """
     new = outputs(program, holds)
     stores: list[tuple[str, Expr]] = []
     for slot, e in zip(program.slots, new.slots, strict=True):
@@ -146,7 +156,7 @@ def stages(program: Program) -> tuple[Stage, ...]:
     nodes = order(roots)
     return tuple(
         Stage(
-            tuple(e for e in nodes if e.op in CUT and level[id(e)] == k),
+            tuple(e for e in nodes if cuts(e) and level[id(e)] == k),
             tuple(e for e in nodes if e.op == "total" and level[id(e)] == k),
         )
         for k in range(1, top + 1)

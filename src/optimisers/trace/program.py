@@ -1,17 +1,17 @@
 """A rule and the form of its state -> a program: what the new parameters, state and counters are made of."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from optimisers import ops
 from optimisers.arrays import registry
 from optimisers.errors import TraceError
 from optimisers.rule import Rule, stepped
-from optimisers.trace.expr import CUT, Expr, Guard, lift, make, order, show, tracing
+from optimisers.trace.expr import Expr, Guard, cuts, lift, make, order, show, tracing
 from optimisers.value import fill, is_number, schedules, walk
 
-# -- state: any nest of tuples, NamedTuples, dicts and lists, of arrays and numbers -----------------------------------------
+# -- state: any nest of tuples, NamedTuples, dicts and lists, of arrays and numbers --------------------------
 
 
 def flatten(state: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -25,27 +25,29 @@ def flatten(state: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
 def entries(state: Any) -> list[tuple[Any, Any]]:
     """The keys and items of a container in a state; none for what is not one."""
     if isinstance(state, dict):
-        return list(state.items())  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        return list(state.items())
     if isinstance(state, tuple) and hasattr(state, "_fields"):
-        return list(zip(state._fields, state, strict=True))  # pyright: ignore
+        return list(state._asdict().items())  # pyright: ignore[reportAttributeAccessIssue] a NamedTuple has it
     if isinstance(state, tuple | list):
-        return list(enumerate(state))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        return list(enumerate(state))
     return []
 
 
 def unflatten(template: Any, leaves: Iterator[Any]) -> Any:
     """A state of the form of `template` with its arrays and numbers replaced, in the order of `flatten`."""
     if isinstance(template, dict):
-        return {k: unflatten(v, leaves) for k, v in template.items()}  # pyright: ignore[reportUnknownVariableType]
+        return {k: unflatten(v, leaves) for k, v in template.items()}
     if isinstance(template, tuple) and hasattr(template, "_fields"):
-        return type(template)(*(unflatten(v, leaves) for v in template))  # pyright: ignore[reportUnknownVariableType]
+        return type(template)(*(unflatten(v, leaves) for v in template))
     if isinstance(template, tuple | list):
-        return type(template)(unflatten(v, leaves) for v in template)  # pyright: ignore[reportUnknownVariableType]
+        return type(template)(unflatten(v, leaves) for v in template)
     return template if template is None else next(leaves)
 
 
 def form(state: Any) -> Any:
-    """What two states must share to be of one form: containers, keys, and which entries are arrays or numbers."""
+    """What two states must share to be of one form: containers, keys, and which entries are arrays or
+    numbers.
+    """
     inner = entries(state)
     if inner or isinstance(state, tuple | list | dict):
         return (type(state), tuple((k, form(v)) for k, v in inner))
@@ -58,7 +60,7 @@ def form(state: Any) -> Any:
     raise TraceError(f"state holds {state!r}; it takes arrays and numbers, in tuples, NamedTuples and dicts")
 
 
-# -- the program ---------------------------------------------------------------------------------------------------------------
+# -- the program ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,9 @@ class Slot:
 
 @dataclasses.dataclass(eq=False)
 class Program:
-    """What one step of a rule computes, for one array. Numbers come in a row: hyper-parameters first, then counters."""
+    """What one step of a rule computes, for one array. Numbers come in a row: hyper-parameters first, then
+    counters.
+    """
 
     title: str
     template: Any
@@ -95,12 +99,17 @@ class Program:
 
     @property
     def roots(self) -> list[Expr]:
-        return [*([self.new_x] if self.new_x is not None else []), *self.new_slots, *self.new_counters,
-                *(e for c, _, values in self.checks for e in (c, *values))]
+        return [
+            *([self.new_x] if self.new_x is not None else []),
+            *self.new_slots,
+            *self.new_counters,
+            *(e for c, _, values in self.checks for e in (c, *values)),
+        ]
 
 
 def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
-    """The program of `rule` for parameters like `x` whose state is like `state`, with `more` further gradients.
+    """The program of `rule` for parameters like `x` whose state is like `state`, with `more` further
+    gradients.
 
     Raises TraceError, saying what the rule did, if it cannot be traced.
     """
@@ -110,11 +119,15 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
         paths = [path for path, _ in walk(rule)]
         hypers = [Expr("number", value=i, options=(("name", _name(p)),)) for i, p in enumerate(paths)]
         clock = Expr("clock")
-        symbolic = schedules(fill(rule, iter(hypers)), lambda schedule: lift(schedule(clock)))
-        inputs = [Expr("input", value=n, domain="array", type=kind, shape=shape) for n in _gradients(more, "x")]
+        symbolic = schedules(fill(rule, iter(hypers)), functools.partial(_scheduled, clock))
+        inputs = [
+            Expr("input", value=n, domain="array", type=kind, shape=shape) for n in _gradients(more, "x")
+        ]
         slots, names, symbols = _state_symbols(state, shape, len(hypers))
         try:
-            answer = stepped(symbolic, unflatten(state, iter(symbols)), inputs[0], inputs[1], tuple(inputs[2:]))
+            answer = stepped(
+                symbolic, unflatten(state, iter(symbols)), inputs[0], inputs[1], tuple(inputs[2:])
+            )
         except TraceError as error:
             raise TraceError(f"{type(rule).__name__}: {error}") from error
         new_state, dx = _answer(rule, answer)
@@ -124,8 +137,10 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
         _types(rule, kind, wanted[0], state, new, symbols)
         olds = [inputs[0], *symbols]
         outputs = [_guarded(e, old) for e, old in zip([*wanted, *new], olds, strict=True)]
-        checks = [(make("logical_or", (make("logical_not", (_all(g),)), c)) if g else c, m, v)
-                  for c, m, v, g in notes.checks]
+        checks = [
+            (make("logical_or", (make("logical_not", (_all(g),)), c)) if g else c, m, v)
+            for c, m, v, g in notes.checks
+        ]
         conditions = _unique(g for e in order([*outputs, *(c for c, _, _ in checks)]) for g in e.guard)
         cleaned, of = clean([*outputs, *conditions, *(e for c, _, v in checks for e in (c, *v))])
     it = iter(cleaned[len(outputs) + len(conditions) :])
@@ -150,13 +165,30 @@ def _blank(value: Any) -> Any:
     return registry.library(value).stand_in((0,), value.dtype) if registry.isarray(value) else value
 
 
+def _scheduled(clock: Expr, name: str, schedule: Any) -> Expr:
+    """The value of a schedule at the symbolic clock."""
+    try:
+        value = lift(schedule(clock))
+    except TraceError as error:
+        raise TraceError(
+            f"the schedule of {name}: {str(error).replace('a rule', 'a schedule', 1)}"
+        ) from error
+    if value.domain != "scalar" or value.type == "complex":
+        raise TraceError(f"the schedule of {name} gives no real number for the clock")
+    return value
+
+
 def _gradients(more: int, *first: str) -> list[str]:
     return [*first, "dx", *(f"dx{i + 2}" for i in range(more))]
 
 
 def _name(path: tuple[Any, ...]) -> str:
     """A short name for a number: `beta[0]`, without the rules around it."""
-    at = max(i for i, p in enumerate(path) if isinstance(p, str)) if any(isinstance(p, str) for p in path) else 0
+    at = (
+        max(i for i, p in enumerate(path) if isinstance(p, str))
+        if any(isinstance(p, str) for p in path)
+        else 0
+    )
     return str(path[at]) + "".join(f"[{p}]" for p in path[at + 1 :])
 
 
@@ -181,29 +213,35 @@ def _state_symbols(state: Any, shape: tuple[int, ...], hypers: int) -> Any:
 
 
 def _answer(rule: Rule, answer: Any) -> tuple[Any, Any]:
-    if not isinstance(answer, tuple) or len(answer) != 2:  # pyright: ignore[reportUnknownArgumentType]
-        raise TraceError(f"{type(rule).__name__}.apply returned {type(answer).__name__}; it returns a pair (state, dx)")
-    return answer  # pyright: ignore[reportUnknownVariableType]
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        what = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else f"{type(answer).__name__}"
+        what = "one array" if isinstance(answer, Expr) else what
+        raise TraceError(f"{type(rule).__name__}.apply returned {what}; it returns a pair (state, dx)")
+    return answer
 
 
 def _same_form(rule: Rule, old: Any, new: Any) -> None:
     want, got = form(old), form(new)
     if _loosened(want) != _loosened(got):
-        raise TraceError(f"{type(rule).__name__}.apply returned a state of another form than init: "
-                         f"{_sketch(got)} instead of {_sketch(want)}")
+        raise TraceError(
+            f"{type(rule).__name__}.apply returned a state of another form than init: "
+            f"{_sketch(got)} instead of {_sketch(want)}"
+        )
 
 
 def _loosened(f: Any) -> Any:
     """An array in the state may be given as a number, which fills it; the reverse is an error of its own."""
     if isinstance(f, tuple):
-        return (f[0], tuple((k, _loosened(v)) for k, v in f[1]))  # pyright: ignore[reportUnknownVariableType]
+        return (f[0], tuple((k, _loosened(v)) for k, v in f[1]))
     return "value" if f in ("array", "number") else f
 
 
 def _sketch(f: Any) -> str:
     if isinstance(f, tuple):
-        kind, items = f  # pyright: ignore[reportUnknownVariableType]
-        return f"{kind.__name__}({', '.join(_sketch(v) for _, v in items)})"  # pyright: ignore[reportUnknownVariableType]
+        kind, items = f
+        named = issubclass(kind, dict) or hasattr(kind, "_fields")
+        inner = ", ".join(f"{k}={_sketch(v)}" if named else _sketch(v) for k, v in items)
+        return f"{kind.__name__}({inner})"
     return str(f)
 
 
@@ -215,12 +253,16 @@ def _types(rule: Rule, kind: str, step: Expr, state: Any, new: list[Expr], symbo
     for (path, _), e, old in zip(flatten(state), new, symbols, strict=True):
         where = f"the state{''.join(f'[{p!r}]' for p in path)} of {name}"
         if old.op == "number" and e.domain != "scalar":
-            raise TraceError(f"{where} is a number in init and an array in apply; let init return zeros_like(x)")
+            raise TraceError(
+                f"{where} is a number in init and an array in apply; let init return zeros_like(x)"
+            )
         if old.domain == "free" and e.domain == "array":
             raise TraceError(f"{where} has another shape than x in init and the shape of x in apply")
         if old.type == "real" and e.type == "complex":
-            raise TraceError(f"{where} is real in init and complex in apply; take abs2 or real, "
-                             f"or let init return complex zeros")
+            raise TraceError(
+                f"{where} is real in init and complex in apply; take abs2 or real, "
+                f"or let init return complex zeros"
+            )
 
 
 def _guarded(e: Expr, old: Expr) -> Expr:
@@ -240,19 +282,21 @@ def _unique(nodes: Iterable[Expr]) -> list[Expr]:
     return list({id(e): e for e in nodes}.values())
 
 
-# -- cleaning: one node for one value, guards only where they steer ----------------------------------------------------------------
+# -- cleaning: one node for one value, guards only where they steer ------------------------------------------
 
 
 def clean(roots: list[Expr]) -> tuple[list[Expr], dict[int, Expr]]:
-    """The roots rebuilt with equal nodes merged and constants folded; and the new node of every old one, by id.
+    """The roots rebuilt with equal nodes merged and constants folded; and the new node of every old one, by
+    id.
 
-    Guards stay on reductions alone, where they tell that a pass over memory can be left out; a total gets a `where`.
+    Guards stay on reductions alone, where they tell that a pass over memory can be left out; a total gets a
+    `where`.
     """
     table: dict[Any, Expr] = {}
     new: dict[int, Expr] = {}
     for e in order(_with_guards(roots)):
         args = tuple(new[id(a)] for a in e.args)
-        keep = _unique(new[id(g)] for g in e.guard) if e.op in CUT or e.op == "total" else []
+        keep = _unique(new[id(g)] for g in e.guard) if cuts(e) or e.op == "total" else []
         new[id(e)] = fold(table, e, args, tuple(keep))
     return [new[id(r)] for r in roots], new
 
@@ -261,7 +305,7 @@ def _with_guards(roots: list[Expr]) -> list[Expr]:
     """The roots, after the conditions that reductions and totals below them hang on."""
     out = list(roots)
     while True:
-        below = _unique(g for e in order(out) if e.op in CUT or e.op == "total" for g in e.guard)
+        below = _unique(g for e in order(out) if cuts(e) or e.op == "total" for g in e.guard)
         missing = [g for g in below if all(g is not e for e in out)]
         if not missing:
             return out
@@ -271,7 +315,15 @@ def _with_guards(roots: list[Expr]) -> list[Expr]:
 def _merge(table: dict[Any, Expr], e: Expr) -> Expr:
     value = id(e.value) if e.domain == "free" and e.op == "const" else (type(e.value), e.value)
     options = tuple((k, v if k != "function" else id(v)) for k, v in e.options)
-    key = (e.op, tuple(id(a) for a in e.args), repr(value), repr(options), e.domain, e.type, tuple(id(g) for g in e.guard))
+    key = (
+        e.op,
+        tuple(id(a) for a in e.args),
+        repr(value),
+        repr(options),
+        e.domain,
+        e.type,
+        tuple(id(g) for g in e.guard),
+    )
     return table.setdefault(key, e)
 
 
@@ -291,19 +343,31 @@ def fold(table: dict[Any, Expr], e: Expr, args: tuple[Expr, ...], guard: Guard) 
                 return args[i] if known[i] is absorbing else args[1 - i]
     if e.op == "logical_not" and known[0] is not None:
         return _merge(table, Expr("const", type="bool", value=not known[0]))
-    if e.op in CUT and any(g.op == "const" for g in guard):
+    if cuts(e) and any(g.op == "const" for g in guard):
         return _merge(table, Expr("const", value=0.0))
     if e.op == "total" and guard:
         zero = _merge(table, Expr("const", value=0.0))
+        inner = args[0]
         for g in guard:
-            args = (_merge(table, Expr("where", (g, args[0], zero), type=args[0].type)),)
-        guard = ()
-    if e.op == "power" and args[1].op == "const" and args[0].domain != "scalar":
+            inner = _merge(table, Expr("where", (g, inner, zero), type=inner.type))
+        return _merge(table, Expr("total", (inner,), type=e.type))
+    if e.op == "power" and args[1].op == "const" and args[1].domain == "scalar" != e.domain:
         if args[1].value == 2:
-            return _merge(table, Expr("multiply", (args[0], args[0]), domain=e.domain, type=e.type, shape=e.shape_))
+            return _merge(
+                table, Expr("multiply", (args[0], args[0]), domain=e.domain, type=e.type, shape=e.shape_)
+            )
         if args[1].value == 0.5 and args[0].type == "real":
             return _merge(table, Expr("sqrt", (args[0],), domain=e.domain, type=e.type, shape=e.shape_))
-    node = Expr(e.op, args, domain=e.domain, type=e.type, value=e.value, options=e.options, guard=guard, shape=e.shape_)
+    node = Expr(
+        e.op,
+        args,
+        domain=e.domain,
+        type=e.type,
+        value=e.value,
+        options=e.options,
+        guard=guard,
+        shape=e.shape_,
+    )
     return _merge(table, node)
 
 

@@ -22,7 +22,7 @@ class Container:
     """The keys that may be trained; None for all."""
 
 
-# -- the built-in kinds --------------------------------------------------------------------------------------------------
+# -- the built-in kinds --------------------------------------------------------------------------------------
 
 
 def _read_items(obj: Any, keys: tuple[Any, ...]) -> Iterable[Any]:
@@ -51,7 +51,9 @@ def _with_fields(old: Any, changes: dict[Any, Any]) -> Any:
 
 
 def _with_attributes(old: Any, changes: dict[Any, Any]) -> Any:
-    """A copy with attributes replaced, past `__init__` and `__setattr__`: frozen classes and non-init fields work."""
+    """A copy with attributes replaced, past `__init__` and `__setattr__`: frozen classes and non-init fields
+    work.
+    """
     new = copy.copy(old)
     for key, value in changes.items():
         object.__setattr__(new, key, value)
@@ -78,24 +80,29 @@ ATTRS = Container(
 )
 
 REGISTERED: dict[type, Container] = {}
-"""Classes that were registered by hand; looked up along the method resolution order, before the built-in kinds."""
+"""Classes that were registered by hand; looked up along the method resolution order, before the built-in
+kinds.
+"""
 
 FINDERS: list[Callable[[type], Container | None]] = []
 """Asked in turn for classes that are not registered: each knows one family of foreign models."""
 
 
 def register(
-    cls: type | None = None, *, children: tuple[str, ...] | None = None, trainable: tuple[str, ...] | None = None
+    cls: type | None = None,
+    *,
+    children: tuple[str, ...] | None = None,
+    trainable: tuple[str, ...] | None = None,
 ) -> Any:
     """Make a class a container, whose `children` (attribute names) are walked; usable as a decorator.
 
-    Without `children`: the fields of a dataclass or attrs class, else all instance attributes. Of these only the
-    `trainable` ones are stepped; None for all. Attributes that are not children are never looked at, and survive.
-    Raises TypeError if `cls` is not a class.
+    Without `children`: the fields of a dataclass or attrs class, else all instance attributes. Of these only
+    the `trainable` ones are stepped; None for all. Attributes that are not children are never looked at, and
+    survive. Raises TypeError if `cls` is not a class.
     """
     if cls is None:
-        return lambda c: register(c, children=children, trainable=trainable)  # pyright: ignore[reportUnknownLambdaType]
-    if not isinstance(cls, type):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return lambda c: register(c, children=children, trainable=trainable)
+    if not isinstance(cls, type):
         raise TypeError(f"register takes a class; {cls!r} is not one")
     like = DATACLASS if dataclasses.is_dataclass(cls) else ATTRS if hasattr(cls, "__attrs_attrs__") else None
     if children is not None:
@@ -138,19 +145,23 @@ def container_of(kind: type) -> Container | None:
 def loose(obj: Any, keys: tuple[Any, ...], needed: tuple[Any, ...]) -> dict[Any, Any] | str:
     """The children of a gradient by key, whatever container it is; or a sentence that says what is wrong.
 
-    A gradient may be a mapping, an object with attributes, or a sequence in the order of `keys`. It must have every
-    key that is `needed` (None for "no step") and none that is not among `keys`.
+    A gradient may be a mapping, an object with attributes, or a sequence in the order of `keys`. It must have
+    every key that is `needed` (None for "no step") and none that is not among `keys`.
     """
     if isinstance(obj, Mapping):
-        extra: list[Any] = [k for k in obj if k not in keys]  # pyright: ignore[reportUnknownVariableType]
+        extra: list[Any] = [k for k in obj if k not in keys]
         missing = [k for k in needed if k not in obj]
         if extra or missing:
             return f"{extra[0]!r}, which is not in the model" if extra else _absent(missing[0])
         return {k: obj[k] for k in needed}
     named = all(isinstance(k, str) for k in keys)
-    if isinstance(obj, tuple | list) and not (named and hasattr(obj, "_fields")):  # pyright: ignore[reportUnknownArgumentType]
-        items: list[Any] = list(obj)  # pyright: ignore[reportUnknownArgumentType]
-        return dict(zip(keys, items, strict=True)) if len(items) == len(keys) else f"{len(items)} entries, not {len(keys)}"
+    if isinstance(obj, tuple | list) and not (named and hasattr(obj, "_fields")):
+        items: list[Any] = list(obj)
+        return (
+            dict(zip(keys, items, strict=True))
+            if len(items) == len(keys)
+            else f"{len(items)} entries, not {len(keys)}"
+        )
     if container(obj) is None or not named:
         return f"a {type(obj).__name__} where a container stands"
     missing = [k for k in needed if not hasattr(obj, k)]

@@ -1,4 +1,6 @@
-"""Where is something in a model? A path of keys, printed as the code that reaches it; and patterns over paths."""
+"""Where is something in a model? A path of keys, printed as the code that reaches it; and patterns over
+paths.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -14,8 +16,8 @@ class Attr(str):
 class KeyPath(Sequence[Any]):
     """The keys from the root of a model to a place in it: attribute names, dict keys, indices.
 
-    `KeyPath("b", 1, "c")` joins keys and other paths; it compares, hashes, slices and counts like a tuple, prints as
-    `b.1.c`, and `path.get(model)` reads what stands there.
+    `KeyPath("b", 1, "c")` joins keys and other paths; it compares, hashes, slices and counts like a tuple,
+    prints as `b.1.c`, and `path.get(model)` reads what stands there.
     """
 
     __slots__ = ("keys",)
@@ -82,7 +84,9 @@ def step(here: Any, key: Any) -> Any:
 
 
 def matches(pattern: str, path: KeyPath) -> bool:
-    """Whether a glob fits a path: `*` is any one key, `**` any number of keys, also none; keys are split at dots."""
+    """Whether a glob fits a path: `*` is any one key, `**` any number of keys, also none; keys are split at
+    dots.
+    """
     return compiled(pattern).fullmatch("".join(f"{part}." for part in str(path).split("."))) is not None
 
 
@@ -93,5 +97,7 @@ def compiled(pattern: str) -> "re.Pattern[str]":
         if part == "**":
             text += r"(?:[^.]+\.)*"
         else:
-            text += "".join("[^.]*" if c == "*" else "[^.]" if c == "?" else re.escape(c) for c in part) + r"\."
+            text += (
+                "".join("[^.]*" if c == "*" else "[^.]" if c == "?" else re.escape(c) for c in part) + r"\."
+            )
     return re.compile(text)

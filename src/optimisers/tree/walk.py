@@ -1,12 +1,14 @@
 """How are model, state and gradients walked together? Along one layout, made once by `survey`.
 
-The layout is a tree of nodes that mirrors the model: containers, and leaves where arrays are trained. The same array at
-several places (the same memory: one object, equal views of it, or transposed views) is one leaf with several places.
+The layout is a tree of nodes that mirrors the model: containers, and leaves where arrays are trained. The
+same array at several places (the same memory: one object, equal views of it, or transposed views) is one leaf
+with several places.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from operator import attrgetter, itemgetter
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -64,21 +66,21 @@ class Layout:
     """The path of each leaf: that of its first place."""
     places: list[list[KeyPath]]
     """All paths of each leaf."""
-    floats: list[tuple[KeyPath, float]]
-    """Python floats beside arrays: they do not train, though somebody may think so."""
+    floats: list[tuple[KeyPath, Any]]
+    """Numbers beside arrays: they do not train, though somebody may think so."""
 
 
 EMPTY = Node()
 
 
-# -- the first walk ------------------------------------------------------------------------------------------------------
+# -- the first walk ------------------------------------------------------------------------------------------
 
 
 def survey(model: Any) -> tuple[Layout, list[Any]]:
     """The layout of a model, and the array of each leaf.
 
-    Raises TreeMismatch for a container that holds itself, a class that hides arrays without being registered, and
-    parameters that overlap in memory without being the same.
+    Raises TreeMismatch for a container that holds itself, a class that hides arrays without being registered,
+    and parameters that overlap in memory without being the same.
     """
     return _Survey().run(model)
 
@@ -90,12 +92,14 @@ class _Survey:
         self.known: dict[Any, int] = {}
         self.nodes: dict[int, Node] = {}
         self.open: set[int] = set()
-        self.floats: list[tuple[KeyPath, float]] = []
+        self.floats: list[tuple[KeyPath, Any]] = []
         self.kept: list[Any] = []
 
     def run(self, model: Any) -> tuple[Layout, list[Any]]:
         if isinstance(model, float | complex):
-            raise TreeMismatch(f"the model is the Python number {model!r}; write np.array({model!r}) to train it")
+            raise TreeMismatch(
+                f"the model is the Python number {model!r}; write np.array({model!r}) to train it"
+            )
         root = self.visit(model, KeyPath(), listed=False)
         self.refuse_overlaps()
         return Layout(root, [p[0] for p in self.places], self.places, self.floats), self.arrays
@@ -124,20 +128,40 @@ class _Survey:
         if ways.trainable is not None:
             for name in ways.trainable:
                 if name not in keys:
-                    raise TreeMismatch(f"{type(obj).__name__} was registered with trainable {name!r}, which is not among "
-                                       f"its children {', '.join(map(str, keys))}")
+                    raise TreeMismatch(
+                        f"{type(obj).__name__} was registered with trainable {name!r}, which is not among "
+                        f"its children {', '.join(map(str, keys))}"
+                    )
         children: list[Node] = []
-        for key, value in zip(keys, ways.read(obj, keys), strict=True):
+        for key, value in zip(keys, self.read(obj, ways, keys, path), strict=True):
             below = KeyPath(path, key)
             skipped = ways.trainable is not None and key not in ways.trainable
             listed = ways.trainable is not None and not skipped
             children.append(EMPTY if skipped else self.visit(value, below, listed=listed))
-            if isinstance(value, float) and not skipped and not _declared_float(obj, key):
+            loose = isinstance(value, float | complex | np.floating | np.complexfloating)
+            if loose and not skipped and not _declared_float(obj, key):
                 self.floats.append((below, value))
         live = tuple((k, c) for k, c in zip(keys, children, strict=True) if c.leaves)
         leaves = tuple(i for _, c in live for i in c.leaves)
-        return Node(kind=type(obj), ways=ways, keys=keys, children=tuple(children), live=live,
-                    fetch=_fetcher(live), leaves=leaves)
+        return Node(
+            kind=type(obj),
+            ways=ways,
+            keys=keys,
+            children=tuple(children),
+            live=live,
+            fetch=_fetcher(live),
+            leaves=leaves,
+        )
+
+    @staticmethod
+    def read(obj: Any, ways: Container, keys: tuple[Any, ...], path: KeyPath) -> list[Any]:
+        try:
+            return list(ways.read(obj, keys))
+        except AttributeError as error:
+            raise TreeMismatch(
+                f"{path.code()} lacks {error.name!r}, with which {type(obj).__name__} was registered as a "
+                "child"
+            ) from error
 
     def leaf(self, x: Any, path: KeyPath) -> Node:
         library = registry.library(x)
@@ -149,8 +173,10 @@ class _Survey:
             return Node(leaf=number, leaves=(number,))
         first = self.arrays[number]
         if first.dtype != x.dtype:
-            raise TreeMismatch(f"{path.code()} is the memory of {self.places[number][0].code()} read as {x.dtype} "
-                               f"instead of {first.dtype}; train one of them")
+            raise TreeMismatch(
+                f"{path.code()} is the memory of {self.places[number][0].code()} read as {x.dtype} "
+                f"instead of {first.dtype}; train one of them"
+            )
         self.places[number].append(path)
         return Node(leaf=number, axes=library.axes_between(first, x), leaves=(number,))
 
@@ -162,28 +188,60 @@ class _Survey:
 
     def refuse_hidden(self, obj: Any, path: KeyPath, *, listed: bool) -> None:
         if listed and isinstance(obj, float | complex):
-            raise TreeMismatch(f"{path.code()} is registered as trainable and is the Python number {obj!r}; "
-                               f"write np.array({obj!r})")
-        if isinstance(obj, type) or not hasattr(obj, "__dict__"):
+            raise TreeMismatch(
+                f"{path.code()} is registered as trainable and is the Python number {obj!r}; "
+                f"write np.array({obj!r})"
+            )
+        if isinstance(obj, str | bytes | range | type | ModuleType):
             return
-        for name, value in vars(obj).items():
-            if registry.isnumeric(value):
+        held = [(f".{name}", value) for name, value in attributes(obj)]
+        if isinstance(obj, Collection) and not isinstance(obj, Mapping):
+            held += [("", item) for item in obj]
+        for name, value in held:
+            if holds_arrays(value):
                 cls = type(obj).__name__
-                raise TreeMismatch(f"{path.code()} is a {cls}, which holds an array in .{name} but is no container known "
-                                   f"here; write opt.register({cls}), or make it a dataclass")
+                raise TreeMismatch(
+                    f"{path.code()} is a {cls}, which holds an array in {path.code()}{name} but is no "
+                    "container known "
+                    f"here; write opt.register({cls}), or make it a dataclass"
+                )
 
     def refuse_overlaps(self) -> None:
         """Two parameters that share elements, but are not the same array, would be stepped twice."""
-        spans = [(*np.lib.array_utils.byte_bounds(x), i) for i, x in enumerate(self.arrays) if isinstance(x, np.ndarray)]
+        spans = [
+            (*np.lib.array_utils.byte_bounds(x), i)
+            for i, x in enumerate(self.arrays)
+            if isinstance(x, np.ndarray)
+        ]
         spans.sort()
         end, last = 0, -1
         for low, high, i in spans:
             if low < end and np.shares_memory(self.arrays[last], self.arrays[i]):
                 a, b = self.places[last][0].code(), self.places[i][0].code()
-                raise TreeMismatch(f"{a} and {b} share memory without being the same array or its transpose; "
-                                   f"train one of them, or copy")
+                raise TreeMismatch(
+                    f"{a} and {b} share memory without being the same array or its transpose; "
+                    f"train one of them, or copy"
+                )
             if high > end:
                 end, last = high, i
+
+
+def attributes(obj: Any) -> list[tuple[str, Any]]:
+    """The instance attributes of an object, those in slots too."""
+    slots = [name for base in type(obj).__mro__ for name in _names(vars(base).get("__slots__", ()))]
+    return [*getattr(obj, "__dict__", {}).items(), *((n, getattr(obj, n)) for n in slots if hasattr(obj, n))]
+
+
+def _names(slots: Any) -> Iterable[str]:
+    return (slots,) if isinstance(slots, str) else slots
+
+
+def holds_arrays(value: Any, depth: int = 3) -> bool:
+    """Whether a value is an array that could train, or a plain container of such, not too deep."""
+    if registry.isnumeric(value):
+        return True
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return depth > 0 and any(holds_arrays(v, depth - 1) for v in inner)
 
 
 def _declared_float(obj: Any, key: Any) -> bool:
@@ -203,11 +261,13 @@ def _leaf_paths(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
         yield from _leaf_paths(child, KeyPath(path, key))
 
 
-# -- the walks of every step ---------------------------------------------------------------------------------------------
+# -- the walks of every step ---------------------------------------------------------------------------------
 
 
 def gather(node: Node, model: Any, path: KeyPath) -> Any:
-    """The arrays of a model at the places below `node`, in order; raises TreeMismatch where the structure differs."""
+    """The arrays of a model at the places below `node`, in order; raises TreeMismatch where the structure
+    differs.
+    """
     if node.leaf >= 0:
         return [model]
     if node.fetch is not None and type(model) is node.kind and node.ways is not None:
@@ -227,16 +287,25 @@ _SIZED = (dict, list, tuple)
 
 
 def model_children(node: Node, model: Any, path: KeyPath) -> Iterator[tuple[Any, Node, Any]]:
-    """(key, child, value) of the live children of a container; raises TreeMismatch if it is not the one surveyed."""
+    """(key, child, value) of the live children of a container; raises TreeMismatch if it is not the one
+    surveyed.
+    """
     if not node.leaves:
         return
     ways = container(model)
     assert node.kind is not None
     if ways is None or (type(model) is not node.kind and not isinstance(model, node.kind)):
-        raise TreeMismatch(f"{path.code()} is a {type(model).__name__}; `setup` saw a {node.kind.__name__}; "
-                           f"call `setup` again for another model")
+        raise TreeMismatch(
+            f"{path.code()} is a {type(model).__name__}; `setup` saw a {node.kind.__name__}; "
+            f"call `setup` again for another model"
+        )
     keys = ways.keys(model)
     if keys != node.keys and set(keys) != set(node.keys):
+        if issubclass(node.kind, list | tuple) and not isinstance(node.keys[0], Attr):
+            raise TreeMismatch(
+                f"{path.code()} has {len(keys)} entries; `setup` saw {len(node.keys)}; call `setup` again "
+                "for another model"
+            )
         gone = [k for k in node.keys if k not in keys]
         new = [k for k in keys if k not in node.keys]
         what = f"no {gone[0]!r}, which `setup` saw" if gone else f"{new[0]!r}, which `setup` did not see"
@@ -249,7 +318,8 @@ def model_children(node: Node, model: Any, path: KeyPath) -> Iterator[tuple[Any,
 def gather_gradients(node: Node, grads: Any, path: KeyPath) -> Any:
     """The gradients at the places below `node`, in order: None where there is no step.
 
-    Gradients may stand in any container with the keys of the model. Raises TreeMismatch where they do not fit.
+    Gradients may stand in any container with the keys of the model. Raises TreeMismatch where they do not
+    fit.
     """
     if node.leaf >= 0:
         return [grads]
@@ -262,13 +332,17 @@ def gather_gradients(node: Node, grads: Any, path: KeyPath) -> Any:
         except (LookupError, AttributeError):
             pass
     if registry.isarray(grads):
-        raise TreeMismatch(f"{path.code('grads')} is an array of shape {tuple(grads.shape)}; the model has a "
-                           f"{node.kind.__name__ if node.kind else 'container'} there")
+        raise TreeMismatch(
+            f"{path.code('grads')} is an array of shape {tuple(grads.shape)}; the model has a "
+            f"{node.kind.__name__ if node.kind else 'container'} there"
+        )
     found = loose(grads, node.keys, tuple(k for k, _ in node.live))
     if isinstance(found, str):
         live = [str(k) for k, _ in node.live]
-        raise TreeMismatch(f"{path.code('grads')} has {found}; it takes the structure of the model, with "
-                           f"{', '.join(live[:8])}{', ...' if len(live) > 8 else ''}")
+        raise TreeMismatch(
+            f"{path.code('grads')} has {found}; it takes the structure of the model, with "
+            f"{', '.join(live[:8])}{', ...' if len(live) > 8 else ''}"
+        )
     out: list[Any] = []
     for key, child in node.live:
         out.extend(gather_gradients(child, found[key], KeyPath(path, key)))

@@ -1,0 +1,235 @@
+"""One row per rule: the rule, what it cannot do, and which engine steps it. Properties are loops over these rows."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import optimisers as opt
+
+REAL = ("float16", "bfloat16", "float32", "float64")
+COMPLEX = ("complex64", "complex128")
+DTYPES = (*REAL, *COMPLEX)
+
+
+# -- rules that a user might write ---------------------------------------------------------------------------
+
+
+class DecayDescent(opt.Rule):
+    """Descent whose rate falls with the square root of the step; the state is a bare number."""
+
+    eta: float = 0.1
+
+    def init(self, x: Any) -> Any:
+        return 1
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return state + 1, (self.eta / opt.sqrt(state)) * dx
+
+
+class DictMomentum(opt.Rule):
+    """Momentum that keeps its velocity in a dict, beside how often it stepped."""
+
+    eta: float = 0.05
+    rho: float = 0.9
+
+    def init(self, x: Any) -> Any:
+        return {"velocity": opt.zeros_like(x), "steps": 0}
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        v = self.rho * state["velocity"] + dx
+        return {"velocity": v, "steps": state["steps"] + 1}, self.eta * v
+
+
+class LongestSeen(opt.Rule):
+    """Divides by the longest gradient that the array has seen: a number that comes from a sum over it."""
+
+    eta: float = 0.05
+
+    def init(self, x: Any) -> Any:
+        return {"longest": 0.0}
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        longest = opt.maximum(state["longest"], opt.norm(dx))
+        return {"longest": longest}, self.eta * dx / (longest + 1e-6)
+
+
+class Sketched(opt.Rule):
+    """Steps along dx dx^T dx, scaled by its own size: a matrix product."""
+
+    eta: float = 0.05
+
+    def init(self, x: Any) -> Any:
+        return ()
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        product = dx @ (opt.transpose(dx) @ dx)
+        return state, self.eta * product / (1 + opt.sqrt(opt.sum(opt.abs2(dx))))
+
+
+class RowScaled(opt.Rule):
+    """Divides each row by its length: a sum along an axis."""
+
+    eta: float = 0.05
+
+    def init(self, x: Any) -> Any:
+        return ()
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        lengths = opt.sqrt(opt.sum(opt.abs2(dx), axis=-1, keepdims=True))
+        return state, self.eta * dx / (lengths + 0.5)
+
+
+class RowMoments(opt.Rule):
+    """Keeps one second moment per row: a state array of another shape than x."""
+
+    eta: float = 0.05
+    rho: float = 0.9
+
+    def init(self, x: Any) -> Any:
+        return (opt.sum(opt.zeros_like(x), axis=-1, keepdims=True),)
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        (v,) = state
+        v = opt.ema(self.rho, v, opt.sum(dx * dx, axis=-1, keepdims=True))
+        return (v,), self.eta * dx / (opt.sqrt(v) + 0.1)
+
+
+class Pair(NamedTuple):
+    """The state of `Averaged`."""
+
+    mean: Any
+    inner: Any
+
+
+class Averaged(opt.Rule):
+    """Wraps a rule and keeps a moving average of the parameters: nested state, and state that starts at x."""
+
+    rule: opt.Rule = opt.Momentum(0.02, 0.5)
+    rho: float = 0.75
+
+    def init(self, x: Any) -> Any:
+        return Pair(opt.copy(x), self.rule.init(x))
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        inner, step = self.rule.apply(state.inner, x, dx)
+        return Pair(opt.ema(self.rho, state.mean, x - step), inner), step
+
+
+class EverySecond(opt.Rule):
+    """Steps at every second gradient only, and forgets the others."""
+
+    eta: float = 0.1
+
+    def init(self, x: Any) -> Any:
+        return 0
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return 1 - state, opt.when(state == 1, self.eta * dx)
+
+
+# -- the table -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A rule and its declared limits."""
+
+    name: str
+    rule: opt.Rule
+    complex: bool = True
+    """Whether it steps complex parameters."""
+    matrix: bool = False
+    """Whether it takes arrays of two axes only."""
+    engine: str = "numba"
+    """The engine of real parameters."""
+    engine_complex: str = "numba"
+    """The engine of complex parameters."""
+    passes: int = 1
+    """How often a step reads through memory, for real parameters."""
+
+    def takes(self, dtype: str) -> bool:
+        return self.complex or not dtype.startswith("complex")
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes that the rule takes."""
+        return ((3, 4), (1, 7), (5, 5)) if self.matrix else ((3, 4), (7,), (), (2, 1, 3), (0, 2))
+
+    def engine_for(self, dtype: str) -> str:
+        return self.engine_complex if dtype.startswith("complex") else self.engine
+
+
+def label(p: float) -> str:
+    return f"{p:g}".replace("-", "minus")
+
+
+def _clip_norm(p: float) -> Row:
+    return Row(f"ClipNorm-{label(p)}", opt.Chain(opt.ClipNorm(0.5, p), opt.Descent(0.1)), passes=1 if p == 0 else 2)
+
+
+NORMS = (-math.inf, -3.0, -1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, math.inf)
+
+TABLE: tuple[Row, ...] = (
+    Row("Descent", opt.Descent(0.1)),
+    Row("Momentum", opt.Momentum(0.05, 0.8)),
+    Row("Nesterov", opt.Nesterov(0.05, 0.8)),
+    Row("Adam", opt.Adam(0.05, (0.8, 0.95), 1e-6)),
+    Row("AdamW", opt.AdamW(0.05, (0.8, 0.95), 0.1, 1e-6)),
+    Row("AdamW-apart", opt.AdamW(0.05, (0.8, 0.95), 0.02, 1e-6, couple=False)),
+    Row("WeightDecay", opt.Chain(opt.WeightDecay(0.1), opt.Descent(0.1))),
+    Row("SignDecay", opt.Chain(opt.SignDecay(0.1), opt.Descent(0.1))),
+    Row("ClipGrad", opt.Chain(opt.ClipGrad(0.4), opt.Descent(0.1)), complex=False),
+    *map(_clip_norm, NORMS),
+    Row("ClipGlobalNorm", opt.Chain(opt.ClipGlobalNorm(0.5), opt.Descent(0.1)), passes=2),
+    Row("AccumGrad", opt.Chain(opt.AccumGrad(2), opt.Descent(0.1))),
+    Row("Chain-empty", opt.Chain()),
+    Row("Chain", opt.Chain(opt.SignDecay(0.01), opt.WeightDecay(0.03), opt.Adam(0.05))),
+    Row("Chain-nested", opt.Chain(opt.Chain(opt.WeightDecay(0.1), opt.Chain(opt.Momentum(0.3))), opt.Descent(0.3))),
+    Row(
+        "Chain-accumulate-clip-AdamW",
+        opt.Chain(opt.AccumGrad(3), opt.ClipNorm(0.5), opt.AdamW(0.05, lam=0.1)),
+        passes=2,
+    ),
+    Row(
+        "Chain-global-AdamW",
+        opt.Chain(opt.ClipGlobalNorm(0.5), opt.WeightDecay(0.01), opt.AdamW(0.05, lam=0.1)),
+        passes=2,
+    ),
+    Row("Chain-accumulate-twice", opt.Chain(opt.AccumGrad(2), opt.Chain(opt.AccumGrad(2), opt.Momentum(0.1)))),
+    Row("DecayDescent", DecayDescent(0.1)),
+    Row("DictMomentum", DictMomentum()),
+    Row("LongestSeen", LongestSeen(), passes=2),
+    Row("Sketched", Sketched(), matrix=True, passes=2),
+    Row("RowScaled", RowScaled(), matrix=True),
+    Row("RowMoments", RowMoments(), matrix=True, complex=False),
+    Row("Averaged", Averaged()),
+    Row("EverySecond", EverySecond()),
+)
+
+BUILT_IN = (
+    "Descent Momentum Nesterov Adam AdamW WeightDecay SignDecay ClipGrad ClipNorm ClipGlobalNorm AccumGrad Chain"
+).split()
+"""The names of the package's own rules; each is in some row."""
+
+
+def name(row: Row) -> str:
+    """For `pytest.mark.parametrize(..., ids=name)`."""
+    return row.name
+
+
+def dtype_of(text: str) -> Any:
+    """The NumPy type of this name, bfloat16 included."""
+    if text == "bfloat16":
+        import ml_dtypes  # noqa: PLC0415 it registers its types with NumPy when it is imported
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(text)
+
+
+def numbers(rng: "np.random.Generator", shape: tuple[int, ...], dtype: str) -> Any:
+    """Random parameters or gradients of this type."""
+    a = rng.standard_normal(shape)
+    if dtype.startswith("complex"):
+        a = a + 1j * rng.standard_normal(shape)
+    return np.asarray(a).astype(dtype_of(dtype))

@@ -1,0 +1,130 @@
+"""Every rule of Optimisers.jl walks the paths that its published formulas give, on both engines.
+
+`golden/optimisers_jl.json` has a row for each rule, setting and element type: the chain of rules, the start, 25
+gradients and the parameters after each. They were computed in float64 and complex128 from the formulas of
+Optimisers.jl 0.4.8, by no code of this package. A row runs as soon as its rules exist here.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import optimisers as opt
+
+ROWS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("golden").joinpath("optimisers_jl.json").read_text())
+
+ENGINES = ("interpret", "numba")
+
+STEPS = (opt.update, opt.update_)
+
+ROWS_OF_RULE = {
+    "Descent": 4, "Momentum": 4, "Nesterov": 4, "RMSProp": 6, "Rprop": 2, "Adam": 4, "Lion": 2, "RAdam": 4, "AdaMax": 2,
+    "OAdam": 4, "AdaGrad": 4, "AdaDelta": 4, "AMSGrad": 2, "NAdam": 4, "AdamW": 4, "AdaBelief": 4,
+}  # fmt: skip
+"""How many rows of one rule alone there are."""
+
+CHAINS: list[tuple[str, ...]] = [
+    ("WeightDecay", "Momentum"),
+    ("SignDecay", "WeightDecay", "Adam"),
+    ("ClipGrad", "Nesterov"),
+    ("ClipNorm", "RMSProp"),
+    ("ClipNorm", "Descent"),
+    ("ClipNorm", "Descent"),
+    ("AccumGrad", "ClipNorm", "AdamW"),
+    ("AccumGrad", "WeightDecay", "Descent"),
+    (),
+]
+"""The rules of every other row."""
+
+REDUCING = {"ClipNorm"}
+"""Rules that sum over an array, whose order of summation is free."""
+
+
+def names_of(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(part["rule"] for part in row["chain"])
+
+
+def exists(row: dict[str, Any]) -> bool:
+    return all(hasattr(opt, name) for name in names_of(row))
+
+
+def title_of(row: dict[str, Any]) -> str:
+    parts = [f"{p['rule']}({','.join(f'{k}={v}' for k, v in p['hyper'].items())})" for p in row["chain"]]
+    return f"{'-'.join(parts) or 'empty'}-{row['dtype']}".replace(" ", "")
+
+
+def rule_of(row: dict[str, Any]) -> opt.Rule:
+    """The row's rule: alone if there is one, as a chain if there are several or none."""
+    rules = [getattr(opt, p["rule"])(**{k: setting(v) for k, v in p["hyper"].items()}) for p in row["chain"]]
+    return rules[0] if len(rules) == 1 else opt.Chain(*rules)
+
+
+def setting(value: Any) -> Any:
+    return math.inf if value == "inf" else tuple(value) if isinstance(value, list) else value
+
+
+def array_of(value: Any, dtype: str) -> Any:
+    """The numbers of one array; complex ones are written as pairs."""
+    a = np.array(value, np.float64)
+    return a[..., 0] + 1j * a[..., 1] if dtype.startswith("complex") else a
+
+
+def walked(row: dict[str, Any], engine: str, step: Callable[..., Any], dtype: Any) -> Iterator[tuple[Any, Any]]:
+    """(the parameters after each step, what they should be)."""
+    x = array_of(row["x"], row["dtype"]).astype(dtype)
+    state = opt.setup(rule_of(row), x, engine=engine)
+    for gradient, wanted in zip(row["gradients"], row["path"], strict=True):
+        state, x = step(state, x, array_of(gradient, row["dtype"]).astype(dtype))
+        yield x, array_of(wanted, row["dtype"])
+
+
+PRESENT = [row for row in ROWS if exists(row)]
+
+every_present_row = pytest.mark.parametrize("row", PRESENT, ids=title_of)
+on_both_engines = pytest.mark.parametrize("engine", ENGINES)
+by_both_updates = pytest.mark.parametrize("step", STEPS, ids=lambda f: f.__name__)
+
+
+@every_present_row
+@on_both_engines
+@by_both_updates
+def test_double_precision_walks_the_golden_path(row: dict[str, Any], engine: str, step: Callable[..., Any]) -> None:
+    tolerance = 1e-10 if REDUCING & set(names_of(row)) else 1e-12
+    for n, (x, wanted) in enumerate(walked(row, engine, step, row["dtype"])):
+        np.testing.assert_allclose(x, wanted, rtol=tolerance, atol=tolerance, err_msg=f"after step {n + 1}")
+
+
+@every_present_row
+@on_both_engines
+@by_both_updates
+def test_single_precision_stays_beside_the_golden_path(
+    row: dict[str, Any], engine: str, step: Callable[..., Any]
+) -> None:
+    single = "complex64" if row["dtype"] == "complex128" else "float32"
+    for n, (x, wanted) in enumerate(walked(row, engine, step, single)):
+        assert x.dtype == single
+        assert np.abs(x - wanted).max() <= 1e-5 * np.abs(wanted).max(), f"after step {n + 1}"
+
+
+def test_a_row_runs_for_every_rule_that_exists() -> None:
+    """Counted by the table above, not by the filter that chose the rows."""
+    alone = sum(count for name, count in ROWS_OF_RULE.items() if hasattr(opt, name))
+    chained = sum(all(hasattr(opt, name) for name in chain) for chain in CHAINS)
+
+    assert len(PRESENT) == alone + chained
+
+
+def test_the_table_of_counts_covers_the_golden_file() -> None:
+    assert sum(ROWS_OF_RULE.values()) + len(CHAINS) == len(ROWS) == 67
+
+
+def test_the_rules_of_the_core_are_all_here() -> None:
+    core = ("Descent", "Momentum", "Nesterov", "Adam", "AdamW", "WeightDecay", "SignDecay", "ClipGrad", "ClipNorm")
+
+    assert [name for name in (*core, "ClipGlobalNorm", "AccumGrad", "Chain") if not hasattr(opt, name)] == []
+    assert len(PRESENT) >= 28

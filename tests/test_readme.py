@@ -1,0 +1,36 @@
+"""Is every example of the README true? They are run in order, in one namespace."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks(text: str) -> list[tuple[str, int, str]]:
+    """(language, line, content) of every block that names its language."""
+    found = re.finditer(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [(m[1], text.count("\n", 0, m.start(2)), m[2]) for m in found]
+
+
+def test_every_example_of_the_readme_runs_and_prints_what_stands_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    namespace: dict[str, object] = {"__name__": "readme"}
+    seen = set[str]()
+    said = ""
+    for language, line, content in blocks(README.read_text()):
+        seen.add(language)
+        if language == "python":
+            exec(compile("\n" * line + content, str(README), "exec"), namespace)
+            said = capsys.readouterr().out
+        else:
+            assert content in said
+
+    assert seen == {"python", "text"}
+
+
+def test_blocks_are_found_with_their_lines() -> None:
+    text = "a\n```python\nx = 1\n```\n```\nno\n```\n```text\ny\n```\n"
+    assert blocks(text) == [("python", 2, "x = 1\n"), ("text", 8, "y\n")]
