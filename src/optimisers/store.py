@@ -6,7 +6,6 @@ always stepped together share a row; one that is adjusted, frozen or skipped get
 part.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -216,8 +215,9 @@ class Store:
 
     def successor(self, groups: list[Group]) -> "Store":
         """The store after a step, with groups of the same leaves."""
-        new = copy.copy(self)
-        new.groups, new.frozen, new.clock, new.handles = groups, self.frozen.copy(), self.clock + 1, {}
+        new = object.__new__(Store)
+        changed = {"groups": groups, "frozen": self.frozen.copy(), "clock": self.clock + 1, "handles": {}}
+        vars(new).update(vars(self) | changed)
         return new
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,6 +4,8 @@ together.
 
 import dataclasses
 import functools
+import itertools
+import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -299,7 +301,8 @@ def _places(node: Node) -> Iterator[tuple[int, Any]]:
 
 def _active(store: Store, plan: _Plan, orders: list[Sequence[Any]]) -> Any:
     """Which leaves are stepped, as a mask; None for all: those that are not frozen and have a gradient."""
-    missing = [n for n, g in enumerate(orders[0]) if g is None] if id(None) in map(id, orders[0]) else []
+    some = any(map(operator.is_, orders[0], itertools.repeat(None)))
+    missing = [n for n, g in enumerate(orders[0]) if g is None] if some else []
     frozen = store.frozen[plan.leaves]
     if not missing and not frozen.any():
         return None

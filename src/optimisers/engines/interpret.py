@@ -96,22 +96,20 @@ class Interpreter(Task):
     def reduce(self, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
         chosen = [r for r, w in zip(self.stages[level].reductions, wanted, strict=True) if w]
         found: dict[Expr, list[Any]] = {r: [] for r in chosen}
-        with np.errstate(all="ignore"):
-            for leaf in range(len(self.job.row)):
-                values = self.values(leaf)
-                for r in chosen:
-                    found[r].append(self.job.library.WORDS[r.op](values.get(r.args[0])))
+        for leaf in range(len(self.job.row)):
+            values = self.values(leaf)
+            for r in chosen:
+                found[r].append(self.job.library.WORDS[r.op](values.get(r.args[0])))
         return {r: np.array(v, complex if r.type == "complex" else float) for r, v in found.items()}
 
     def prepare(self) -> None:
         """Compute everything before anything is written, since a word of the array library may raise."""
         job = self.job
         self.new: dict[int, tuple[Any, list[Any]]] = {}
-        with np.errstate(all="ignore"):
-            for holds, members in self.branches():
-                out = outputs(job.program, holds)
-                for leaf in range(len(job.row)) if members is None else members:
-                    self.new[int(leaf)] = self.leaf_outputs(int(leaf), out.x, out.slots)
+        for holds, members in self.branches():
+            out = outputs(job.program, holds)
+            for leaf in range(len(job.row)) if members is None else members:
+                self.new[int(leaf)] = self.leaf_outputs(int(leaf), out.x, out.slots)
 
     def leaf_outputs(self, leaf: int, x: Expr | None, slots: Sequence[Expr]) -> tuple[Any, list[Any]]:
         values = self.values(leaf)

@@ -230,6 +230,11 @@ def run(tasks: Sequence[Task]) -> list[Result]:
     """Take all tasks through their passes in lock step, then store; if anything raises, nothing was
     stored.
     """
+    with np.errstate(all="ignore"):  # infinities and NaN are answers; checks of the rules say which are not
+        return _run(tasks)
+
+
+def _run(tasks: Sequence[Task]) -> list[Result]:
     totals = Totals(tasks)
     while any(t.level < len(t.stages) for t in tasks):
         moved = [t.advance(totals) for t in tasks]

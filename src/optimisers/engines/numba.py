@@ -167,7 +167,6 @@ class Fused(Task):
         """Run the kernel of a pass over these chunks; `new` has the addresses of the arrays that are written
         anew.
         """
-        job = self.job
         table, row = self.scalars.table(p.scalars)
         rows = self.rows(p, new)
         if members is not None:

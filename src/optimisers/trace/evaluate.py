@@ -5,13 +5,13 @@ of numbers in float64, and keeps them. Reductions and totals are put in from out
 known.
 """
 
-from collections.abc import Iterable
+import functools
 from typing import Any
 
 import numpy as np
 
 from optimisers.arrays import numpy as host
-from optimisers.trace.expr import Expr, cuts, order
+from optimisers.trace.expr import Expr, cuts
 
 Table = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -33,33 +33,32 @@ class Scalars:
 
     def get(self, e: Expr) -> Any:
         """The value of a scalar node: an array over rows, over leaves, or a number for all."""
-        found = self.values.get(id(e))
-        if found is None:
-            with np.errstate(all="ignore"):
-                self._compute([e])
-            found = self.values[id(e)]
-        return found
+        if id(e) not in self.values:
+            for node in below(e):
+                if id(node) not in self.values:
+                    self.compute(node)
+        return self.values[id(e)]
 
-    def _compute(self, roots: Iterable[Expr]) -> None:
-        for e in order(roots, self.values):
-            args = e.args
-            leafy = any(self.of_leaf[id(a)] for a in args)
-            if e.op == "const":
-                value: Any = e.value
-            elif e.op == "number":
-                value = self.numbers[:, e.value]
-            elif e.op == "clock":
-                value = float(self.clock)
-            elif e.op == "size":
-                value, leafy = self.sizes, True
-            elif cuts(e) or e.op == "total":
-                raise LookupError(f"{e.op} is not known yet")
-            else:
-                values = [self.values[id(a)] for a in args]
-                if leafy:
-                    values = [self.spread(v, a) for v, a in zip(values, args, strict=True)]
-                value = host.WORDS[e.op](*values)
-            self.values[id(e)], self.of_leaf[id(e)] = value, leafy
+    def compute(self, e: Expr) -> None:
+        """The value of a node whose arguments are known."""
+        leafy = False
+        if e.op == "const":
+            value: Any = e.value
+        elif e.op == "number":
+            value = self.numbers[:, e.value]
+        elif e.op == "clock":
+            value = float(self.clock)
+        elif e.op == "size":
+            value, leafy = self.sizes, True
+        elif cuts(e) or e.op == "total":
+            raise LookupError(f"{e.op} is not known yet")
+        else:
+            values = [self.values[id(a)] for a in e.args]
+            leafy = any(self.of_leaf[id(a)] for a in e.args)
+            if leafy:
+                values = [self.spread(v, a) for v, a in zip(values, e.args, strict=True)]
+            value = host.WORDS[e.op](*values)
+        self.values[id(e)], self.of_leaf[id(e)] = value, leafy
 
     def spread(self, value: Any, e: Expr) -> Any:
         """A value over rows as one over leaves."""
@@ -85,6 +84,23 @@ class Scalars:
         for i, v in enumerate(found):
             out[:, i] = v
         return out, row
+
+
+@functools.lru_cache(maxsize=8192)
+def below(e: Expr) -> tuple[Expr, ...]:
+    """A scalar node and all it is made of, arguments first; reductions and totals are given, so not what is in them."""
+    out: list[Expr] = []
+    done: set[int] = set()
+    stack = [(e, False)]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            out.append(node)
+        elif id(node) not in done:
+            done.add(id(node))
+            stack.append((node, True))
+            stack.extend((a, False) for a in reversed(node.args) if not (cuts(node) or node.op == "total"))
+    return tuple(out)
 
 
 def counters(values: Scalars, new: tuple[Expr, ...]) -> tuple[list[Any], bool]:

@@ -360,9 +360,12 @@ def rebuild(node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any] | 
     if id(node) in memo:
         return memo[id(node)]
     changes: dict[Any, Any] = {}
-    for key, child, value in model_children(node, model, KeyPath()):
-        if any(i in new for i in child.leaves):
-            changes[key] = rebuild(child, value, new, memo)
+    if node.fetch is not None and all(c.axes is None for _, c in node.live):
+        changes = {key: new[c.leaf] for key, c in node.live if c.leaf in new}
+    else:
+        for key, child, value in model_children(node, model, KeyPath()):
+            if any(i in new for i in child.leaves):
+                changes[key] = rebuild(child, value, new, memo)
     assert node.ways is not None
     memo[id(node)] = result = node.ways.rebuild(model, changes) if changes else model
     return result
