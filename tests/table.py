@@ -165,7 +165,9 @@ def label(p: float) -> str:
 
 
 def _clip_norm(p: float) -> Row:
-    return Row(f"ClipNorm-{label(p)}", opt.Chain(opt.ClipNorm(0.5, p), opt.Descent(0.1)), passes=1 if p == 0 else 2)
+    return Row(
+        f"ClipNorm-{label(p)}", opt.Chain(opt.ClipNorm(0.5, p), opt.Descent(0.1)), passes=1 if p == 0 else 2
+    )
 
 
 NORMS = (-math.inf, -3.0, -1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, math.inf)
@@ -185,7 +187,10 @@ TABLE: tuple[Row, ...] = (
     Row("AccumGrad", opt.Chain(opt.AccumGrad(2), opt.Descent(0.1))),
     Row("Chain-empty", opt.Chain()),
     Row("Chain", opt.Chain(opt.SignDecay(0.01), opt.WeightDecay(0.03), opt.Adam(0.05))),
-    Row("Chain-nested", opt.Chain(opt.Chain(opt.WeightDecay(0.1), opt.Chain(opt.Momentum(0.3))), opt.Descent(0.3))),
+    Row(
+        "Chain-nested",
+        opt.Chain(opt.Chain(opt.WeightDecay(0.1), opt.Chain(opt.Momentum(0.3))), opt.Descent(0.3)),
+    ),
     Row(
         "Chain-accumulate-clip-AdamW",
         opt.Chain(opt.AccumGrad(3), opt.ClipNorm(0.5), opt.AdamW(0.05, lam=0.1)),
@@ -196,7 +201,9 @@ TABLE: tuple[Row, ...] = (
         opt.Chain(opt.ClipGlobalNorm(0.5), opt.WeightDecay(0.01), opt.AdamW(0.05, lam=0.1)),
         passes=2,
     ),
-    Row("Chain-accumulate-twice", opt.Chain(opt.AccumGrad(2), opt.Chain(opt.AccumGrad(2), opt.Momentum(0.1)))),
+    Row(
+        "Chain-accumulate-twice", opt.Chain(opt.AccumGrad(2), opt.Chain(opt.AccumGrad(2), opt.Momentum(0.1)))
+    ),
     Row("DecayDescent", DecayDescent(0.1)),
     Row("DictMomentum", DictMomentum()),
     Row("LongestSeen", LongestSeen(), passes=2),

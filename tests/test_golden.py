@@ -16,7 +16,9 @@ import pytest
 
 import optimisers as opt
 
-ROWS: list[dict[str, Any]] = json.loads(Path(__file__).with_name("golden").joinpath("optimisers_jl.json").read_text())
+ROWS: list[dict[str, Any]] = json.loads(
+    Path(__file__).with_name("golden").joinpath("optimisers_jl.json").read_text()
+)
 
 ENGINES = ("interpret", "numba")
 
@@ -74,7 +76,9 @@ def array_of(value: Any, dtype: str) -> Any:
     return a[..., 0] + 1j * a[..., 1] if dtype.startswith("complex") else a
 
 
-def walked(row: dict[str, Any], engine: str, step: Callable[..., Any], dtype: Any) -> Iterator[tuple[Any, Any]]:
+def walked(
+    row: dict[str, Any], engine: str, step: Callable[..., Any], dtype: Any
+) -> Iterator[tuple[Any, Any]]:
     """(the parameters after each step, what they should be)."""
     x = array_of(row["x"], row["dtype"]).astype(dtype)
     state = opt.setup(rule_of(row), x, engine=engine)
@@ -93,7 +97,9 @@ by_both_updates = pytest.mark.parametrize("step", STEPS, ids=lambda f: f.__name_
 @every_present_row
 @on_both_engines
 @by_both_updates
-def test_double_precision_walks_the_golden_path(row: dict[str, Any], engine: str, step: Callable[..., Any]) -> None:
+def test_double_precision_walks_the_golden_path(
+    row: dict[str, Any], engine: str, step: Callable[..., Any]
+) -> None:
     tolerance = 1e-10 if REDUCING & set(names_of(row)) else 1e-12
     for n, (x, wanted) in enumerate(walked(row, engine, step, row["dtype"])):
         np.testing.assert_allclose(x, wanted, rtol=tolerance, atol=tolerance, err_msg=f"after step {n + 1}")
@@ -124,7 +130,17 @@ def test_the_table_of_counts_covers_the_golden_file() -> None:
 
 
 def test_the_rules_of_the_core_are_all_here() -> None:
-    core = ("Descent", "Momentum", "Nesterov", "Adam", "AdamW", "WeightDecay", "SignDecay", "ClipGrad", "ClipNorm")
+    core = (
+        "Descent",
+        "Momentum",
+        "Nesterov",
+        "Adam",
+        "AdamW",
+        "WeightDecay",
+        "SignDecay",
+        "ClipGrad",
+        "ClipNorm",
+    )
 
     assert [name for name in (*core, "ClipGlobalNorm", "AccumGrad", "Chain") if not hasattr(opt, name)] == []
     assert len(PRESENT) >= 28

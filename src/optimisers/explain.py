@@ -114,7 +114,7 @@ def kernel(rule: Rule, dtype: Any = "float32", *, inplace: bool = True) -> str:
     name = shape.library.type_name(shape.dtype)
     try:
         texts = [
-            fused().printed(group.program, p, name, inplace=inplace)
+            fused().shown(group.program, p, name, inplace=inplace)
             for p in fused().sample_passes(group.program)
         ]
     except fused().Unprintable as reason:

@@ -57,7 +57,7 @@ class Restructure:
 
     def _refuse_other(self, model: Any) -> None:
         """Raise TreeMismatch unless another model has arrays of the same shapes at the same places."""
-        found = gather(self._layout.root, model, KeyPath())
+        found = gather(self._layout.root, model, KeyPath(), "destructure")
         for leaf, x in zip(self._layout.root.leaves, found, strict=True):
             shape = self._like[leaf][0]
             if not registry.isnumeric(x) or tuple(x.shape) != shape:

@@ -48,7 +48,8 @@ class Leaf:
     @rule.setter
     def rule(self, rule: Rule) -> None:
         if not isinstance(rule, Rule):
-            raise BadState(f"{self._name()}.rule is {rule!r}; it takes a rule, such as Adam()")
+            hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
+            raise BadState(f"{self._name()}.rule is {rule!r}; it takes a rule, such as Adam(){hint}")
         if skeleton(rule) == skeleton(self.rule):
             self._store.change([self._leaf], lambda _: rule)
             return
@@ -236,6 +237,12 @@ def parts(state: Any) -> tuple[Store, Node, KeyPath]:
     if isinstance(state, Rule) or (isinstance(state, type) and issubclass(state, Rule)):
         rule = f"{state.__name__}()" if isinstance(state, type) else repr(state)
         raise BadState(f"a state was wanted and the rule {state!r} came; write state = setup({rule}, model)")
+    if state == ():
+        raise BadState(
+            "a state was wanted and () came: nothing is trained there; a state is what `setup(rule, model)` "
+            "returns, "
+            "or a part of it"
+        )
     raise BadState(
         f"a state was wanted and a {type(state).__name__} came; a state is what `setup(rule, model)` "
         "returns, or a part "
@@ -414,9 +421,11 @@ def _copied(state: Any, old: Any, name: str) -> Any:
     new: list[Any] = []
     for (path, value), (_, was) in zip(flatten(state), flatten(old), strict=True):
         if registry.isarray(was):
+            at = "".join(f".{p}" if isinstance(p, str) else f"[{p}]" for p in path)
             if value.shape != was.shape:
-                at = "".join(f".{p}" if isinstance(p, str) else f"[{p}]" for p in path)
                 raise BadState(f"{name}{at} has shape {tuple(value.shape)}; it takes {tuple(was.shape)}")
+            if registry.library(value).is_complex(value) and not registry.library(was).is_complex(was):
+                raise BadState(f"{name}{at} is complex; it takes real numbers")
             new.append(registry.library(was).copied(value, was.dtype))
         else:
             new.append(value)
@@ -455,22 +464,15 @@ def shown(state: Any, indent: int = 0, most: int = 12) -> str:
     """A state as an indented tree; long containers are cut, with a count."""
     if not isinstance(state, Branch):
         return repr(state)
-    _, node, _ = parts(state)
-    pad = "  " * (indent + 1)
-    named = [k for k in node.keys if isinstance(k, Attr)]
-    lines = [
-        f"{pad}{f'{k}=' if isinstance(k, Attr) else '' if isinstance(k, int) else f'{k!r}: '}"
-        f"{shown(state[k], indent + 1)},\n"
-        for k in node.keys[:most]
-    ]
+    node = parts(state)[1]
+    kind = node.kind or tuple
+    mapping, pad = issubclass(kind, dict), "  " * (indent + 1)
+    lines: list[str] = []
+    for key in node.keys[:most]:
+        name = f"{key}=" if isinstance(key, Attr) else f"{key!r}: " if mapping else ""
+        lines.append(f"{pad}{name}{shown(state[key], indent + 1)},\n")
     if len(node.keys) > most:
         lines.append(f"{pad}... and {len(node.keys) - most} more\n")
-    kind = node.kind
-    left, right = (
-        ("{", "}")
-        if kind and issubclass(kind, dict)
-        else ("[", "]")
-        if kind and issubclass(kind, list)
-        else ("(", ")")
-    )
-    return f"{kind.__name__ if named and kind else ''}{left}\n{''.join(lines)}{'  ' * indent}{right}"
+    named = kind.__name__ if any(isinstance(k, Attr) for k in node.keys) else ""
+    left, right = "{}" if mapping else "[]" if issubclass(kind, list) else "()"
+    return f"{named}{left}\n{''.join(lines)}{'  ' * indent}{right}"

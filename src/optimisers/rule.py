@@ -104,4 +104,12 @@ def not_negative(rule: Rule, *names: str) -> None:
             raise BadSetting(f"{type(rule).__name__}.{name} is {value!r}; it cannot be negative")
 
 
-__all__ = ["Rule", "changes_of", "in_unit_interval", "not_negative", "static", "stepped"]
+def one_of(rule: Rule, name: str, *accepted: str) -> None:
+    """Raise BadSetting unless a setting is one of these words."""
+    value = getattr(rule, name)
+    if value not in accepted:
+        words = " or ".join(map(repr, accepted))
+        raise BadSetting(f"{type(rule).__name__}.{name} is {value!r}; it takes {words}")
+
+
+__all__ = ["Rule", "changes_of", "in_unit_interval", "needed", "not_negative", "one_of", "static", "stepped"]

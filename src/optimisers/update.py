@@ -42,8 +42,7 @@ def setup(rule: Any, model: Any, *, engine: str | None = None) -> Any:
     layout, arrays = survey(model)
     for path, value in layout.floats if arrays else []:
         warnings.warn(
-            f"{path.code()} is the number {value!r}, which does not train; "
-            f"write np.array({value!r}) to train it",
+            f"{path.code()} is the number {value}, which does not train; write np.array({value}) to train it",
             FloatParameter,
             stacklevel=2,
         )

@@ -37,7 +37,7 @@ def is_writable(x: Array) -> bool:
 
 
 def _overlaps_itself(x: Array) -> bool:
-    return any(s == 0 and n > 1 for s, n in zip(x.strides, x.shape, strict=True))
+    return x.size > 0 and any(s == 0 and n > 1 for s, n in zip(x.strides, x.shape, strict=True))
 
 
 def dtype_name(x: Array) -> str:

@@ -25,6 +25,7 @@ class Chain(Rule):
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
+                hint = "; write Chain(*rules)" if isinstance(rule, list | tuple) else hint
                 raise BadSetting(
                     f"Chain was given {rule!r}; it takes rules, such as Chain(ClipGrad(), Adam()){hint}"
                 )

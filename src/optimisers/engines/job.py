@@ -89,6 +89,8 @@ class Job:
 
 def _brief(value: object) -> str:
     kind = type(value).__name__
+    if isinstance(value, np.generic):
+        return f"the number {value}"
     text = repr(value) if isinstance(value, int | float | complex | str) else ""
     return f"the Python {kind} {text}" if text else f"of type {kind}"
 

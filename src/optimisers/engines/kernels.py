@@ -229,11 +229,11 @@ class _Printer:
         if p.scalars:
             lines.append("h = row[k]")
         for j, e in enumerate(p.scalars):
-            name = self.names[id(e)] = self.name(f"c{j}" if e.op != "number" else show(e))
+            name = self.names[id(e)] = self.name(f"c{j}")
             if e.type == "complex":
                 raise Unprintable("a complex number beside the arrays")
             value = f"table[h, {j}] != 0" if e.type == "bool" else f"{self.real}(table[h, {j}])"
-            lines.append(f"{name} = {value}" + ("" if e.op == "number" else f"  # {show(e)[:80]}"))
+            lines.append(f"{name} = {value}")
         at: dict[str, str] = {}
         for j, a in enumerate(self.arrays):
             at[a] = self.name(f"at_{self.names_of(a)}")
@@ -353,6 +353,13 @@ def source(
         "storer, unrank\n"
         f"\n# intrinsics {_support_hash()}\n{body}"
     )
+
+
+def legend(p: Pass) -> str:
+    """What the columns of the scalar table hold, for the reader: it is no part of the source, which serves
+    all rules with the same maths on arrays.
+    """
+    return "".join(f"# c{j} = {show(e, 24)}\n" for j, e in enumerate(p.scalars))
 
 
 def traffic(p: Pass, kinds: dict[str, str], itemsize: int) -> int:

@@ -24,7 +24,7 @@ from optimisers.trace.program import Program
 
 NAME = "numba"
 
-__all__ = ["NAME", "Fused", "Unprintable", "printed", "refusal", "sample_passes", "traffic"]
+__all__ = ["NAME", "Fused", "Unprintable", "printed", "refusal", "sample_passes", "shown", "traffic"]
 
 
 # -- which groups it takes -----------------------------------------------------------------------------------
@@ -68,6 +68,11 @@ def kinds_of(program: Program, p: Pass, dtype: str, gradient: str) -> dict[str, 
 def printed(program: Program, p: Pass, dtype: str, *, inplace: bool) -> str:
     """The source of one pass for gradients of the type of the parameters; raises Unprintable."""
     return sources(program, p, kinds_of(program, p, dtype, dtype), dtype, inplace=inplace)
+
+
+def shown(program: Program, p: Pass, dtype: str, *, inplace: bool) -> str:
+    """The source of one pass with a legend of its scalars."""
+    return kernels.legend(p) + printed(program, p, dtype, inplace=inplace)
 
 
 def traffic(program: Program, p: Pass, dtype: str, itemsize: int) -> int:

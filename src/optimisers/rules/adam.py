@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from optimisers.ops import abs2, ema, real_zeros_like, sqrt, zeros_like
-from optimisers.rule import Rule, in_unit_interval, not_negative, static
+from optimisers.ops import abs2, abs_, ema, maximum, real_zeros_like, sqrt, where, zeros_like
+from optimisers.rule import Rule, in_unit_interval, not_negative, one_of, static
 
 
 class AdamState(NamedTuple):
@@ -16,6 +16,11 @@ class AdamState(NamedTuple):
 
     Kept as an average of ones: 1 - beta**t would lose half of its digits at the first step.
     """
+
+
+def adam_state(x: Any) -> AdamState:
+    """The moments before the first step."""
+    return AdamState(zeros_like(x), real_zeros_like(x), (0.0, 0.0))
 
 
 def moments(beta: Any, state: AdamState, dx: Any) -> tuple[AdamState, Any, Any]:
@@ -43,7 +48,7 @@ class Adam(Rule):
         not_negative(self, "epsilon")
 
     def init(self, x: Any) -> Any:
-        return AdamState(zeros_like(x), real_zeros_like(x), (0.0, 0.0))
+        return adam_state(x)
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
         state, m, v = moments(self.beta, state, dx)
@@ -69,9 +74,241 @@ class AdamW(Rule):
         not_negative(self, "epsilon", "lam")
 
     def init(self, x: Any) -> Any:
-        return AdamState(zeros_like(x), real_zeros_like(x), (0.0, 0.0))
+        return adam_state(x)
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
         state, m, v = moments(self.beta, state, dx)
         step = m / (sqrt(v) + self.epsilon)
         return state, self.eta * (step + self.lam * x) if self.couple else self.eta * step + self.lam * x
+
+
+class RAdamState(NamedTuple):
+    adam: AdamState
+    t: Any
+    """How many steps were taken."""
+
+
+class RAdam(Rule):
+    """Adam whose scaling waits until the variance of the mean square is bounded, and is rectified from then
+    on.
+
+    Liu et al., "On the variance of the adaptive learning rate and beyond", 2020, arXiv:1908.03265, algorithm
+    2. Where rho_t <= 4 the step is eta m. torch.optim.RAdam scales from rho_t > 5 on and adds epsilon to the
+    root of the biased mean square; `variant="torch"` does so.
+    """
+
+    eta: float = 0.001
+    beta: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    variant: str = static("julia")
+
+    def check(self) -> None:
+        in_unit_interval(self, "beta")
+        not_negative(self, "epsilon")
+        one_of(self, "variant", "julia", "torch")
+
+    def init(self, x: Any) -> Any:
+        return RAdamState(adam_state(x), 0)
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        adam, m, v = moments(self.beta, state.adam, dx)
+        t = state.t + 1
+        weight = adam.weight[1]
+        bound = 2 / (1 - self.beta[1]) - 1
+        rho = bound - 2 * t * (1 - weight) / weight
+        rectified = sqrt((rho - 4) * (rho - 2) * bound / ((bound - 4) * (bound - 2) * rho))
+        if self.variant == "torch":
+            scale, threshold = sqrt(weight) / (sqrt(adam.v) + self.epsilon), 5
+        else:
+            scale, threshold = 1 / (sqrt(v) + self.epsilon), 4
+        return RAdamState(adam, t), self.eta * where(rho > threshold, rectified * m * scale, m)
+
+
+class AdaMaxState(NamedTuple):
+    m: Any
+    """The mean gradient, decaying with beta[0]."""
+    u: Any
+    """The largest |dx|, decaying with beta[1]."""
+    weight: Any
+    """The sum of the weights in m, 1 - beta[0]^t."""
+
+
+class AdaMax(Rule):
+    """Adam with the largest gradient in place of the root mean square: u = max(beta u, |dx|); dx' = eta m /
+    (u + epsilon).
+
+    Kingma & Ba, "Adam: a method for stochastic optimization", 2015, arXiv:1412.6980, algorithm 2.
+    torch.optim.Adamax adds epsilon to |dx| within the maximum.
+    """
+
+    eta: float = 0.001
+    beta: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+
+    def check(self) -> None:
+        in_unit_interval(self, "beta")
+        not_negative(self, "epsilon")
+
+    def init(self, x: Any) -> Any:
+        return AdaMaxState(zeros_like(x), real_zeros_like(x), 0.0)
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        m, u = ema(self.beta[0], state.m, dx), maximum(self.beta[1] * state.u, abs_(dx))
+        weight = ema(self.beta[0], state.weight, 1)
+        return AdaMaxState(m, u, weight), self.eta / weight * m / (u + self.epsilon)
+
+
+class OAdamState(NamedTuple):
+    adam: AdamState
+    term: Any
+    """The step of Adam the time before."""
+
+
+class OAdam(Rule):
+    """Optimistic Adam, for games: twice the step of Adam minus the one before.
+
+    Daskalakis et al., "Training GANs with optimism", 2018, arXiv:1711.00141, algorithm 1.
+    """
+
+    eta: float = 0.001
+    beta: tuple[float, float] = (0.5, 0.9)
+    epsilon: float = 1e-8
+
+    def check(self) -> None:
+        in_unit_interval(self, "beta")
+        not_negative(self, "epsilon")
+
+    def init(self, x: Any) -> Any:
+        return OAdamState(adam_state(x), zeros_like(x))
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        adam, m, v = moments(self.beta, state.adam, dx)
+        term = self.eta * m / (sqrt(v) + self.epsilon)
+        return OAdamState(adam, term), 2 * term - state.term
+
+
+class AMSGradState(NamedTuple):
+    m: Any
+    """The mean gradient, decaying with beta[0]."""
+    v: Any
+    """The mean of |dx|^2, decaying with beta[1]."""
+    most: Any
+    """The largest v so far."""
+    weight: tuple[Any, Any]
+    """The sums of the weights in m and in v, 1 - beta^t."""
+
+
+class AMSGrad(Rule):
+    """Adam whose scaling never falls: dx' = eta m / (sqrt(max over time of v) + epsilon), without bias
+    correction.
+
+    Reddi, Kale & Kumar, "On the convergence of Adam and beyond", 2018, arXiv:1904.09237, algorithm 2. m, v
+    and the maximum start at epsilon, as in Optimisers.jl. `variant="torch"` is
+    torch.optim.Adam(amsgrad=True): zeros at the start, m and the maximum corrected for their bias.
+    """
+
+    eta: float = 0.001
+    beta: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    variant: str = static("julia")
+
+    def check(self) -> None:
+        in_unit_interval(self, "beta")
+        not_negative(self, "epsilon")
+        one_of(self, "variant", "julia", "torch")
+
+    def init(self, x: Any) -> Any:
+        start = self.epsilon if self.variant == "julia" else 0.0
+        return AMSGradState(
+            zeros_like(x) + start, real_zeros_like(x) + start, real_zeros_like(x) + start, (0.0, 0.0)
+        )
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        m, v = ema(self.beta[0], state.m, dx), ema(self.beta[1], state.v, abs2(dx))
+        most = maximum(state.most, v)
+        weight = (ema(self.beta[0], state.weight[0], 1), ema(self.beta[1], state.weight[1], 1))
+        new = AMSGradState(m, v, most, weight)
+        if self.variant == "torch":
+            return new, self.eta * (m / weight[0]) / (sqrt(most / weight[1]) + self.epsilon)
+        return new, self.eta * m / (sqrt(most) + self.epsilon)
+
+
+class NAdamState(NamedTuple):
+    adam: AdamState
+    t: Any
+    """How many steps were taken."""
+    product: Any
+    """The product of the momenta so far."""
+
+
+class NAdam(Rule):
+    """Adam with Nesterov's look ahead.
+
+    Dozat, "Incorporating Nesterov momentum into Adam", 2016 (OpenReview OM0jvwB8jIp57ZJjtNEZ), algorithm 2,
+    with its additional beta[1] on the mean square and a constant momentum. `variant="torch"` is
+    torch.optim.NAdam: a momentum of beta[0] (1 - 0.96^(t psi) / 2) with psi = 0.004, and no such factor.
+    """
+
+    eta: float = 0.001
+    beta: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    variant: str = static("julia")
+
+    def check(self) -> None:
+        in_unit_interval(self, "beta")
+        not_negative(self, "epsilon")
+        one_of(self, "variant", "julia", "torch")
+
+    def init(self, x: Any) -> Any:
+        return NAdamState(adam_state(x), 0, 1.0)
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        adam, _, v = moments(self.beta, state.adam, dx)
+        beta, t = self.beta[0], state.t + 1
+        if self.variant == "torch":
+            now, after = (beta * (1 - 0.5 * 0.96 ** (0.004 * k)) for k in (t, t + 1))
+            product = state.product * now
+            ahead, here = after / (1 - product * after), (1 - now) / (1 - product)
+        else:
+            product = state.product * beta
+            ahead, here = beta / ema(beta, adam.weight[0], 1), (1 - beta) / adam.weight[0]
+            v = self.beta[1] * v
+        step = self.eta * (ahead * adam.m + here * dx) / (sqrt(v) + self.epsilon)
+        return NAdamState(adam, t, product), step
+
+
+class AdaBeliefState(NamedTuple):
+    m: Any
+    """The mean gradient, decaying with beta[0]."""
+    s: Any
+    """The mean of |dx - m|^2 + epsilon, decaying with beta[1]."""
+    weight: tuple[Any, Any]
+    """The sums of the weights in m and in s, 1 - beta^t."""
+
+
+class AdaBelief(Rule):
+    """Adam scaled by how far the gradient is from what was expected: s = beta s + (1 - beta) |dx - m|^2 +
+    epsilon.
+
+    Zhuang et al., "AdaBelief optimizer: adapting stepsizes by the belief in observed gradients", 2020,
+    arXiv:2010.07468, algorithm 2: dx' = eta m / (sqrt(s) + epsilon), m and s without bias; epsilon is added
+    in s at every step.
+    """
+
+    eta: float = 0.001
+    beta: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-16
+
+    def check(self) -> None:
+        in_unit_interval(self, "beta")
+        not_negative(self, "epsilon")
+
+    def init(self, x: Any) -> Any:
+        return AdaBeliefState(zeros_like(x), real_zeros_like(x), (0.0, 0.0))
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        m = ema(self.beta[0], state.m, dx)
+        s = ema(self.beta[1], state.s, abs2(dx - m)) + self.epsilon
+        weight = (ema(self.beta[0], state.weight[0], 1), ema(self.beta[1], state.weight[1], 1))
+        step = self.eta * (m / weight[0]) / (sqrt(s / weight[1]) + self.epsilon)
+        return AdaBeliefState(m, s, weight), step

@@ -88,7 +88,9 @@ class Scalars:
 
 @functools.lru_cache(maxsize=8192)
 def below(e: Expr) -> tuple[Expr, ...]:
-    """A scalar node and all it is made of, arguments first; reductions and totals are given, so not what is in them."""
+    """A scalar node and all it is made of, arguments first; reductions and totals are given, so not what is
+    in them.
+    """
     out: list[Expr] = []
     done: set[int] = set()
     stack = [(e, False)]

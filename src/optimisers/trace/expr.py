@@ -258,7 +258,7 @@ class Expr:
         )
 
     def __array_function__(self, function: Any, *_: Any) -> Any:
-        name = function.__name__
+        name = f"{function.__module__}.{function.__name__}".removeprefix("numpy.")
         instead = (
             f"write {name}(...) with the word of optimisers"
             if name in (*ops.WORDS, "mean", "zeros_like")

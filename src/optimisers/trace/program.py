@@ -129,7 +129,8 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
                 symbolic, unflatten(state, iter(symbols)), inputs[0], inputs[1], tuple(inputs[2:])
             )
         except TraceError as error:
-            raise TraceError(f"{type(rule).__name__}: {error}") from error
+            name = type(rule).__name__
+            raise TraceError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
         new_state, dx = _answer(rule, answer)
         _same_form(rule, state, new_state)
         new = [lift(e) for _, e in flatten(new_state)]
@@ -215,7 +216,7 @@ def _state_symbols(state: Any, shape: tuple[int, ...], hypers: int) -> Any:
 def _answer(rule: Rule, answer: Any) -> tuple[Any, Any]:
     if not isinstance(answer, tuple) or len(answer) != 2:
         what = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else f"{type(answer).__name__}"
-        what = "one array" if isinstance(answer, Expr) else what
+        what = "one array" if isinstance(answer, Expr) else "None" if answer is None else what
         raise TraceError(f"{type(rule).__name__}.apply returned {what}; it returns a pair (state, dx)")
     return answer
 

@@ -157,14 +157,12 @@ def loose(obj: Any, keys: tuple[Any, ...], needed: tuple[Any, ...]) -> dict[Any,
     named = all(isinstance(k, str) for k in keys)
     if isinstance(obj, tuple | list) and not (named and hasattr(obj, "_fields")):
         items: list[Any] = list(obj)
-        return (
-            dict(zip(keys, items, strict=True))
-            if len(items) == len(keys)
-            else f"{len(items)} entries, not {len(keys)}"
-        )
-    if container(obj) is None or not named:
+        if len(items) != len(keys):
+            return f"{len(items)} entr{'y' if len(items) == 1 else 'ies'}, not {len(keys)}"
+        return dict(zip(keys, items, strict=True))
+    missing = [k for k in needed if not (named and hasattr(obj, k))]
+    if len(missing) == len(needed) and container(obj) is None:
         return f"a {type(obj).__name__} where a container stands"
-    missing = [k for k in needed if not hasattr(obj, k)]
     return _absent(missing[0]) if missing else {k: getattr(obj, k) for k in needed}
 
 

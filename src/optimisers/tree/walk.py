@@ -194,16 +194,20 @@ class _Survey:
             )
         if isinstance(obj, str | bytes | range | type | ModuleType):
             return
-        held = [(f".{name}", value) for name, value in attributes(obj)]
-        if isinstance(obj, Collection) and not isinstance(obj, Mapping):
-            held += [("", item) for item in obj]
-        for name, value in held:
+        held = [(f" in {path.code()}.{name}", value) for name, value in attributes(obj)]
+        several = isinstance(obj, Collection) and not isinstance(obj, Mapping)
+        held += [("", item) for item in obj] if several else []
+        for where, value in held:
             if holds_arrays(value):
                 cls = type(obj).__name__
+                instead = (
+                    "make it a list, a tuple or a dict"
+                    if several
+                    else (f"write opt.register({cls}), or make it a dataclass")
+                )
                 raise TreeMismatch(
-                    f"{path.code()} is a {cls}, which holds an array in {path.code()}{name} but is no "
-                    "container known "
-                    f"here; write opt.register({cls}), or make it a dataclass"
+                    f"{path.code()} is a {cls}, which holds an array{where} but is no container known here; "
+                    f"{instead}"
                 )
 
     def refuse_overlaps(self) -> None:
@@ -264,9 +268,10 @@ def _leaf_paths(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
 # -- the walks of every step ---------------------------------------------------------------------------------
 
 
-def gather(node: Node, model: Any, path: KeyPath) -> Any:
-    """The arrays of a model at the places below `node`, in order; raises TreeMismatch where the structure
-    differs.
+def gather(node: Node, model: Any, path: KeyPath, seen: str = "setup") -> Any:
+    """The arrays of a model at the places below `node`, in order.
+
+    Raises TreeMismatch where the structure is not that which `seen`, the function that made the layout, saw.
     """
     if node.leaf >= 0:
         return [model]
@@ -278,15 +283,15 @@ def gather(node: Node, model: Any, path: KeyPath) -> Any:
         except (LookupError, AttributeError):
             pass
     out: list[Any] = []
-    for key, child, value in model_children(node, model, path):
-        out.extend(gather(child, value, KeyPath(path, key)))
+    for key, child, value in model_children(node, model, path, seen):
+        out.extend(gather(child, value, KeyPath(path, key), seen))
     return out
 
 
 _SIZED = (dict, list, tuple)
 
 
-def model_children(node: Node, model: Any, path: KeyPath) -> Iterator[tuple[Any, Node, Any]]:
+def model_children(node: Node, model: Any, path: KeyPath, seen: str) -> Iterator[tuple[Any, Node, Any]]:
     """(key, child, value) of the live children of a container; raises TreeMismatch if it is not the one
     surveyed.
     """
@@ -296,20 +301,21 @@ def model_children(node: Node, model: Any, path: KeyPath) -> Iterator[tuple[Any,
     assert node.kind is not None
     if ways is None or (type(model) is not node.kind and not isinstance(model, node.kind)):
         raise TreeMismatch(
-            f"{path.code()} is a {type(model).__name__}; `setup` saw a {node.kind.__name__}; "
-            f"call `setup` again for another model"
+            f"{path.code()} is a {type(model).__name__}; `{seen}` saw a {node.kind.__name__}; "
+            f"call `{seen}` again for another model"
         )
     keys = ways.keys(model)
     if keys != node.keys and set(keys) != set(node.keys):
         if issubclass(node.kind, list | tuple) and not isinstance(node.keys[0], Attr):
             raise TreeMismatch(
-                f"{path.code()} has {len(keys)} entries; `setup` saw {len(node.keys)}; call `setup` again "
+                f"{path.code()} has {len(keys)} entr{'y' if len(keys) == 1 else 'ies'}; `{seen}` saw "
+                f"{len(node.keys)}; call `{seen}` again "
                 "for another model"
             )
         gone = [k for k in node.keys if k not in keys]
         new = [k for k in keys if k not in node.keys]
-        what = f"no {gone[0]!r}, which `setup` saw" if gone else f"{new[0]!r}, which `setup` did not see"
-        raise TreeMismatch(f"{path.code()} has {what}; call `setup` again for another model")
+        what = f"no {gone[0]!r}, which `{seen}` saw" if gone else f"{new[0]!r}, which `{seen}` did not see"
+        raise TreeMismatch(f"{path.code()} has {what}; call `{seen}` again for another model")
     values = dict(zip(keys, ways.read(model, keys), strict=True))
     for key, child in node.live:
         yield key, child, values[key]
@@ -363,7 +369,7 @@ def rebuild(node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any] | 
     if node.fetch is not None and all(c.axes is None for _, c in node.live):
         changes = {key: new[c.leaf] for key, c in node.live if c.leaf in new}
     else:
-        for key, child, value in model_children(node, model, KeyPath()):
+        for key, child, value in model_children(node, model, KeyPath(), "setup"):
             if any(i in new for i in child.leaves):
                 changes[key] = rebuild(child, value, new, memo)
     assert node.ways is not None

@@ -1,0 +1,81 @@
+"""How fast could any optimiser be here? As fast as a kernel that only reads and writes the same arrays.
+
+It reads x, dx, m and v and writes x, m and v, with one addition for each, through the same address tables,
+chunks and threads as the steps of AdamW.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from optimisers.engines import cache, threads
+from optimisers.engines.addresses import Chunks, Form
+from optimisers.engines.numba import slot_addresses
+from optimisers.leaf import parts
+
+SOURCE = '''"""Reads and writes the arrays of a step, with one addition for each that is written.
+
+Addresses, in order: {about}.
+"""
+from numba import njit
+
+from optimisers.engines.support import claim, loader, storer
+
+{words}
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def kernel(counter, spans, chunks, addresses):
+    while True:
+        s = claim(counter)
+        if s + 1 >= spans.size:
+            return
+        for c in range(spans[s], spans[s + 1]):
+            k = chunks[c, 0]
+            first = chunks[c, 1]
+            n = chunks[c, 2]
+            {places}
+            for i in range(n):
+                dx = load_dx(at_dx, i)
+                {body}
+'''
+
+
+def source(slots: int, kind: str, itemsize: int) -> str:
+    """The text of the kernel for a state of so many arrays for each parameter."""
+    stored = ["x", *(f"s{j}" for j in range(slots))]
+    names = ["x", "dx", *stored[1:]]
+    words = [f'load_{a} = loader("{kind}", {j}, {len(names)})' for j, a in enumerate(names)]
+    words += [f'store_{a} = storer("{kind}", {names.index(a)}, {len(names)})' for a in stored]
+    places = [f"at_{a} = addresses[{j}, k] + {itemsize} * first" for j, a in enumerate(names)]
+    body = [f"store_{a}(at_{a}, i, load_{a}(at_{a}, i) + dx)" for a in stored]
+    return SOURCE.format(
+        about=", ".join(names),
+        words="\n".join(words),
+        places=("\n" + 12 * " ").join(places),
+        body=("\n" + 16 * " ").join(body),
+    )
+
+
+def limit(state: Any, model: dict[str, Any], grads: dict[str, Any]) -> Callable[[], None]:
+    """The limit for one step of a flat dict model whose leaves are one group.
+
+    The tables are made here, once: the limit is that of memory alone. The arrays must outlive the function.
+    """
+    (group,) = parts(state)[0].groups
+    kind = np.dtype(group.kind.dtype)
+    places = group.places
+    form = Form(places.shapes, places.strides, [True] * len(places.shapes))
+    rows = [form.addresses(list(arrays.values()), kind, write=False)[0] for arrays in (model, grads)]
+    addresses = np.stack([*rows, *(slot_addresses(pack) for pack in group.slots)])
+    chunks = Chunks(places.sizes)
+    kernel = cache.load(source(len(group.slots), kind.name, kind.itemsize)).kernel
+    counter = np.zeros(1, np.int64)
+    at = counter.ctypes.data
+
+    def step() -> None:
+        counter[0] = 0
+        threads.together(lambda: kernel(at, chunks.spans, chunks.table, addresses), chunks.elements)
+
+    return step

@@ -1,0 +1,163 @@
+"""Steps scaled element by element by what the gradient was before."""
+
+from typing import Any, NamedTuple
+
+from optimisers.errors import BadSetting
+from optimisers.ops import (
+    abs2,
+    ema,
+    full_like,
+    maximum,
+    minimum,
+    real_zeros_like,
+    sign,
+    sqrt,
+    where,
+    zeros_like,
+)
+from optimisers.rule import Rule, in_unit_interval, not_negative, one_of, static
+
+
+class RMSPropState(NamedTuple):
+    q: Any
+    """The mean of |dx|^2, decaying with rho."""
+
+
+class CentredState(NamedTuple):
+    q: Any
+    """The mean of |dx|^2, decaying with rho."""
+    mean: Any
+    """The mean of dx, decaying with rho."""
+
+
+class RMSProp(Rule):
+    """Steps scaled by a running root mean square: q = rho q + (1 - rho) |dx|^2; dx' = eta dx / (sqrt(q) +
+    epsilon).
+
+    Hinton, "Neural networks for machine learning", lecture 6e, 2012. `centred` subtracts the square of the
+    mean gradient from q (Graves, arXiv:1308.0850, eq. 38-43); rounding may not carry that variance below 0.
+    As torch.optim.RMSprop with alpha = rho, whose own defaults are lr 0.01 and alpha 0.99.
+    """
+
+    eta: float = 0.001
+    rho: float = 0.9
+    epsilon: float = 1e-8
+    centred: bool = static(False)
+
+    def check(self) -> None:
+        in_unit_interval(self, "rho")
+        not_negative(self, "epsilon")
+
+    def init(self, x: Any) -> Any:
+        return (
+            CentredState(real_zeros_like(x), zeros_like(x))
+            if self.centred
+            else RMSPropState(real_zeros_like(x))
+        )
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        q = ema(self.rho, state.q, abs2(dx))
+        if not self.centred:
+            return RMSPropState(q), self.eta * dx / (sqrt(q) + self.epsilon)
+        mean = ema(self.rho, state.mean, dx)
+        variance = maximum(q - abs2(mean), 0)
+        return CentredState(q, mean), self.eta * dx / (sqrt(variance) + self.epsilon)
+
+
+class RpropState(NamedTuple):
+    g: Any
+    """The gradient before, 0 where its sign had just changed."""
+    eta: Any
+    """The step size of each element."""
+
+
+class Rprop(Rule):
+    """Steps by the sign of the gradient, each element at a size of its own, which grows while the sign stays.
+
+    Riedmiller & Braun, "A direct adaptive method for faster backpropagation learning: the RPROP algorithm",
+    1993, without weight back-tracking, as torch.optim.Rprop. `eta`: the size at the start, read by `setup`
+    alone; `ell`: its factors after a change of sign and without; `gamma`: its least and largest value. For
+    full batches.
+    """
+
+    eta: float = 1e-3
+    ell: tuple[float, float] = (0.5, 1.2)
+    gamma: tuple[float, float] = (1e-6, 50.0)
+
+    def check(self) -> None:
+        if callable(self.eta):
+            raise BadSetting(
+                "Rprop.eta is a schedule; it is the step size at the start alone: write a number"
+            )
+
+    def init(self, x: Any) -> Any:
+        return RpropState(zeros_like(x), full_like(x, self.eta))
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        (shrink, grow), (least, most) = self.ell, self.gamma
+        agreement = state.g * dx
+        size = where(agreement > 0, minimum(state.eta * grow, most), state.eta)
+        size = where(agreement < 0, maximum(state.eta * shrink, least), size)
+        g = where(agreement < 0, 0, dx)
+        return RpropState(g, size), size * sign(g)
+
+
+class AdaGradState(NamedTuple):
+    sum: Any
+    """The sum of |dx|^2 since the start."""
+
+
+class AdaGrad(Rule):
+    """Steps that shrink with all gradients seen: a = a + |dx|^2; dx' = eta dx / (sqrt(a) + epsilon).
+
+    Duchi, Hazan & Singer, "Adaptive subgradient methods for online learning and stochastic optimization",
+    2011. a starts at epsilon, as in Optimisers.jl; with `variant="torch"` at 0, as in torch.optim.Adagrad.
+    """
+
+    eta: float = 0.1
+    epsilon: float = 1e-8
+    variant: str = static("julia")
+
+    def check(self) -> None:
+        not_negative(self, "epsilon")
+        one_of(self, "variant", "julia", "torch")
+
+    def init(self, x: Any) -> Any:
+        return AdaGradState(
+            real_zeros_like(x) + self.epsilon if self.variant == "julia" else real_zeros_like(x)
+        )
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        a = state.sum + abs2(dx)
+        return AdaGradState(a), self.eta * dx / (sqrt(a) + self.epsilon)
+
+
+class AdaDeltaState(NamedTuple):
+    a: Any
+    """The mean of |dx|^2."""
+    d: Any
+    """The mean of the squared steps."""
+
+
+class AdaDelta(Rule):
+    """Steps in the unit of x, without a rate: dx' = dx sqrt(d + epsilon) / sqrt(a + epsilon).
+
+    a = rho a + (1 - rho) |dx|^2, and d likewise of |dx'|^2, with the old d in the step. Zeiler, "ADADELTA: an
+    adaptive learning rate method", 2012, arXiv:1212.5701, algorithm 1. A small `epsilon` makes the start very
+    slow: torch.optim.Adadelta has the same formula with 1e-6.
+    """
+
+    rho: float = 0.9
+    epsilon: float = 1e-8
+
+    def check(self) -> None:
+        in_unit_interval(self, "rho")
+        not_negative(self, "epsilon")
+
+    def init(self, x: Any) -> Any:
+        return AdaDeltaState(real_zeros_like(x), real_zeros_like(x))
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        a = ema(self.rho, state.a, abs2(dx))
+        step = dx * sqrt(state.d + self.epsilon) / sqrt(a + self.epsilon)
+        return AdaDeltaState(a, ema(self.rho, state.d, abs2(step))), step

@@ -1,0 +1,33 @@
+"""Steps of one size in every element: only the sign of something counts."""
+
+from typing import Any, NamedTuple
+
+from optimisers.ops import ema, sign, zeros_like
+from optimisers.rule import Rule, in_unit_interval
+
+
+class LionState(NamedTuple):
+    m: Any
+    """The mean gradient, decaying with beta[1]."""
+
+
+class Lion(Rule):
+    """Steps by the sign of a momentum that leans towards the new gradient.
+
+    Chen et al., "Symbolic discovery of optimization algorithms", 2023, arXiv:2302.06675, algorithm 2:
+    dx' = eta sign(beta[0] m + (1 - beta[0]) dx), then m = beta[1] m + (1 - beta[1]) dx. Optimisers.jl 0.4.8
+    has the betas the other way round, which makes it sign descent.
+    """
+
+    eta: float = 1e-4
+    beta: tuple[float, float] = (0.9, 0.99)
+
+    def check(self) -> None:
+        in_unit_interval(self, "beta")
+
+    def init(self, x: Any) -> Any:
+        return LionState(zeros_like(x))
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        toward = ema(self.beta[0], state.m, dx)
+        return LionState(ema(self.beta[1], state.m, dx)), self.eta * sign(toward)
