@@ -221,8 +221,8 @@ def import_time() -> dict[str, Any]:
 def first_steps(before: str = "") -> dict[str, Any]:
     """Seconds of the import of Numba, and of setup and first step of three rules, one after the other.
 
-    With `before="another"` a trivial function is compiled first, as another library would: much of the import of
-    Numba happens only then, whoever compiles.
+    With `before="another"` a trivial function is compiled first, as another library would: Numba ends its own
+    start-up only then.
     """
     import optimisers as opt
 

@@ -1,4 +1,4 @@
-"""How often does the code overrule the linter or the type checker? Thirty times at most, each with a reason."""
+"""How often is the linter or the type checker overruled? Thirty times at most, each with a reason."""
 
 import re
 from pathlib import Path

@@ -20,7 +20,6 @@ from optimisers.explain import explain, kernel
 from optimisers.flat import Restructure, destructure, trainable, trainables
 from optimisers.leaf import Branch, Leaf, adjust, adjust_, current, freeze, freeze_, thaw, thaw_
 from optimisers.ops import (
-    abs_ as abs,
     abs2,
     add,
     arctan,
@@ -52,10 +51,8 @@ from optimisers.ops import (
     logical_not,
     logical_or,
     matmul,
-    max_ as max,
     maximum,
     mean,
-    min_ as min,
     minimum,
     multiply,
     negative,
@@ -71,7 +68,6 @@ from optimisers.ops import (
     sqrt,
     square,
     subtract,
-    sum_ as sum,
     tanh,
     total,
     transpose,
@@ -79,6 +75,18 @@ from optimisers.ops import (
     when,
     where,
     zeros_like,
+)
+from optimisers.ops import (
+    abs_ as abs,
+)
+from optimisers.ops import (
+    max_ as max,
+)
+from optimisers.ops import (
+    min_ as min,
+)
+from optimisers.ops import (
+    sum_ as sum,
 )
 from optimisers.rule import Rule, static
 from optimisers.rules.adam import Adam, AdamW

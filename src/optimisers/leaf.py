@@ -98,7 +98,7 @@ class Leaf:
             and same(self.state, other.state)
         )
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment] equal leaves may change
 
     def __repr__(self) -> str:
         return f"Leaf({self.rule!r}, {_short(self.state)}{', frozen=True' if self.frozen else ''})"
@@ -180,7 +180,7 @@ class Branch:
             and all(self[k] == other[k] for k in self._node.keys)
         )
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment] equal leaves may change
 
     def __repr__(self) -> str:
         return shown(self)

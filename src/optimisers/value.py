@@ -43,7 +43,7 @@ class Value:
         generated = "__init__" not in vars(cls)
         # Only __init__ is generated for each class: the rest is the same for all, and generation is slow.
         dataclasses.dataclass(repr=False, eq=False)(cls)
-        cls._names = tuple(cls.__dataclass_fields__) if generated else None  # type: ignore[attr-defined]
+        cls._names = tuple(cls.__dataclass_fields__) if generated else None  # type: ignore[attr-defined] dataclass sets it
 
     _names: ClassVar[tuple[str, ...] | None] = None
     """The keywords of the constructor; None where a class has its own."""
@@ -56,7 +56,7 @@ class Value:
         return object.__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in vars(self) or name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
+        if name in vars(self) or name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined] dataclass sets it
             raise dataclasses.FrozenInstanceError(
                 f"{type(self).__name__} is a value; write rule.adjust({name}=...) for a new one"
             )

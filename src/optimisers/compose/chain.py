@@ -40,7 +40,7 @@ class Chain(Rule):
                 new.append(old)
                 continue
             with under(dx):
-                kept, dx = stepped(rule, old, x, dx, more)  # noqa: PLW2901 what goes on is what came out
+                kept, dx = stepped(rule, old, x, dx, more)
             new.append(kept)
         return tuple(new), dx
 

@@ -132,7 +132,7 @@ def look(items, array_type, dtype, itemsize, flags, contiguous, begin, shape, st
 
 def _items(arrays: Sequence[Any]) -> int:
     """The address of the first reference in a list or tuple."""
-    import ctypes  # noqa: PLC0415 only where kernels run
+    import ctypes
 
     inline = id(arrays) + 24
     return inline if type(arrays) is tuple else ctypes.c_int64.from_address(inline).value

@@ -25,7 +25,7 @@ _loaded: dict[str, ModuleType] = {}
 
 def directory() -> Path:
     """The cache directory of this user."""
-    import platformdirs  # noqa: PLC0415 kept off the import of the package
+    import platformdirs
 
     return Path(platformdirs.user_cache_dir("optimisers", appauthor=False)) / "kernels"
 
@@ -56,7 +56,7 @@ def _from_disk(name: str, source: str, where: Path) -> ModuleType:
         warnings.warn(f"{refusal}; kernels are compiled anew in each process", CacheRefused, stacklevel=2)
         return _in_memory(name, source)
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # Numba's cache finds the module of a kernel by name
     code = compile(source, str(path), "exec")  # the text in hand, whatever has happened to the file since
@@ -69,7 +69,7 @@ def _in_memory(name: str, source: str) -> ModuleType:
     module.__file__ = f"<{name}>"
     sys.modules[name] = module
     linecache.cache[module.__file__] = (len(source), None, source.splitlines(keepends=True), module.__file__)
-    exec(compile(source.replace("cache=True", "cache=False"), module.__file__, "exec"), vars(module))  # noqa: S102
+    exec(compile(source.replace("cache=True", "cache=False"), module.__file__, "exec"), vars(module))  # noqa: S102 generated above, by this package
     return module
 
 

@@ -12,11 +12,12 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+
 from optimisers.trace.expr import Expr, show
 from optimisers.trace.phases import Pass
 
 
-class Unprintable(Exception):  # noqa: N818 not an error: the group goes to the interpreter
+class Unprintable(Exception):
     """A pass holds what kernels do not know; the text says what."""
 
 
@@ -37,7 +38,7 @@ BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8
 
 
 def _real(text: str) -> Callable[..., str]:
-    return lambda *args: text.format(*args)
+    return text.format
 
 
 REAL: dict[str, Callable[..., str]] = {

@@ -61,7 +61,7 @@ def loader(kind: str, slot: int, slots: int) -> Any:
         return z._getvalue()  # noqa: SLF001 Numba's own way to read a struct proxy
 
     @intrinsic
-    def load(typingctx: Any, address: Any, i: Any) -> Any:  # noqa: ARG001 Numba's signature
+    def load(typingctx: Any, address: Any, i: Any) -> Any:
         return number(types.int64, types.int64), emit
 
     return load
@@ -84,7 +84,7 @@ def storer(kind: str, slot: int, slots: int) -> Any:
         return context.get_dummy_value()
 
     @intrinsic
-    def store(typingctx: Any, address: Any, i: Any, value: Any) -> Any:  # noqa: ARG001 Numba's signature
+    def store(typingctx: Any, address: Any, i: Any, value: Any) -> Any:
         return types.void(types.int64, types.int64, number), emit
 
     return store
@@ -138,7 +138,7 @@ def narrow_brain(b: Any, v: Any) -> Any:
 
 
 @intrinsic
-def select(typingctx: Any, condition: Any, a: Any, b: Any) -> Any:  # noqa: ARG001 Numba's signature
+def select(typingctx: Any, condition: Any, a: Any, b: Any) -> Any:
     """a if the condition holds, else b, without a branch."""
 
     def emit(_: Any, builder: Any, __: Any, args: Any) -> Any:
@@ -148,7 +148,7 @@ def select(typingctx: Any, condition: Any, a: Any, b: Any) -> Any:  # noqa: ARG0
 
 
 @intrinsic
-def complex_of(typingctx: Any, re: Any, im: Any) -> Any:  # noqa: ARG001 Numba's signature
+def complex_of(typingctx: Any, re: Any, im: Any) -> Any:
     """The complex number of two reals, no wider than they are."""
     kind = types.complex64 if re == types.float32 else types.complex128
 
@@ -161,7 +161,7 @@ def complex_of(typingctx: Any, re: Any, im: Any) -> Any:  # noqa: ARG001 Numba's
 
 
 @intrinsic
-def claim(typingctx: Any, counter: Any) -> Any:  # noqa: ARG001 Numba's signature
+def claim(typingctx: Any, counter: Any) -> Any:
     """The number at the address `counter`, which is raised by one in the same instant: the next span to work
     on.
     """
@@ -179,7 +179,7 @@ def _ranked(*, nan_last: bool) -> Any:
     """
 
     @intrinsic
-    def rank(typingctx: Any, x: Any) -> Any:  # noqa: ARG001 Numba's signature
+    def rank(typingctx: Any, x: Any) -> Any:
         bits, result = (I32, types.int32) if x == types.float32 else (I64, types.int64)
         top = (1 << (bits.width - 1)) - 1
 
@@ -199,7 +199,7 @@ rank_min = _ranked(nan_last=False)
 
 
 @intrinsic
-def unrank(typingctx: Any, i: Any) -> Any:  # noqa: ARG001 Numba's signature
+def unrank(typingctx: Any, i: Any) -> Any:
     """The float of a rank; the bits of both edges are those of a NaN."""
     bits, number, result = (I32, F32, types.float32) if i == types.int32 else (I64, F64, types.float64)
     top = (1 << (bits.width - 1)) - 1
@@ -216,7 +216,7 @@ def unrank(typingctx: Any, i: Any) -> Any:  # noqa: ARG001 Numba's signature
 
 def _peek(bits: Any, result: Any) -> Any:
     @intrinsic
-    def peek(typingctx: Any, address: Any) -> Any:  # noqa: ARG001 Numba's signature
+    def peek(typingctx: Any, address: Any) -> Any:
         def emit(_: Any, b: Any, __: Any, args: Any) -> Any:
             return b.load(b.inttoptr(args[0], bits.as_pointer()))
 

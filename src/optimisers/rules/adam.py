@@ -67,7 +67,7 @@ class AdamW(Rule):
     beta: tuple[float, float] = (0.9, 0.999)
     lam: float = 0.0
     epsilon: float = 1e-8
-    couple: bool = static(True)  # noqa: FBT003 the value of a field
+    couple: bool = static(True)
 
     def check(self) -> None:
         in_unit_interval(self, "beta")

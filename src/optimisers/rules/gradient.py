@@ -67,7 +67,7 @@ class ClipNorm(Rule):
 
     omega: float = 10.0
     p: float = static(2.0)
-    throw: bool = static(True)  # noqa: FBT003 the value of a field
+    throw: bool = static(True)
 
     def check(self) -> None:
         not_negative(self, "omega")
@@ -101,7 +101,7 @@ class ClipGlobalNorm(Rule):
     """
 
     omega: float = 1.0
-    throw: bool = static(True)  # noqa: FBT003 the value of a field
+    throw: bool = static(True)
 
     def check(self) -> None:
         not_negative(self, "omega")

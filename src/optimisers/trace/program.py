@@ -330,36 +330,9 @@ def _merge(table: dict[Any, Expr], e: Expr) -> Expr:
 
 def fold(table: dict[Any, Expr], e: Expr, args: tuple[Expr, ...], guard: Guard) -> Expr:
     """The node with these arguments, simplified where that cannot change its value."""
-    known = [a.value if a.op == "const" and a.type == "bool" else None for a in args]
-    if e.op == "identity":
-        return args[0]
-    if e.op == "where" and known[0] is not None:
-        return args[1] if known[0] else args[2]
-    if e.op == "where" and args[1] is args[2]:
-        return args[1]
-    if e.op in ("logical_and", "logical_or"):
-        absorbing = e.op == "logical_or"
-        for i in (0, 1):
-            if known[i] is not None:
-                return args[i] if known[i] is absorbing else args[1 - i]
-    if e.op == "logical_not" and known[0] is not None:
-        return _merge(table, Expr("const", type="bool", value=not known[0]))
-    if cuts(e) and any(g.op == "const" for g in guard):
-        return _merge(table, Expr("const", value=0.0))
-    if e.op == "total" and guard:
-        zero = _merge(table, Expr("const", value=0.0))
-        inner = args[0]
-        for g in guard:
-            inner = _merge(table, Expr("where", (g, inner, zero), type=inner.type))
-        return _merge(table, Expr("total", (inner,), type=e.type))
-    if e.op == "power" and args[1].op == "const" and args[1].domain == "scalar" != e.domain:
-        if args[1].value == 2:
-            return _merge(
-                table, Expr("multiply", (args[0], args[0]), domain=e.domain, type=e.type, shape=e.shape_)
-            )
-        if args[1].value == 0.5 and args[0].type == "real":
-            return _merge(table, Expr("sqrt", (args[0],), domain=e.domain, type=e.type, shape=e.shape_))
-    node = Expr(
+    if e.op == "total":
+        args, guard = (_masked(table, args[0], guard),), ()
+    new = Expr(
         e.op,
         args,
         domain=e.domain,
@@ -369,7 +342,66 @@ def fold(table: dict[Any, Expr], e: Expr, args: tuple[Expr, ...], guard: Guard) 
         guard=guard,
         shape=e.shape_,
     )
-    return _merge(table, node)
+    for simpler in (_identity, _choice, _logic, _power, _never):
+        found = simpler(new)
+        if found is not None:
+            return _merge(table, found)
+    return _merge(table, new)
+
+
+def _masked(table: dict[Any, Expr], s: Expr, guard: Guard) -> Expr:
+    """A term of a total, 0 for the leaves whose guard does not hold."""
+    zero = _merge(table, Expr("const", value=0.0))
+    for g in guard:
+        s = _merge(table, Expr("where", (g, s, zero), type=s.type))
+    return s
+
+
+def _known(e: Expr) -> bool | None:
+    """The value of a condition that is known."""
+    return e.value if e.op == "const" and e.type == "bool" else None
+
+
+def _identity(e: Expr) -> Expr | None:
+    return e.args[0] if e.op == "identity" else None
+
+
+def _choice(e: Expr) -> Expr | None:
+    """where(True, a, b) -> a; where(c, a, a) -> a."""
+    if e.op != "where":
+        return None
+    condition, a, b = e.args
+    if _known(condition) is not None:
+        return a if _known(condition) else b
+    return a if a is b else None
+
+
+def _logic(e: Expr) -> Expr | None:
+    """True & c -> c; False & c -> False; the same for | and ~."""
+    if e.op == "logical_not" and _known(e.args[0]) is not None:
+        return Expr("const", type="bool", value=not _known(e.args[0]))
+    if e.op in ("logical_and", "logical_or"):
+        for one, other in (e.args, e.args[::-1]):
+            if _known(one) is not None:
+                return one if _known(one) is (e.op == "logical_or") else other
+    return None
+
+
+def _power(e: Expr) -> Expr | None:
+    """x**2 -> x * x; x**0.5 -> sqrt(x), for real x: exact, and fast in kernels."""
+    if e.op != "power" or e.domain == "scalar" or e.args[1].op != "const" or e.args[1].domain != "scalar":
+        return None
+    x, exponent = e.args[0], e.args[1].value
+    if exponent == 2:
+        return Expr("multiply", (x, x), domain=e.domain, type=e.type, shape=e.shape_)
+    if exponent == 0.5 and x.type == "real":
+        return Expr("sqrt", (x,), domain=e.domain, type=e.type, shape=e.shape_)
+    return None
+
+
+def _never(e: Expr) -> Expr | None:
+    """A reduction under a condition that is known not to hold is 0: nobody reads it."""
+    return Expr("const", value=0.0) if cuts(e) and any(_known(g) is False for g in e.guard) else None
 
 
 def total_key(e: Expr) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -60,11 +61,19 @@ def _with_attributes(old: Any, changes: dict[Any, Any]) -> Any:
     return new
 
 
+def _always(names: tuple[Any, ...], _: Any) -> tuple[Any, ...]:
+    return names
+
+
+def _attributes(obj: Any) -> tuple[Any, ...]:
+    return tuple(map(Attr, vars(obj)))
+
+
 def _indices(obj: Any) -> tuple[Any, ...]:
     return tuple(range(len(obj)))
 
 
-DICT = Container(lambda obj: tuple(obj), _read_items, _with_items)
+DICT = Container(tuple, _read_items, _with_items)
 LIST = Container(_indices, lambda obj, _: list(obj), _with_items)
 TUPLE = Container(_indices, lambda obj, _: list(obj), _with_tuple_items)
 NAMEDTUPLE = Container(lambda obj: tuple(map(Attr, obj._fields)), lambda obj, _: list(obj), _with_fields)
@@ -107,11 +116,9 @@ def register(
     like = DATACLASS if dataclasses.is_dataclass(cls) else ATTRS if hasattr(cls, "__attrs_attrs__") else None
     if children is not None:
         names = tuple(map(Attr, children))
-        keys: Callable[[Any], tuple[Any, ...]] = lambda _: names
-    elif like is not None:
-        keys = like.keys
+        keys = functools.partial(_always, names)
     else:
-        keys = lambda obj: tuple(map(Attr, vars(obj)))
+        keys = _attributes if like is None else like.keys
     REGISTERED[cls] = Container(keys, _read_attributes, _with_attributes, trainable)
     return cls
 
@@ -126,20 +133,21 @@ def container_of(kind: type) -> Container | None:
     for base in kind.__mro__:
         if base in REGISTERED:
             return REGISTERED[base]
-    for find in FINDERS:
+    for find in (*FINDERS, _builtin):
         if (found := find(kind)) is not None:
             return found
-    if issubclass(kind, dict):
-        return DICT
-    if issubclass(kind, list):
-        return LIST
+    return None
+
+
+def _builtin(kind: type) -> Container | None:
+    for base, ways in ((dict, DICT), (list, LIST)):
+        if issubclass(kind, base):
+            return ways
     if issubclass(kind, tuple):
         return NAMEDTUPLE if hasattr(kind, "_fields") else TUPLE
     if dataclasses.is_dataclass(kind):
         return DATACLASS
-    if hasattr(kind, "__attrs_attrs__"):
-        return ATTRS
-    return None
+    return ATTRS if hasattr(kind, "__attrs_attrs__") else None
 
 
 def loose(obj: Any, keys: tuple[Any, ...], needed: tuple[Any, ...]) -> dict[Any, Any] | str:

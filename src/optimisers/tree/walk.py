@@ -275,10 +275,8 @@ def gather(node: Node, model: Any, path: KeyPath, seen: str = "setup") -> Any:
     """
     if node.leaf >= 0:
         return [model]
-    if node.fetch is not None and type(model) is node.kind and node.ways is not None:
+    if node.fetch is not None and type(model) is node.kind and _sized_like(node, model):
         try:
-            if node.kind in _SIZED and len(model) != len(node.keys):
-                raise LookupError
             return node.fetch(model)
         except (LookupError, AttributeError):
             pass
@@ -288,7 +286,11 @@ def gather(node: Node, model: Any, path: KeyPath, seen: str = "setup") -> Any:
     return out
 
 
-_SIZED = (dict, list, tuple)
+def _sized_like(node: Node, obj: Any) -> bool:
+    """Whether a dict, list or tuple has as many entries as `setup` saw; other containers have their
+    class's.
+    """
+    return node.kind not in (dict, list, tuple) or len(obj) == len(node.keys)
 
 
 def model_children(node: Node, model: Any, path: KeyPath, seen: str) -> Iterator[tuple[Any, Node, Any]]:
@@ -331,10 +333,14 @@ def gather_gradients(node: Node, grads: Any, path: KeyPath) -> Any:
         return [grads]
     if grads is None:
         return [None] * len(node.leaves)
-    if node.fetch is not None and type(grads) is node.kind and len(node.live) == len(node.keys):
+    if (
+        node.fetch is not None
+        and type(grads) is node.kind
+        and len(node.live) == len(node.keys)
+        and _sized_like(node, grads)
+    ):
         try:
-            if not (node.kind in _SIZED and len(grads) != len(node.keys)):
-                return node.fetch(grads)
+            return node.fetch(grads)
         except (LookupError, AttributeError):
             pass
     if registry.isarray(grads):
