@@ -461,6 +461,23 @@ def test_a_tie_without_any_gradient_is_not_stepped(engine: str) -> None:
     np.testing.assert_array_equal(state.first.state.v, velocity)
 
 
+@pytest.mark.parametrize("shape", [(3, 3), (2, 3)], ids=str)
+@both_engines
+@both_updates
+def test_a_part_with_only_the_transposed_place_of_a_tie_steps_the_same_array(
+    shape: tuple[int, ...], engine: str, step: Callable[..., Any]
+) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape)
+    first, second = rng.standard_normal(shape), rng.standard_normal(shape[::-1])
+    wanted, _ = directly(opt.Adam(0.1), x.copy(), [first, second.T])
+    model = {"a": x, "b": {"c": x.T}}
+    state = opt.setup(opt.Adam(0.1), model, engine=engine)
+    opt.update_(state.a, x, first)
+    _, part = step(state.b, model["b"], {"c": second})
+    np.testing.assert_allclose(part["c"], wanted.T, rtol=1e-12)
+
+
 def test_equal_values_do_not_tie() -> None:
     state = opt.setup(opt.Momentum(), Tied(MATRIX.copy(), MATRIX.copy()))
 

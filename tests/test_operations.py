@@ -58,7 +58,7 @@ def function(x: Any) -> Any:
 OTHERS: list[Any] = ["text", 3, None, function, True, np.arange(3), np.array([True, False]), (), {}, []]
 """What a model may hold besides parameters."""
 
-SHAPES: list[tuple[int, ...]] = [(3,), (2, 3), (), (0, 2), (1, 4), (2, 1, 2), (17,)]
+SHAPES: list[tuple[int, ...]] = [(3,), (2, 3), (3, 3), (), (0, 2), (1, 4), (2, 1, 2), (17,)]
 
 LAYOUTS: dict[str, Callable[[Any], Any]] = {
     "C": lambda x: x,
@@ -437,7 +437,7 @@ OPERATIONS = {
 
 @pytest.mark.parametrize("engine", ["interpret", "numba"])
 @settings(
-    max_examples=60,
+    max_examples=150,
     deadline=None,
     derandomize=True,
     report_multiple_bugs=False,

@@ -920,7 +920,7 @@ def test_a_part_sees_a_tie_that_lies_inside_it() -> None:
 
 
 def pickled(state: Any) -> Any:
-    return pickle.loads(pickle.dumps(state))  # noqa: S301 our own
+    return pickle.loads(pickle.dumps(state))
 
 
 def trained(rule: Any) -> tuple[Any, Any]:
@@ -945,7 +945,7 @@ def trained(rule: Any) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize(
     "clone",
-    [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))],
+    [copy.copy, copy.deepcopy, pickled],
     ids=["copy", "deepcopy", "pickle"],
 )
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ together.
 
 import dataclasses
 import functools
-import itertools
-import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -248,20 +246,25 @@ class _Plan:
     whole: bool
     """Whether all of it is one group, in order."""
     ties: list[list[tuple[int, Any]]] | None
-    """For each leaf its places: (number in the walk, axes); None where every leaf has one."""
+    """For each leaf its places: (number in the walk, axes); None where the walk meets each leaf once, as it is."""
+    numbers: Any
+    """The leaves as an index."""
 
     def untied(self, xs: Sequence[Any], orders: list[Sequence[Any]], layout: Layout) -> Any:
-        """(parameters, gradients) of each leaf: gradients are summed over its places, the same object
-        counting once.
+        """(parameters, gradients) of each leaf, with the axes of its first place in the model.
+
+        Gradients are summed over the places; the same object at several of them counts once.
         """
         assert self.ties is not None
+        alone: list[Any] = []
         for leaf, places in zip(self.leaves, self.ties, strict=True):
-            for place, axes in places[1:]:
-                _still_tied(xs[places[0][0]], xs[place], axes, layout.places[leaf])
-        alone = [xs[places[0][0]] for places in self.ties]
+            views = [_turned(xs[place], axes) for place, axes in places]
+            for other in views[1:]:
+                _still_tied(views[0], other, layout.places[leaf])
+            alone.append(views[0])
         summed = [
             [
-                _sum_of_places(gs, places, layout.places[leaf]) if len(places) > 1 else gs[places[0][0]]
+                _sum_of_places([(gs[place], axes) for place, axes in places], layout.places[leaf])
                 for leaf, places in zip(self.leaves, self.ties, strict=True)
             ]
             for gs in orders
@@ -269,14 +272,21 @@ class _Plan:
         return alone, summed
 
 
+def _turned(x: Any, axes: Any) -> Any:
+    """What stands at a place, with the axes of the first place of its leaf."""
+    turns = axes is not None and registry.isarray(x) and x.ndim == len(axes)
+    return registry.library(x).permuted(x, tuple(np.argsort(axes))) if turns else x
+
+
 def _plan(store: Store, node: Node) -> _Plan:
     if id(node) not in store.plans:
         leaves = [i for i in dict.fromkeys(node.leaves) if store.shapes[i] is not None]
         ties = None
-        if leaves != list(node.leaves):
-            seen: dict[int, list[tuple[int, Any]]] = {}
-            for place, (leaf, axes) in enumerate(_places(node)):
-                seen.setdefault(leaf, []).append((place, axes))
+        seen: dict[int, list[tuple[int, Any]]] = {}
+        for place, (leaf, axes) in enumerate(_places(node)):
+            seen.setdefault(leaf, []).append((place, axes))
+        turned = any(axes is not None for places in seen.values() for _, axes in places)
+        if turned or leaves != list(node.leaves):
             ties = [seen[i] for i in leaves]
         at = {leaf: n for n, leaf in enumerate(leaves)}
         parts: list[tuple[int, Any, Any]] = []
@@ -286,7 +296,7 @@ def _plan(store: Store, node: Node) -> _Plan:
                 inside = None if len(members) == len(group.leaves) else members
                 parts.append((g, inside, np.array([at[int(i)] for i in group.leaves[members]], np.int64)))
         whole = len(parts) == 1 and bool((parts[0][2] == np.arange(len(leaves))).all())
-        store.plans[id(node)] = node, _Plan(leaves, parts, whole, ties)
+        store.plans[id(node)] = node, _Plan(leaves, parts, whole, ties, np.array(leaves, np.int64))
     return store.plans[id(node)][1]
 
 
@@ -300,9 +310,8 @@ def _places(node: Node) -> Iterator[tuple[int, Any]]:
 
 def _active(store: Store, plan: _Plan, orders: list[Sequence[Any]]) -> Any:
     """Which leaves are stepped, as a mask; None for all: those that are not frozen and have a gradient."""
-    some = any(map(operator.is_, orders[0], itertools.repeat(None)))
-    missing = [n for n, g in enumerate(orders[0]) if g is None] if some else []
-    frozen = store.frozen[plan.leaves]
+    missing = [n for n, g in enumerate(orders[0]) if g is None]
+    frozen = store.frozen[plan.numbers]
     if not missing and not frozen.any():
         return None
     active = ~frozen
@@ -310,43 +319,38 @@ def _active(store: Store, plan: _Plan, orders: list[Sequence[Any]]) -> Any:
     return active
 
 
-def _still_tied(first: Any, other: Any, axes: Any, places: list[KeyPath]) -> None:
+def _still_tied(first: Any, other: Any, places: list[KeyPath]) -> None:
     """Raise TreeMismatch unless two places still share one array, as `setup` saw."""
-    if first is other and axes is None:
+    if first is other:
         return
     library = registry.library(first)
-    tied = registry.module_of(type(other)) is library and library.memory(first) == library.memory(other)
-    if not tied or library.axes_between(first, other) != axes:
+    if registry.module_of(type(other)) is not library or not library.same_array(first, other):
         names = " and ".join(p.code() for p in places)
         raise TreeMismatch(
             f"{names} were one array at `setup` and are not now; tie them again, or call `setup` again"
         )
 
 
-def _sum_of_places(grads: Sequence[Any], places: list[tuple[int, Any]], paths: list[KeyPath]) -> Any:
-    """The gradient of a tied leaf as its first place sees it."""
+def _sum_of_places(grads: Sequence[tuple[Any, Any]], paths: list[KeyPath]) -> Any:
+    """The gradient of a tied leaf: the sum of those that are there; None if there is none."""
     found: list[Any] = []
-    for n, (place, axes) in enumerate(places):
-        g = grads[place]
-        if g is None or any(g is other for other, _ in found):
+    for n, ((g, axes), path) in enumerate(zip(grads, paths, strict=False)):
+        if g is None or any(g is other for other, _ in grads[:n]):
             continue
         if not registry.isarray(g):
             raise TreeMismatch(
-                f"{paths[n].code('grads')} is a {type(g).__name__}; it takes an array, or None for no step"
+                f"{path.code('grads')} is a {type(g).__name__}; it takes an array, or None for no step"
             )
-        found.append((g, axes))
-    if len(found) <= 1 and (not found or found[0][1] is None):
-        return found[0][0] if found else None
-    back = [
-        g if axes is None else registry.library(g).permuted(g, tuple(np.argsort(axes))) for g, axes in found
-    ]
-    for g in back[1:]:
-        if g.shape != back[0].shape:
+        found.append(_turned(g, axes))
+    for g in found[1:]:
+        if g.shape != found[0].shape:
             raise TreeMismatch(
-                f"gradients of shapes {tuple(back[0].shape)} and {tuple(g.shape)} for one array, at "
+                f"gradients of shapes {tuple(found[0].shape)} and {tuple(g.shape)} for one array, at "
                 f"{' and '.join(p.code('grads') for p in paths)}"
             )
-    return functools.reduce(lambda a, b: a + b, (registry.library(g).widened(g) for g in back))
+    if len(found) <= 1:
+        return found[0] if found else None
+    return functools.reduce(lambda a, b: a + b, (registry.library(g).widened(g) for g in found))
 
 
 def _memo(group: Group, members: Any) -> dict[str, Any]:

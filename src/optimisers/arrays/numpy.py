@@ -61,6 +61,11 @@ def memory(x: Array) -> tuple[int, int, tuple[tuple[int, int], ...]]:
     return x.__array_interface__["data"][0], x.itemsize, tuple(axes)
 
 
+def same_array(a: Array, b: Array) -> bool:
+    """Whether two arrays are views of the same elements in the same order."""
+    return memory(a) == memory(b) and a.shape == b.shape and axes_between(a, b) is None
+
+
 def axes_between(first: Array, other: Array) -> tuple[int, ...] | None:
     """The permutation with `first.transpose(p)` laid out like `other`, for two views of one memory; None if
     equal.

@@ -1,0 +1,732 @@
+"""The fused engine against NumPy: word by word, bit by bit, and for arrays of every kind."""
+
+import copy
+import math
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import optimisers as opt
+from optimisers import ops
+from optimisers.arrays import numpy as library
+from optimisers.engines import addresses, kernels
+from tests.table import dtype_of
+
+ENGINES = ("interpret", "numba")
+
+both_engines = pytest.mark.parametrize("engine", ENGINES)
+both_updates = pytest.mark.parametrize("step", [opt.update, opt.update_], ids=lambda f: f.__name__)
+
+ELEMENTWISE = sorted(name for name, word in ops.WORDS.items() if word.family == "elementwise")
+REDUCE = sorted(name for name, word in ops.WORDS.items() if word.family == "reduce")
+
+
+# -- vocabulary ----------------------------------------------------------------------------------------------
+
+
+def test_numpy_has_exactly_the_words_of_the_vocabulary() -> None:
+    assert set(library.WORDS) == set(ops.WORDS)
+
+
+def test_kernels_print_every_word_but_those_that_change_the_shape() -> None:
+    assert set(kernels.REAL) == {*ELEMENTWISE, *REDUCE}
+
+
+def test_every_word_is_tested_here() -> None:
+    assert set(ARGUMENTS) == set(ELEMENTWISE)
+
+
+# -- words, one by one ---------------------------------------------------------------------------------------
+
+ARGUMENTS: dict[str, str] = {
+    **dict.fromkeys(("add", "subtract", "multiply", "divide", "maximum", "minimum"), "two"),
+    **dict.fromkeys(("less", "less_equal", "greater", "greater_equal", "equal", "not_equal"), "two"),
+    "power": "power",
+    **dict.fromkeys(("logical_and", "logical_or"), "conditions"),
+    "logical_not": "condition",
+    "where": "choice",
+    **dict.fromkeys(("negative", "sqrt", "exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "arctan"), "one"),
+    **dict.fromkeys(("floor", "ceil", "sign", "abs", "abs2", "real", "imag", "conj", "isfinite", "isnan"), "one"),
+}
+"""Word -> what it is called with."""
+
+CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "one": lambda word, x, _: word(x),
+    "two": lambda word, x, y: word(x, y),
+    "power": lambda word, x, y: word(x, y),
+    "condition": lambda word, x, _: word(x > 0),
+    "conditions": lambda word, x, y: word(x > 0, y < 1),
+    "choice": lambda word, x, y: word(x < y, x, y),
+}
+
+COMPLEX = frozenset(
+    "add subtract multiply divide negative equal not_equal where sign abs abs2 real imag conj isfinite isnan".split()
+)
+"""Words that kernels know of complex numbers."""
+
+NUMPY_ONLY = frozenset("power sqrt exp expm1 log log1p sin cos tanh arctan".split())
+"""Words of complex numbers that NumPy knows and kernels do not."""
+
+ULPS = {"power": 16, "exp": 8, "expm1": 8, "log": 8, "log1p": 8, "sin": 8, "cos": 8, "tanh": 8, "arctan": 8}
+"""Units in the last place that the libraries of two engines may differ by; 2 for any other word."""
+
+
+def word_of(name: str) -> Callable[..., Any]:
+    return lambda *args: ops.speak(name, args, {})
+
+
+class Says(opt.Rule):
+    """Keeps what a word makes of x and dx, and steps nowhere."""
+
+    word: str = opt.static("")
+    real: bool = opt.static(True)  # noqa: FBT003 the value of a field
+
+    def init(self, x: Any) -> Any:
+        return (opt.real_zeros_like(x) if self.real else opt.zeros_like(x),)
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        call = CALLS["choice of complex" if self.word == "where" and not self.real else ARGUMENTS[self.word]]
+        said = call(word_of(self.word), x, dx)
+        return (opt.where(said, 1, 0) if ops.WORDS[self.word].gives == "bool" else said,), None
+
+
+CALLS["choice of complex"] = lambda word, x, y: word(opt.real(x) < opt.imag(y), x, y)
+
+
+class Reduces(opt.Rule):
+    """Keeps a reduction of dx as a number."""
+
+    word: str = opt.static("")
+
+    def init(self, x: Any) -> Any:
+        return (0.0,)
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return (word_of(self.word)(dx),), None
+
+
+def said(rule: opt.Rule, x: Any, dx: Any, engine: str | None) -> Any:
+    state = opt.setup(rule, x, engine=engine)
+    state, _ = opt.update_(state, x, dx)
+    return state.state[0]
+
+
+def samples(dtype: str) -> Any:
+    """Numbers of every kind: zeros, infinities, NaN, subnormals, the largest, small and large ones, halves."""
+    kind = dtype_of(dtype)
+    info = ml_dtypes.finfo(kind)
+    tiny, least, most = float(info.tiny), float(info.smallest_subnormal), float(info.max)
+    special = [0.0, -0.0, math.inf, -math.inf, math.nan, tiny, -tiny, least, -least, 3 * least, most, -most]
+    plain = [1.0, -1.0, 0.5, -0.5, 1.5, 2.0, 2.5, -3.0, 3.14159, 10.0, 88.0, -100.0, 1e-3, -1e-3, 1e4]
+    rng = np.random.default_rng(0)
+    with np.errstate(all="ignore"):
+        spread = rng.standard_normal(40) * 10.0 ** rng.uniform(-4, 4, 40)
+        return np.array([*special, *plain, *rng.standard_normal(30), *spread]).astype(kind)
+
+
+def pairs(dtype: str) -> tuple[Any, Any]:
+    """Every sample beside every other."""
+    a = samples(dtype)
+    x, y = np.meshgrid(a, a)
+    return np.ascontiguousarray(x.ravel()), np.ascontiguousarray(y.ravel())
+
+
+def complex_pairs(dtype: str) -> tuple[Any, Any]:
+    """Finite complex numbers, zeros and purely real or imaginary ones among them; nothing that overflows a square."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal((2, 500)) + 1j * rng.standard_normal((2, 500))) * 10.0 ** rng.uniform(-3, 3, (2, 500))
+    x[:50], x[50:100], x[100:120], y[20:60] = x[:50].real, 1j * x[50:100].imag, 0, y[20:60].real
+    return x.astype(dtype), y.astype(dtype)
+
+
+def agree(got: Any, wanted: Any, ulps: int) -> None:
+    """Equal to some units in the last place; NaN where NaN is, infinities too, subnormals to one of theirs."""
+    got, wanted = np.asarray(got), np.asarray(wanted)
+    assert got.dtype == wanted.dtype
+    for a, b in ((got.real, wanted.real), (got.imag, wanted.imag)) if got.dtype.kind == "c" else ((got, wanted),):
+        np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+        with np.errstate(all="ignore"):
+            size = np.abs(wanted).astype(b.dtype)  # of both parts: one may cancel
+            off = (a != b) & ~np.isnan(b) & ~(np.abs(a.astype(float) - b.astype(float)) <= ulps * np.spacing(size))
+        assert not off.any(), (a[off][:5], b[off][:5], np.flatnonzero(off)[:5])
+
+
+REAL_TYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+@pytest.mark.parametrize("dtype", REAL_TYPES)
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_a_kernel_says_a_word_as_numpy_does(name: str, dtype: str) -> None:
+    x, y = pairs(dtype)
+    agree(said(Says(name), x, y, "numba"), said(Says(name), x, y, "interpret"), ULPS.get(name, 2))
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+@pytest.mark.parametrize("name", sorted(COMPLEX))
+def test_a_kernel_says_a_word_of_complex_numbers_as_numpy_does(name: str, dtype: str) -> None:
+    x, y = complex_pairs(dtype)
+    rule = Says(name, real=ops.WORDS[name].gives in ("real", "bool"))
+    if name == "divide":
+        y = np.where(y == 0, 1, y).astype(dtype)
+    agree(said(rule, x, y, "numba"), said(rule, x, y, "interpret"), 4)
+
+
+@pytest.mark.parametrize("name", ["negative", "equal", "not_equal", "where", "abs", "real", "imag", "isfinite", "isnan"])
+def test_infinities_and_nan_in_complex_numbers_are_seen_as_numpy_sees_them(name: str) -> None:
+    parts = np.array([0.0, 1.0, -2.0, math.inf, -math.inf, math.nan])
+    x = (parts[:, None] + 1j * np.array([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])).ravel()
+    x.imag = np.tile(parts, 6)
+    y = np.roll(x, 7)
+    y[::3] = x[::3]
+    rule = Says(name, real=ops.WORDS[name].gives in ("real", "bool"))
+    agree(said(rule, x, y, "numba"), said(rule, x, y, "interpret"), 2)
+
+
+def test_every_elementwise_word_of_complex_numbers_is_accounted_for() -> None:
+    """The others compare or round, which has no meaning for complex numbers, or take conditions."""
+    meaningless = {"less", "less_equal", "greater", "greater_equal", "maximum", "minimum", "floor", "ceil"}
+    conditions = {"logical_and", "logical_or", "logical_not"}
+
+    assert COMPLEX | NUMPY_ONLY | meaningless | conditions == set(ELEMENTWISE)
+    for name in meaningless:
+        with pytest.raises(opt.TraceError, match="of complex numbers has no meaning"):
+            opt.setup(Says(name, real=False), np.ones(2, complex))
+
+
+@pytest.mark.parametrize("name", sorted(NUMPY_ONLY))
+def test_what_kernels_do_not_know_of_complex_numbers_goes_to_the_interpreter(name: str) -> None:
+    x, y = complex_pairs("complex128")
+    rule = Says(name, real=False)
+    with np.errstate(all="ignore"):
+        wanted = CALLS[ARGUMENTS[name]](getattr(np, name), x, y)
+    np.testing.assert_array_equal(said(rule, x, y, None), wanted)
+    (group,) = opt.explain(opt.setup(rule, x)).groups
+
+    assert group.engine == "interpret"
+    assert name in group.reason
+
+
+class Divides(opt.Rule):
+    """Keeps dx over a setting, and a setting over dx."""
+
+    by: float = 1.0
+
+    def init(self, x: Any) -> Any:
+        return (opt.zeros_like(x), opt.zeros_like(x))
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return (dx / self.by, self.by / dx), None
+
+
+@pytest.mark.parametrize("by", [3.0, 1e-39, -1e-42, 1e38, 0.0, math.inf])
+def test_division_by_a_setting_of_any_size_is_division(by: float) -> None:
+    x = samples("float32")
+    with np.errstate(all="ignore"):
+        wanted = x / np.float32(by), np.float32(by) / x
+    state = opt.setup(Divides(by), x)
+    state, _ = opt.update_(state, x.copy(), x)
+    agree(state.state[0], wanted[0], 2)
+    agree(state.state[1], wanted[1], 2)
+
+
+SUMS = {
+    "plain": [1.0, 2.5, -3.0, 0.25],
+    "of nothing": [],
+    "one": [-2.0],
+    "NaN first": [math.nan, 1.0, 2.0],
+    "NaN last": [1.0, 2.0, math.nan],
+    "negative NaN": [1.0, -math.nan, 2.0],
+    "infinite": [1.0, math.inf, -5.0],
+    "both infinities": [-math.inf, math.inf],
+    "only infinite": [-math.inf, -math.inf],
+    "negative": [-1.0, -2.0, -0.5],
+    "zeros": [-0.0, 0.0],
+    "long": list(np.random.default_rng(0).standard_normal(1001)),
+}
+
+
+@pytest.mark.parametrize("dtype", REAL_TYPES)
+@pytest.mark.parametrize("name", REDUCE)
+def test_a_kernel_reduces_as_numpy_does(name: str, dtype: str) -> None:
+    """All cases are leaves of one model, so one kernel call serves them; sums are taken in float64."""
+    arrays = [np.array(v, float).astype(dtype_of(dtype)) for v in SUMS.values()]
+    empty = {"sum": 0.0, "max": -math.inf, "min": math.inf}[name]
+    with np.errstate(all="ignore"):
+        wanted = [float(getattr(np, name)(a.astype(float))) if a.size else empty for a in arrays]
+    for engine in ENGINES:
+        state = opt.setup(Reduces(name), arrays, engine=engine)
+        state, _ = opt.update(state, arrays, arrays)
+        got = [leaf.state[0] for leaf in state]
+        np.testing.assert_allclose(got, wanted, rtol=1e-12, err_msg=f"{engine}: {list(SUMS)}")
+
+
+@pytest.mark.parametrize("name", REDUCE)
+@both_engines
+def test_a_reduction_sees_every_element_of_a_long_array(name: str, engine: str) -> None:
+    """The one element that counts stands at every border of the chunks in turn."""
+    n = 2 * addresses.CHUNK + 77
+    spots = [0, addresses.CHUNK - 1, addresses.CHUNK, 2 * addresses.CHUNK - 1, 2 * addresses.CHUNK, n - 1]
+    value = -3.0 if name == "min" else 3.0
+    for spot in spots:
+        x = np.zeros(n, np.float32)
+        x[spot] = value
+
+        assert said(Reduces(name), x, x, engine) == value
+
+
+def test_sums_of_single_precision_are_taken_in_double_precision() -> None:
+    """10^8 and a million small ones: in float32 each of them would be lost."""
+    x = np.full(1_000_001, 0.25, np.float32)
+    x[0] = 1e8
+
+    assert said(Reduces("sum"), x, x, "numba") == 1e8 + 250_000
+
+
+# -- half precision ------------------------------------------------------------------------------------------
+
+HALVES = ("float16", "bfloat16")
+
+
+class Widens(opt.Rule):
+    """Keeps the gradient, in the type of the arithmetic."""
+
+    def init(self, x: Any) -> Any:
+        return (opt.zeros_like(x),)
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return (dx,), None
+
+
+def same_bits(got: Any, wanted: Any) -> None:
+    """Bit for bit; NaN need not have the same payload, and a zero may have lost its sign in an addition."""
+    unsigned = np.dtype(f"u{got.itemsize}")
+    nan = np.isnan(wanted)
+    np.testing.assert_array_equal(np.isnan(got), nan)
+    off = (got.view(unsigned) != wanted.view(unsigned)) & ~nan & ~((got == 0) & (wanted == 0))
+    assert not off.any(), (got[off][:5], wanted[off][:5])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@both_engines
+def test_all_65536_halves_are_widened_as_numpy_widens_them(dtype: str, engine: str) -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(dtype_of(dtype))
+    got = said(Widens(), np.zeros_like(every), every, engine)
+
+    assert got.dtype == np.float32
+    same_bits(got, every.astype(np.float32))
+
+
+def hard_to_round(dtype: str) -> Any:
+    """float32: every half, every middle between two, its neighbours; random bits; overflow and subnormals among them."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(dtype_of(dtype)).astype(np.float32)
+    finite = np.unique(every[np.isfinite(every)].astype(np.float64))
+    middle = ((finite[1:] + finite[:-1]) / 2).astype(np.float32)
+    most = finite[-1].astype(np.float32)
+    edge = np.array([most, np.nextafter(most, np.float32(np.inf)), np.inf, np.nan, 65519.996, 65520, 1e30], np.float32)
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 1 << 32, 1 << 19, dtype=np.uint32).view(np.float32)
+    up, down = np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(-np.inf))
+    return np.concatenate([every, middle, up, down, edge, -edge, noise])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@both_engines
+@both_updates
+def test_the_store_rounds_to_halves_as_numpy_rounds(dtype: str, engine: str, step: Callable[..., Any]) -> None:
+    values = hard_to_round(dtype)
+    x = np.zeros(values.shape, dtype_of(dtype))
+    with np.errstate(all="ignore"):
+        wanted = (np.float32(0) - values).astype(x.dtype)
+    state = opt.setup(opt.Chain(), x, engine=engine)
+    _, x = step(state, x, values)
+    same_bits(x, wanted)
+
+
+# -- gradients of every kind ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bool", "int8", "uint8", "int32", "int64", "float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "complex64"])
+@both_engines
+def test_gradients_may_be_of_any_real_type(kind: str, dtype: str, engine: str) -> None:
+    g = np.array([0, 1, 3, 2]).astype(dtype_of(kind))
+    x = np.array([1, 2, 3, 4]).astype(dtype)
+    state = opt.setup(opt.Descent(0.5), x, engine=engine)
+    _, new = opt.update(state, x, g)
+    np.testing.assert_array_equal(new, x - 0.5 * g.astype(float))
+
+    assert new.dtype == x.dtype
+
+
+@both_engines
+@both_updates
+def test_gradients_of_one_model_may_be_of_several_types(engine: str, step: Callable[..., Any]) -> None:
+    model = [np.zeros(3, np.float32) for _ in range(5)]
+    grads = [np.full(3, 2, t) for t in (np.float32, np.int64, np.float64, np.float16, ">f4")]
+    _, model = step(opt.setup(opt.Descent(1.0), model, engine=engine), model, grads)
+    np.testing.assert_array_equal(model, -2)
+
+
+@both_engines
+def test_gradients_of_a_wider_type_are_rounded_to_the_arithmetic_first(engine: str) -> None:
+    """Else the numbers would depend on the engine, and on whether all gradients of a model are of one type."""
+
+    class Less(opt.Rule):
+        def init(self, x: Any) -> Any:
+            return ()
+
+        def apply(self, state: Any, x: Any, dx: Any) -> Any:
+            return state, dx - 1
+
+    x = np.zeros(2, np.float32)
+    _, new = opt.update(opt.setup(Less(), x, engine=engine), x, np.array([1 + 1e-9, 1e39]))
+    np.testing.assert_array_equal(new, [0, -np.inf])
+
+
+@both_engines
+def test_complex_parameters_take_complex_gradients_of_either_width(engine: str) -> None:
+    for dtype in ("complex64", "complex128"):
+        for kind in ("complex64", "complex128"):
+            x = np.array([1 + 1j, 2], dtype)
+            _, new = opt.update(opt.setup(opt.Descent(0.5), x, engine=engine), x, np.array([2 - 4j, 1j], kind))
+            np.testing.assert_array_equal(new, [3j, 2 - 0.5j])
+
+
+@pytest.mark.parametrize("bad", [[1.0, 2.0], (1.0, 2.0), 1.0, "text", {"a": 1}], ids=repr)
+@both_engines
+def test_what_is_no_array_is_no_gradient(bad: Any, engine: str) -> None:
+    x = np.ones(2)
+    with pytest.raises(opt.TreeMismatch):
+        opt.update(opt.setup(opt.Descent(), x, engine=engine), x, bad)
+
+
+GRADIENT_FORMS: dict[str, Callable[[Any], Any]] = {
+    "read-only": lambda g: np.frombuffer(g.tobytes(), g.dtype).reshape(g.shape),
+    "broadcast": lambda g: np.broadcast_to(g[:1, :1], g.shape),
+    "transposed": lambda g: np.ascontiguousarray(g.T).T,
+    "strided": lambda g: np.repeat(g, 3, axis=1)[:, ::3],
+    "backwards": lambda g: g[::-1, ::-1].copy()[::-1, ::-1],
+    "byte-swapped": lambda g: g.astype(g.dtype.newbyteorder()),
+    "unaligned": lambda g: unaligned(g),
+    "a subclass": lambda g: g.view(Labelled),
+    "a scalar repeated": lambda g: np.broadcast_to(g[0, 0], g.shape),
+}
+
+
+def unaligned(g: Any) -> Any:
+    raw = np.zeros(g.nbytes + 1, np.uint8)
+    new = raw[1:].view(g.dtype).reshape(g.shape)
+    new[...] = g
+    return new
+
+
+class Labelled(np.ndarray):
+    """A subclass of no special meaning."""
+
+
+@pytest.mark.parametrize("form", GRADIENT_FORMS)
+@both_engines
+@both_updates
+def test_gradients_may_lie_in_memory_in_any_way(form: str, engine: str, step: Callable[..., Any]) -> None:
+    rng = np.random.default_rng(0)
+    x, g = rng.standard_normal((3, 4)), GRADIENT_FORMS[form](rng.standard_normal((3, 4)))
+    model = {"x": x.copy(), "y": x.copy()}
+    state = opt.setup(opt.Momentum(0.5, 0.5), model, engine=engine)
+    state, model = step(state, model, {"x": g, "y": x})
+    state, model = step(state, model, {"x": g, "y": x})
+    np.testing.assert_allclose(model["x"], x - 1.25 * np.array(g, float), rtol=1e-12)
+    np.testing.assert_allclose(model["y"], -0.25 * x, rtol=1e-12)
+
+
+# -- gradients that are parameters or state ------------------------------------------------------------------
+
+
+class Remembers(opt.Rule):
+    """Descent that keeps the last gradient."""
+
+    eta: float = 1.0
+
+    def init(self, x: Any) -> Any:
+        return (opt.zeros_like(x),)
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return (dx,), self.eta * dx
+
+
+ALIASED = {
+    "Momentum": opt.Momentum(0.5, 0.5),
+    "Remembers": Remembers(0.5),
+    "clipped Adam": opt.Chain(opt.ClipGlobalNorm(1.0), opt.Adam(0.5)),
+}
+
+
+def alone(rule: Any, model: Any, grads: Any, engine: str) -> Any:
+    """(state, model) after a step in which nothing is shared."""
+    model, grads = copy.deepcopy(model), copy.deepcopy(grads)
+    return opt.update(opt.setup(rule, model, engine=engine), model, grads)
+
+
+@pytest.mark.parametrize("rule", ALIASED)
+@both_engines
+@both_updates
+def test_parameters_may_be_each_others_gradients(rule: str, engine: str, step: Callable[..., Any]) -> None:
+    model = {"a": np.array([1.0, 2.0, 3.0]), "b": np.array([40.0, 50.0, 60.0])}
+    grads = {"a": model["b"], "b": model["a"]}
+    wanted_state, wanted = alone(ALIASED[rule], model, grads, engine)
+    state, new = step(opt.setup(ALIASED[rule], model, engine=engine), model, grads)
+    np.testing.assert_array_equal(new["a"], wanted["a"])
+    np.testing.assert_array_equal(new["b"], wanted["b"])
+
+    assert state == wanted_state
+
+
+@both_engines
+@both_updates
+def test_parameters_of_different_groups_may_be_each_others_gradients(engine: str, step: Callable[..., Any]) -> None:
+    rules = {"a": opt.Momentum(0.5), "b": Remembers(0.5), "c": opt.Adam(0.5)}
+    model = {"a": np.array([1.0, 2.0]), "b": np.array([30.0, 40.0]), "c": np.array([-5.0, 7.0])}
+    grads = {"a": model["b"], "b": model["c"], "c": model["a"]}
+    wanted_state, wanted = alone(rules, model, grads, engine)
+    state, new = step(opt.setup(rules, model, engine=engine), model, grads)
+    for key, x in wanted.items():
+        np.testing.assert_array_equal(new[key], x)
+
+    assert state == wanted_state
+
+
+@pytest.mark.parametrize("rule", ALIASED)
+@both_engines
+@both_updates
+def test_a_parameter_may_be_its_own_gradient(rule: str, engine: str, step: Callable[..., Any]) -> None:
+    model = {"a": np.array([1.0, 2.0, 3.0])}
+    _, wanted = alone(ALIASED[rule], model, model, engine)
+    _, new = step(opt.setup(ALIASED[rule], model, engine=engine), model, model)
+    np.testing.assert_array_equal(new["a"], wanted["a"])
+
+
+@pytest.mark.parametrize("rule", ALIASED)
+@both_engines
+@both_updates
+def test_a_gradient_may_be_a_turned_or_shifted_view_of_parameters(
+    rule: str, engine: str, step: Callable[..., Any]
+) -> None:
+    line = np.arange(1.0, 9.0)
+    square = np.arange(9.0).reshape(3, 3)
+    model = {"line": line[:6], "square": square}
+    grads = {"line": line[2:], "square": square.T}
+    _, wanted = alone(ALIASED[rule], model, grads, engine)
+    _, new = step(opt.setup(ALIASED[rule], model, engine=engine), model, grads)
+    np.testing.assert_array_equal(new["line"], wanted["line"])
+    np.testing.assert_array_equal(new["square"], wanted["square"])
+
+
+@both_engines
+@both_updates
+def test_a_gradient_may_be_a_view_of_state(engine: str, step: Callable[..., Any]) -> None:
+    model = {"a": np.zeros(3), "b": np.zeros(3)}
+    state = opt.setup(opt.Momentum(1.0, 0.5), model, engine=engine)
+    state, model = step(state, model, {"a": np.full(3, 4.0), "b": np.full(3, 16.0)})
+    state, model = step(state, model, {"a": state.b.state.v, "b": state.a.state.v})
+    np.testing.assert_array_equal(state.a.state.v, 0.5 * 4 + 16)
+    np.testing.assert_array_equal(state.b.state.v, 0.5 * 16 + 4)
+    np.testing.assert_array_equal(model["a"], -4 - 18)
+    np.testing.assert_array_equal(model["b"], -16 - 12)
+
+
+# -- parameters of every kind --------------------------------------------------------------------------------
+
+X = np.random.default_rng(1).standard_normal((3, 4))
+G = np.random.default_rng(2).standard_normal((3, 4))
+
+PARAMETERS: dict[str, tuple[Callable[[], Any], str]] = {
+    "contiguous": (lambda: X.copy(), "numba"),
+    "Fortran": (lambda: np.asfortranarray(X), "numba"),
+    "strided": (lambda: np.repeat(X, 2, axis=1)[:, ::2], "numba"),
+    "backwards": (lambda: X[::-1].copy()[::-1], "numba"),
+    "unaligned": (lambda: unaligned(X), "numba"),
+    "read-only": (lambda: np.frombuffer(X.tobytes()).reshape(3, 4), "numba"),
+    "a subclass": (lambda: X.copy().view(Labelled), "numba"),
+    "byte-swapped": (lambda: X.astype(X.dtype.newbyteorder()), "interpret"),
+    "long double": (lambda: X.astype(np.longdouble), "interpret"),
+    "long complex": (lambda: X.astype(np.clongdouble), "interpret"),
+}
+"""Name -> (how they are made, the engine they get)."""
+
+
+@pytest.mark.parametrize("what", PARAMETERS)
+@both_updates
+def test_parameters_of_every_kind_are_stepped_and_stay_what_they_are(what: str, step: Callable[..., Any]) -> None:
+    make, _ = PARAMETERS[what]
+    model = {"x": make(), "y": make()}
+    before = copy.deepcopy(model)
+    state = opt.setup(opt.Momentum(0.5, 0.5), model)
+    new_state, new = state, model
+    for _ in range(2):
+        new_state, new = step(new_state, new, {"x": G, "y": 2 * G})
+    tolerance = 1e-12
+    np.testing.assert_allclose(np.array(new["x"], complex), X - 1.25 * G, rtol=tolerance)
+    np.testing.assert_allclose(np.array(new["y"], complex), X - 2.5 * G, rtol=tolerance)
+
+    assert new["x"].dtype == before["x"].dtype
+    assert type(new["x"]) is type(before["x"])
+    assert new["x"].flags.writeable == before["x"].flags.writeable
+    if step is opt.update_ and before["x"].flags.writeable:
+        assert new["x"] is model["x"]
+    if not before["x"].flags.writeable:
+        np.testing.assert_array_equal(model["x"], before["x"])
+
+
+@pytest.mark.parametrize("what", PARAMETERS)
+def test_parameters_get_the_engine_that_can_step_them(what: str) -> None:
+    make, engine = PARAMETERS[what]
+    (group,) = opt.explain(opt.setup(opt.Adam(), {"x": make()})).groups
+
+    assert group.engine == engine
+
+
+def test_long_doubles_keep_their_digits() -> None:
+    x = np.ones(2, np.longdouble)
+    _, new = opt.update(opt.setup(opt.Descent(1.0), x), x, np.full(2, np.finfo(np.longdouble).eps))
+    np.testing.assert_array_equal(new, np.longdouble(1) - np.finfo(np.longdouble).eps)
+
+
+def test_an_engine_that_cannot_run_a_model_is_refused() -> None:
+    with pytest.raises(opt.BadSetting, match="engine='numba' cannot run this model: element type longdouble"):
+        opt.setup(opt.Adam(), np.ones(2, np.longdouble), engine="numba")
+
+
+LENGTHS = (1, 2, 15, 16, 17, 1023, 16_384, 16_385, 32_767, 32_768, 65_535, 65_536, 65_537, 131_073, 200_001)
+
+
+@both_updates
+@pytest.mark.parametrize("dtype", ["float32", "float16", "complex64"])
+def test_arrays_of_every_length_are_stepped_from_end_to_end(dtype: str, step: Callable[..., Any]) -> None:
+    """Whole numbers, so that the sums are exact; one group, so that arrays share chunks, spans and buffers."""
+    model = [(np.arange(n) % 97 + 1).astype(dtype) for n in LENGTHS]
+    grads = [(np.arange(n) % 89).astype(dtype) for n in LENGTHS]
+    wanted = [x - 2 * g - 3 * g for x, g in zip(model, grads, strict=True)]
+    state = opt.setup(opt.Momentum(2.0, 0.5), model, engine="numba")
+    state, model = step(state, model, grads)
+    state, model = step(state, model, grads)
+    for x, w in zip(model, wanted, strict=True):
+        np.testing.assert_array_equal(x, w)
+
+
+@both_engines
+def test_nothing_beside_the_parameters_is_written(engine: str) -> None:
+    """Parameters are pieces of one buffer; what lies between them stays."""
+    buffer = np.full(1000, 7.0, np.float32)
+    model = [buffer[1:4], buffer[10:75], buffer[100:900:3], buffer[901:999].reshape(7, 14).T]
+    inside = np.zeros(1000, bool)
+    inside[1:4] = inside[10:75] = inside[100:900:3] = inside[901:999] = True
+    state = opt.setup(opt.Momentum(1.0, 0.5), model, engine=engine)
+    opt.update_(state, model, [np.ones(x.shape, np.float32) for x in model])
+    np.testing.assert_array_equal(buffer, np.where(inside, 6.0, 7.0))
+
+
+# -- the look at array objects -------------------------------------------------------------------------------
+
+
+def test_the_compiled_look_sees_what_python_sees() -> None:
+    kind = np.dtype(np.float32)
+    rng = np.random.default_rng(0)
+    shapes = [(2, 3), (3,), (), (1, 5), (0, 2), (2, 1, 3)]
+    arrays: list[Any] = []
+    for shape in shapes * 12:
+        x = rng.standard_normal(shape).astype(kind)
+        forms = [
+            x,
+            np.asfortranarray(x),
+            x.astype(float),
+            x.astype(">f4"),
+            np.repeat(x[..., None], 2, -1)[..., 0],
+            x.view(Labelled),
+            x[::-1] if x.ndim else x,
+            np.broadcast_to(x, x.shape),
+            unaligned(x) if x.size else x,
+        ]
+        arrays.append(forms[rng.integers(len(forms))])
+    asked = shapes * 12
+    strides = [library.contiguous_strides(s) for s in asked]
+    form = addresses.Form(asked, strides, [True] * len(asked))
+
+    assert addresses.compiled_look() is not None
+    for write in (False, True):
+        for given in (arrays, tuple(arrays)):
+            at, misfits = form.addresses(given, kind, write=write)
+            wanted_at, wanted = form.asked(given, kind, write=write)
+            fit = np.setdiff1d(np.arange(len(arrays)), wanted)
+            np.testing.assert_array_equal(misfits, wanted)
+            np.testing.assert_array_equal(at[fit], wanted_at[fit])
+
+            assert 0 < len(wanted) < len(arrays)
+
+
+def test_a_model_that_holds_something_else_than_an_array_is_refused_and_not_read() -> None:
+    model = {"a": np.ones(3), "b": np.ones(3)}
+    state = opt.setup(opt.Adam(), model)
+    for other in (None, 1.0, "text", [1.0, 2.0, 3.0], object()):
+        with pytest.raises(opt.TreeMismatch, match=r"model\['b'\]"):
+            opt.update_(state, model | {"b": other}, {"a": np.ones(3), "b": np.ones(3)})
+
+
+# -- processes and threads -----------------------------------------------------------------------------------
+
+FORK = """
+import os, sys
+import numpy as np
+import optimisers as opt
+from optimisers.engines import threads
+
+threads.available = lambda: 2
+x, g = np.ones(700_001, np.float32), np.full(700_001, 2.0, np.float32)
+state = opt.setup(opt.Chain(opt.ClipGlobalNorm(1e9), opt.Momentum(0.25, 0.5)), x)
+state, x = opt.update_(state, x, g)
+child = os.fork()
+state, x = opt.update_(state, x, g)
+right = bool((x == 1 - 0.5 - 0.75).all())
+if child == 0:
+    os._exit(0 if right else 1)
+_, status = os.waitpid(child, 0)
+sys.exit(0 if right and os.waitstatus_to_exitcode(status) == 0 else 1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="this system has no fork")
+def test_a_forked_child_takes_a_step() -> None:
+    """After the threads of its parent have started, none of which it has."""
+    ended = subprocess.run([sys.executable, "-c", FORK], timeout=60, capture_output=True, check=False)
+
+    assert ended.returncode == 0, ended.stderr.decode()
+
+
+def test_two_python_threads_update_two_models_at_once() -> None:
+    rng = np.random.default_rng(0)
+    rule = opt.Chain(opt.ClipNorm(1.0), opt.Adam(0.1))
+    xs = [rng.standard_normal(300_001).astype(np.float32) for _ in range(2)]
+    gs = [rng.standard_normal(300_001).astype(np.float32) for _ in range(2)]
+
+    def train(x: Any, g: Any, out: list[Any]) -> None:
+        x = x.copy()
+        state = opt.setup(rule, {"x": x, "s": x[:5].copy()})
+        for _ in range(15):
+            opt.update_(state, {"x": x, "s": x[:5].copy()}, {"x": g, "s": g[:5]})
+        out.append(x)
+
+    wanted: list[list[Any]] = [[], []]
+    for x, g, out in zip(xs, gs, wanted, strict=True):
+        train(x, g, out)
+    found: list[list[Any]] = [[], []]
+    workers = [threading.Thread(target=train, args=a) for a in zip(xs, gs, found, strict=True)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    np.testing.assert_array_equal(found[0][0], wanted[0][0])
+    np.testing.assert_array_equal(found[1][0], wanted[1][0])
