@@ -214,9 +214,20 @@ TABLE: tuple[Row, ...] = (
     Row("EverySecond", EverySecond()),
 )
 
-BUILT_IN = (
-    "Descent Momentum Nesterov Adam AdamW WeightDecay SignDecay ClipGrad ClipNorm ClipGlobalNorm AccumGrad Chain"
-).split()
+BUILT_IN = [
+    "Descent",
+    "Momentum",
+    "Nesterov",
+    "Adam",
+    "AdamW",
+    "WeightDecay",
+    "SignDecay",
+    "ClipGrad",
+    "ClipNorm",
+    "ClipGlobalNorm",
+    "AccumGrad",
+    "Chain",
+]
 """The names of the package's own rules; each is in some row."""
 
 
@@ -228,7 +239,7 @@ def name(row: Row) -> str:
 def dtype_of(text: str) -> Any:
     """The NumPy type of this name, bfloat16 included."""
     if text == "bfloat16":
-        import ml_dtypes  # noqa: PLC0415 it registers its types with NumPy when it is imported
+        import ml_dtypes
 
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(text)

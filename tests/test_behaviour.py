@@ -546,7 +546,7 @@ def test_none_at_a_branch_prunes_it() -> None:
 
 
 def test_no_gradient_is_not_a_zero_gradient() -> None:
-    """55. Adam(0.1) after a gradient of 1, then 0 at one leaf and None at the other: moments, and powers of beta."""
+    """55. Adam(0.1) after a gradient of 1, then 0 at one leaf and None at the other."""
     model: Any = [vector(1), vector(1)]
     state, model = update(setup(Adam(0.1), model), model, [vector(1), vector(1)])
     state, model = update(state, model, [vector(0), None])

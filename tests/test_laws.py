@@ -18,7 +18,6 @@ from tests.table import (
     DecayDescent,
     DictMomentum,
     EverySecond,
-    LongestSeen,
     Row,
     dtype_of,
     name,
@@ -1007,8 +1006,8 @@ def test_adjust_keeps_the_momentum_of_item_122() -> None:
 
 def compiled() -> tuple[int, int]:
     """(modules of kernels loaded, versions compiled of them)."""
-    kernels = [m.kernel for m in cache._loaded.values() if hasattr(m, "kernel")]  # noqa: SLF001 the count is the test
-    return len(cache._loaded), sum(len(k.signatures) for k in kernels)  # noqa: SLF001
+    kernels = [m.kernel for m in cache._loaded.values() if hasattr(m, "kernel")]
+    return len(cache._loaded), sum(len(k.signatures) for k in kernels)
 
 
 def test_nothing_is_compiled_after_the_first_step_whatever_is_adjusted() -> None:
@@ -1283,12 +1282,12 @@ def test_several_threads_do_work_on_a_large_step(monkeypatch: pytest.MonkeyPatch
     """Or the test above would compare one thread with itself."""
     counts = []
 
-    def seen(count: int, grow: Callable[..., None] = threads._pool.grow) -> None:  # noqa: SLF001
+    def seen(count: int, grow: Callable[..., None] = threads._pool.grow) -> None:
         counts.append(count)
         grow(count)
 
     monkeypatch.setattr(threads, "available", lambda: 3)
-    monkeypatch.setattr(threads._pool, "grow", seen)  # noqa: SLF001
+    monkeypatch.setattr(threads._pool, "grow", seen)
     x = np.ones(1_200_000, np.float32)
     trained(opt.Descent(), x, [x], opt.update_, "numba")
 

@@ -102,7 +102,9 @@ class Drawing:
         if kind == "tie" and self.arrays:
             n = self.draw(st.integers(0, len(self.arrays) - 1))
             writable = self.arrays[n].flags.writeable and self.arrays[n].size > 0
-            return Place(n, self.draw(st.sampled_from(["same", "view", "transposed"] if writable else ["same"])))
+            return Place(
+                n, self.draw(st.sampled_from(["same", "view", "transposed"] if writable else ["same"]))
+            )
         return self.array()
 
     def array(self) -> Place:
@@ -136,7 +138,9 @@ def children(tree: Any) -> list[tuple[Any, Any]]:
         return list(enumerate(tree))
     if dataclasses.is_dataclass(tree):
         return [(f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree)]
-    return [(a.name, getattr(tree, a.name)) for a in attrs.fields(type(tree))] if attrs.has(type(tree)) else []
+    return (
+        [(a.name, getattr(tree, a.name)) for a in attrs.fields(type(tree))] if attrs.has(type(tree)) else []
+    )
 
 
 def mapped(tree: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> Any:
@@ -226,7 +230,9 @@ class Run:
                 first[place.array] = is_turned
             turned[path] = is_turned != first[place.array]
         number = {n: i for i, n in enumerate(entries)}
-        self.reference = Reference({p: (number[v.array], turned[p]) for p, v in found}, list(entries.values()))
+        self.reference = Reference(
+            {p: (number[v.array], turned[p]) for p, v in found}, list(entries.values())
+        )
         kind_of = {".".join(map(str, p)): kinds[v.array] for p, v in reversed(found)}
         self.state = opt.setup(lambda path, _: given_to_setup(kind_of[str(path)]), self.model, engine=engine)
 
@@ -322,7 +328,9 @@ class Run:
         if chosen:
             opt.adjust_(inside(self.state, path), **{k: changes[k] for k in sorted(chosen)})
             self.reference.adjust(path, **{k: changes[k] for k in chosen})
-            if "rho" in chosen:  # the momentum behind an accumulation has a rho too, which the reference fixes
+            if (
+                "rho" in chosen
+            ):  # the momentum behind an accumulation has a rho too, which the reference fixes
                 self.give_back_rho(path)
 
     def give_back_rho(self, path: Path) -> None:
@@ -348,7 +356,7 @@ class Run:
         return next(p for p, (n, _) in self.reference.places.items() if n == entry)
 
     def pickled(self) -> None:
-        self.state = pickle.loads(pickle.dumps(self.state))  # noqa: S301 written a moment ago
+        self.state = pickle.loads(pickle.dumps(self.state))
 
     def copied(self) -> None:
         old = self.state, self.model, self.reference.copy()

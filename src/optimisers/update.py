@@ -274,8 +274,9 @@ class _Plan:
 
 def _turned(x: Any, axes: Any) -> Any:
     """What stands at a place, with the axes of the first place of its leaf."""
-    turns = axes is not None and registry.isarray(x) and x.ndim == len(axes)
-    return registry.library(x).permuted(x, tuple(np.argsort(axes))) if turns else x
+    if axes is None or not registry.isarray(x) or x.ndim != len(axes):
+        return x
+    return registry.library(x).permuted(x, tuple(np.argsort(axes)))
 
 
 def _plan(store: Store, node: Node) -> _Plan:

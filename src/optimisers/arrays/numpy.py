@@ -58,7 +58,12 @@ def memory(x: Array) -> tuple[int, int, tuple[tuple[int, int], ...]]:
     views.
     """
     axes = sorted((s, n) for s, n in zip(x.strides, x.shape, strict=True) if n != 1)
-    return x.__array_interface__["data"][0], x.itemsize, tuple(axes)
+    return address(x), x.itemsize, tuple(axes)
+
+
+def address(x: Array) -> int:
+    """Where the first element lies."""
+    return x.__array_interface__["data"][0]
 
 
 def same_array(a: Array, b: Array) -> bool:

@@ -6,6 +6,7 @@ is made into an array of its own only when somebody looks.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -70,6 +71,15 @@ class Pack:
     @classmethod
     def zeros(cls, library: Any, dtype: Any, places: Places) -> "Pack":
         return cls(library.NAME, dtype, places, [library.zeros(n, dtype) for n in places.lengths])
+
+    @functools.cached_property
+    def addresses(self) -> Indices:
+        """Where each array lies."""
+        base = np.array([self.library.address(b) for b in self.buffers], np.int64)
+        return base[self.places.buffer] + self.places.offset * self.dtype.itemsize
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "addresses"}
 
     def empty(self) -> "Pack":
         """Buffers of the same form, not yet written."""

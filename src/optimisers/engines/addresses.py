@@ -10,6 +10,7 @@ Python asks each array.
 
 import functools
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,20 @@ class Chunks:
         )
 
 
+class Scratch(threading.local):
+    """Small tables that every step needs again; each thread has its own."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, Any] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An array to be filled; the one of the last call by this name, if it has this shape."""
+        found = self.arrays.get(name)
+        if found is None or found.shape != shape:
+            found = self.arrays[name] = np.empty(shape, dtype)
+        return found
+
+
 class Form:
     """Shapes and strides of a list of arrays, as tables for the compiled look."""
 
@@ -55,7 +70,7 @@ class Form:
         self.stride = np.array([n for s in strides for n in s], np.int64)
 
     def addresses(
-        self, arrays: Sequence[Any], dtype: "np.dtype[Any]", *, write: bool
+        self, arrays: Sequence[Any], dtype: "np.dtype[Any]", at: Indices, misfit: Indices, *, write: bool
     ) -> tuple[Indices, Indices]:
         """(the address of each array, the numbers of those that are not as expected: their address means
         nothing).
@@ -63,8 +78,6 @@ class Form:
         look = compiled_look()
         if look is None or type(arrays) not in (list, tuple):
             return self.asked(arrays, dtype, write=write)
-        at = np.empty(len(arrays), np.int64)
-        misfit = np.empty(len(arrays), np.int64)
         count = look(
             _items(arrays),
             id(np.ndarray),

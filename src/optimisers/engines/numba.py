@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from optimisers.arrays.pack import Indices, Pack
+from optimisers.arrays.pack import Indices
 from optimisers.engines import cache, kernels, threads
-from optimisers.engines.addresses import Chunks, Form
+from optimisers.engines.addresses import Chunks, Form, Scratch
 from optimisers.engines.interpret import Values
 from optimisers.engines.job import Job, Result, Task
 from optimisers.engines.kernels import Unprintable
@@ -112,18 +112,22 @@ class Fused(Task):
                 job.library.contiguous_strides(s) == t for s, t in zip(job.shapes, job.strides, strict=True)
             ]
             job.memo["form"] = Form(job.shapes, job.strides, contiguous)
+            job.memo["scratch"] = Scratch()
             job.memo["chunks"] = Chunks(job.sizes)
         self.form: Form = job.memo["form"]
         self.chunks: Chunks = job.memo["chunks"]
+        self.scratch: Scratch = job.memo["scratch"]
         kind = np.dtype(job.dtype)
         self.wide = job.library.arithmetic(kind)
-        self.x, self.x_at = self.fitted(job.x, kind, job.checked_x, write=job.inplace)
+        self.x, self.x_at = self.fitted("x", job.x, kind, job.checked_x, write=job.inplace)
         self.gradient = kind
-        looked = [self.form.addresses(grads, kind, write=False) for grads in job.grads]
+        looked = [self.look(f"dx{n}", grads, kind, write=False) for n, grads in enumerate(job.grads)]
         if any(len(misfits) for _, misfits in looked):
             self.gradient = common_dtype(job.grads, kind, self.wide)
             found = [
-                self.fitted(grads, self.gradient, functools.partial(job.checked_gradient, n), write=False)
+                self.fitted(
+                    f"dx{n}", grads, self.gradient, functools.partial(job.checked_gradient, n), write=False
+                )
                 for n, grads in enumerate(job.grads)
             ]
             self.dx = [arrays for arrays, _ in found]
@@ -132,16 +136,24 @@ class Fused(Task):
             self.dx, self.dx_at = list(job.grads), [at for at, _ in looked]
         self.free: dict[int, list[Any]] = {}
 
+    def look(self, name: str, arrays: Sequence[Any], dtype: Any, *, write: bool) -> tuple[Indices, Indices]:
+        """(addresses, the numbers of arrays that are not laid out like the state)."""
+        n = len(self.job.row)
+        at = self.scratch.array(name, (n,), np.int64)
+        return self.form.addresses(
+            arrays, dtype, at, self.scratch.array("misfit " + name, (n,), np.int64), write=write
+        )
+
     def fitted(
-        self, arrays: Sequence[Any], dtype: Any, checked: Callable[[int], Any], *, write: bool
+        self, name: str, arrays: Sequence[Any], dtype: Any, checked: Callable[[int], Any], *, write: bool
     ) -> tuple[Sequence[Any], Indices]:
         """(arrays, addresses) with every array laid out like the state: where one is not, a copy that is."""
-        at, misfits = self.form.addresses(arrays, dtype, write=write)
+        at, misfits = self.look(name, arrays, dtype, write=write)
         if len(misfits):
             arrays = list(arrays)
             for i in misfits:
                 arrays[i] = self.job.library.laid_out(checked(int(i)), dtype, self.layout(i))
-                at[i] = arrays[i].__array_interface__["data"][0]
+                at[i] = self.job.library.address(arrays[i])
         return arrays, at
 
     def layout(self, leaf: int) -> tuple[int, ...] | None:
@@ -176,7 +188,9 @@ class Fused(Task):
         rows = self.rows(p, new)
         if members is not None:
             row, rows = row[members], [r[members] for r in rows]
-        addresses = np.stack(rows) if rows else np.zeros((1, len(row)), np.int64)
+        addresses = self.scratch.array("addresses", (len(rows), len(row)), np.int64)
+        for i, r in enumerate(rows):
+            addresses[i] = r
         kernel = self.kernel(p)
         counter = np.zeros(1, np.int64)
         at = counter.ctypes.data
@@ -202,7 +216,7 @@ class Fused(Task):
             elif name.startswith("f"):
                 out.append(self.of_free(p.free[int(name[1:])]))
             else:
-                out.append(slot_addresses(self.job.slots[int(name[1:])]))
+                out.append(self.job.slots[int(name[1:])].addresses)
         return out
 
     def of_free(self, e: Expr) -> Indices:
@@ -216,7 +230,7 @@ class Fused(Task):
                 job.library.laid_out(self.spread(self.values(k).get(e), k), kind, self.layout(k))
                 for k in range(len(job.row))
             ]
-        return np.array([a.__array_interface__["data"][0] for a in self.free[id(e)]], np.int64)
+        return np.array([self.job.library.address(a) for a in self.free[id(e)]], np.int64)
 
     def spread(self, value: Any, leaf: int) -> Any:
         """A value of another shape in the shape of the parameters; raises TreeMismatch if it does not
@@ -265,7 +279,7 @@ class Fused(Task):
             for i in np.flatnonzero((end[before] > at) & (before >= 0) & (self.job.sizes > 0)).tolist():
                 arrays = self.dx[n] = list(self.dx[n])
                 arrays[i] = self.job.library.laid_out(arrays[i], self.gradient, self.layout(i))
-                at[i] = arrays[i].__array_interface__["data"][0]
+                at[i] = self.job.library.address(arrays[i])
 
     def written(self) -> tuple[Indices, Indices]:
         """(begin, end) of the memory that a step in place writes, sorted; remembered while arrays stay where
@@ -276,7 +290,7 @@ class Fused(Task):
         known = job.memo.get("written")
         if known is None or known[0] != list(map(id, buffers)) or not np.array_equal(known[1], self.x_at):
             at = np.concatenate(
-                [self.x_at, np.array([b.__array_interface__["data"][0] for b in buffers], np.int64)]
+                [self.x_at, np.array([self.job.library.address(b) for b in buffers], np.int64)]
             )
             end = at + np.concatenate(
                 [job.sizes * job.dtype.itemsize, np.array([b.nbytes for b in buffers], np.int64)]
@@ -292,7 +306,7 @@ class Fused(Task):
             stored = {name for name, _ in p.stores} if p is not None else set[str]()
             new: dict[str, Indices] = {}
             if not job.inplace:
-                new = {f"new s{j}": slot_addresses(pack) for j, pack in enumerate(job.out)}
+                new = {f"new s{j}": pack.addresses for j, pack in enumerate(job.out)}
                 self.keep(stored, members)
             if "x" in stored:
                 new["new x"] = self.targets(results, members)
@@ -322,7 +336,7 @@ class Fused(Task):
             fresh(shape, self.job.dtype, None if flat else laid)
             for shape, flat, laid in zip(self.job.shapes, contiguous, strides, strict=True)
         ]
-        at, _ = self.form.addresses(new, self.job.dtype, write=True)
+        at, _ = self.look("new x", new, self.job.dtype, write=True)
         for k in range(len(new)) if members is None else members:
             results[k] = self.job.library.like(self.job.x[k], new[k])
         return at
@@ -338,12 +352,6 @@ def kernel_of(program: Program, p: Pass, dtype: Any, gradient: Any, *, inplace: 
     """The compiled kernel of a pass."""
     kinds = kinds_of(program, p, dtype.name, gradient.name)
     return cache.load(sources(program, p, kinds, dtype.name, inplace=inplace)).kernel
-
-
-def slot_addresses(pack: Pack) -> Indices:
-    """The address of every array of a pack."""
-    base = np.array([b.__array_interface__["data"][0] for b in pack.buffers], np.int64)
-    return base[pack.places.buffer] + pack.places.offset * np.dtype(pack.dtype).itemsize
 
 
 def common_dtype(grads: tuple[Sequence[Any], ...], dtype: Any, wide: Any) -> Any:

@@ -1,0 +1,47 @@
+"""Is every example of the documentation true? The blocks of a page are run in order, in one namespace."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.test_readme import blocks
+
+PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+
+
+def read(page: str) -> str:
+    return next(p for p in PAGES if p.name == page).read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_every_example_of_a_page_runs_and_prints_what_stands_there(
+    page: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    namespace: dict[str, object] = {"__name__": page.stem}
+    said = ""
+    for language, line, content in blocks(page.read_text()):
+        assert language in {"python", "text"}
+        if language == "python":
+            exec(compile("\n" * line + content, str(page), "exec"), namespace)
+            said = capsys.readouterr().out
+        else:
+            assert said.strip() == content.strip()
+
+
+def numbers(cell: str) -> list[int]:
+    """The numbers of a cell such as `96, 111 - 116`."""
+    found: list[int] = []
+    for part in cell.split(","):
+        first, _, last = part.partition(" - ")
+        found.extend(range(int(first), int(last or first) + 1))
+    return found
+
+
+def test_ranges_of_numbers_are_read_with_both_ends() -> None:
+    assert numbers("96, 111 - 113") == [96, 111, 112, 113]
+
+
+def test_the_table_for_readers_from_julia_has_every_number_once() -> None:
+    cells = re.findall(r"^\| ([\d, -]+) \|", read("coming-from-julia.md"), re.MULTILINE)
+    assert sorted(n for cell in cells for n in numbers(cell)) == list(range(1, 187))
