@@ -177,7 +177,9 @@ def test_a_refused_kernel_is_compiled_in_memory(where: Path) -> None:
 # -- tampering -----------------------------------------------------------------------------------------------
 
 
-def test_a_changed_text_is_written_again_and_not_executed(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_text_is_written_again_and_not_executed(
+    where: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache.load(SOURCE)
     (path,) = where.glob("*.py")
     path.write_text("raise SystemExit('this was executed')\n")
@@ -225,7 +227,10 @@ print(sum(f.stats.cache_hits[s] for f in functions for s in f.stats.cache_hits),
 
 def started(home: Path) -> Any:
     """A fresh process that takes two steps with its cache below `home`."""
-    environment = os.environ | {"XDG_CACHE_HOME": str(home), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(home),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
     return subprocess.Popen(
         [sys.executable, "-W", "error::UserWarning", "-c", SCRIPT],
         env=environment,

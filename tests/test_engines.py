@@ -16,7 +16,8 @@ import optimisers as opt
 from optimisers import ops
 from optimisers.arrays import numpy as library
 from optimisers.engines import addresses, kernels
-from tests.table import dtype_of
+from tests.table import DTYPES, TABLE, Row, dtype_of
+from tests.table import name as of_row
 
 ENGINES = ("interpret", "numba")
 
@@ -40,6 +41,37 @@ def test_kernels_print_every_word_but_those_that_change_the_shape() -> None:
 
 def test_every_word_is_tested_here() -> None:
     assert set(ARGUMENTS) == set(ELEMENTWISE)
+
+
+# -- which engine, at what cost ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", TABLE, ids=of_row)
+def test_a_rule_gets_the_engine_and_the_passes_of_its_row(row: Row) -> None:
+    for dtype in DTYPES:
+        if row.takes(dtype):
+            x = np.ones((3, 4), dtype_of(dtype))
+            (group,) = opt.explain(opt.setup(row.rule, x)).groups
+
+            assert (group.engine, group.passes) == (row.engine_for(dtype), row.passes)
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype", "cost"),
+    [
+        (opt.Adam(), "float32", 4 * (2 + 2) + 4 * 3),  # reads x, dx, m, v; writes x, m, v
+        (opt.Adam(), "float64", 8 * (2 + 2) + 8 * 3),
+        (opt.Adam(), "float16", 2 * 2 + 4 * 2 + 2 + 4 * 2),  # state is float32
+        (opt.Adam(), "complex64", 8 * 3 + 4 + 8 * 2 + 4),  # v is real
+        (opt.Descent(), "float32", 4 * 2 + 4),
+        (opt.Chain(opt.ClipGlobalNorm(), opt.Descent()), "float32", 4 + 4 * 2 + 4),  # dx once more
+    ],
+    ids=str,
+)
+def test_explain_counts_the_bytes_that_a_step_moves(rule: opt.Rule, dtype: str, cost: int) -> None:
+    (group,) = opt.explain(opt.setup(rule, np.ones(10, dtype))).groups
+
+    assert group.bytes_per_parameter == cost
 
 
 # -- words, one by one ---------------------------------------------------------------------------------------
@@ -709,7 +741,8 @@ def test_the_compiled_look_sees_what_python_sees() -> None:
     assert addresses.compiled_look() is not None
     for write in (False, True):
         for given in (arrays, tuple(arrays)):
-            at, misfits = form.addresses(given, kind, write=write)
+            tables = np.empty(len(arrays), np.int64), np.empty(len(arrays), np.int64)
+            at, misfits = form.addresses(given, kind, *tables, write=write)
             wanted_at, wanted = form.asked(given, kind, write=write)
             fit = np.setdiff1d(np.arange(len(arrays)), wanted)
             np.testing.assert_array_equal(misfits, wanted)

@@ -438,6 +438,28 @@ def test_places_without_gradient_add_nothing(
     assert np.shares_memory(model.first, model.second)
 
 
+@pytest.mark.parametrize("axes", [(1, 2, 0), (2, 0, 1), (1, 0, 2)], ids=str)
+@pytest.mark.parametrize("turned_first", [False, True])
+@both_engines
+@both_updates
+def test_a_tie_may_turn_three_axes(
+    axes: tuple[int, ...], turned_first: bool, engine: str, step: Callable[..., Any]
+) -> None:
+    """Other than for two axes, a permutation and its inverse differ."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 3, 4))
+    g, turned = rng.standard_normal(x.shape), rng.standard_normal(x.transpose(axes).shape)
+    wanted, _ = directly(opt.Adam(0.1), x.copy(), [g + turned.transpose(np.argsort(axes))] * 2)
+    model, grads = Tied(x, x.transpose(axes)), Tied(g, turned)
+    if turned_first:
+        model, grads = Tied(*model[::-1]), Tied(*grads[::-1])
+    state = opt.setup(opt.Adam(0.1), model, engine=engine)
+    for _ in range(2):
+        state, model = step(state, model, grads)
+    np.testing.assert_allclose(model[turned_first], wanted, rtol=1e-12)
+    np.testing.assert_allclose(model[not turned_first], wanted.transpose(axes), rtol=1e-12)
+
+
 @both_engines
 def test_three_places_in_different_containers_are_one_leaf(engine: str) -> None:
     x = np.array([1.0, 2.0])

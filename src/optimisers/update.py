@@ -246,7 +246,9 @@ class _Plan:
     whole: bool
     """Whether all of it is one group, in order."""
     ties: list[list[tuple[int, Any]]] | None
-    """For each leaf its places: (number in the walk, axes); None where the walk meets each leaf once, as it is."""
+    """For each leaf its places: (number in the walk, axes); None where the walk meets each leaf once, as it
+    is.
+    """
     numbers: Any
     """The leaves as an index."""
 

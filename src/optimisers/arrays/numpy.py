@@ -66,6 +66,16 @@ def address(x: Array) -> int:
     return x.__array_interface__["data"][0]
 
 
+def shares(x: Any, others: list[Array]) -> bool:
+    """Whether `x` may lie in the memory of one of the others."""
+    return isinstance(x, np.ndarray) and any(np.may_share_memory(x, other) for other in others)
+
+
+def bounds(x: Array) -> tuple[int, int]:
+    """The first address of the elements, and the first behind them."""
+    return np.lib.array_utils.byte_bounds(x) if x.size else (address(x), address(x))
+
+
 def same_array(a: Array, b: Array) -> bool:
     """Whether two arrays are views of the same elements in the same order."""
     return memory(a) == memory(b) and a.shape == b.shape and axes_between(a, b) is None
@@ -208,7 +218,10 @@ def stored(x: Array, value: Any, *, inplace: bool) -> Array:
 
 
 def like(x: Array, new: Array) -> Array:
-    """`new`, read-only if `x` is."""
+    """`new`, read-only if `x` is, and of the subclass of `x`."""
+    if type(x) is not np.ndarray and type(new) is np.ndarray:
+        new = new.view(type(x))
+        new.__array_finalize__(x)
     if not x.flags.writeable:
         new.flags.writeable = False
     return new

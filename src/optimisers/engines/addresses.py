@@ -119,7 +119,8 @@ from numba import njit
 from optimisers.engines.support import peek32, peek64
 
 
-@njit(error_model="numpy", cache=True)
+@njit("i8(i8, i8, i8, i8, i8, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], i8[::1])",
+      error_model="numpy", cache=True)
 def look(items, array_type, dtype, itemsize, flags, contiguous, begin, shape, stride, at, misfit):
     count = 0
     for k in range(at.size):

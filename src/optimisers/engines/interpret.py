@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from optimisers.arrays.pack import Indices
 from optimisers.engines.job import Job, Result, Task
 from optimisers.errors import TraceError
 from optimisers.trace.expr import Expr, order
@@ -27,6 +28,7 @@ class Values:
         self.wide = job.library.arithmetic(job.dtype)
         self.real = job.library.real_of(self.wide)
         self.found: dict[int, Any] = {}
+        self.seen: list[Any] = []
 
     def get(self, e: Expr) -> Any:
         if e.domain == "scalar":
@@ -35,6 +37,11 @@ class Values:
             if node.domain != "scalar":
                 self.found[id(node)] = self.compute(node)
         return self.found[id(e)]
+
+    def own(self, e: Expr) -> Any:
+        """The value of a node in memory of its own: it is stored after other arrays have been written."""
+        value = self.get(e)
+        return value if e.domain == "scalar" or not self.library.shares(value, self.seen) else value.copy()
 
     def number(self, e: Expr) -> Any:
         """A scalar as the kernels see it: rounded once to the type of the arithmetic."""
@@ -47,9 +54,8 @@ class Values:
 
     def compute(self, e: Expr) -> Any:
         if e.op == "input":
-            return self.library.cast(
-                input_of(self.job, self.leaf, e.value), self.wide if e.type == "complex" else self.real
-            )
+            self.seen.append(input_of(self.job, self.leaf, e.value))
+            return self.library.cast(self.seen[-1], self.wide if e.type == "complex" else self.real)
         if e.op == "const":
             return e.value
         args = [self.number(a) if a.domain == "scalar" else self.found[id(a)] for a in e.args]
@@ -113,15 +119,24 @@ class Interpreter(Task):
 
     def leaf_outputs(self, leaf: int, x: Expr | None, slots: Sequence[Expr]) -> tuple[Any, list[Any]]:
         values = self.values(leaf)
-        new_x = None if x is None or is_input(x, "x") else values.get(x)
+        new_x = None if x is None or is_input(x, "x") else values.own(x)
         if new_x is not None:
             self.fitting(new_x, self.job.shapes[leaf], leaf, "a step")
         return new_x, [
             None
             if is_input(e, s.name)
-            else self.fitting(values.get(e), p.places.shapes[leaf], leaf, "a state")
+            else self.fitting(values.own(e), p.places.shapes[leaf], leaf, "a state")
             for e, s, p in zip(slots, self.job.program.slots, self.job.slots, strict=True)
         ]
+
+    def written(self) -> tuple[Indices, Indices]:
+        arrays = [*self.job.x, *(b for p in self.job.out for b in p.buffers)]
+        spans = sorted(self.job.library.bounds(a) for a in arrays) or [(0, 0)]
+        begin, end = zip(*spans, strict=True)
+        return np.array(begin, np.int64), np.array(end, np.int64)
+
+    def separate(self, begin: Indices, end: Indices) -> None:
+        """Everything was read in `prepare`."""
 
     def commit(self) -> Result:
         job, library = self.job, self.job.library

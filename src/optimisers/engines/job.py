@@ -130,6 +130,14 @@ class Task:
         """Everything about the last pass that may fail, or needs memory."""
         raise NotImplementedError
 
+    def written(self) -> tuple[Indices, Indices]:
+        """(begin, end) of the memory that a step in place writes, sorted; empty for one that is not."""
+        raise NotImplementedError
+
+    def separate(self, begin: Indices, end: Indices) -> None:
+        """Copy the gradients that lie in this memory, if they are read while it is written."""
+        raise NotImplementedError
+
     def commit(self) -> Result:
         """The last pass: store."""
         raise NotImplementedError
@@ -248,4 +256,16 @@ def _run(tasks: Sequence[Task]) -> list[Result]:
         t.verify()
     for t in tasks:
         t.prepare()
+    if any(t.job.inplace for t in tasks):
+        begin, end = _merged([t.written() for t in tasks])
+        for t in tasks:
+            t.separate(begin, end)
     return [t.commit() for t in tasks]
+
+
+def _merged(spans: list[tuple[Indices, Indices]]) -> tuple[Indices, Indices]:
+    if len(spans) == 1:
+        return spans[0]
+    begin, end = (np.concatenate(part) for part in zip(*spans, strict=True))
+    by = np.argsort(begin, kind="stable")
+    return begin[by], end[by]

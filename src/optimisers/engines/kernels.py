@@ -72,7 +72,7 @@ REAL: dict[str, Callable[..., str]] = {
     "abs": _real("math.fabs({0})"),
     "abs2": _real("{0} * {0}"),
     "real": _real("{0}"),
-    "imag": _real("{0} - {0}"),
+    "imag": _real("zero"),
     "conj": _real("{0}"),
     "isfinite": _real("{0} - {0} == 0"),
     "isnan": _real("{0} != {0}"),
@@ -133,6 +133,12 @@ def _complex(op: str, args: list[str], types: list[str]) -> str:
     return whole[op].format(*args)
 
 
+SIGNATURE = "void(i8, i8[::1], i8[:,::1], i8[:,::1], f8[:,::1], i8[::1])"
+SIGNATURE_SUMS = SIGNATURE[:-1] + ", f8[:,::1])"
+"""Types of counter, spans, chunks, addresses, table, row (and partial): given, so that loading a module
+compiles it.
+"""
+
 # -- one kernel ----------------------------------------------------------------------------------------------
 
 
@@ -150,6 +156,7 @@ class _Printer:
             "s",
             "h",
             "first",
+            "zero",
             "one",
             "counter",
             "spans",
@@ -192,16 +199,19 @@ class _Printer:
                 lines.append(f'load_{label} = loader("{kind}", {j}, {len(self.arrays)})')
             if self.stored_through(a):
                 lines.append(f'store_{label} = storer("{kind}", {j}, {len(self.arrays)})')
-        fast = ["contract", "afn", "arcp", "nsz", *(["reassoc"] if p.reductions else [])]
+        fast = ["contract", "afn", "nsz", *(["reassoc"] if p.reductions else [])]
         lines += [
             "",
             "",
-            f'@njit(nogil=True, error_model="numpy", cache=True, fastmath={{{str(fast)[1:-1]}}})',
+            f'@njit("{SIGNATURE_SUMS if p.reductions else SIGNATURE}",',
+            '      nogil=True, error_model="numpy", cache=True,',
+            f"      fastmath={{{str(fast)[1:-1]}}})",
         ]
         last = ", partial" if p.reductions else ""
         lines.append(f"def kernel(counter, spans, chunks, addresses, table, row{last}):")
-        if any(e.op == "sign" for e in p.body):
-            lines.append(f"    one = {self.real}(1)")
+        for word, name, value in (("sign", "one", 1), ("imag", "zero", 0)):
+            if any(e.op == word for e in p.body):
+                lines.append(f"    {name} = {self.real}({value})")
         lines += [
             "    while True:",
             "        s = claim(counter)",
@@ -265,7 +275,10 @@ class _Printer:
         for e in p.body:
             if e.op == "input":
                 name = self.names[id(e)] = self.name(self.names_of(e.value))
-                lines.append(f"{name} = load_{self.names_of(e.value)}({at[e.value]}, i)")
+                text = f"load_{self.names_of(e.value)}({at[e.value]}, i)"
+                lines.append(
+                    f"{name} = {self.converted(text, ARITHMETIC[self.kinds[e.value]], self.real, e.type)}"
+                )
             else:
                 text = self.word(e)
                 name = self.names[id(e)] = self.name("t")
@@ -275,11 +288,23 @@ class _Printer:
             lines.append(f"{total} = {REAL[r.op](total, value)}")
         for slot, e in p.stores:
             array = slot if slot in at and self.stored_through(slot) else f"new {slot}"
-            value = self.atom(e, number=True)
-            if self.kinds[array].startswith("complex") and e.type != "complex":
+            value, kind = self.atom(e, number=True), self.kinds[array]
+            if kind.startswith("complex") and e.type != "complex":
                 value = f"complex_of({value}, {self.real}(0))"
+            value = self.converted(
+                value, self.real, ARITHMETIC[kind], "complex" if kind.startswith("complex") else ""
+            )
             lines.append(f"store_{self.names_of(array)}({at[array]}, i, {value})")
         return lines
+
+    @staticmethod
+    def converted(text: str, have: str, want: str, kind: str) -> str:
+        """A number from one arithmetic type in another."""
+        if have == want:
+            return text
+        if kind == "complex":
+            return f"{'complex64' if want == 'float32' else 'complex128'}({text})"
+        return f"{want}({text})"
 
     def atom(self, e: Expr, *, number: bool = False) -> str:
         """A node as an operand; `number` turns conditions into 0 and 1."""
@@ -349,7 +374,8 @@ def source(
     """
     about, body = _Printer(p, kinds, arithmetic, labels, inplace=inplace).text(title)
     return (
-        f"{about}import math\n\nimport numpy\nfrom numba import njit\nfrom numpy import float32, float64\n\n"
+        f"{about}import math\n\nimport numpy\nfrom numba import njit\nfrom numpy import complex64, "
+        "complex128, float32, float64\n\n"
         f"from optimisers.engines.support import claim, complex_of, loader, rank_max, rank_min, select, "
         "storer, unrank\n"
         f"\n# intrinsics {_support_hash()}\n{body}"

@@ -266,14 +266,11 @@ class Fused(Task):
                 self.kernel(p)
                 for e in p.free:
                     self.of_free(e)
-        if job.inplace:
-            self.separate()
 
-    def separate(self) -> None:
-        """Copy gradients that lie in memory which this step writes: `{"a": model["b"], "b": model["a"]}` is a
+    def separate(self, begin: Indices, end: Indices) -> None:
+        """Copy gradients that lie where this step writes: `{"a": model["b"], "b": model["a"]}` is a
         gradient.
         """
-        begin, end = self.written()
         for n, at in enumerate(self.dx_at):
             before = np.searchsorted(begin, at + self.job.sizes * self.gradient.itemsize) - 1
             for i in np.flatnonzero((end[before] > at) & (before >= 0) & (self.job.sizes > 0)).tolist():

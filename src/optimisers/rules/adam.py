@@ -27,7 +27,7 @@ def moments(beta: Any, state: AdamState, dx: Any) -> tuple[AdamState, Any, Any]:
     """(new state, m and v without bias): Kingma & Ba, algorithm 1."""
     m, v = ema(beta[0], state.m, dx), ema(beta[1], state.v, abs2(dx))
     weight = (ema(beta[0], state.weight[0], 1), ema(beta[1], state.weight[1], 1))
-    return AdamState(m, v, weight), m / weight[0], v / weight[1]
+    return AdamState(m, v, weight), m * (1 / weight[0]), v * (1 / weight[1])
 
 
 class Adam(Rule):
@@ -229,7 +229,7 @@ class AMSGrad(Rule):
         weight = (ema(self.beta[0], state.weight[0], 1), ema(self.beta[1], state.weight[1], 1))
         new = AMSGradState(m, v, most, weight)
         if self.variant == "torch":
-            return new, self.eta * (m / weight[0]) / (sqrt(most / weight[1]) + self.epsilon)
+            return new, self.eta / weight[0] * m / (sqrt(most * (1 / weight[1])) + self.epsilon)
         return new, self.eta * m / (sqrt(most) + self.epsilon)
 
 
@@ -310,5 +310,5 @@ class AdaBelief(Rule):
         m = ema(self.beta[0], state.m, dx)
         s = ema(self.beta[1], state.s, abs2(dx - m)) + self.epsilon
         weight = (ema(self.beta[0], state.weight[0], 1), ema(self.beta[1], state.weight[1], 1))
-        step = self.eta * (m / weight[0]) / (sqrt(s / weight[1]) + self.epsilon)
+        step = self.eta / weight[0] * m / (sqrt(s * (1 / weight[1])) + self.epsilon)
         return AdaBeliefState(m, s, weight), step
