@@ -1,4 +1,6 @@
-"""What training means, in plain Python: no graph, no groups, no engine. Every array is stepped alone, by its rule."""
+"""What training means, in plain Python: no graph, no groups, no engine. Every array is stepped alone, by its
+rule.
+"""
 
 import copy
 import dataclasses

@@ -1,4 +1,6 @@
-"""One row per rule: the rule, what it cannot do, and which engine steps it. Properties are loops over these rows."""
+"""One row per rule: the rule, what it cannot do, and which engine steps it. Properties are loops over these
+rows.
+"""
 
 import dataclasses
 import math

@@ -104,7 +104,7 @@ class Point(NamedTuple):
     z: Any = None
 
 
-# -- 1.1 the contract ---------------------------------------------------------------------------------------
+# -- 1.1 the contract ----------------------------------------------------------------------------------------
 
 
 class DecayDescent(Rule):
@@ -186,7 +186,7 @@ def test_both_forms_of_update_agree_to_the_last_bit(rule: Any) -> None:
     assert a == b
 
 
-# -- 1.2 making rules ---------------------------------------------------------------------------------------
+# -- 1.2 making rules ----------------------------------------------------------------------------------------
 
 
 def test_settings_go_by_place_and_by_name() -> None:
@@ -254,7 +254,7 @@ def test_rules_print_as_the_code_that_makes_them() -> None:
     assert repr(Chain(ClipGrad(), Descent())) == "Chain(ClipGrad(delta=10.0), Descent(eta=0.1))"
 
 
-# -- 1.3 setup ----------------------------------------------------------------------------------------------
+# -- 1.3 setup -----------------------------------------------------------------------------------------------
 
 
 def test_the_state_has_the_names_of_the_model_and_nothing_where_nothing_trains() -> None:
@@ -345,7 +345,7 @@ def test_leaves_are_equal_by_what_they_hold() -> None:
     assert freeze(a) != b
 
 
-# -- 1.4 update and update_ ---------------------------------------------------------------------------------
+# -- 1.4 update and update_ ----------------------------------------------------------------------------------
 
 
 def test_update_leaves_the_old_model_and_the_old_state_as_they_were() -> None:
@@ -526,7 +526,7 @@ def test_a_rule_of_second_order_steps_by_both_gradients() -> None:
     close(state.state[0], [3])
 
 
-# -- 1.5 missing gradients ----------------------------------------------------------------------------------
+# -- 1.5 missing gradients -----------------------------------------------------------------------------------
 
 
 def test_none_at_a_leaf_is_no_step_and_leaves_the_state() -> None:
@@ -583,7 +583,7 @@ def test_behind_a_rule_that_makes_no_step_the_chain_does_not_run() -> None:
     close(state.state[1].weight, [0, 0])
 
 
-# -- 1.6 ties -----------------------------------------------------------------------------------------------
+# -- 1.6 ties ------------------------------------------------------------------------------------------------
 
 
 def test_gradients_of_a_tie_are_summed_and_the_rule_runs_once() -> None:
@@ -687,7 +687,7 @@ def test_one_gradient_object_at_both_places_of_a_tie_counts_once() -> None:
     close(stepped(Descent(0.1), [x, x], [g, g])[0], [0.9])
 
 
-# -- 1.7 what may be trained --------------------------------------------------------------------------------
+# -- 1.7 what may be trained ---------------------------------------------------------------------------------
 
 
 def test_only_the_trainable_children_of_a_class_get_leaves() -> None:
@@ -718,7 +718,7 @@ def test_what_is_no_child_is_never_visited_and_survives() -> None:
     assert new.c is model.c
 
 
-# -- 1.8 dicts ----------------------------------------------------------------------------------------------
+# -- 1.8 dicts -----------------------------------------------------------------------------------------------
 
 
 def test_a_dict_gives_a_dict() -> None:
@@ -756,7 +756,7 @@ def test_dicts_can_be_frozen_thawed_and_adjusted() -> None:
     assert state["a"]["b"] == setup(Descent(0.5), vector(1))
 
 
-# -- 1.9 element types --------------------------------------------------------------------------------------
+# -- 1.9 element types ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -843,7 +843,7 @@ def test_rules_without_a_complex_meaning_say_so() -> None:
         setup(ClipGrad(), np.array([1j]))
 
 
-# -- 1.10 chains --------------------------------------------------------------------------------------------
+# -- 1.10 chains ---------------------------------------------------------------------------------------------
 
 X, DX = vector(1, 10, 100), vector(1, 2, 3)
 
@@ -917,7 +917,7 @@ def test_decay_first_in_a_chain_is_a_penalty_on_the_loss() -> None:
     close(a, b)
 
 
-# -- 1.11 clipping ------------------------------------------------------------------------------------------
+# -- 1.11 clipping -------------------------------------------------------------------------------------------
 
 
 def change(rule: Any, dx: Any) -> Any:
@@ -988,7 +988,7 @@ def test_a_zero_gradient_stays_zero(p: float) -> None:
     close(change(ClipNorm(1, p), np.zeros(3)), [0, 0, 0])
 
 
-# -- 1.12 accumulation --------------------------------------------------------------------------------------
+# -- 1.12 accumulation ---------------------------------------------------------------------------------------
 
 
 def test_accumulation_steps_by_the_mean_of_n_gradients() -> None:
@@ -1039,7 +1039,7 @@ def test_the_first_gradient_of_a_round_replaces_the_sum() -> None:
         close(state.state[0].sum, [2])
 
 
-# -- 1.14 adjust --------------------------------------------------------------------------------------------
+# -- 1.14 adjust ---------------------------------------------------------------------------------------------
 
 
 def test_adjust_changes_eta_everywhere_and_keeps_the_state() -> None:
@@ -1141,7 +1141,7 @@ def test_a_change_of_beta_leaves_the_weights_of_the_past() -> None:
     close(state.state.weight, [0.5 * 0.1 + 0.5, 0.5 * 0.001 + 0.5])
 
 
-# -- 1.15 freeze and thaw -----------------------------------------------------------------------------------
+# -- 1.15 freeze and thaw ------------------------------------------------------------------------------------
 
 
 def test_what_is_frozen_takes_no_step_and_keeps_its_state() -> None:
@@ -1184,7 +1184,24 @@ def test_freezing_in_place_returns_nothing() -> None:
     assert freeze(state)[0].frozen
 
 
-# -- the whole list -----------------------------------------------------------------------------------------
+# -- 1.18 convergence ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rule", [r for r in RULES if "Decay" not in repr(r) and "lam" not in repr(r)], ids=repr
+)
+def test_five_thousand_steps_find_a_linear_map(rule: Any) -> None:
+    """Much as in lines 164 to 168, with the rules as they are by default."""
+    random = np.random.default_rng(84)
+    want = random.normal(size=(10, 10))
+    w = want + random.uniform(-0.5, 0.5, (10, 10))
+    state = setup(rule, w)
+    for x in random.normal(size=(5000, 10)):
+        update_(state, w, np.outer(2 * (w - want) @ x, x) / 10)
+    assert np.mean(((w - want) @ random.normal(size=(10, 1000))) ** 2) < 0.001
+
+
+# -- the whole list ------------------------------------------------------------------------------------------
 
 
 def numbers_tested() -> set[int]:

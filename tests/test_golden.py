@@ -1,7 +1,7 @@
 """Every rule of Optimisers.jl walks the paths that its published formulas give, on both engines.
 
-`golden/optimisers_jl.json` has a row for each rule, setting and element type: the chain of rules, the start, 25
-gradients and the parameters after each. They were computed in float64 and complex128 from the formulas of
+`golden/optimisers_jl.json` has a row for each rule, setting and element type: the chain of rules, the start,
+25 gradients and the parameters after each. They were computed in float64 and complex128 from the formulas of
 Optimisers.jl 0.4.8, by no code of this package. A row runs as soon as its rules exist here.
 """
 
@@ -25,8 +25,8 @@ ENGINES = ("interpret", "numba")
 STEPS = (opt.update, opt.update_)
 
 ROWS_OF_RULE = {
-    "Descent": 4, "Momentum": 4, "Nesterov": 4, "RMSProp": 6, "Rprop": 2, "Adam": 4, "Lion": 2, "RAdam": 4, "AdaMax": 2,
-    "OAdam": 4, "AdaGrad": 4, "AdaDelta": 4, "AMSGrad": 2, "NAdam": 4, "AdamW": 4, "AdaBelief": 4,
+    "Descent": 4, "Momentum": 4, "Nesterov": 4, "RMSProp": 6, "Rprop": 2, "Adam": 4, "Lion": 2, "RAdam": 4,
+    "AdaMax": 2, "OAdam": 4, "AdaGrad": 4, "AdaDelta": 4, "AMSGrad": 2, "NAdam": 4, "AdamW": 4, "AdaBelief": 4,
 }  # fmt: skip
 """How many rows of one rule alone there are."""
 

@@ -117,7 +117,7 @@ def directly(rule: opt.Rule, x: Any, gradients: Any) -> Any:
     return x, state
 
 
-# -- 1. a rule sees one array ----------------------------------------------------------------------------------
+# -- 1. a rule sees one array --------------------------------------------------------------------------------
 
 
 def sums_over_all(row: Row) -> bool:
@@ -229,7 +229,7 @@ def test_every_built_in_rule_is_in_the_table() -> None:
     assert [n for n in BUILT_IN if f"{n}(" not in shown] == []
 
 
-# -- 2. None is not zero ---------------------------------------------------------------------------------------
+# -- 2. None is not zero -------------------------------------------------------------------------------------
 
 
 def two(value: float = 1.0) -> dict[str, Any]:
@@ -239,7 +239,9 @@ def two(value: float = 1.0) -> dict[str, Any]:
 @both_engines
 @both_updates
 def test_none_keeps_the_state_and_zero_does_not(engine: str, step: Callable[..., Any]) -> None:
-    """Documentation of Optimisers.jl, "Incomplete or nothing gradients": Adam(0.1) after a gradient of one."""
+    """Documentation of Optimisers.jl, "Incomplete or nothing gradients": Adam(0.1) after a gradient of
+    one.
+    """
     model = two()
     state = opt.setup(opt.Adam(0.1), model, engine=engine)
     state, model = step(state, model, two())
@@ -310,7 +312,7 @@ def test_update_shares_what_takes_no_step_with_the_old_model() -> None:
     assert new["b"] is model["b"]
 
 
-# -- 3. ties ---------------------------------------------------------------------------------------------------
+# -- 3. ties -------------------------------------------------------------------------------------------------
 
 
 class Tied(NamedTuple):
@@ -532,7 +534,7 @@ def test_a_tie_that_was_cut_is_noticed() -> None:
         opt.update(state, Tied(model.first, model.first.copy()), Tied(MATRIX, MATRIX))
 
 
-# -- 4. dtype follows the parameter ----------------------------------------------------------------------------
+# -- 4. dtype follows the parameter --------------------------------------------------------------------------
 
 
 @ROWS_AND_DTYPES
@@ -621,7 +623,9 @@ def test_item_85_a_half_precision_adam_step_of_rate_1e_4_moves_by_1e_4(
 
 @both_engines
 def test_half_precision_is_rounded_once_at_the_store(engine: str) -> None:
-    """dx + lam x is 120000, beyond the largest float16 (65504); the new value 59880 is not, and lies nearest 59872."""
+    """dx + lam x is 120000, beyond the largest float16 (65504); the new value 59880 is not, and lies nearest
+    59872.
+    """
     x = np.full(3, 60000, np.float16)
     _, new = trained(opt.Chain(opt.WeightDecay(1.0), opt.Descent(1e-3)), x, [x], engine=engine)
     np.testing.assert_array_equal(new, np.float16(59872))
@@ -647,7 +651,7 @@ def test_bias_correction_keeps_its_digits_over_a_thousand_steps(engine: str) -> 
     np.testing.assert_allclose(x, [-1.0, 1.0], rtol=1e-12)
 
 
-# -- 5. no step is not a zero step -----------------------------------------------------------------------------
+# -- 5. no step is not a zero step ---------------------------------------------------------------------------
 
 
 @both_engines
@@ -777,7 +781,7 @@ def test_a_rule_may_answer_none(engine: str, step: Callable[..., Any]) -> None:
     assert state.state[0] == 3
 
 
-# -- 6. total --------------------------------------------------------------------------------------------------
+# -- 6. total ------------------------------------------------------------------------------------------------
 
 
 class Shortened(opt.Rule):
@@ -921,7 +925,7 @@ def test_zero_gradients_have_norm_zero_and_pass_a_clip(engine: str) -> None:
     np.testing.assert_array_equal(new[0], 1)
 
 
-# -- 7. one clock, counters of one's own, no recompilation -----------------------------------------------------
+# -- 7. one clock, counters of one's own, no recompilation ---------------------------------------------------
 
 
 def by_clock(clock: Any) -> Any:
@@ -1002,7 +1006,7 @@ def test_leaves_that_parted_and_met_again_step_by_their_own_numbers(
             given[k] += [] if g is None else [g]
         state, model = step(state, model, grads)
     for k, x in model.items():
-        wanted, (m, v, weight) = directly(opt.Adam(0.1), np.zeros(3), given[k])
+        wanted, (_m, _v, weight) = directly(opt.Adam(0.1), np.zeros(3), given[k])
         np.testing.assert_allclose(x, wanted, rtol=1e-12)
         np.testing.assert_allclose(state[k].state.weight, weight, rtol=1e-12)
 
@@ -1087,7 +1091,7 @@ def test_adjust_reaches_the_next_step(engine: str) -> None:
     np.testing.assert_array_equal(model["b"], -1.5)
 
 
-# -- 8. nothing is ignored in silence --------------------------------------------------------------------------
+# -- 8. nothing is ignored in silence ------------------------------------------------------------------------
 
 MODEL = {"layers": [{"w": np.ones((2, 3))}], "b": np.ones(3)}
 
@@ -1233,7 +1237,7 @@ def test_a_model_without_parameters_is_pointed_out() -> None:
         opt.setup(opt.Adam(), {"n": np.arange(3)})
 
 
-# -- 9. same numbers everywhere --------------------------------------------------------------------------------
+# -- 9. same numbers everywhere ------------------------------------------------------------------------------
 
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "complex64": 2.0**-23}
 
@@ -1327,7 +1331,7 @@ def test_a_model_in_one_piece_equals_the_model_in_many(engine: str) -> None:
     np.testing.assert_allclose(np.concatenate(parts), whole, rtol=3e-7)
 
 
-# -- 10. a step that raises has changed nothing ----------------------------------------------------------------
+# -- 10. a step that raises has changed nothing --------------------------------------------------------------
 
 
 def fails(x: Any) -> Any:
@@ -1338,7 +1342,9 @@ def fails(x: Any) -> Any:
 
 
 class Calls(opt.Rule):
-    """Descent whose gradient goes through a function of the library, which fails at arrays of five elements."""
+    """Descent whose gradient goes through a function of the library, which fails at arrays of five
+    elements.
+    """
 
     eta: float = 0.1
 

@@ -255,6 +255,11 @@ def a_number_in_a_chain() -> None:
     Chain(Adam(), 3)
 
 
+@answers(UnknownField, "Chain has no setting rules; its rules go by place, such as Chain(ClipGrad(), Adam())")
+def the_rules_of_a_chain_by_name() -> None:
+    Chain(rules=(Adam(),))
+
+
 # -- setup ---------------------------------------------------------------------------------------------------
 
 
@@ -540,6 +545,14 @@ def explaining_a_model() -> None:
 )
 def freezing_what_is_not_trained() -> None:
     freeze_(setup(Adam(), {"w": np.ones(2), "n": 3})["n"])
+
+
+@answers(
+    BadState,
+    "a state was wanted and a ndarray came; a state is what `setup(rule, model)` returns, or a part of it",
+)
+def freezing_an_array() -> None:
+    freeze_(np.ones(2))
 
 
 # -- update: the model is not that of setup ------------------------------------------------------------------
@@ -879,9 +892,14 @@ def an_index_that_is_not_there() -> None:
     assert setup(Adam(), [np.ones(2)])[5]
 
 
-@answers(KeyError, "state has no 'w.q'; it has 'w', 'b'")
+@answers(KeyError, "state['w'] has no 'q'; it is a Leaf, with rule, state and frozen")
 def a_path_below_a_leaf() -> None:
     assert state()["w.q"]
+
+
+@answers(KeyError, "state['w'] has no 'q'; it is a Leaf, with rule, state and frozen")
+def a_key_path_below_a_leaf() -> None:
+    assert state()[KeyPath("w", "q")]
 
 
 @answers(LookupError, "tree['w']['q'] is not there")

@@ -66,7 +66,7 @@ LAYOUTS: dict[str, Callable[[Any], Any]] = {
     "strided": lambda x: np.repeat(x, 2, axis=-1)[..., ::2] if x.ndim else x,
     "backwards": lambda x: x[::-1].copy()[::-1] if x.ndim else x,
     "permuted": lambda x: np.ascontiguousarray(x.transpose()).transpose(),
-    "read-only": lambda x: fixed(x),
+    "read-only": fixed,
 }
 
 
@@ -128,7 +128,7 @@ class Drawing:
 
 def children(tree: Any) -> list[tuple[Any, Any]]:
     """The keys and children of a container; none for anything else."""
-    if isinstance(tree, Place) or isinstance(tree, type):
+    if isinstance(tree, (Place, type)):
         return []
     if isinstance(tree, dict):
         return list(tree.items())
@@ -190,7 +190,7 @@ RULES: dict[str, tuple[Callable[..., opt.Rule], dict[str, Any]]] = {
         lambda n, eta, lam: opt.Chain(opt.AccumGrad(n), opt.WeightDecay(lam), opt.Momentum(eta, 0.5)),
         {"n": 2, "eta": 0.1, "lam": 0.1},
     ),
-    "clip": (lambda eta, rho: opt.Nesterov(eta, rho), {"eta": 0.1, "rho": 0.5, "omega": 1.0}),
+    "clip": (opt.Nesterov, {"eta": 0.1, "rho": 0.5, "omega": 1.0}),
 }
 
 
@@ -340,7 +340,9 @@ class Run:
                 opt.adjust_(inside(self.state, p), rho=0.5)
 
     def fork(self) -> None:
-        """`adjust` and `freeze` without underscore leave the old state alone; a predicate sees first places."""
+        """`adjust` and `freeze` without underscore leave the old state alone; a predicate sees first
+        places.
+        """
         path = self.draw(st.sampled_from([self.first_path(n) for n in range(len(self.reference.entries))]))
         path = path[: self.draw(st.integers(0, len(path)))]
         old = self.state
@@ -370,7 +372,9 @@ class Run:
     # -- comparison --
 
     def compare(self, state: Any = None, model: Any = None, reference: Reference | None = None) -> None:
-        """Everything that can be seen equals the reference: parameters, state, settings, frozen flags, clock, ties."""
+        """Everything that can be seen equals the reference: parameters, state, settings, frozen flags, clock,
+        ties.
+        """
         state = self.state if state is None else state
         model = self.model if model is None else model
         reference = self.reference if reference is None else reference
@@ -403,7 +407,9 @@ class Run:
 
 
 def pruned(grads: Any) -> Any:
-    """None for every container of nothing but None; other containers by another kind that may stand for them."""
+    """None for every container of nothing but None; other containers by another kind that may stand for
+    them.
+    """
     inner = children(grads)
     if not inner:
         return grads

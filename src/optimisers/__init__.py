@@ -2,7 +2,10 @@
 
 from optimisers.arrays.registry import isnumeric, maywrite
 from optimisers.compose.accumulate import AccumGrad
+from optimisers.compose.average import EMA
 from optimisers.compose.chain import Chain
+from optimisers.compose.precision import MixedPrecision
+from optimisers.compose.skip import SkipNonFinite
 from optimisers.errors import (
     BadSetting,
     BadState,
@@ -18,8 +21,9 @@ from optimisers.errors import (
 )
 from optimisers.explain import explain, kernel
 from optimisers.flat import Restructure, destructure, trainable, trainables
-from optimisers.leaf import Branch, Leaf, adjust, adjust_, current, freeze, freeze_, thaw, thaw_
+from optimisers.leaf import Branch, Leaf, adjust, adjust_, averaged, current, freeze, freeze_, thaw, thaw_
 from optimisers.ops import (
+    Becomes,
     abs2,
     add,
     arctan,
@@ -40,9 +44,12 @@ from optimisers.ops import (
     full_like,
     greater,
     greater_equal,
+    high_bits,
     imag,
     isfinite,
     isnan,
+    join_bits,
+    landing,
     less,
     less_equal,
     log,
@@ -50,6 +57,7 @@ from optimisers.ops import (
     logical_and,
     logical_not,
     logical_or,
+    low_bits,
     matmul,
     maximum,
     mean,
@@ -71,6 +79,7 @@ from optimisers.ops import (
     tanh,
     total,
     transpose,
+    typed_zeros_like,
     under,
     when,
     where,
@@ -89,9 +98,18 @@ from optimisers.ops import (
     sum_ as sum,
 )
 from optimisers.rule import Rule, static
-from optimisers.rules.adam import Adam, AdamW
+from optimisers.rules.adam import AdaBelief, Adam, AdaMax, AdamW, AMSGrad, NAdam, OAdam, RAdam
+from optimisers.rules.adaptive import AdaDelta, AdaGrad, RMSProp, Rprop
 from optimisers.rules.descent import Descent, Momentum, Nesterov
-from optimisers.rules.gradient import ClipGlobalNorm, ClipGrad, ClipNorm, SignDecay, WeightDecay
+from optimisers.rules.gradient import (
+    ClipGlobalNorm,
+    ClipGrad,
+    ClipNorm,
+    DecoupledDecay,
+    SignDecay,
+    WeightDecay,
+)
+from optimisers.rules.sign import Lion
 from optimisers.schedules import (
     Constant,
     Cosine,
@@ -112,11 +130,17 @@ from optimisers.update import setup, update, update_
 __version__ = "0.1.0"
 
 __all__ = [
+    "AMSGrad",
     "AccumGrad",
+    "AdaBelief",
+    "AdaDelta",
+    "AdaGrad",
+    "AdaMax",
     "Adam",
     "AdamW",
     "BadSetting",
     "BadState",
+    "Becomes",
     "Branch",
     "CacheRefused",
     "Chain",
@@ -125,8 +149,10 @@ __all__ = [
     "ClipNorm",
     "Constant",
     "Cosine",
+    "DecoupledDecay",
     "Descent",
     "DomainError",
+    "EMA",
     "Exponential",
     "FloatParameter",
     "InverseSqrt",
@@ -134,17 +160,25 @@ __all__ = [
     "KeyPath",
     "Leaf",
     "Linear",
+    "Lion",
+    "MixedPrecision",
     "Momentum",
+    "NAdam",
     "Nesterov",
     "NoMatch",
     "NoParameters",
+    "OAdam",
     "OneCycle",
     "OptimiserError",
     "Polynomial",
+    "RAdam",
+    "RMSProp",
     "Restructure",
+    "Rprop",
     "Rule",
     "Schedule",
     "SignDecay",
+    "SkipNonFinite",
     "Step",
     "TraceError",
     "TreeMismatch",
@@ -157,6 +191,7 @@ __all__ = [
     "adjust",
     "adjust_",
     "arctan",
+    "averaged",
     "call",
     "ceil",
     "check",
@@ -179,11 +214,14 @@ __all__ = [
     "full_like",
     "greater",
     "greater_equal",
+    "high_bits",
     "imag",
     "isfinite",
     "isnan",
     "isnumeric",
+    "join_bits",
     "kernel",
+    "landing",
     "less",
     "less_equal",
     "log",
@@ -191,6 +229,7 @@ __all__ = [
     "logical_and",
     "logical_not",
     "logical_or",
+    "low_bits",
     "matmul",
     "max",
     "maximum",
@@ -223,6 +262,7 @@ __all__ = [
     "trainable",
     "trainables",
     "transpose",
+    "typed_zeros_like",
     "under",
     "update",
     "update_",

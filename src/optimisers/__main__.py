@@ -105,7 +105,7 @@ def show(rule: str) -> int:
     print(f"{call_of(known[rule])}\n\n{docstring(known[rule])}")
     try:
         one = known[rule]()
-    except TypeError:
+    except (TypeError, opt.BadSetting):
         print(f"\nIt has settings without a default: give them and write print(opt.kernel({rule}(...))).")
         return 0
     print(f"\n{opt.explain(opt.setup(one, np.zeros(1000, np.float32)))}\n\n{opt.kernel(one)}")

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import registry
+from optimisers.compose.average import AverageState
 from optimisers.errors import BadState, NoMatch, UnknownField
 from optimisers.rule import Rule, changes_of
 from optimisers.store import Store
 from optimisers.trace.program import entries, flatten, form, unflatten
 from optimisers.tree.path import Attr, KeyPath, matches
-from optimisers.tree.walk import Node, find
+from optimisers.tree.walk import Node, find, gather, rebuild
 from optimisers.value import Value, adjustable, adjusted, refuse_unknown, schedules, skeleton
 
 Where = Any
@@ -134,7 +135,7 @@ class Branch:
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, KeyPath):
-            return functools.reduce(lambda here, k: here[k], key, self)
+            return functools.reduce(_below, key, self)
         for name in (key, len(self) + key if isinstance(key, int) and key < 0 else key):
             child = find(self._node, name)
             if child is not None:
@@ -142,10 +143,7 @@ class Branch:
         if isinstance(key, str) and ("." in key or key.isdigit()):
             first, _, rest = key.partition(".")
             here = self[int(first)] if find(self._node, first) is None and first.isdigit() else self[first]
-            if isinstance(here, Branch) and rest:
-                return here[rest]
-            if not rest:
-                return here
+            return _below(here, rest) if rest else here
         has = ", ".join(repr(_plain(k)) for k in self._node.keys)
         raise KeyError(f"{self._path.code('state')} has no {key!r}; it has {has}")
 
@@ -195,6 +193,15 @@ class Branch:
         return copied(self, self._node, self._path)
 
 
+def _below(here: Any, key: Any) -> Any:
+    """What a handle has under a key; raises KeyError for a leaf, which has nothing."""
+    if isinstance(here, Branch):
+        return here[key]
+    if isinstance(here, Leaf):
+        raise KeyError(f"{here.path.code('state')} has no {key!r}; it is a Leaf, with rule, state and frozen")
+    raise KeyError(f"there is no {key!r} in (), where nothing is trained")
+
+
 def _plain(key: Any) -> Any:
     return str(key) if isinstance(key, Attr) else key
 
@@ -237,7 +244,7 @@ def parts(state: Any) -> tuple[Store, Node, KeyPath]:
     if isinstance(state, Rule) or (isinstance(state, type) and issubclass(state, Rule)):
         rule = f"{state.__name__}()" if isinstance(state, type) else repr(state)
         raise BadState(f"a state was wanted and the rule {state!r} came; write state = setup({rule}, model)")
-    if state == ():
+    if isinstance(state, tuple) and not state:
         raise BadState(
             "a state was wanted and () came: nothing is trained there; a state is what `setup(rule, model)` "
             "returns, "
@@ -402,6 +409,34 @@ def current(state: Any) -> Any:
         str(store.layout.paths[i]): current(handle(store, Node(leaf=i, leaves=(i,)), store.layout.paths[i]))
         for i in leaves_of(state)
     }
+
+
+def averaged(state: Any, model: Any) -> Any:
+    """The model with the moving averages that `EMA` keeps in place of its parameters; the model stays as it
+    was.
+
+    Parameters whose rule keeps no average are shared with the model. Raises NoMatch if none does.
+    """
+    store, node, path = parts(state)
+    gather(node, model, path)
+    new: dict[int, Any] = {}
+    for leaf in leaves_of(state):
+        group, i = store.where(leaf)
+        kept = _path_of_average(group.program.template)
+        slot = next((j for j, s in enumerate(group.program.slots) if s.path == kept), None)
+        if slot is not None:
+            new[leaf] = group.kind.library.copied(group.slots[slot][i], group.kind.dtype)
+    if not new:
+        raise NoMatch("no rule here keeps an average; write setup(EMA(rule), model)")
+    return rebuild(node, model, new)
+
+
+def _path_of_average(state: Any, path: tuple[Any, ...] = ()) -> tuple[Any, ...] | None:
+    """Where in a state the first moving average of the parameters stands."""
+    if isinstance(state, AverageState):
+        return (*path, "average")
+    found = (_path_of_average(item, (*path, key)) for key, item in entries(state))
+    return next((p for p in found if p is not None), None)
 
 
 # -- showing and comparing -----------------------------------------------------------------------------------

@@ -248,6 +248,21 @@ def where(condition: Any, a: Any, b: Any) -> Any:
     """a where the condition holds, else b; the one not taken may hold anything, NaN included."""
 
 
+@_word(gives="real")
+def join_bits(high: Any, low: Any) -> Any:
+    """The float32 whose bits are those of `high`, a bfloat16, plus the whole number `low`."""
+
+
+@_word(gives="real")
+def high_bits(x: Any) -> Any:
+    """The bfloat16 nearest to a float32, halves rounded up; with `low_bits` it keeps all of x."""
+
+
+@_word(gives="real")
+def low_bits(x: Any) -> Any:
+    """What `high_bits` leaves of the bits of a float32: a whole number in [-32768, 32767]."""
+
+
 # -- reductions: of a whole array to one number (these stay fused), or along an axis -------------------------
 
 
@@ -321,6 +336,20 @@ def when(condition: Any, dx: Any) -> Any:
     return dx if condition else None
 
 
+@dataclass(frozen=True)
+class Becomes:
+    """The answer of a rule that knows the new value of x, not the step to it; x is that value, rounded
+    once.
+    """
+
+    value: Any
+
+
+def landing(x: Any, dx: Any) -> Any:
+    """The new value of x after a rule answered `dx`."""
+    return dx.value if isinstance(dx, Becomes) else x - dx
+
+
 def under(dx: Any) -> contextlib.AbstractContextManager[Any]:
     """The scope in which the rest of a chain runs after a rule answered `dx`: what is made in it holds only
     with it.
@@ -365,16 +394,23 @@ def full_like(x: Any, value: Any) -> Any:
     return registry.library(x).full_like(x, value) if write is None else write(x, value)
 
 
+def typed_zeros_like(x: Any, dtype: Any) -> Any:
+    """Zeros in the shape and layout of `x`, in a type of their own."""
+    return registry.library(x).full_like(x, 0, dtype=dtype)
+
+
 def real_zeros_like(x: Any) -> Any:
     """Real zeros in the shape of `x`, also for complex `x`: for state such as a mean of |dx|^2."""
     write = getattr(type(x), "__full_like__", None)
     return registry.library(x).full_like(x, 0, real=True) if write is None else write(x, 0)
 
 
-def copy(x: Any) -> Any:
-    """A copy of `x` in the type of the arithmetic, for state that starts at the parameters."""
-    write = getattr(type(x), "__copied__", None)
-    return registry.library(x).widened(x) if write is None else write(x)
+def copy(x: Any, dtype: Any = None) -> Any:
+    """A copy of `x`, for state that starts at the parameters; in the type of the arithmetic, or in
+    `dtype`.
+    """
+    library = registry.library(x)
+    return library.widened(x) if dtype is None else library.copied(x, dtype)
 
 
 # -- said with these words -----------------------------------------------------------------------------------

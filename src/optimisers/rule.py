@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from optimisers.errors import BadSetting, TraceError, UnknownField
 from optimisers.value import Value, adjusted, is_number, parts, refuse_unknown, settings, static
@@ -20,6 +20,9 @@ class Rule(Value):
     function of the clock. Other fields, and those declared with `static(default)`, are structure. An `eta`
     must not be negative.
     """
+
+    whole: ClassVar[bool] = False
+    """Whether this rule must see the step as it is taken: then it wraps a chain and cannot stand in one."""
 
     def init(self, x: Any) -> Any:
         """The state for one array of parameters."""

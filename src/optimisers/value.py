@@ -43,20 +43,22 @@ class Value:
         generated = "__init__" not in vars(cls)
         # Only __init__ is generated for each class: the rest is the same for all, and generation is slow.
         dataclasses.dataclass(repr=False, eq=False)(cls)
-        cls._names = tuple(cls.__dataclass_fields__) if generated else None  # type: ignore[attr-defined] dataclass sets it
+        cls._fields = tuple(f.name for f in dataclasses.fields(cls))  # pyright: ignore[reportArgumentType] made above
+        cls._named = generated
 
-    _names: ClassVar[tuple[str, ...] | None] = None
-    """The keywords of the constructor; None where a class has its own."""
+    _fields: ClassVar[tuple[str, ...]] = ()
+    _named: ClassVar[bool] = False
+    """Whether the constructor takes the fields by name; a class may have its own."""
 
     def __new__(cls, *_: Any, **settings: Any) -> Self:
         for name in settings:
-            if cls._names is not None and name not in cls._names:
-                has = f"it has {', '.join(cls._names)}" if cls._names else "it has none"
+            if cls._named and name not in cls._fields:
+                has = f"it has {', '.join(cls._fields)}" if cls._fields else "it has none"
                 raise UnknownField(f"{cls.__name__} has no setting {name}; {has}")
         return object.__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in vars(self) or name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined] dataclass sets it
+        if name in vars(self) or name not in type(self)._fields:
             raise dataclasses.FrozenInstanceError(
                 f"{type(self).__name__} is a value; write rule.adjust({name}=...) for a new one"
             )

@@ -108,12 +108,20 @@ def arithmetic(dtype: "np.dtype[Any]") -> "np.dtype[Any]":
     return np.dtype(np.float32) if dtype.itemsize < 4 else dtype.newbyteorder("=")
 
 
+def promoted(dtype: "np.dtype[Any]", others: list[str]) -> "np.dtype[Any]":
+    """The type to which this one and floating point types of these names promote, real or complex as it
+    is.
+    """
+    wide = np.result_type(dtype, *(np.dtype(n) for n in others if n.startswith(("float", "complex"))))
+    return wide if dtype.kind == "c" else real_of(wide)
+
+
 def real_of(dtype: "np.dtype[Any]") -> "np.dtype[Any]":
     return np.real(np.empty(0, dtype)).dtype
 
 
-def full_like(x: Array, value: Any, *, real: bool = False) -> Array:
-    dtype = arithmetic(x.dtype)
+def full_like(x: Array, value: Any, *, real: bool = False, dtype: Any = None) -> Array:
+    dtype = arithmetic(x.dtype) if dtype is None else dtype
     dtype = real_of(dtype) if real else dtype
     return np.zeros_like(x, dtype, subok=False) if value == 0 else np.full_like(x, value, dtype, subok=False)
 
@@ -170,7 +178,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def copied(x: Array, dtype: Any) -> Array:
     """A copy in this type."""
-    return np.array(x, dtype)
+    return np.array(x, dtype, order="K")
 
 
 def fresh(shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None) -> Array:
@@ -238,6 +246,23 @@ def _abs2(x: Any) -> Any:
     return x.real * x.real + x.imag * x.imag if np.iscomplexobj(x) else x * x
 
 
+def _bits(x: Any) -> Any:
+    return np.asarray(x, np.float32).view(np.int32)
+
+
+def _join_bits(high: Any, low: Any) -> Any:
+    return (_bits(high) + np.asarray(low).astype(np.int32)).view(np.float32)
+
+
+def _high_bits(x: Any) -> Any:
+    rounded = ((_bits(x) + np.int32(0x8000)) & np.int32(-0x10000)).view(np.float32)
+    return np.where(np.isnan(x), np.float32(np.nan), rounded)
+
+
+def _low_bits(x: Any) -> Any:
+    return np.where(np.isnan(x), np.float32(0), (_bits(x) - _bits(_high_bits(x))).astype(np.float32))
+
+
 def _where(condition: Any, a: Any, b: Any) -> Any:
     return np.where(condition, a, b)
 
@@ -297,6 +322,9 @@ WORDS: dict[str, Callable[..., Any]] = {
     "maximum": np.maximum,
     "minimum": np.minimum,
     "where": _where,
+    "join_bits": _join_bits,
+    "high_bits": _high_bits,
+    "low_bits": _low_bits,
     "sum": _sum,
     "max": _extreme(np.max, -np.inf),
     "min": _extreme(np.min, np.inf),

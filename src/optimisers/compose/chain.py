@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from optimisers.errors import BadSetting
+from optimisers.errors import BadSetting, UnknownField
 from optimisers.ops import under
 from optimisers.rule import Rule, stepped
 
@@ -17,7 +17,11 @@ class Chain(Rule):
 
     rules: tuple[Rule, ...] = ()
 
-    def __init__(self, *rules: Rule) -> None:
+    def __init__(self, *rules: Rule, **named: Any) -> None:
+        for name in named:
+            raise UnknownField(
+                f"Chain has no setting {name}; its rules go by place, such as Chain(ClipGrad(), Adam())"
+            )
         object.__setattr__(self, "rules", rules)
         self.__post_init__()
 
@@ -28,6 +32,14 @@ class Chain(Rule):
                 hint = "; write Chain(*rules)" if isinstance(rule, list | tuple) else hint
                 raise BadSetting(
                     f"Chain was given {rule!r}; it takes rules, such as Chain(ClipGrad(), Adam()){hint}"
+                )
+
+        for rule in self.rules:
+            if rule.whole and len(self.rules) > 1:
+                name = type(rule).__name__
+                raise BadSetting(
+                    f"Chain was given a {name} among other rules; it wraps a whole chain: write "
+                    f"{name}(Chain(...))"
                 )
 
     def init(self, x: Any) -> Any:

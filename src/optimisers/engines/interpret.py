@@ -25,7 +25,7 @@ class Values:
     def __init__(self, job: Job, leaf: int, scalar: Callable[[Expr], Any]) -> None:
         self.library, self.leaf, self.scalar = job.library, leaf, scalar
         self.job = job
-        self.wide = job.library.arithmetic(job.dtype)
+        self.wide = job.wide
         self.real = job.library.real_of(self.wide)
         self.found: dict[int, Any] = {}
         self.seen: list[Any] = []

@@ -49,6 +49,13 @@ class Job:
     memo: dict[str, Any]
     """Tables that the engine wants to find again while the group stays the same."""
 
+    @property
+    def wide(self) -> Any:
+        """The type of the arithmetic: float32 at least, and no narrower than the parameters and the state."""
+        return self.library.promoted(
+            self.library.arithmetic(self.dtype), [s.dtype for s in self.program.slots]
+        )
+
     def checked_x(self, i: int) -> Any:
         """The parameters of a leaf; raises TreeMismatch unless they are of the kind that `setup` saw."""
         x, name = self.x[i], self.code(i, "model")

@@ -22,6 +22,7 @@ class Unprintable(Exception):
 
 
 ARITHMETIC = {
+    "int16": "float32",
     "float16": "float32",
     "bfloat16": "float32",
     "float32": "float32",
@@ -31,7 +32,15 @@ ARITHMETIC = {
 }
 """Element type of the parameters -> real type of the maths."""
 
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
+BYTES = {
+    "int16": 2,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "complex64": 8,
+    "complex128": 16,
+}
 
 
 # -- the words, as text --------------------------------------------------------------------------------------
@@ -79,6 +88,9 @@ REAL: dict[str, Callable[..., str]] = {
     "maximum": _real("select(({0} > {1}) | ({0} != {0}), {0}, {1})"),
     "minimum": _real("select(({0} < {1}) | ({0} != {0}), {0}, {1})"),
     "where": _real("select({0}, {1}, {2})"),
+    "join_bits": _real("join_bits({0}, {1})"),
+    "high_bits": _real("high_bits({0})"),
+    "low_bits": _real("low_bits({0})"),
     "sum": _real("{0} + float64({1})"),
     "max": _real("max({0}, rank_max({1}))"),
     "min": _real("min({0}, rank_min({1}))"),
@@ -374,10 +386,11 @@ def source(
     """
     about, body = _Printer(p, kinds, arithmetic, labels, inplace=inplace).text(title)
     return (
-        f"{about}import math\n\nimport numpy\nfrom numba import njit\nfrom numpy import complex64, "
-        "complex128, float32, float64\n\n"
-        f"from optimisers.engines.support import claim, complex_of, loader, rank_max, rank_min, select, "
-        "storer, unrank\n"
+        f"{about}import math\n\nimport numpy\nfrom numba import njit\n"
+        "from numpy import complex64, complex128, float32, float64\n\n"
+        "from optimisers.engines.support import (\n    claim, complex_of, high_bits, join_bits, loader, "
+        "low_bits, rank_max, "
+        "rank_min,\n    select, storer, unrank,\n)\n"
         f"\n# intrinsics {_support_hash()}\n{body}"
     )
 

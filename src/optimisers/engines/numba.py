@@ -58,11 +58,15 @@ def kinds_of(program: Program, p: Pass, dtype: str, gradient: str) -> dict[str, 
     kinds = {"x": dtype, "dx": gradient, **{f"dx{i}": gradient for i in range(2, 10)}}
     kinds |= {s.name: s.dtype for s in program.slots}
     kinds |= {f"new {name}": kind for name, kind in kinds.items()}
-    wide = {"float16": "float32", "bfloat16": "float32"}.get(dtype, dtype)
-    return kinds | {
-        f"f{j}": wide if e.type == "complex" else kernels.ARITHMETIC.get(dtype, dtype)
-        for j, e in enumerate(p.free)
-    }
+    real = arithmetic_of(program, dtype)
+    whole = {"float32": "complex64", "float64": "complex128"}.get(real, real)
+    return kinds | {f"f{j}": whole if e.type == "complex" else real for j, e in enumerate(p.free)}
+
+
+def arithmetic_of(program: Program, dtype: str) -> str:
+    """The real type of the maths: float32 at least, and no narrower than the parameters and the state."""
+    wide = any(s.dtype in ("float64", "complex128") for s in program.slots)
+    return "float64" if wide else kernels.ARITHMETIC.get(dtype, dtype)
 
 
 def printed(program: Program, p: Pass, dtype: str, *, inplace: bool) -> str:
@@ -96,7 +100,7 @@ def sources(program: Program, p: Pass, kinds: dict[str, str], dtype: str, *, inp
     """The source of one pass; raises Unprintable."""
     what = "sums" if p.reductions else "in place" if inplace else "into new arrays"
     title = f"One pass over all parameters ({what}), {dtype}."
-    return kernels.source(p, kinds, kernels.ARITHMETIC[dtype], labels_of(program), title, inplace=inplace)
+    return kernels.source(p, kinds, arithmetic_of(program, dtype), labels_of(program), title, inplace=inplace)
 
 
 # -- the task ------------------------------------------------------------------------------------------------
@@ -118,7 +122,7 @@ class Fused(Task):
         self.chunks: Chunks = job.memo["chunks"]
         self.scratch: Scratch = job.memo["scratch"]
         kind = np.dtype(job.dtype)
-        self.wide = job.library.arithmetic(kind)
+        self.wide = job.wide
         self.x, self.x_at = self.fitted("x", job.x, kind, job.checked_x, write=job.inplace)
         self.gradient = kind
         looked = [self.look(f"dx{n}", grads, kind, write=False) for n, grads in enumerate(job.grads)]

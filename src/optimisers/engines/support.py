@@ -14,6 +14,7 @@ I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F32, F64 = ir.FloatType(), ir.DoubleType()
 
 ELEMENTS: dict[str, Any] = {
+    "int16": (types.float32, I16, 2),
     "float16": (types.float32, I16, 2),
     "bfloat16": (types.float32, I16, 2),
     "float32": (types.float32, F32, 4),
@@ -52,6 +53,8 @@ def loader(kind: str, slot: int, slots: int) -> Any:
         ]
         if kind == "bfloat16":
             return b.bitcast(b.shl(b.zext(found[0], I32), ir.Constant(I32, 16)), F32)
+        if kind == "int16":
+            return b.sitofp(found[0], F32)
         if kind == "float16":
             return widen_half(b, found[0])
         if parts == 1:
@@ -79,7 +82,7 @@ def storer(kind: str, slot: int, slots: int) -> Any:
             for p, part in enumerate((z.real, z.imag)):
                 _mark(b.store(part, b.gep(base, [b.add(index, ir.Constant(I64, p))])), b.module, slot, slots)
         else:
-            value = {"bfloat16": narrow_brain, "float16": narrow_half}.get(kind, lambda _, v: v)(b, args[2])
+            value = ROUNDING.get(kind, lambda _, v: v)(b, args[2])
             _mark(b.store(value, b.gep(base, [args[1]])), b.module, slot, slots)
         return context.get_dummy_value()
 
@@ -133,6 +136,13 @@ def narrow_brain(b: Any, v: Any) -> Any:
     quiet = b.or_(b.lshr(u, ir.Constant(I32, 16)), ir.Constant(I32, 0x40))
     return b.trunc(b.select(b.fcmp_unordered("uno", v, v), quiet, rounded), I16)
 
+
+def narrow_int(b: Any, v: Any) -> Any:
+    """A whole number in float32 -> int16."""
+    return b.trunc(b.fptosi(v, I32), I16)
+
+
+ROUNDING = {"bfloat16": narrow_brain, "float16": narrow_half, "int16": narrow_int}
 
 # -- words ---------------------------------------------------------------------------------------------------
 
@@ -227,3 +237,42 @@ def _peek(bits: Any, result: Any) -> Any:
 
 peek64 = _peek(I64, types.int64)
 peek32 = _peek(I32, types.int32)
+
+
+# -- the bits of a float32 -----------------------------------------------------------------------------------
+
+
+def _word(emit: Any, *, two: bool = False) -> Any:
+    """An intrinsic on one float32, or two, that gives a float32."""
+    if two:
+
+        @intrinsic
+        def word2(typingctx: Any, x: Any, y: Any) -> Any:
+            return types.float32(types.float32, types.float32), lambda _, b, __, args: emit(b, *args)
+
+        return word2
+
+    @intrinsic
+    def word1(typingctx: Any, x: Any) -> Any:
+        return types.float32(types.float32), lambda _, b, __, args: emit(b, *args)
+
+    return word1
+
+
+def _high(b: Any, x: Any) -> Any:
+    rounded = b.and_(b.add(b.bitcast(x, I32), ir.Constant(I32, 0x8000)), ir.Constant(I32, 0xFFFF0000))
+    return b.select(b.fcmp_unordered("uno", x, x), ir.Constant(F32, float("nan")), b.bitcast(rounded, F32))
+
+
+def _low(b: Any, x: Any) -> Any:
+    rest = b.sitofp(b.sub(b.bitcast(x, I32), b.bitcast(_high(b, x), I32)), F32)
+    return b.select(b.fcmp_unordered("uno", x, x), ir.Constant(F32, 0.0), rest)
+
+
+def _join(b: Any, high: Any, low: Any) -> Any:
+    return b.bitcast(b.add(b.bitcast(high, I32), b.fptosi(low, I32)), F32)
+
+
+join_bits = _word(_join, two=True)
+high_bits = _word(_high)
+low_bits = _word(_low)

@@ -24,6 +24,26 @@ class WeightDecay(Rule):
         return state, dx + self.lam * x
 
 
+class DecoupledDecay(Rule):
+    """Adds lam x to the step of the rule before it: decay beside the step, for the place after any rule.
+
+    Loshchilov & Hutter, "Decoupled weight decay regularization", 2019, arXiv:1711.05101. It is not multiplied
+    by the rate of that rule: AdamW(couple=True, lam=l) decays as Chain(Adam(eta), DecoupledDecay(eta * l))
+    does.
+    """
+
+    lam: float = 1e-5
+
+    def check(self) -> None:
+        not_negative(self, "lam")
+
+    def init(self, x: Any) -> Any:
+        return ()
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return state, dx + self.lam * x
+
+
 class SignDecay(Rule):
     """Adds lam sign(x) to the gradient: an L1 penalty of lam |x| on the loss, where it comes before the other
     rules.

@@ -291,10 +291,6 @@ class Expr:
         return make("add", (lift(value), x - x)) if x.domain == "free" else lift(value)
 
     @staticmethod
-    def __copied__(x: "Expr") -> Any:
-        return x
-
-    @staticmethod
     def __total__(s: "Expr") -> Any:
         if s.domain != "scalar":
             raise TraceError("total() was given an array; it takes a scalar: total(sum(...))")

@@ -7,6 +7,7 @@ from typing import Any
 
 from optimisers.arrays import registry
 from optimisers.errors import TraceError
+from optimisers.ops import landing
 from optimisers.rule import Rule, stepped
 from optimisers.trace.expr import Expr, Guard, cuts, lift, make, order, show, tracing
 from optimisers.value import fill, is_number, schedules, walk
@@ -134,7 +135,7 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
         new_state, dx = _answer(rule, answer)
         _same_form(rule, state, new_state)
         new = [lift(e) for _, e in flatten(new_state)]
-        wanted = [lift(0)] if dx is None else [inputs[0] - lift(dx)]
+        wanted = [inputs[0] if dx is None else lift(landing(inputs[0], dx))]
         _types(rule, kind, wanted[0], state, new, symbols)
         olds = [inputs[0], *symbols]
         outputs = [_guarded(e, old) for e, old in zip([*wanted, *new], olds, strict=True)]

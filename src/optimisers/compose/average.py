@@ -1,0 +1,41 @@
+"""A moving average of the parameters beside the parameters."""
+
+from typing import Any, ClassVar, NamedTuple
+
+from optimisers.ops import copy, ema, landing, under
+from optimisers.rule import Rule, in_unit_interval, stepped
+
+
+class AverageState(NamedTuple):
+    average: Any
+    """The average of the parameters so far; it starts at the first ones."""
+    inner: Any
+
+
+class EMA(Rule):
+    """Steps by another rule and keeps a moving average of where it led: a = rho a + (1 - rho) x, with the new
+    x.
+
+    Polyak & Juditsky, "Acceleration of stochastic approximation by averaging", 1992, with exponential
+    weights. `averaged(state, model)` is the model with the averages in place of its parameters. It must wrap
+    a whole chain.
+    """
+
+    whole: ClassVar[bool] = True
+
+    rule: Rule
+    rho: float = 0.999
+
+    def check(self) -> None:
+        in_unit_interval(self, "rho")
+
+    def init(self, x: Any) -> Any:
+        return AverageState(copy(x), self.rule.init(x))
+
+    def apply(self, state: Any, x: Any, dx: Any, *more: Any) -> Any:
+        inner, dx = stepped(self.rule, state.inner, x, dx, more)
+        if dx is None:
+            return AverageState(state.average, inner), None
+        with under(dx):
+            average = ema(self.rho, state.average, landing(x, dx))
+        return AverageState(average, inner), dx

@@ -1,0 +1,36 @@
+"""No step at all where something is wrong with a gradient."""
+
+from typing import Any, NamedTuple
+
+from optimisers.ops import isfinite, sum_, total, under, when, where
+from optimisers.rule import Rule, stepped
+
+
+class SkipState(NamedTuple):
+    skipped: Any
+    """How many steps were skipped."""
+    inner: Any
+
+
+class SkipNonFinite(Rule):
+    """Takes no step, in any leaf, where any element of any gradient is infinite or NaN, and counts such
+    steps.
+
+    The gradients are those of all leaves stepped together whose rules are such; the state of the rule inside
+    stays as it was. As dynamic loss scaling does it: Micikevicius et al., arXiv:1710.03740, section 3.2.
+    """
+
+    rule: Rule
+
+    def init(self, x: Any) -> Any:
+        return SkipState(0, self.rule.init(x))
+
+    def apply(self, state: Any, x: Any, dx: Any, *more: Any) -> Any:
+        bad = total(sum_(where(isfinite(dx), 0.0, 1.0)))
+        skipped = state.skipped + where(bad > 0, 1, 0)
+        sound = when(bad == 0, dx)
+        if sound is None:
+            return SkipState(skipped, state.inner), None
+        with under(sound):
+            inner, step = stepped(self.rule, state.inner, x, sound, more)
+        return SkipState(skipped, inner), step
