@@ -140,8 +140,8 @@ class Row:
 
     name: str
     rule: opt.Rule
-    complex: bool = True
-    """Whether it steps complex parameters."""
+    types: tuple[str, ...] = DTYPES
+    """The element types that it steps."""
     matrix: bool = False
     """Whether it takes arrays of two axes only."""
     engine: str = "numba"
@@ -152,7 +152,12 @@ class Row:
     """How often a step reads through memory, for real parameters."""
 
     def takes(self, dtype: str) -> bool:
-        return self.complex or not dtype.startswith("complex")
+        return dtype in self.types
+
+    @property
+    def single(self) -> str:
+        """float32, or the one type that the rule takes."""
+        return "float32" if self.takes("float32") else self.types[0]
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes that the rule takes."""
@@ -183,7 +188,7 @@ TABLE: tuple[Row, ...] = (
     Row("AdamW-apart", opt.AdamW(0.05, (0.8, 0.95), 0.02, 1e-6, couple=False)),
     Row("WeightDecay", opt.Chain(opt.WeightDecay(0.1), opt.Descent(0.1))),
     Row("SignDecay", opt.Chain(opt.SignDecay(0.1), opt.Descent(0.1))),
-    Row("ClipGrad", opt.Chain(opt.ClipGrad(0.4), opt.Descent(0.1)), complex=False),
+    Row("ClipGrad", opt.Chain(opt.ClipGrad(0.4), opt.Descent(0.1)), types=REAL),
     *map(_clip_norm, NORMS),
     Row("ClipGlobalNorm", opt.Chain(opt.ClipGlobalNorm(0.5), opt.Descent(0.1)), passes=2),
     Row("AccumGrad", opt.Chain(opt.AccumGrad(2), opt.Descent(0.1))),
@@ -206,32 +211,38 @@ TABLE: tuple[Row, ...] = (
     Row(
         "Chain-accumulate-twice", opt.Chain(opt.AccumGrad(2), opt.Chain(opt.AccumGrad(2), opt.Momentum(0.1)))
     ),
+    Row("RMSProp", opt.RMSProp(0.05, 0.8, 1e-6)),
+    Row("RMSProp-centred", opt.RMSProp(0.05, 0.8, 1e-3, centred=True)),
+    Row("Rprop", opt.Rprop(0.05, (0.5, 1.2), (1e-3, 0.2)), types=REAL),
+    Row("Lion", opt.Lion(0.05, (0.8, 0.9))),
+    Row("RAdam", opt.RAdam(0.05, (0.8, 0.6), 1e-6)),
+    Row("AdaMax", opt.AdaMax(0.05, (0.8, 0.9), 1e-6)),
+    Row("OAdam", opt.OAdam(0.05, (0.6, 0.9), 1e-6)),
+    Row("AdaGrad", opt.AdaGrad(0.1, 1e-3)),
+    Row("AdaDelta", opt.AdaDelta(0.8, 1e-3)),
+    Row("AMSGrad", opt.AMSGrad(0.05, (0.8, 0.9), 1e-3)),
+    Row("NAdam", opt.NAdam(0.05, (0.8, 0.9), 1e-6)),
+    Row("AdaBelief", opt.AdaBelief(0.05, (0.8, 0.9), 1e-6)),
+    Row("DecoupledDecay", opt.Chain(opt.Momentum(0.1), opt.DecoupledDecay(0.01))),
+    Row("EMA", opt.EMA(opt.Momentum(0.1), 0.75)),
+    Row("SkipNonFinite", opt.SkipNonFinite(opt.Momentum(0.1)), passes=2),
+    Row(
+        "MixedPrecision",
+        opt.MixedPrecision(opt.Chain(opt.ClipNorm(0.5), opt.Momentum(0.1))),
+        types=("float16", "bfloat16", "float32"),
+        passes=2,
+    ),
+    Row("MixedPrecision-double", opt.MixedPrecision("float64", opt.Momentum(0.1)), types=REAL),
+    Row("MixedPrecision-split", opt.MixedPrecision(opt.Momentum(0.1), split=True), types=("bfloat16",)),
     Row("DecayDescent", DecayDescent(0.1)),
     Row("DictMomentum", DictMomentum()),
     Row("LongestSeen", LongestSeen(), passes=2),
     Row("Sketched", Sketched(), matrix=True, passes=2),
     Row("RowScaled", RowScaled(), matrix=True),
-    Row("RowMoments", RowMoments(), matrix=True, complex=False),
+    Row("RowMoments", RowMoments(), matrix=True, types=REAL),
     Row("Averaged", Averaged()),
     Row("EverySecond", EverySecond()),
 )
-
-BUILT_IN = [
-    "Descent",
-    "Momentum",
-    "Nesterov",
-    "Adam",
-    "AdamW",
-    "WeightDecay",
-    "SignDecay",
-    "ClipGrad",
-    "ClipNorm",
-    "ClipGlobalNorm",
-    "AccumGrad",
-    "Chain",
-]
-"""The names of the package's own rules; each is in some row."""
-
 
 def name(row: Row) -> str:
     """For `pytest.mark.parametrize(..., ids=name)`."""

@@ -487,6 +487,17 @@ def test_what_is_no_array_is_no_gradient(bad: Any, engine: str) -> None:
         opt.update(opt.setup(opt.Descent(), x, engine=engine), x, bad)
 
 
+def unaligned(g: Any) -> Any:
+    raw = np.zeros(g.nbytes + 1, np.uint8)
+    new = raw[1:].view(g.dtype).reshape(g.shape)
+    new[...] = g
+    return new
+
+
+class Labelled(np.ndarray):
+    """A subclass of no special meaning."""
+
+
 GRADIENT_FORMS: dict[str, Callable[[Any], Any]] = {
     "read-only": lambda g: np.frombuffer(g.tobytes(), g.dtype).reshape(g.shape),
     "broadcast": lambda g: np.broadcast_to(g[:1, :1], g.shape),
@@ -498,17 +509,6 @@ GRADIENT_FORMS: dict[str, Callable[[Any], Any]] = {
     "a subclass": lambda g: g.view(Labelled),
     "a scalar repeated": lambda g: np.broadcast_to(g[0, 0], g.shape),
 }
-
-
-def unaligned(g: Any) -> Any:
-    raw = np.zeros(g.nbytes + 1, np.uint8)
-    new = raw[1:].view(g.dtype).reshape(g.shape)
-    new[...] = g
-    return new
-
-
-class Labelled(np.ndarray):
-    """A subclass of no special meaning."""
 
 
 @pytest.mark.parametrize("form", GRADIENT_FORMS)
@@ -581,6 +581,28 @@ def test_parameters_of_different_groups_may_be_each_others_gradients(
         np.testing.assert_array_equal(new[key], x)
 
     assert state == wanted_state
+
+
+@pytest.mark.parametrize("form", ["strided", "backwards", "a subclass", "unaligned"])
+@both_updates
+def test_parameters_of_another_group_that_lie_oddly_may_be_gradients(form: str, step: Callable[..., Any]) -> None:
+    """They are stepped in a copy, which is written back."""
+    odd = GRADIENT_FORMS[form](np.array([[1.0, 2.0], [3.0, 4.0]]))
+    model = {"a": odd, "b": np.full((2, 2), 10.0)}
+    view = np.lib.stride_tricks.as_strided(odd.view(np.ndarray), odd.shape, odd.strides)
+    rules = {"a": opt.Descent(0.5), "b": opt.Momentum(0.5)}
+    _, new = step(opt.setup(rules, model), model, {"a": np.full((2, 2), 2.0), "b": view})
+    np.testing.assert_array_equal(new["b"], [[9.5, 9], [8.5, 8]])
+    np.testing.assert_array_equal(new["a"], [[0, 1], [2, 3]])
+
+
+@both_updates
+def test_what_overlaps_oddly_stepped_parameters_of_another_group_may_be_a_gradient(step: Callable[..., Any]) -> None:
+    buffer = np.arange(8.0)
+    model = {"a": buffer[::2], "b": np.full(8, 10.0)}
+    rules = {"a": opt.Descent(0.5), "b": opt.Momentum(1.0)}
+    _, new = step(opt.setup(rules, model), model, {"a": np.full(4, 2.0), "b": buffer})
+    np.testing.assert_array_equal(new["b"], 10 - np.arange(8.0))
 
 
 @pytest.mark.parametrize("rule", ALIASED)

@@ -109,7 +109,7 @@ def zeros(_self: Any, x: Any) -> Any:
 # -- making rules --------------------------------------------------------------------------------------------
 
 
-@answers(UnknownField, "Adam has no setting lr; it has eta, beta, epsilon")
+@answers(UnknownField, "Adam has no setting lr; it has eta, beta, epsilon; write eta=")
 def a_rule_made_with_an_unknown_setting() -> None:
     Adam(lr=0.1)
 
@@ -771,22 +771,22 @@ def a_gradient_with_nan_under_clip_global_norm() -> None:
 # -- adjust --------------------------------------------------------------------------------------------------
 
 
-@answers(UnknownField, "Adam has no setting lr; it has eta, beta, epsilon")
+@answers(UnknownField, "Adam has no setting lr; it has eta, beta, epsilon; write eta=")
 def adjusting_an_unknown_setting() -> None:
     adjust(state(), lr=0.1)
 
 
-@answers(UnknownField, "Adam has no setting lr; it has eta, beta, epsilon")
+@answers(UnknownField, "Adam has no setting lr; it has eta, beta, epsilon; write eta=")
 def adjusting_an_unknown_setting_in_place() -> None:
     adjust_(state(), lr=0.1)
 
 
-@answers(UnknownField, "Adam has no setting lr; it has eta, beta, epsilon")
+@answers(UnknownField, "Adam has no setting lr; it has eta, beta, epsilon; write eta=")
 def adjusting_an_unknown_setting_of_a_rule() -> None:
     Adam().adjust(lr=0.1)
 
 
-@answers(UnknownField, "Chain has no setting lr; it has delta, eta, beta, epsilon")
+@answers(UnknownField, "Chain has no setting lr; it has delta, eta, beta, epsilon; write eta=")
 def adjusting_an_unknown_setting_of_a_chain() -> None:
     adjust_(state(Chain(ClipGrad(), Adam())), lr=0.1)
 
@@ -1031,15 +1031,6 @@ def the_kernel_for_whole_numbers() -> None:
 
 
 # -- rules of one's own: init and apply ----------------------------------------------------------------------
-
-
-@answers(NotImplementedError, "NoInit has no init(self, x)")
-def a_rule_without_init() -> None:
-    class NoInit(Rule):
-        def apply(self, state: Any, _x: Any, dx: Any) -> Any:
-            return state, dx
-
-    setup(NoInit(), np.ones(2))
 
 
 @answers(NotImplementedError, "NoApply has no apply(self, state, x, dx)")

@@ -11,6 +11,7 @@ from optimisers.errors import BadState
 from optimisers.leaf import parts
 from optimisers.rule import Rule
 from optimisers.store import Group, Shape, grouped, started
+from optimisers.trace.expr import order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Explanation:
         lines: list[str] = []
         for g in self.groups:
             lines.append(
-                f"{g.rule}\n  {g.leaves} arrays of {g.dtype}, {g.parameters:,} parameters, "
+                f"{g.rule}\n  {g.leaves} array{'s' * (g.leaves != 1)} of {g.dtype}, {g.parameters:,} "
+                "parameters, "
                 f"state {g.state_bytes / 1e6:,.1f} MB, {g.histories} row{'s' * (g.histories != 1)} of numbers"
             )
             why = f" ({g.reason})" if g.reason else ""
@@ -54,7 +56,8 @@ class Explanation:
                 f"{g.bytes_per_parameter} bytes per parameter"
             )
         lines.append(
-            f"{self.clock} updates so far" + (f", {self.frozen} arrays frozen" if self.frozen else "")
+            f"{self.clock} update{'s' * (self.clock != 1)} so far"
+            + (f", {self.frozen} array{'s' * (self.frozen != 1)} frozen" if self.frozen else "")
         )
         return "\n".join(lines)
 
@@ -66,33 +69,39 @@ def explain(state: Any) -> Explanation:
     parameter.
 
     Counted for a step in which every condition of the rules holds (the flush of AccumGrad, say), with
-    gradients of the type of the parameters. Raises BadState for anything but a state.
+    gradients of the type of the parameters; for the interpreter, every word is a pass. Raises BadState for
+    anything but a state.
     """
     store, node, _ = parts(state)
-    below = set(node.leaves)
-    costs = [_cost(g, store.engine) for g in store.groups if below & set(map(int, g.leaves))]
-    return Explanation(tuple(costs), int(store.frozen[sorted(below)].sum()), store.clock)
+    below = np.unique(np.array(node.leaves, np.int64))
+    costs = [_cost(g, np.flatnonzero(np.isin(g.leaves, below)), store.engine) for g in store.groups]
+    return Explanation(tuple(c for c in costs if c.leaves), int(store.frozen[below].sum()), store.clock)
 
 
-def _cost(group: Group, engine: str | None) -> GroupCost:
-    library, dtype = group.kind.library, group.kind.dtype
+def _cost(group: Group, members: Any, engine: str | None) -> GroupCost:
+    library, dtype, program = group.kind.library, group.kind.dtype, group.program
     name = library.type_name(dtype)
-    choice = choice_for(group.program, library, dtype, engine, group.memo)
-    passes = fused().sample_passes(group.program)
-    parameters = int(group.places.sizes.sum())
-    state = sum(int(np.sum(p.places.sizes)) * np.dtype(p.dtype).itemsize for p in group.slots)
-    moved = sum(fused().traffic(group.program, p, name, np.dtype(dtype).itemsize) for p in passes)
+    choice = choice_for(program, library, dtype, engine, group.memo)
+    if choice.reason:
+        words = [e for e in order(program.roots) if e.args and e.domain != "scalar"]
+        passes = len(words)
+        moved = sum(1 + sum(a.domain != "scalar" for a in e.args) for e in words) * dtype.itemsize
+    else:
+        fused_passes = fused().sample_passes(program)
+        passes = len(fused_passes)
+        moved = sum(fused().traffic(program, p, name, dtype.itemsize) for p in fused_passes)
+    rows = len(np.unique(group.row[members]))
     return GroupCost(
-        group.program.title if len(np.unique(group.row)) == 1 else type(group.rule).__name__,
-        name,
-        len(group.leaves),
-        parameters,
-        choice.name,
-        choice.reason,
-        len(passes),
-        moved,
-        state,
-        len(np.unique(group.row)),
+        rule=program.title if rows == 1 and len(members) == len(group.leaves) else type(group.rule).__name__,
+        dtype=name,
+        leaves=len(members),
+        parameters=int(group.places.sizes[members].sum()),
+        engine=choice.name,
+        reason=choice.reason,
+        passes=passes,
+        bytes_per_parameter=moved,
+        state_bytes=sum(int(p.places.sizes[members].sum()) * p.dtype.itemsize for p in group.slots),
+        histories=rows,
     )
 
 

@@ -4,6 +4,7 @@ Any handle is an address: `freeze_(state.layers[3])`. They are made when somebod
 is one.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -75,7 +76,7 @@ class Leaf:
         old, name = self.state, f"{self._name()}.state"
         if form(state) != form(old):
             raise BadState(f"{name} is given {_kinds(state)}; it takes {_kinds(old)}")
-        self._store.move([(self._leaf, self.rule, _copied(state, old, name))])
+        self._store.assign(self._leaf, _copied(state, old, name))
 
     @property
     def frozen(self) -> bool:
@@ -111,7 +112,7 @@ class Leaf:
         return handle(self._store.fork(), self._node, self.path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copied(self, self._node, self.path)
+        return handle(copy.deepcopy(self._store, memo), self._node, self.path)
 
 
 class Branch:
@@ -190,7 +191,7 @@ class Branch:
         return handle(self._store.fork(), self._node, self._path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copied(self, self._node, self._path)
+        return handle(copy.deepcopy(self._store, memo), self._node, self._path)
 
 
 def _below(here: Any, key: Any) -> Any:
@@ -222,14 +223,6 @@ def handle(store: Store, node: Node, path: KeyPath) -> Any:
             store.handles[node.leaf] = Leaf(store, node)
         return store.handles[node.leaf]
     return Branch(store, node, path) if node.leaves else ()
-
-
-def copied(of: "Leaf | Branch", node: Node, path: KeyPath) -> Any:
-    """A handle on a store with arrays of its own."""
-    store = parts(of)[0].fork()
-    for group in store.groups:
-        group.owned()
-    return handle(store, node, path)
 
 
 def opened(of: "Leaf | Branch") -> tuple[Store, Node, KeyPath]:

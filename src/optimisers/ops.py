@@ -308,10 +308,11 @@ def call(function: Any, *args: Any) -> Any:
 
 
 def total(s: Any) -> Any:
-    """The sum of the scalar `s` over all leaves stepped together that ask for the same total, whatever their
-    rule.
+    """The sum of the scalar `s` over all leaves stepped together whose rule asks for it too.
 
-    Called on a plain number, outside any update, there is one leaf, and the total is `s` itself.
+    The first total of a type of rule is one sum, whatever stands before and behind that rule and whatever its
+    settings are; its second total is another. Called on a plain number, outside any update, there is one
+    leaf, and the total is `s` itself.
     """
     write = getattr(type(s), "__total__", None)
     if write is None and getattr(s, "shape", ()) != ():
@@ -457,3 +458,18 @@ def norm(x: Any, p: float = 2.0) -> Any:
     if p == 0:
         return sum_(where(not_equal(size, 0), 1.0, 0.0))
     return where(equal(x.size, 0), 0.0, sum_(size**p) ** (1 / p))
+
+
+NAMES = frozenset(WORDS) | {
+    "square",
+    "ema",
+    "clip",
+    "mean",
+    "dot",
+    "norm",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "copy",
+}
+"""The words by the names that users write."""

@@ -1,5 +1,6 @@
 """What is a rule? A value with `init` and `apply`, written for one array."""
 
+import contextvars
 import functools
 import inspect
 from typing import Any, ClassVar, Self
@@ -13,8 +14,9 @@ class Rule(Value):
     functions.
 
     `init(x) -> state` and `apply(state, x, dx) -> (state, dx)`, where the returned `dx` is subtracted from
-    `x`. Both are pure and use only arithmetic and the words of `optimisers.ops`. State is any nest of tuples,
-    NamedTuples and dicts, of arrays and numbers; None or () if there is none.
+    `x`. Both are pure and use only arithmetic and the words of `optimisers.ops`; `apply` runs once, when it
+    is traced, so a Python value in it (a random number, a counter) is a constant of the rule. State is any
+    nest of tuples, NamedTuples and dicts, of arrays and numbers; None or () if there is none.
 
     Fields with a number as default are hyper-parameters: they can be adjusted, and each may be a schedule, a
     function of the clock. Other fields, and those declared with `static(default)`, are structure. An `eta`
@@ -25,8 +27,8 @@ class Rule(Value):
     """Whether this rule must see the step as it is taken: then it wraps a chain and cannot stand in one."""
 
     def init(self, x: Any) -> Any:
-        """The state for one array of parameters."""
-        raise NotImplementedError(f"{type(self).__name__} has no init(self, x)")
+        """The state for one array of parameters; by default none, `()`."""
+        return ()
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
         """(state, what is subtracted from x)."""
@@ -72,7 +74,17 @@ def stepped(rule: Rule, state: Any, x: Any, dx: Any, more: tuple[Any, ...] = ())
             f"{type(rule).__name__} takes {needs + 1} gradients, and {len(more) + 1} came; "
             f"write update(state, model, grads, {', '.join(f'grads{i + 2}' for i in range(needs))})"
         )
-    return rule.apply(state, x, dx, *more[:takes])
+    token = asking.set(type(rule))
+    try:
+        return rule.apply(state, x, dx, *more[:takes])
+    finally:
+        asking.reset(token)
+
+
+asking: contextvars.ContextVar[type | None] = contextvars.ContextVar("asking", default=None)
+"""The type of the rule that is being applied: a total is summed over the leaves whose rules of this type ask
+for it.
+"""
 
 
 def needed(rule: Rule) -> int:

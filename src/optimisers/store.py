@@ -84,6 +84,13 @@ class Group:
         self.shared = True
         return dataclasses.replace(self, numbers=self.numbers.copy(), row=self.row.copy())
 
+    def duplicate(self) -> "Group":
+        """The same leaves with arrays and a table of their own."""
+        slots = tuple(p.copy() for p in self.slots)
+        return dataclasses.replace(
+            self, numbers=self.numbers.copy(), row=self.row.copy(), slots=slots, shared=False
+        )
+
     def successor(self, *, whole: bool) -> "Group":
         """A group for the state after a step: new arrays, not yet written where the `whole` of it is
         stepped.
@@ -152,14 +159,16 @@ class Group:
         return fill(self.rule, iter(given))
 
     def state_of(self, i: int) -> Any:
-        """The state of leaf i: arrays are views, numbers are copies."""
+        """The state of leaf i: arrays are views (read-only where other stores share them), numbers are
+        copies.
+        """
         counters = iter(
             [
                 _as(t, v)
                 for t, v in zip(self.types, self.numbers[self.row[i], self.program.hypers :], strict=True)
             ]
         )
-        arrays = iter([pack[i] for pack in self.slots])
+        arrays = iter([pack.library.seen(pack[i], read_only=self.shared) for pack in self.slots])
         leaves = [
             next(arrays) if registry.isarray(v) else next(counters) for _, v in flatten(self.program.template)
         ]
@@ -213,6 +222,10 @@ class Store:
             self, groups=[g.fork() for g in self.groups], frozen=self.frozen.copy(), handles={}
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Store":
+        groups = [g.duplicate() for g in self.groups]
+        return dataclasses.replace(self, groups=groups, frozen=self.frozen.copy(), handles={})
+
     def successor(self, groups: list[Group]) -> "Store":
         """The store after a step, with groups of the same leaves."""
         new = object.__new__(Store)
@@ -222,6 +235,15 @@ class Store:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"handles": {}, "plans": {}}
+
+    def assign(self, leaf: int, state: Any) -> None:
+        """Replace the state of a leaf by one of the same form, shapes and types."""
+        group, i = self.where(leaf)
+        group.owned().part(np.array([i]))
+        values = [v for _, v in flatten(state)]
+        for pack, value in zip(group.slots, (v for v in values if registry.isarray(v)), strict=True):
+            pack.library.assign(pack[i], value)
+        group.numbers[group.row[i], group.program.hypers :] = [v for v in values if not registry.isarray(v)]
 
     def change(self, leaves: Iterable[int], new: Callable[[Rule], Rule]) -> None:
         """Replace the rule of every one of the leaves; state stays, and so do rules' equal parts of it."""

@@ -2,17 +2,20 @@
 together.
 """
 
+import contextlib
 import dataclasses
 import functools
+import signal
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.engines.choose import task_for
-from optimisers.engines.job import Job, run
+from optimisers.engines.job import Job, Result, ready
 from optimisers.errors import BadState, FloatParameter, NoMatch, NoParameters, TreeMismatch
 from optimisers.leaf import Branch, Leaf, handle, listed, parts
 from optimisers.rule import Rule
@@ -70,7 +73,9 @@ def _choose(rule: Any, layout: Layout, arrays: list[Any]) -> list[Any]:
     if callable(rule) and not isinstance(rule, type | Rule):
         return [rule(path, x) for path, x in zip(layout.paths, arrays, strict=True)]
     if not isinstance(rule, Rule):
+        several = isinstance(rule, list | tuple)
         hint = f"write {rule.__name__}()" if isinstance(rule, type) else "write setup(Adam(), model)"
+        hint = "write setup(Chain(...), model)" if several else hint
         raise BadState(f"setup was given {rule!r} where the rule goes; {hint}")
     return [rule] * len(arrays)
 
@@ -104,7 +109,13 @@ def _by_glob(rules: dict[str, Any], layout: Layout) -> list[Any]:
 
 # -- update --------------------------------------------------------------------------------------------------
 
-_MISSING = object()
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "<required>"
+
+
+_MISSING: Any = _Missing()
 
 
 def update(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
@@ -134,7 +145,6 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     """
     store, node, path = _opened(state, model)
     new = _Step(store, node, path, model, _given(grads, "update_"), more, inplace=True).run()
-    store.clock += 1
     return state, rebuild(node, model, new) if new else model
 
 
@@ -170,7 +180,7 @@ class _Step:
         plan = _plan(store, node)
         xs: Sequence[Any] = gather(node, model, path)
         orders: list[Sequence[Any]] = [gather_gradients(node, g, path) for g in (grads, *more)]
-        if plan.ties is not None:
+        if plan.first is not None:
             xs, orders = plan.untied(xs, orders, store.layout)
         active = _active(store, plan, orders)
         self.jobs: list[tuple[Group, Any, Job]] = []
@@ -223,16 +233,46 @@ class _Step:
 
     def run(self) -> dict[int, Any]:
         """Take the step; the new parameters, by leaf, where they are other objects than the old."""
-        results = run(
-            [task_for(j.program, j.library, j.dtype, self.store.engine, j.memo)(j) for _, _, j in self.jobs]
-        )
+        tasks = [
+            task_for(j.program, j.library, j.dtype, self.store.engine, j.memo)(j) for _, _, j in self.jobs
+        ]
+        with np.errstate(
+            all="ignore"
+        ):  # infinities and NaN are answers; checks of the rules say which are not
+            ready(tasks)
+            with uninterrupted():
+                return self.stored([t.commit() for t in tasks])
+
+    def stored(self, results: Sequence[Result]) -> dict[int, Any]:
         new: dict[int, Any] = {}
         for (target, members, job), result in zip(self.jobs, results, strict=True):
             target.count(members, result.counters, of_leaf=result.of_leaf)
             if result.x is not job.x:
                 leaves = (target.leaves if members is None else target.leaves[members]).tolist()
                 new.update({i: x for i, x, was in zip(leaves, result.x, job.x, strict=True) if x is not was})
+        if self.inplace:
+            self.store.clock += 1
         return new
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Generator[None]:
+    """Hold back Ctrl-C while a step is stored: half a step would be worse than a late interrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[Any] = []
+    before = signal.getsignal(signal.SIGINT)
+    if before is None:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught and callable(before):
+            before(*caught[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -245,9 +285,11 @@ class _Plan:
     """(group, its members here or None for all, where they stand in `leaves`)."""
     whole: bool
     """Whether all of it is one group, in order."""
-    ties: list[list[tuple[int, Any]]] | None
-    """For each leaf its places: (number in the walk, axes); None where the walk meets each leaf once, as it
-    is.
+    first: list[int] | None
+    """Where in the walk each leaf is met first; None where the walk meets each leaf once, as it is."""
+    ties: dict[int, list[tuple[int, Any]]]
+    """For each leaf (by its number in `leaves`) that has several places or other axes: (number in the walk,
+    axes).
     """
     numbers: Any
     """The leaves as an index."""
@@ -257,20 +299,17 @@ class _Plan:
 
         Gradients are summed over the places; the same object at several of them counts once.
         """
-        assert self.ties is not None
-        alone: list[Any] = []
-        for leaf, places in zip(self.leaves, self.ties, strict=True):
+        assert self.first is not None
+        alone = [xs[i] for i in self.first]
+        summed = [[gs[i] for i in self.first] for gs in orders]
+        for n, places in self.ties.items():
+            paths = layout.places[self.leaves[n]]
             views = [_turned(xs[place], axes) for place, axes in places]
             for other in views[1:]:
-                _still_tied(views[0], other, layout.places[leaf])
-            alone.append(views[0])
-        summed = [
-            [
-                _sum_of_places([(gs[place], axes) for place, axes in places], layout.places[leaf])
-                for leaf, places in zip(self.leaves, self.ties, strict=True)
-            ]
-            for gs in orders
-        ]
+                _still_tied(views[0], other, paths)
+            alone[n] = views[0]
+            for gs, to in zip(orders, summed, strict=True):
+                to[n] = _sum_of_places([(gs[place], axes) for place, axes in places], paths)
         return alone, summed
 
 
@@ -284,13 +323,11 @@ def _turned(x: Any, axes: Any) -> Any:
 def _plan(store: Store, node: Node) -> _Plan:
     if id(node) not in store.plans:
         leaves = [i for i in dict.fromkeys(node.leaves) if store.shapes[i] is not None]
-        ties = None
         seen: dict[int, list[tuple[int, Any]]] = {}
         for place, (leaf, axes) in enumerate(_places(node)):
             seen.setdefault(leaf, []).append((place, axes))
-        turned = any(axes is not None for places in seen.values() for _, axes in places)
-        if turned or leaves != list(node.leaves):
-            ties = [seen[i] for i in leaves]
+        ties = {n: seen[i] for n, i in enumerate(leaves) if len(seen[i]) > 1 or seen[i][0][1] is not None}
+        first = None if leaves == list(node.leaves) and not ties else [seen[i][0][0] for i in leaves]
         at = {leaf: n for n, leaf in enumerate(leaves)}
         parts: list[tuple[int, Any, Any]] = []
         for g, group in enumerate(store.groups):
@@ -299,7 +336,7 @@ def _plan(store: Store, node: Node) -> _Plan:
                 inside = None if len(members) == len(group.leaves) else members
                 parts.append((g, inside, np.array([at[int(i)] for i in group.leaves[members]], np.int64)))
         whole = len(parts) == 1 and bool((parts[0][2] == np.arange(len(leaves))).all())
-        store.plans[id(node)] = node, _Plan(leaves, parts, whole, ties, np.array(leaves, np.int64))
+        store.plans[id(node)] = node, _Plan(leaves, parts, whole, first, ties, np.array(leaves, np.int64))
     return store.plans[id(node)][1]
 
 

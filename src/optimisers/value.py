@@ -10,6 +10,8 @@ import numbers as abstract
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, Self, dataclass_transform
 
+import numpy as np
+
 from optimisers.errors import BadSetting, UnknownField
 
 
@@ -53,14 +55,19 @@ class Value:
     def __new__(cls, *_: Any, **settings: Any) -> Self:
         for name in settings:
             if cls._named and name not in cls._fields:
-                has = f"it has {', '.join(cls._fields)}" if cls._fields else "it has none"
-                raise UnknownField(f"{cls.__name__} has no setting {name}; {has}")
+                raise UnknownField(f"{cls.__name__} has no setting {name}; {_offered(name, cls._fields)}")
         return object.__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in vars(self) or name not in type(self)._fields:
+            cls = type(self).__name__
+            if name not in type(self)._fields:
+                raise dataclasses.FrozenInstanceError(
+                    f"{cls} has no field {name}; list it: {name}: float = 0.1"
+                )
             raise dataclasses.FrozenInstanceError(
-                f"{type(self).__name__} is a value; write rule.adjust({name}=...) for a new one"
+                f"{cls} is a value; write opt.adjust_(state, {name}=...), or rule.adjust({name}=...) for a "
+                "new rule"
             )
         object.__setattr__(self, name, value)
 
@@ -149,6 +156,8 @@ def number(name: str, want: type, value: Any) -> Any:
     """The number as the field stores it: an int becomes a float where the default is one; 0-d arrays stay
     themselves.
     """
+    if isinstance(value, np.ndarray | np.generic) and value.shape == ():
+        value = value.item()
     if isinstance(value, abstract.Real) and not _is_bool(value):
         if value != value:  # noqa: PLR0124 the test for NaN
             raise BadSetting(f"{name} is nan; it takes a number")
@@ -319,6 +328,27 @@ def adjusted(value: Any, changes: dict[str, Any]) -> Any:
     return result
 
 
+ELSEWHERE = {
+    "lr": "eta",
+    "learning_rate": "eta",
+    "betas": "beta",
+    "eps": "epsilon",
+    "weight_decay": "lam",
+    "momentum": "rho",
+    "alpha": "rho",
+    "max_norm": "omega",
+}
+"""What settings are called in torch.optim and Optax -> here."""
+
+
+def _offered(name: str, known: Iterable[str]) -> str:
+    """The settings there are, and the one that was meant."""
+    names = list(known)
+    here = ELSEWHERE.get(name, "")
+    has = f"it has {', '.join(names)}" if names else "it has none"
+    return f"{has}; write {here}=" if here in names else has
+
+
 def refuse_unknown(value: Any, names: Iterable[str]) -> None:
     """Raise UnknownField for the first name that `adjust` does not know, listing those it does."""
     known = adjustable(value)
@@ -332,5 +362,4 @@ def refuse_unknown(value: Any, names: Iterable[str]) -> None:
                     "adjusted; "
                     f"make a new rule and call `setup` with it"
                 )
-        has = f"it has {', '.join(known)}" if known else "it has none"
-        raise UnknownField(f"{type(value).__name__} has no setting {name}; {has}")
+        raise UnknownField(f"{type(value).__name__} has no setting {name}; {_offered(name, known)}")

@@ -154,6 +154,12 @@ def empty(n: int, dtype: Any) -> Array:
     return np.empty(n, dtype)
 
 
+def seen(x: Array, *, read_only: bool) -> Array:
+    """A view for somebody to look at, and to write into unless it is read-only."""
+    x.flags.writeable = not read_only
+    return x
+
+
 def view(buffer: Array, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
     """An array of this shape inside a flat buffer; offset and strides in elements."""
     size = buffer.itemsize

@@ -16,7 +16,8 @@ from optimisers.trace.phases import is_input, outputs
 
 NAME = "interpret"
 
-_ARITHMETIC = frozenset({"add", "subtract", "multiply", "divide", "power", "negative", "maximum", "minimum"})
+_CONDITIONS = frozenset({"logical_and", "logical_or", "logical_not", "where", "call", "reshape", "transpose"})
+"""Words that leave conditions as they are; for all others they count as 0 and 1."""
 
 
 class Values:
@@ -59,7 +60,7 @@ class Values:
         if e.op == "const":
             return e.value
         args = [self.number(a) if a.domain == "scalar" else self.found[id(a)] for a in e.args]
-        if e.op in _ARITHMETIC:
+        if e.op not in _CONDITIONS:
             args = [
                 self.library.cast(a, self.real) if n.type == "bool" else a
                 for a, n in zip(args, e.args, strict=True)

@@ -87,6 +87,8 @@ class Job:
             raise TreeMismatch(
                 f"gradient of shape {tuple(dx.shape)} for parameters of shape {self.shapes[i]}, at {name}"
             )
+        if isinstance(dx, np.ma.MaskedArray):
+            raise TreeMismatch(f"{name} is masked; write filled(0), or None for no step")
         if not self.library.is_numbers(dx):
             raise TreeMismatch(f"{name} has elements of type {dx.dtype}; it takes numbers")
         if self.library.is_complex(dx) and not self.library.is_complex(self.x[i]):
@@ -138,7 +140,7 @@ class Task:
         raise NotImplementedError
 
     def written(self) -> tuple[Indices, Indices]:
-        """(begin, end) of the memory that a step in place writes, sorted; empty for one that is not."""
+        """(begin, end) of the memory of parameters and state, sorted."""
         raise NotImplementedError
 
     def separate(self, begin: Indices, end: Indices) -> None:
@@ -243,15 +245,10 @@ class Totals:
         return sum(self.parts[key]) if len(self.parts[key]) == self.askers[key] else None
 
 
-def run(tasks: Sequence[Task]) -> list[Result]:
-    """Take all tasks through their passes in lock step, then store; if anything raises, nothing was
+def ready(tasks: Sequence[Task]) -> None:
+    """Take all tasks in lock step to where they only have to store; if anything raises, nothing was
     stored.
     """
-    with np.errstate(all="ignore"):  # infinities and NaN are answers; checks of the rules say which are not
-        return _run(tasks)
-
-
-def _run(tasks: Sequence[Task]) -> list[Result]:
     totals = Totals(tasks)
     while any(t.level < len(t.stages) for t in tasks):
         moved = [t.advance(totals) for t in tasks]
@@ -263,16 +260,15 @@ def _run(tasks: Sequence[Task]) -> list[Result]:
         t.verify()
     for t in tasks:
         t.prepare()
+    begin, end = _merged([t.written() for t in tasks])
     if any(t.job.inplace for t in tasks):
-        begin, end = _merged([t.written() for t in tasks])
         for t in tasks:
             t.separate(begin, end)
-    return [t.commit() for t in tasks]
 
 
 def _merged(spans: list[tuple[Indices, Indices]]) -> tuple[Indices, Indices]:
-    if len(spans) == 1:
-        return spans[0]
+    if len(spans) == 1 or not spans:
+        return spans[0] if spans else (np.zeros(0, np.int64), np.zeros(0, np.int64))
     begin, end = (np.concatenate(part) for part in zip(*spans, strict=True))
     by = np.argsort(begin, kind="stable")
     return begin[by], end[by]

@@ -336,11 +336,10 @@ class _Printer:
         return f"{self.real}({text})" if number and e.type == "bool" else text
 
     def word(self, e: Expr) -> str:
-        logical = e.op.startswith("logical")
-        args = [
-            self.atom(a, number=not logical and not (e.op == "where" and i == 0))
-            for i, a in enumerate(e.args)
-        ]
+        if e.op.startswith("logical"):
+            args = [self.atom(a) if a.type == "bool" else f"({self.atom(a)} != 0)" for a in e.args]
+        else:
+            args = [self.atom(a, number=not (e.op == "where" and i == 0)) for i, a in enumerate(e.args)]
         types = ["real" if a.type == "bool" else a.type for a in e.args]
         if e.op == "where":
             if e.type == "bool":
@@ -407,4 +406,5 @@ def traffic(p: Pass, kinds: dict[str, str], itemsize: int) -> int:
 
     `itemsize` is that of element types that no kernel knows.
     """
-    return sum(BYTES.get(kinds[a], itemsize) for a in [*p.loads, *(s for s, _ in p.stores)])
+    arrays = [*p.loads, *(f"f{j}" for j in range(len(p.free))), *(s for s, _ in p.stores)]
+    return sum(BYTES.get(kinds[a], itemsize) for a in arrays)

@@ -6,6 +6,7 @@ is used where it lies.
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from optimisers.engines.addresses import Chunks, Form, Scratch
 from optimisers.engines.interpret import Values
 from optimisers.engines.job import Job, Result, Task
 from optimisers.engines.kernels import Unprintable
-from optimisers.errors import TraceError
+from optimisers.errors import TraceError, TreeMismatch
 from optimisers.trace.expr import Expr
 from optimisers.trace.phases import Pass, is_input, outputs, reduce_pass, stages, store_pass
 from optimisers.trace.program import Program
@@ -90,10 +91,14 @@ def labels_of(program: Program) -> dict[str, str]:
     """
     last = [str(s.path[-1]) if s.path and isinstance(s.path[-1], str) else s.name for s in program.slots]
     unique = [
-        name if last.count(name) == 1 and name.isidentifier() else s.name
+        name if last.count(name) == 1 and name.isidentifier() and not _RESERVED.match(name) else s.name
         for name, s in zip(last, program.slots, strict=True)
     ]
     return {s.name: name for s, name in zip(program.slots, unique, strict=True)}
+
+
+_RESERVED = re.compile(r"x$|dx\d*$|[sf]\d+$|new_")
+"""Names that a kernel gives to its other arrays."""
 
 
 def sources(program: Program, p: Pass, kinds: dict[str, str], dtype: str, *, inplace: bool) -> str:
@@ -283,8 +288,9 @@ class Fused(Task):
                 at[i] = self.job.library.address(arrays[i])
 
     def written(self) -> tuple[Indices, Indices]:
-        """(begin, end) of the memory that a step in place writes, sorted; remembered while arrays stay where
-        they are.
+        """(begin, end) of the memory of parameters and state, sorted; remembered while it stays where it is.
+
+        Raises TreeMismatch for parameters that share memory: they would be stepped one after the other.
         """
         job = self.job
         buffers = [b for p in job.slots for b in p.buffers]
@@ -293,12 +299,23 @@ class Fused(Task):
             at = np.concatenate(
                 [self.x_at, np.array([self.job.library.address(b) for b in buffers], np.int64)]
             )
-            end = at + np.concatenate(
+            size = np.concatenate(
                 [job.sizes * job.dtype.itemsize, np.array([b.nbytes for b in buffers], np.int64)]
             )
             by = np.argsort(at, kind="stable")
-            known = job.memo["written"] = (list(map(id, buffers)), self.x_at.copy(), at[by], end[by])
+            by = by[size[by] > 0]
+            known = (list(map(id, buffers)), self.x_at.copy(), at[by], (at + size)[by])
+            clash = np.flatnonzero(known[2][1:] < known[3][:-1])
+            if len(clash):
+                self.refuse_overlap(*by[clash[0] : clash[0] + 2].tolist())
+            job.memo["written"] = known
         return known[2], known[3]
+
+    def refuse_overlap(self, i: int, j: int) -> None:
+        names = [self.job.code(k, "model") if k < len(self.job.row) else "the state" for k in (i, j)]
+        raise TreeMismatch(
+            f"{' and '.join(names)} share memory, which they did not at `setup`; call `setup` again, or copy"
+        )
 
     def commit(self) -> Result:
         job = self.job

@@ -6,6 +6,7 @@ one span at most, not by a barrier for each tensor; and there is no thread libra
 forked child starts threads of its own.
 """
 
+import contextlib
 import os
 import queue
 import threading
@@ -30,11 +31,13 @@ class _Pool:
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.started = 0
 
-    def grow(self, count: int) -> None:
-        with self.lock:
+    def grow(self, count: int) -> int:
+        """Have this many threads, or as many as the system gives; how many there are."""
+        with self.lock, contextlib.suppress(RuntimeError):
             while self.started < count:
                 threading.Thread(target=self.work, args=(self.inbox,), daemon=True, name="optimisers").start()
                 self.started += 1
+        return min(count, self.started)
 
     @staticmethod
     def work(inbox: "queue.SimpleQueue[Any]") -> None:
@@ -70,9 +73,9 @@ def together(function: Callable[[], Any], elements: int, threads: int | None = N
     if count <= 1:
         function()
         return
-    _pool.grow(count - 1)
+    helpers = _pool.grow(count - 1)
     done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-    tickets = [threading.Lock() for _ in range(count - 1)]
+    tickets = [threading.Lock() for _ in range(helpers)]
     for ticket in tickets:
         _pool.inbox.put((function, ticket, done))
     try:

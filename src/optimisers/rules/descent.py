@@ -14,9 +14,6 @@ class Descent(Rule):
 
     eta: float = 0.1
 
-    def init(self, x: Any) -> Any:
-        return ()
-
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
         return state, self.eta * dx
 

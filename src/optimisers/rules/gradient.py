@@ -17,9 +17,6 @@ class WeightDecay(Rule):
     def check(self) -> None:
         not_negative(self, "lam")
 
-    def init(self, x: Any) -> Any:
-        return ()
-
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
         return state, dx + self.lam * x
 
@@ -37,9 +34,6 @@ class DecoupledDecay(Rule):
     def check(self) -> None:
         not_negative(self, "lam")
 
-    def init(self, x: Any) -> Any:
-        return ()
-
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
         return state, dx + self.lam * x
 
@@ -54,9 +48,6 @@ class SignDecay(Rule):
     def check(self) -> None:
         not_negative(self, "lam")
 
-    def init(self, x: Any) -> Any:
-        return ()
-
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
         return state, dx + self.lam * sign(x)
 
@@ -68,9 +59,6 @@ class ClipGrad(Rule):
 
     def check(self) -> None:
         not_negative(self, "delta")
-
-    def init(self, x: Any) -> Any:
-        return ()
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
         return state, clip(dx, -self.delta, self.delta)
@@ -93,9 +81,6 @@ class ClipNorm(Rule):
         not_negative(self, "omega")
         if not isinstance(self.p, int | float) or isinstance(self.p, bool) or self.p != self.p:
             raise BadSetting(f"ClipNorm.p is {self.p!r}; it takes a number, inf or -inf")
-
-    def init(self, x: Any) -> Any:
-        return ()
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
         if self.p == 0:
@@ -126,19 +111,17 @@ class ClipGlobalNorm(Rule):
     def check(self) -> None:
         not_negative(self, "omega")
 
-    def init(self, x: Any) -> Any:
-        return ()
-
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
         square = sum_(abs2(dx))
         size = sqrt(total(square))
         if self.throw:
-            check(
-                isfinite(size) | isfinite(square),
-                "the gradients have global norm {}; ClipGlobalNorm takes finite "
-                "ones, ClipGlobalNorm(..., throw=False) lets others pass",
-                size,
+            message = (
+                "the gradients have global norm {}; ClipGlobalNorm takes finite ones, ClipGlobalNorm(..., "
+                "throw=False) "
+                "lets others pass"
             )
+            check(isfinite(square), message, size)  # names the leaf at fault, if it is one
+            check(isfinite(size), message, size)
         return state, dx * shrink(self.omega, size)
 
 

@@ -50,6 +50,8 @@ class Scalars:
             value = float(self.clock)
         elif e.op == "size":
             value, leafy = self.sizes, True
+        elif e.op == "scheduled":
+            value = self.values[id(e.args[0])]
         elif cuts(e) or e.op == "total":
             raise LookupError(f"{e.op} is not known yet")
         else:

@@ -23,6 +23,7 @@ import numpy as np
 
 from optimisers import ops
 from optimisers.errors import TraceError
+from optimisers.rule import asking
 
 Guard = tuple["Expr", ...]
 
@@ -36,6 +37,8 @@ class Trace:
         self.scope: list[Guard] = []
         self.checks: list[tuple[Expr, str, tuple[Expr, ...], Guard]] = []
         self.shape_read = False
+        self.totals: dict[str, int] = {}
+        """How many totals each type of rule has asked for."""
 
 
 _current: contextvars.ContextVar[Trace | None] = contextvars.ContextVar("trace", default=None)
@@ -250,9 +253,7 @@ class Expr:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        known = (
-            f"; write {name}(x) with the word of optimisers" if name in (*ops.WORDS, "mean", "copy") else ""
-        )
+        known = f"; write {name}(x) with the word of optimisers" if name in ops.NAMES else ""
         raise TraceError(
             f"a rule asked an array for .{name}, which it does not have while a step is traced{known}"
         )
@@ -261,7 +262,7 @@ class Expr:
         name = f"{function.__module__}.{function.__name__}".removeprefix("numpy.")
         instead = (
             f"write {name}(...) with the word of optimisers"
-            if name in (*ops.WORDS, "mean", "zeros_like")
+            if name in ops.NAMES
             else (f"use the words of optimisers, or call(np.{name}, x)")
         )
         raise TraceError(f"a rule called np.{name} on a symbol; {instead}")
@@ -294,7 +295,10 @@ class Expr:
     def __total__(s: "Expr") -> Any:
         if s.domain != "scalar":
             raise TraceError("total() was given an array; it takes a scalar: total(sum(...))")
-        return make("total", (s,))
+        trace, rule = current(), asking.get()
+        name = f"{rule.__module__}.{rule.__qualname__}" if rule else ""
+        count = trace.totals[name] = trace.totals.get(name, 0) + 1
+        return make("total", (s,), options=(("of", f"{name} {count}"),))
 
     @staticmethod
     def __when__(condition: Any, dx: Any) -> Any:
@@ -418,7 +422,7 @@ _RANK = {"bool": 0, "real": 1, "complex": 2}
 
 def result_type(op: str, args: tuple[Expr, ...]) -> str:
     """The type of a node from those of its arguments."""
-    if op in ("identity", "total"):
+    if op in ("identity", "scheduled", "total"):
         return args[0].type if args[0].type != "bool" or op == "identity" else "real"
     gives = ops.WORDS[op].gives
     if gives in ("real", "bool"):

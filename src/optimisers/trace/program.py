@@ -9,7 +9,7 @@ from optimisers.arrays import registry
 from optimisers.errors import TraceError
 from optimisers.ops import landing
 from optimisers.rule import Rule, stepped
-from optimisers.trace.expr import Expr, Guard, cuts, lift, make, order, show, tracing
+from optimisers.trace.expr import Expr, Guard, cuts, lift, make, order, tracing
 from optimisers.value import fill, is_number, schedules, walk
 
 # -- state: any nest of tuples, NamedTuples, dicts and lists, of arrays and numbers --------------------------
@@ -133,6 +133,12 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
             name = type(rule).__name__
             raise TraceError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
         new_state, dx = _answer(rule, answer)
+        if shape and isinstance(dx, Expr) and dx.domain == "scalar":
+            raise TraceError(
+                f"{type(rule).__name__}.apply gives one number as the step for a whole array; write dx * "
+                "number, or "
+                f"where(True, number, dx)"
+            )
         _same_form(rule, state, new_state)
         new = [lift(e) for _, e in flatten(new_state)]
         wanted = [inputs[0] if dx is None else lift(landing(inputs[0], dx))]
@@ -177,7 +183,7 @@ def _scheduled(clock: Expr, name: str, schedule: Any) -> Expr:
         ) from error
     if value.domain != "scalar" or value.type == "complex":
         raise TraceError(f"the schedule of {name} gives no real number for the clock")
-    return value
+    return make("scheduled", (value,))
 
 
 def _gradients(more: int, *first: str) -> list[str]:
@@ -406,5 +412,7 @@ def _never(e: Expr) -> Expr | None:
 
 
 def total_key(e: Expr) -> str:
-    """What two totals must share to be one sum over all leaves: the formula of the scalar that is summed."""
-    return show(e.args[0], depth=64)
+    """What two totals must share to be one sum over all leaves: the rule that asks, and which of its totals
+    it is.
+    """
+    return dict(e.options)["of"]

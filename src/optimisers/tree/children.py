@@ -164,14 +164,22 @@ def loose(obj: Any, keys: tuple[Any, ...], needed: tuple[Any, ...]) -> dict[Any,
         return {k: obj[k] for k in needed}
     named = all(isinstance(k, str) for k in keys)
     if isinstance(obj, tuple | list) and not (named and hasattr(obj, "_fields")):
-        items: list[Any] = list(obj)
-        if len(items) != len(keys):
-            return f"{len(items)} entr{'y' if len(items) == 1 else 'ies'}, not {len(keys)}"
-        return dict(zip(keys, items, strict=True))
+        return _by_place(list(obj), keys, type(obj).__name__)
     missing = [k for k in needed if not (named and hasattr(obj, k))]
     if len(missing) == len(needed) and container(obj) is None:
         return f"a {type(obj).__name__} where a container stands"
     return _absent(missing[0]) if missing else {k: getattr(obj, k) for k in needed}
+
+
+def _by_place(items: list[Any], keys: tuple[Any, ...], kind: str) -> dict[Any, Any] | str:
+    """The entries of a sequence by key: for the fields of a class their order is declared, for a dict it is
+    not.
+    """
+    if any(not isinstance(k, int | Attr) for k in keys):
+        return f"a {kind} where a dict stands, and its order might be another"
+    if len(items) != len(keys):
+        return f"{len(items)} entr{'y' if len(items) == 1 else 'ies'}, not {len(keys)}"
+    return dict(zip(keys, items, strict=True))
 
 
 def _absent(key: Any) -> str:

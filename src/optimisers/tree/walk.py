@@ -290,7 +290,10 @@ def _sized_like(node: Node, obj: Any) -> bool:
     """Whether a dict, list or tuple has as many entries as `setup` saw; other containers have their
     class's.
     """
-    return node.kind not in (dict, list, tuple) or len(obj) == len(node.keys)
+    if node.kind not in (dict, list, tuple):
+        return True
+    same = len(node.live) == len(node.keys) or node.kind is not dict or all(k in obj for k in node.keys)
+    return same and len(obj) == len(node.keys)
 
 
 def model_children(node: Node, model: Any, path: KeyPath, seen: str) -> Iterator[tuple[Any, Node, Any]]:
