@@ -215,17 +215,26 @@ TABLE: tuple[Row, ...] = (
     Row("RMSProp-centred", opt.RMSProp(0.05, 0.8, 1e-3, centred=True)),
     Row("Rprop", opt.Rprop(0.05, (0.5, 1.2), (1e-3, 0.2)), types=REAL),
     Row("Lion", opt.Lion(0.05, (0.8, 0.9))),
-    Row("RAdam", opt.RAdam(0.05, (0.8, 0.6), 1e-6)),
+    Row("RAdam", opt.RAdam(0.05, (0.8, 0.8), 1e-6)),
     Row("AdaMax", opt.AdaMax(0.05, (0.8, 0.9), 1e-6)),
     Row("OAdam", opt.OAdam(0.05, (0.6, 0.9), 1e-6)),
     Row("AdaGrad", opt.AdaGrad(0.1, 1e-3)),
+    Row("AdaGrad-torch", opt.AdaGrad(0.1, 1e-3, variant="torch")),
     Row("AdaDelta", opt.AdaDelta(0.8, 1e-3)),
     Row("AMSGrad", opt.AMSGrad(0.05, (0.8, 0.9), 1e-3)),
+    Row("AMSGrad-torch", opt.AMSGrad(0.05, (0.8, 0.9), 1e-3, variant="torch")),
     Row("NAdam", opt.NAdam(0.05, (0.8, 0.9), 1e-6)),
+    Row("NAdam-torch", opt.NAdam(0.05, (0.8, 0.9), 1e-6, variant="torch")),
     Row("AdaBelief", opt.AdaBelief(0.05, (0.8, 0.9), 1e-6)),
     Row("DecoupledDecay", opt.Chain(opt.Momentum(0.1), opt.DecoupledDecay(0.01))),
     Row("EMA", opt.EMA(opt.Momentum(0.1), 0.75)),
+    Row("EMA-chain", opt.EMA(opt.Chain(opt.AccumGrad(2), opt.ClipNorm(0.5), opt.Adam(0.05)), 0.75), passes=2),
     Row("SkipNonFinite", opt.SkipNonFinite(opt.Momentum(0.1)), passes=2),
+    Row(
+        "SkipNonFinite-accumulate",
+        opt.SkipNonFinite(opt.Chain(opt.AccumGrad(2), opt.AdamW(0.05, lam=0.1))),
+        passes=2,
+    ),
     Row(
         "MixedPrecision",
         opt.MixedPrecision(opt.Chain(opt.ClipNorm(0.5), opt.Momentum(0.1))),
@@ -234,6 +243,11 @@ TABLE: tuple[Row, ...] = (
     ),
     Row("MixedPrecision-double", opt.MixedPrecision("float64", opt.Momentum(0.1)), types=REAL),
     Row("MixedPrecision-split", opt.MixedPrecision(opt.Momentum(0.1), split=True), types=("bfloat16",)),
+    Row(
+        "EMA-MixedPrecision",
+        opt.EMA(opt.MixedPrecision(opt.Adam(0.05)), 0.75),
+        types=("float16", "bfloat16", "float32"),
+    ),
     Row("DecayDescent", DecayDescent(0.1)),
     Row("DictMomentum", DictMomentum()),
     Row("LongestSeen", LongestSeen(), passes=2),
@@ -243,6 +257,7 @@ TABLE: tuple[Row, ...] = (
     Row("Averaged", Averaged()),
     Row("EverySecond", EverySecond()),
 )
+
 
 def name(row: Row) -> str:
     """For `pytest.mark.parametrize(..., ids=name)`."""

@@ -99,6 +99,7 @@ CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "condition": lambda word, x, _: word(x > 0),
     "conditions": lambda word, x, y: word(x > 0, y < 1),
     "choice": lambda word, x, y: word(x < y, x, y),
+    "halves": lambda word, x, _: word(opt.high_bits(x), opt.low_bits(x)),
 }
 
 COMPLEX = frozenset(
@@ -125,6 +126,9 @@ COMPLEX = frozenset(
 
 NUMPY_ONLY = frozenset(["power", "sqrt", "exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "arctan"])
 """Words of complex numbers that NumPy knows and kernels do not."""
+
+OF_FLOAT32 = frozenset({"join_bits", "high_bits", "low_bits"})
+"""Words on the bits of a float32, which is the arithmetic of float16, bfloat16 and float32 alone."""
 
 ULPS = {"power": 16, "exp": 8, "expm1": 8, "log": 8, "log1p": 8, "sin": 8, "cos": 8, "tanh": 8, "arctan": 8}
 """Units in the last place that the libraries of two engines may differ by; 2 for any other word."""
@@ -227,8 +231,15 @@ def agree(got: Any, wanted: Any, ulps: int) -> None:
 REAL_TYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-@pytest.mark.parametrize("dtype", REAL_TYPES)
-@pytest.mark.parametrize("name", ELEMENTWISE)
+WORDS_OF_TYPES = [
+    pytest.param(word, dtype, id=f"{word}-{dtype}")
+    for word in ELEMENTWISE
+    for dtype in REAL_TYPES
+    if dtype != "float64" or word not in OF_FLOAT32
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), WORDS_OF_TYPES)
 def test_a_kernel_says_a_word_as_numpy_does(name: str, dtype: str) -> None:
     x, y = pairs(dtype)
     agree(said(Says(name), x, y, "numba"), said(Says(name), x, y, "interpret"), ULPS.get(name, 2))
@@ -262,7 +273,7 @@ def test_every_elementwise_word_of_complex_numbers_is_accounted_for() -> None:
     meaningless = {"less", "less_equal", "greater", "greater_equal", "maximum", "minimum", "floor", "ceil"}
     conditions = {"logical_and", "logical_or", "logical_not"}
 
-    assert COMPLEX | NUMPY_ONLY | meaningless | conditions == set(ELEMENTWISE)
+    assert COMPLEX | NUMPY_ONLY | OF_FLOAT32 | meaningless | conditions == set(ELEMENTWISE)
     for name in meaningless:
         with pytest.raises(opt.TraceError, match="of complex numbers has no meaning"):
             opt.setup(Says(name, real=False), np.ones(2, complex))
@@ -279,6 +290,42 @@ def test_what_kernels_do_not_know_of_complex_numbers_goes_to_the_interpreter(nam
 
     assert group.engine == "interpret"
     assert name in group.reason
+
+
+BITS = np.concatenate(
+    [
+        np.random.default_rng(0).integers(0, 1 << 32, 100_000, dtype=np.uint32),
+        (np.arange(1 << 16, dtype=np.uint32) << 16) + 0x8000,  # the middle between two bfloat16
+        (np.arange(1 << 16, dtype=np.uint32) << 16) + 0x7FFF,
+    ]
+).view(np.float32)
+"""Many float32, NaN and infinities among them."""
+
+
+@both_engines
+def test_the_two_halves_of_a_float32_are_all_of_it(engine: str) -> None:
+    got, finite = said(Says("join_bits"), BITS, BITS, engine), ~np.isnan(BITS)
+    np.testing.assert_array_equal(got.view(np.uint32)[finite], BITS.view(np.uint32)[finite])
+
+    assert np.isnan(got[~finite]).all()
+
+
+@both_engines
+def test_the_high_half_of_a_float32_is_the_nearest_bfloat16(engine: str) -> None:
+    """Or one of the two nearest, and then that which is further from 0."""
+    got = said(Says("high_bits"), BITS, BITS, engine)
+    bits = BITS.view(np.uint32)
+    down = (bits & np.uint32(0xFFFF0000)).view(np.float32)
+    most = 2.0**127 * (2 - 2.0**-7)  # above it the next step is taken for as far as the last
+    with np.errstate(all="ignore"):
+        up = ((bits & np.uint32(0xFFFF0000)) + np.uint32(0x10000)).view(np.float32).astype(float)
+        above = np.where(np.isinf(up) & (np.abs(BITS) >= most), np.sign(BITS) * (most + 2.0**120), up)
+        nearer = np.abs(above - BITS) <= np.abs(BITS.astype(float) - down)
+    wanted = np.where(nearer & np.isfinite(BITS), up, down)
+    finite = ~np.isnan(BITS)
+    np.testing.assert_array_equal(got[finite], wanted[finite])
+
+    assert np.isnan(got[~finite]).all()
 
 
 class Divides(opt.Rule):
@@ -505,7 +552,7 @@ GRADIENT_FORMS: dict[str, Callable[[Any], Any]] = {
     "strided": lambda g: np.repeat(g, 3, axis=1)[:, ::3],
     "backwards": lambda g: g[::-1, ::-1].copy()[::-1, ::-1],
     "byte-swapped": lambda g: g.astype(g.dtype.newbyteorder()),
-    "unaligned": unaligned,
+    "unaligned": lambda g: unaligned(g),  # noqa: PLW0108 defined below
     "a subclass": lambda g: g.view(Labelled),
     "a scalar repeated": lambda g: np.broadcast_to(g[0, 0], g.shape),
 }
@@ -585,7 +632,9 @@ def test_parameters_of_different_groups_may_be_each_others_gradients(
 
 @pytest.mark.parametrize("form", ["strided", "backwards", "a subclass", "unaligned"])
 @both_updates
-def test_parameters_of_another_group_that_lie_oddly_may_be_gradients(form: str, step: Callable[..., Any]) -> None:
+def test_parameters_of_another_group_that_lie_oddly_may_be_gradients(
+    form: str, step: Callable[..., Any]
+) -> None:
     """They are stepped in a copy, which is written back."""
     odd = GRADIENT_FORMS[form](np.array([[1.0, 2.0], [3.0, 4.0]]))
     model = {"a": odd, "b": np.full((2, 2), 10.0)}
@@ -597,7 +646,9 @@ def test_parameters_of_another_group_that_lie_oddly_may_be_gradients(form: str, 
 
 
 @both_updates
-def test_what_overlaps_oddly_stepped_parameters_of_another_group_may_be_a_gradient(step: Callable[..., Any]) -> None:
+def test_what_overlaps_oddly_stepped_parameters_of_another_group_may_be_a_gradient(
+    step: Callable[..., Any],
+) -> None:
     buffer = np.arange(8.0)
     model = {"a": buffer[::2], "b": np.full(8, 10.0)}
     rules = {"a": opt.Descent(0.5), "b": opt.Momentum(1.0)}

@@ -66,7 +66,7 @@ LAYOUTS: dict[str, Callable[[Any], Any]] = {
     "strided": lambda x: np.repeat(x, 2, axis=-1)[..., ::2] if x.ndim else x,
     "backwards": lambda x: x[::-1].copy()[::-1] if x.ndim else x,
     "permuted": lambda x: np.ascontiguousarray(x.transpose()).transpose(),
-    "read-only": fixed,
+    "read-only": lambda x: fixed(x),  # noqa: PLW0108 defined below
 }
 
 

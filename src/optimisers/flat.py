@@ -26,6 +26,7 @@ class Restructure:
         for x in arrays:
             ends.append(ends[-1] + x.size)
         self._ends = ends
+        self._runs = runs(self._like, ends)
         self._library = registry.library(*arrays) if arrays else None
 
     def __len__(self) -> int:
@@ -49,11 +50,8 @@ class Restructure:
             self._refuse_other(model)
         if self._library is None:
             return model
-        new = {
-            i: self._library.piece(flat, self._ends[i], shape, dtype, copy=copy)
-            for i, (shape, dtype) in enumerate(self._like)
-        }
-        return rebuild(self._layout.root, model, new)
+        pieces = self._library.pieces(flat, self._runs, copy=copy)
+        return rebuild(self._layout.root, model, dict(enumerate(pieces)))
 
     def _refuse_other(self, model: Any) -> None:
         """Raise TreeMismatch unless another model has arrays of the same shapes at the same places."""
@@ -66,6 +64,19 @@ class Restructure:
                     f"{self._layout.paths[leaf].code()} has {what}; `destructure` saw an array of shape "
                     f"{shape}"
                 )
+
+
+def runs(like: list[tuple[Any, Any]], starts: list[int]) -> list[tuple[int, int, Any, Any]]:
+    """(start, count, shape, type) for neighbours of one shape and type: they are cut from the vector at one
+    stroke.
+    """
+    out: list[tuple[int, int, Any, Any]] = []
+    for (shape, dtype), start in zip(like, starts, strict=False):
+        if out and out[-1][2:] == (shape, dtype):
+            out[-1] = (out[-1][0], out[-1][1] + 1, shape, dtype)
+        else:
+            out.append((start, 1, shape, dtype))
+    return out
 
 
 def destructure(model: Any) -> tuple[Any, Restructure]:

@@ -368,4 +368,9 @@ def started(rule: Rule, x: Any, path: str) -> Any:
     if not isinstance(rule, Rule):
         hint = f"; write {rule.__name__}()" if isinstance(rule, type) and issubclass(rule, Rule) else ""
         raise BadState(f"the rule for {path} is {rule!r}; it takes a rule, such as Adam(){hint}")
-    return rule.init(x)
+    state = rule.init(x)
+    if x.shape != ():
+        return state
+    # Arithmetic turns 0-d arrays of NumPy into its numbers; beside a 0-d parameter they are its state arrays.
+    as_array = registry.library(x).scalar_array
+    return unflatten(state, iter([v if (a := as_array(v)) is None else a for _, v in flatten(state)]))

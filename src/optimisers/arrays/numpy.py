@@ -212,14 +212,18 @@ def flattened(arrays: list[Array]) -> Array:
     return np.concatenate([x.ravel() for x in arrays]) if arrays else np.zeros(0, bool)
 
 
-def piece(flat: Array, start: int, shape: tuple[int, ...], dtype: Any, *, copy: bool) -> Array:
-    """An array of this shape and type from the elements of a vector; a view if it can be and no copy is
+def pieces(flat: Array, runs: list[tuple[int, int, Any, Any]], *, copy: bool) -> list[Array]:
+    """The arrays of runs (start, count, shape, type) of a vector; views where they can be and no copy is
     wanted.
     """
-    part = flat[start : start + int(np.prod(shape))].reshape(shape)
-    if part.dtype.kind == "c" and np.dtype(dtype).kind != "c":
-        part = np.real(part)
-    return part.astype(dtype, copy=copy)
+    out: list[Array] = []
+    for start, count, shape, dtype in runs:
+        part = flat[start : start + count * int(np.prod(shape))].reshape(count, *shape)
+        if part.dtype.kind == "c" and np.dtype(dtype).kind != "c":
+            part = np.real(part)
+        part = part.astype(dtype, copy=copy)
+        out.extend(part if shape else (part[i : i + 1].reshape(()) for i in range(count)))
+    return out
 
 
 def stored(x: Array, value: Any, *, inplace: bool) -> Array:

@@ -116,12 +116,15 @@ class RAdam(Rule):
         weight = adam.weight[1]
         bound = 2 / (1 - self.beta[1]) - 1
         rho = bound - 2 * t * (1 - weight) / weight
-        rectified = sqrt((rho - 4) * (rho - 2) * bound / ((bound - 4) * (bound - 2) * rho))
+        threshold = 5 if self.variant == "torch" else 4
+        bounded = rho > threshold
+        size = where(bounded, (bound - 4) * (bound - 2) * rho, 1)
+        rectified = sqrt(maximum((rho - 4) * (rho - 2) * bound / size, 0))
         if self.variant == "torch":
-            scale, threshold = sqrt(weight) / (sqrt(adam.v) + self.epsilon), 5
+            scale = sqrt(weight) / (sqrt(adam.v) + self.epsilon)
         else:
-            scale, threshold = 1 / (sqrt(v) + self.epsilon), 4
-        return RAdamState(adam, t), self.eta * where(rho > threshold, rectified * m * scale, m)
+            scale = 1 / (sqrt(v) + self.epsilon)
+        return RAdamState(adam, t), self.eta * where(bounded, rectified * m * scale, m)
 
 
 class AdaMaxState(NamedTuple):

@@ -36,6 +36,8 @@ def _read_attributes(obj: Any, keys: tuple[Any, ...]) -> Iterable[Any]:
 
 def _with_items(old: Any, changes: dict[Any, Any]) -> Any:
     """A dict or list, or a subclass with its own attributes, with items replaced; order kept."""
+    if type(old) is dict:
+        return {**old, **changes}
     new = copy.copy(old)
     for key, value in changes.items():
         new[key] = value

@@ -35,6 +35,8 @@ class Node:
     """One for each key."""
     live: "tuple[tuple[Any, Node], ...]" = ()
     """The keys and children that have leaves in them."""
+    upright: bool = False
+    """Whether all live children are leaves with the axes of their first place."""
     fetch: Callable[[Any], Any] | None = None
     """The values of the live children in one call; set where all of them are leaves."""
     leaves: tuple[int, ...] = ()
@@ -149,6 +151,7 @@ class _Survey:
             keys=keys,
             children=tuple(children),
             live=live,
+            upright=all(c.leaf >= 0 and c.axes is None for _, c in live),
             fetch=_fetcher(live),
             leaves=leaves,
         )
@@ -375,7 +378,7 @@ def rebuild(node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any] | 
     if id(node) in memo:
         return memo[id(node)]
     changes: dict[Any, Any] = {}
-    if node.fetch is not None and all(c.axes is None for _, c in node.live):
+    if node.upright:
         changes = {key: new[c.leaf] for key, c in node.live if c.leaf in new}
     else:
         for key, child, value in model_children(node, model, KeyPath(), "setup"):

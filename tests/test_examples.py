@@ -1,0 +1,61 @@
+"""Every example runs as it stands, and reaches what it promises."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("[0-9]*.py"))
+
+
+def example(name: str) -> ModuleType:
+    (path,) = (p for p in EXAMPLES if p.stem == name)
+    spec = importlib.util.spec_from_file_location(f"example_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_every_example_runs_and_says_something(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example(path.stem).main()
+    assert capsys.readouterr().out
+
+
+def test_the_own_rule_finds_the_line_of_least_squares() -> None:
+    model = example("01_own_rule").main()
+    rng = np.random.default_rng(0)
+    inputs = rng.uniform(-1, 1, 200)
+    slope, offset = np.polyfit(inputs, 3 * inputs - 1 + 0.1 * rng.standard_normal(200), 1)
+    np.testing.assert_allclose([model["slope"][0], model["offset"][0]], [slope, offset], atol=5e-3)
+
+
+def test_lbfgs_fits_the_sine() -> None:
+    assert example("02_lbfgs").main() < 1e-4
+
+
+def test_the_gradient_by_hand_is_that_of_finite_differences() -> None:
+    module = example("02_lbfgs")
+    rng = np.random.default_rng(1)
+    model = {
+        "in": rng.standard_normal((1, 3)),
+        "bias": rng.standard_normal(3),
+        "out": rng.standard_normal((3, 1)),
+    }
+    _, grads = module.loss_and_gradient(model)
+    for name, x in model.items():
+        for i in np.ndindex(x.shape):
+            plus, minus = (
+                {
+                    **model,
+                    name: x
+                    + s * 1e-6 * (np.arange(x.size) == np.ravel_multi_index(i, x.shape)).reshape(x.shape),
+                }
+                for s in (1, -1)
+            )
+            slope = (module.loss_and_gradient(plus)[0] - module.loss_and_gradient(minus)[0]) / 2e-6
+            np.testing.assert_allclose(grads[name][i], slope, rtol=1e-5, atol=1e-8)

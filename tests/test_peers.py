@@ -1,0 +1,90 @@
+"""Our rules go where torch.optim and Optax go, wherever the formulas agree.
+
+`golden/peers.json` holds the paths, in float64, that the peers themselves went; `golden/make_peers.py` wrote
+it and says which settings make two formulas the same. Where they cannot be made the same, the rule's own
+documentation says so, and `golden/optimisers_jl.json` holds what it should do.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import optimisers as opt
+
+PEERS: dict[str, Any] = json.loads(Path(__file__).with_name("golden").joinpath("peers.json").read_text())
+ROWS: list[dict[str, Any]] = PEERS["rows"]
+
+OF_TORCH = {
+    "Momentum", "Nesterov", "WeightDecay", "Adam", "AdamW", "AMSGrad", "NAdam", "RAdam", "AdaMax", "RMSProp",
+    "AdaGrad", "AdaDelta", "Rprop",
+}  # fmt: skip
+OF_OPTAX = {
+    "Adam", "AdaBelief", "Lion", "NAdam", "RAdam", "AMSGrad", "AdaMax", "DecoupledDecay",
+}  # fmt: skip
+
+
+def title_of(row: dict[str, Any]) -> str:
+    settings = ",".join(f"{k}={v}" for k, v in row["settings"].items())
+    return f"{row['peer']}({settings})-{row['gradients']}".replace(" ", "")
+
+
+def rule_of(row: dict[str, Any]) -> opt.Rule:
+    rules = [
+        getattr(opt, part["rule"])(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in part["settings"].items()}
+        )
+        for part in row["rules"]
+    ]
+    return rules[0] if len(rules) == 1 else opt.Chain(*rules)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=title_of)
+@pytest.mark.parametrize("engine", ["interpret", "numba"])
+@pytest.mark.parametrize("step", [opt.update, opt.update_], ids=lambda f: f.__name__)
+def test_a_rule_goes_the_way_of_its_peer(row: dict[str, Any], engine: str, step: Callable[..., Any]) -> None:
+    x = np.array(PEERS["x"])
+    state = opt.setup(rule_of(row), x, engine=engine)
+    gradients = PEERS["gradients"][row["gradients"]]
+    for n, (g, wanted) in enumerate(zip(gradients, row["path"], strict=True)):
+        state, x = step(state, x, np.array(g))
+        np.testing.assert_allclose(x, wanted, rtol=1e-12, atol=0, err_msg=f"after step {n + 1}")
+
+
+@pytest.mark.parametrize(("library", "rules"), [("torch", OF_TORCH), ("optax", OF_OPTAX)])
+def test_there_is_a_row_for_every_rule_that_a_peer_writes_as_we_do(library: str, rules: set[str]) -> None:
+    found = {part["rule"] for row in ROWS if row["peer"].startswith(library) for part in row["rules"]}
+
+    assert found == rules
+
+
+@pytest.mark.parametrize("rule", ["AdaGrad", "RAdam", "AMSGrad", "NAdam"])
+def test_there_is_a_row_for_every_variant(rule: str) -> None:
+    assert any(
+        part["rule"] == rule and part["settings"].get("variant") == "torch"
+        for row in ROWS
+        for part in row["rules"]
+    )
+
+
+def test_both_forms_of_rmsprop_are_held_to_that_of_torch() -> None:
+    found = {row["rules"][0]["settings"]["centred"] for row in ROWS if row["peer"] == "torch.optim.RMSprop"}
+
+    assert found == {False, True}
+
+
+def test_the_gradients_have_zeros_at_the_start_on_the_way_and_throughout() -> None:
+    sparse = np.array(PEERS["gradients"]["sparse"])
+
+    assert (sparse[0, :3] == 0).all()
+    assert (sparse[:, 0] == 0).all()
+    assert (sparse[1:, 1:] == 0).any()
+    assert len({len(row["path"]) for row in ROWS} | {12}) == 1
+
+
+def test_the_file_says_which_versions_went() -> None:
+    assert PEERS["versions"]["torch"].startswith("2.13.0")
+    assert set(PEERS["versions"]) == {"torch", "optax", "jax", "numpy", "python"}
