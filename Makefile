@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := XDG_CACHE_HOME="$(CURDIR)/.cache" MPLCONFIGDIR="$(CURDIR)/.cache/matplotlib" $(BIN)/python
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench docs clean
 
 demo: .venv/demo.stamp ## train a digit classifier with four rules; writes demo.png
 	$(RUN) -m optimisers demo
@@ -19,8 +19,12 @@ check: .venv/test.stamp ## the linter and the type checker
 bench: .venv/test.stamp ## milliseconds per step, beside the limit of this machine's memory
 	$(RUN) -m benchmarks.numpy_engine
 
-clean: ## forget the environment, the caches and the picture
-	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis dist demo.png
+docs: .venv/docs.stamp ## write the pages of the rules anew, then the site, into site/
+	$(RUN) docs/make_rules.py
+	$(RUN) -m mkdocs build --strict
+
+clean: ## forget the environment, the caches, the site and the picture
+	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis dist site demo.png
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp is newer than pyproject.toml once its environment is complete, so a second call installs nothing.

@@ -1,4 +1,4 @@
-"""Write docs/rules: a page per family of rules, the formulas printed from what each rule does when it is traced.
+"""Write docs/rules: a page per family of rules, with formulas printed from what each rule does when traced.
 
 Run as `python docs/make_rules.py`. Two runs give the same bytes.
 """
@@ -10,6 +10,7 @@ import io
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,43 +47,73 @@ FAMILIES = {
 """Title and introduction of a page; a family that is not listed gets its own name as the title."""
 
 WHEN = {
-    "Descent": "For problems that are well scaled, and as the yardstick for everything else. It needs no memory.",
-    "Momentum": "The usual choice for convolutional networks with a tuned schedule. It damps the zigzag of "
-    "Descent in narrow valleys at the price of one array.",
+    "Descent": (
+        "For problems that are well scaled, and as the yardstick for everything else. It needs no memory."
+    ),
+    "Momentum": (
+        "The usual choice for convolutional networks with a tuned schedule. It damps the zigzag of "
+        "Descent in narrow valleys at the price of one array."
+    ),
     "Nesterov": "Where Momentum overshoots: it brakes a little earlier. Otherwise the two are alike.",
-    "RMSProp": "For recurrent networks and reinforcement learning, where the size of gradients drifts. "
-    "It never settles entirely while eta is constant.",
-    "Rprop": "For full batches only: noise flips signs, and then its steps collapse. On small problems without "
-    "noise it is hard to beat for so little tuning.",
-    "AdaGrad": "For sparse gradients, such as those of embeddings. Its steps only shrink, so long runs stall.",
+    "RMSProp": (
+        "For recurrent networks and reinforcement learning, where the size of gradients drifts. It never"
+        " settles entirely while eta is constant."
+    ),
+    "Rprop": (
+        "For full batches only: noise flips signs, and then its steps collapse. On small problems "
+        "without noise it is hard to beat for so little tuning."
+    ),
+    "AdaGrad": (
+        "For sparse gradients, such as those of embeddings. Its steps only shrink, so long runs stall."
+    ),
     "AdaDelta": "Where no rate is known. It starts very slowly; a larger epsilon helps.",
     "Adam": "The safe first choice when little is known about the problem. With an L2 penalty take AdamW.",
     "AdamW": "The usual choice for transformers. Tune `lam` together with eta while `couple=True`.",
     "RAdam": "In place of Adam with warm-up: the first steps are damped by themselves.",
-    "AdaMax": "Where single gradients are huge and rare: it is bounded by the largest one instead of the mean "
-    "square. Seldom better than Adam elsewhere.",
+    "AdaMax": (
+        "Where single gradients are huge and rare: it is bounded by the largest one instead of the mean "
+        "square. Seldom better than Adam elsewhere."
+    ),
     "OAdam": "For games of two players, such as GANs, where Adam circles around the equilibrium.",
-    "AMSGrad": "Where Adam fails to converge because rare large gradients are forgotten. Mostly it behaves as "
-    "Adam does and costs one more array.",
+    "AMSGrad": (
+        "Where Adam fails to converge because rare large gradients are forgotten. Mostly it behaves as "
+        "Adam does and costs one more array."
+    ),
     "NAdam": "As Adam, a little quicker to turn. Worth a try where Nesterov beats Momentum.",
-    "AdaBelief": "Where gradients are steady: it then takes longer steps than Adam. epsilon matters more than "
-    "elsewhere.",
-    "Lion": "For large batches and long runs; it needs one array of state where Adam needs two. "
-    "Take a tenth to a third of the rate of AdamW, and a decay larger by as much.",
-    "WeightDecay": "Before Descent or Momentum. Before Adam it is scaled away; take AdamW or DecoupledDecay there.",
+    "AdaBelief": (
+        "Where gradients are steady: it then takes longer steps than Adam. epsilon matters more than "
+        "elsewhere."
+    ),
+    "Lion": (
+        "For large batches and long runs; it needs one array of state where Adam needs two. Take a tenth"
+        " to a third of the rate of AdamW, and a decay larger by as much."
+    ),
+    "WeightDecay": (
+        "Before Descent or Momentum. Before Adam it is scaled away; take AdamW or DecoupledDecay there."
+    ),
     "DecoupledDecay": "Behind any rule that scales its gradient, to give it the decay of AdamW.",
-    "SignDecay": "Where many parameters should be near zero. They jitter around zero by a step instead of "
-    "staying on it.",
+    "SignDecay": (
+        "Where many parameters should be near zero. They jitter around zero by a step instead of staying"
+        " on it."
+    ),
     "ClipGrad": "Against single wild elements. It bends the direction of the gradient; ClipNorm does not.",
-    "ClipNorm": "Where layers should be limited one by one. For the usual clipping of a whole model take "
-    "ClipGlobalNorm.",
-    "ClipGlobalNorm": "The usual guard for recurrent networks and transformers: it keeps the direction of the "
-    "whole gradient. It costs one more pass over the gradients.",
+    "ClipNorm": (
+        "Where layers should be limited one by one. For the usual clipping of a whole model take "
+        "ClipGlobalNorm."
+    ),
+    "ClipGlobalNorm": (
+        "The usual guard for recurrent networks and transformers: it keeps the direction of the whole "
+        "gradient. It costs one more pass over the gradients."
+    ),
     "AccumGrad": "Where the batch that you want does not fit into memory.",
-    "EMA": "To evaluate with smoother parameters than those that are trained, as is usual for image and "
-    "diffusion models.",
+    "EMA": (
+        "To evaluate with smoother parameters than those that are trained, as is usual for image and "
+        "diffusion models."
+    ),
     "Chain": "Whenever one rule is not enough. The whole chain is still traced as one and fused.",
-    "MixedPrecision": "Whenever parameters are float16 or bfloat16: without it, small steps are rounded away.",
+    "MixedPrecision": (
+        "Whenever parameters are float16 or bfloat16: without it, small steps are rounded away."
+    ),
     "SkipNonFinite": "Around the rule of any training in half precision, or where a rare batch overflows.",
 }
 """When to use a rule, in a sentence or two."""
@@ -114,6 +145,8 @@ LETTERS = {
     "skipped": "n",
     "term": "u",
     "product": r"\pi",
+    "size": "s",
+    "step": r"\Delta",
 }
 """Letters of the papers for names of settings, of state and of variables."""
 
@@ -121,15 +154,40 @@ OWN_LETTERS = {("Rprop", "g"): r"\tilde{g}"}
 """The same for single rules."""
 
 GREEK = frozenset(
-    ["alpha", "beta", "gamma", "delta", "epsilon", "eta", "ell", "kappa", "mu", "nu"]
-    + ["omega", "psi", "rho", "sigma", "tau", "theta", "xi", "zeta"]
+    """alpha beta gamma delta epsilon eta ell kappa mu nu omega psi rho sigma tau theta xi zeta""".split()
 )
+
+
+def family_of(cls: type[opt.Rule]) -> str:
+    """The page of a rule: its module, or its package where that holds rules of rules."""
+    package, _, module = cls.__module__.removeprefix("optimisers.").partition(".")
+    return module if package == "rules" else package
+
+
+def families() -> dict[str, list[type[opt.Rule]]]:
+    """The public rules by page, in the order of their pages and modules."""
+    public = [getattr(opt, name) for name in opt.__all__]
+    rules = [c for c in public if isinstance(c, type) and issubclass(c, opt.Rule) and c is not opt.Rule]
+    rules.sort(key=lambda c: (c.__module__, inspect.getsourcelines(c)[1]))
+    names = [*FAMILIES, *sorted({family_of(c) for c in rules} - set(FAMILIES))]
+    return {name: [c for c in rules if family_of(c) == name] for name in names}
+
+
+def example(cls: type[opt.Rule]) -> opt.Rule:
+    """The rule whose formula, state and costs are shown."""
+    return EXAMPLES.get(cls.__name__, cls)()
 
 
 # -- from a graph to equations -------------------------------------------------------------------------------
 
 SUM, PRODUCT, POWER, ATOM = range(1, 5)
 """How tightly a printed formula holds together; 0 is looser than a sum: comparisons, cases."""
+
+HANDED_ON = "g'_t"
+"""What a rule of a chain gives the next one in place of the gradient."""
+
+HANDS_ON = ("AccumGrad",)
+"""Rules outside the family gradient whose answer is not meant as a step."""
 
 COMPARISONS = {
     "less": "<",
@@ -164,7 +222,7 @@ THROUGH = frozenset({"identity", "scheduled"})
 
 
 def letter(name: str, owner: str = "") -> str:
-    """`beta[0]` -> \\beta_1."""
+    r"""`beta[0]` -> \beta_1."""
     base, _, index = name.partition("[")
     text = OWN_LETTERS.get((owner, base)) or LETTERS.get(base)
     if text is None:
@@ -173,7 +231,7 @@ def letter(name: str, owner: str = "") -> str:
 
 
 def subscripted(text: str, *more: str) -> str:
-    """A letter with more below it: (\\beta_1, t) -> \\beta_{1,t}."""
+    r"""A letter with more below it: (\beta_1, t) -> \beta_{1,t}."""
     found = re.fullmatch(r"(.*?)_(?:\{(.*)\}|(\\?\w+))", text)
     base, below = (found[1], [found[2] or found[3]]) if found else (text, [])
     inner = ",".join([*below, *more])
@@ -257,6 +315,7 @@ class Printer:
     def __init__(self, rule: opt.Rule, program: Program, variables: list[tuple[str, Expr]]) -> None:
         self.rule, self.program = rule, program
         self.owner = type(rule).__name__
+        self.hands_on = family_of(type(rule)) == "gradient" or self.owner in HANDS_ON
         self.numbers = [*self._settings(), *self._counters()]
         self.slots = {s.name: letter(_short(s.path), self.owner) for s in program.slots}
         self.names: dict[int, str] = {}
@@ -301,11 +360,16 @@ class Printer:
             outputs.append(("x_t", program.new_x))
         checks = [c for c, _, _ in program.checks]
         bare = [(name, *self._bare(new)) for name, new in outputs]
+        if self.hands_on:
+            bare = [
+                (HANDED_ON, e.args[1], g) if name == "x_t" and e.op == "subtract" else (name, e, g)
+                for name, e, g in bare
+            ]
 
         for name, e, _ in bare:
             if e.args and id(e) not in self.names:
                 self.names[id(e)] = name
-        roots = [*(e for _, e, _ in bare), *(g for _, _, guards in bare for g in guards), *checks]
+        roots = [*(part for _, e, guards in bare for part in (*guards, e)), *checks]
         self._name_parts(roots)
 
         guards_of = {name: guards for name, _, guards in bare}
@@ -357,8 +421,10 @@ class Printer:
             variable = self.variables.get(self.keys.of(e))
             name = letter(variable, self.owner) if variable else ""
             hat = name in state and len(variable or "") == 1
-            shared = uses[id(e)] > 1 and weights[id(e)] >= (2 if variable else 4)
-            if not hat and not shared:
+            least = 3 if e.type == "bool" else 2 if variable else 4
+            shared = uses[id(e)] > 1 and weights[id(e)] >= least
+            known = variable in LETTERS and weights[id(e)] >= 6
+            if not hat and not shared and not known:
                 continue
             name = rf"\hat{{{name}}}" if hat else name
             if not name or name in taken:
@@ -371,21 +437,24 @@ class Printer:
         """Whether a value differs from step to step; settings alone do not."""
         leaves = [a for a in order([e]) if not a.args]
         return any(
-            a.op in ("input", "clock") or (a.op == "number" and a.value >= self.program.hypers) for a in leaves
+            a.op in ("input", "clock") or (a.op == "number" and a.value >= self.program.hypers)
+            for a in leaves
         )
 
     def _equation(self, name: str, e: Expr, guards: list[Expr], *, own: bool = True) -> str:
         right = self.text(e, 0, own=own)
         if not guards:
             return f"{name} &= {right}"
-        condition = r" \land ".join(self.text(g, SUM) for g in guards)
-        old = re.sub(r"t(\}?)$", r"{t-1}", name) if name.endswith("_t") else name.replace("t}", "t-1}")
-        return rf"{name} &= \begin{{cases}} {right} & {condition} \\ {old} & \text{{else}} \end{{cases}}"
+        condition = r" \land ".join(self.text(g, SUM if len(guards) > 1 else 0) for g in guards)
+        old = name.removesuffix("t") + "{t-1}" if name.endswith("_t") else name.replace("t}", "t-1}")
+        old = r"\text{no step}" if name == HANDED_ON else old
+        rows = rf"{right} & \text{{if }} {condition} \\ {old} & \text{{else}}"
+        return rf"{name} &= \begin{{cases}} {rows} \end{{cases}}"
 
     # -- printing one node --
 
     def text(self, e: Expr, least: int = 0, *, own: bool = False) -> str:
-        """A node, in parentheses where it holds together less tightly than needed; `own` looks behind its name."""
+        """A node, in parentheses where it holds together too loosely; `own` looks behind its name."""
         text, level = self._node(e, own=own)
         return text if level >= least else parenthesised(text)
 
@@ -427,7 +496,8 @@ class Printer:
     def _word(self, e: Expr) -> tuple[str, int]:
         a = e.args
         if e.op == "power":
-            return f"{self.text(a[0], ATOM)}^{{{self.text(a[1])}}}", POWER
+            above = self.text(a[1])
+            return f"{self.text(a[0], ATOM)}^" + (above if len(above) == 1 else f"{{{above}}}"), POWER
         if e.op == "sqrt":
             return rf"\sqrt{{{self.text(a[0])}}}", ATOM
         if e.op == "abs":
@@ -455,7 +525,7 @@ class Printer:
     def _cases(self, e: Expr) -> str:
         rows: list[str] = []
         while e.op == "where":
-            rows.append(f"{self.text(e.args[1])} & {self.text(e.args[0])}")
+            rows.append(rf"{self.text(e.args[1])} & \text{{if }} {self.text(e.args[0])}")
             e = e.args[2]
             if id(e) in self.names:
                 break
@@ -489,7 +559,11 @@ class Printer:
         if below:
             text = rf"\frac{{{text or '1'}}}{{{self._row(below) or '1'}}}"
         level = ATOM if below else PRODUCT
-        return (f"-{text or '1'}", SUM) if sign < 0 else (text or "1", level if len(above) > 1 or below else ATOM)
+        return (
+            (f"-{text or '1'}", SUM)
+            if sign < 0
+            else (text or "1", level if len(above) > 1 or below else ATOM)
+        )
 
     def _factors(self, e: Expr, above: list[Expr], below: list[Expr], *, first: bool = False) -> int:
         """Sort the factors of a product into those above and below the line; the sign of the rest."""
@@ -508,15 +582,22 @@ class Printer:
             above.append(e)
         return 1
 
+    def _place(self, e: Expr) -> int:
+        """Where a factor stands: numbers, settings, everything else, cases."""
+        if e.op == "const":
+            return 0
+        setting = e.op == "number" and e.value < self.program.hypers
+        return 1 if setting else 3 if e.op == "where" and id(e) not in self.names else 2
+
     def _row(self, factors: list[Expr]) -> str:
         counted: dict[int, tuple[Expr, int]] = {}
         for e in factors:
             counted[id(e)] = (e, counted[id(e)][1] + 1 if id(e) in counted else 1)
-        ordered = sorted(counted.values(), key=lambda item: (item[0].op == "where", item[0].op != "const"))
+        ordered = sorted(counted.values(), key=lambda item: self._place(item[0]))
         if len(ordered) == 1 and ordered[0][1] == 1:
             return self.text(ordered[0][0])
         texts = [
-            self.text(e, PRODUCT if e.op != "total" else ATOM) if n == 1 else f"{self.text(e, ATOM)}^{{{n}}}"
+            self.text(e, PRODUCT if e.op != "total" else ATOM) if n == 1 else f"{self.text(e, ATOM)}^{n}"
             for e, n in ordered
         ]
         return r" \cdot ".join(texts) if any(t[:1].isdigit() for t in texts[1:]) else r" \, ".join(texts)
@@ -549,6 +630,318 @@ def bars(text: str) -> str:
 
 def formula(rule: opt.Rule, x: Any = None) -> str:
     """What one step of a rule computes, as aligned LaTeX."""
-    x = np.zeros(ELEMENTS, "float16" if type(rule).__name__ in HALF else "float32") if x is None else x
+    x = parameters(rule) if x is None else x
     lines = Printer(rule, *traced(rule, x)).equations()
     return "\\begin{aligned}\n" + " \\\\\n".join(lines) + "\n\\end{aligned}"
+
+
+# -- the rest of a section -----------------------------------------------------------------------------------
+
+
+def said(cls: type) -> dict[str, str]:
+    """The sentences below the fields of a state, by name."""
+    found: dict[str, str] = {}
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(body, ast.ClassDef)
+    for field, text in zip(body.body, body.body[1:], strict=False):
+        named = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if named and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            found[field.target.id] = " ".join(inspect.cleandoc(str(text.value.value)).split())
+    return found
+
+
+def explained(state: Any) -> dict[str, str]:
+    """What is said of every name in a nest of states."""
+    out: dict[str, str] = {}
+    if isinstance(state, tuple):
+        out = said(type(state)) if hasattr(state, "_fields") else {}
+        for item in state:
+            out |= explained(item)
+    return out
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def hyper_parameters(rule: opt.Rule) -> str:
+    rows: list[tuple[str, ...]] = []
+    for field in dataclasses.fields(rule):  # pyright: ignore[reportArgumentType] its subclasses are dataclasses
+        value = getattr(type(rule), field.name, dataclasses.MISSING)
+        default = "none: must be given" if value is dataclasses.MISSING else f"`{value!r}`"
+        count = len(value) if isinstance(value, tuple) else 0
+        own = letter(field.name, type(rule).__name__)
+        letters = [subscripted(own, str(i + 1)) for i in range(count)] or [own]
+        changes = kind(field) is not None
+        rows.append(
+            (
+                f"`{field.name}`",
+                ", ".join(f"${t}$" for t in letters) if changes else "",
+                default,
+                "at any step, or a schedule" if changes else "never",
+            )
+        )
+    return table(("name", "in the formula", "default", "changes"), rows) if rows else "None."
+
+
+def state_of(rule: opt.Rule, x: Any) -> str:
+    state, names, rows = rule.init(x), explained(rule.init(x)), []
+    for path, value in flatten(state):
+        name, array = _short(path), hasattr(value, "shape")
+        shape = (
+            "that of x" if array and value.shape == x.shape else str(value.shape) if array else "one number"
+        )
+        where = "".join(f".{p}" if isinstance(p, str) else f"[{p}]" for p in path) or "."
+        meaning = names.get(name.partition("[")[0], "")
+        sign = letter(name, type(rule).__name__)
+        dtype = str(value.dtype) if array else type(value).__name__
+        meaning = linked(meaning)
+        rows.append((f"`state{where}`", "" if name == "t" else f"${sign}$", shape, dtype, meaning))
+    return table(("entry", "in the formula", "shape", "type", "what it is"), rows) if rows else "None."
+
+
+def costs(rule: opt.Rule, x: Any) -> str:
+    (group,) = opt.explain(opt.setup(rule, {"x": x})).groups
+    passes = "one pass" if group.passes == 1 else f"{group.passes} passes"
+    return (
+        f"{group.state_bytes / x.size:g} bytes of state and {group.bytes_per_parameter} bytes moved per parameter "
+        f"of {x.dtype}, in {passes} over memory."
+    )
+
+
+def linked(text: str) -> str:
+    """A docstring with its papers as links; a star outside of code stays a star."""
+    text = "`".join(re.sub(r"([*<])", r"\\\1", t) if i % 2 == 0 else t for i, t in enumerate(text.split("`")))
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+
+
+def parameters(rule: opt.Rule) -> Any:
+    """The array for which a rule is shown."""
+    return np.zeros(ELEMENTS, "float16" if type(rule).__name__ in HALF else "float32")
+
+
+def section(cls: type[opt.Rule]) -> str:
+    rule, name = example(cls), cls.__name__
+    x = parameters(rule)
+    shown = f"Shown for `{rule!r}`.\n\n" if name in EXAMPLES else ""
+    papers = sorted(set(re.findall(r"arXiv:(\d{4}\.\d{4,5})", inspect.getdoc(cls) or "")))
+    parts = [
+        f"## {name}",
+        linked(inspect.getdoc(cls) or ""),
+        *([f"**When to use it.** {WHEN[name]}"] if name in WHEN else []),
+        f"### Formula of {name}",
+        f"{shown}$$\n{formula(rule)}\n$$",
+        f"### Hyper-parameters of {name}",
+        hyper_parameters(rule),
+        f"### State and cost of {name}",
+        state_of(rule, x),
+        costs(rule, x),
+        *(["Paper: " + ", ".join(linked(f"arXiv:{p}") for p in papers) + "."] if papers else []),
+        f"![Path of {name} on a curved valley](img/{name}.png)",
+    ]
+    return "\n\n".join(parts)
+
+
+NOTATION = """\
+In the formulas $x$ is the parameter, $g$ the gradient, and $t$ counts the steps: $v_{t-1}$ is the old value, $v_t$ the
+new one. Products, roots and comparisons go element by element; $\\sum$ goes over the elements of one array. A line with
+"needs" is checked before anything is written. The formulas are printed from what the rule does when it is traced."""
+
+
+def page(family: str, rules: list[type[opt.Rule]]) -> str:
+    title, introduction = FAMILIES.get(family, (family.replace("_", " ").capitalize(), ""))
+    note = (
+        " $g'$ is what a rule of this page hands on to the rule behind it."
+        if family == "gradient"
+        else " $g'$ is what a rule hands on to the rule behind it."
+        if any(c.__name__ in HANDS_ON for c in rules)
+        else ""
+    )
+    text = "\n\n".join([f"# {title}", introduction, NOTATION + note, *map(section, rules)])
+    return re.sub(r"\n{3,}", "\n\n", text) + "\n"
+
+
+def pages() -> dict[str, str]:
+    """Every page by its file name."""
+    return {f"{family}.md": page(family, rules) for family, rules in families().items()}
+
+
+# -- pictures ------------------------------------------------------------------------------------------------
+
+START = (-1.2, 1.0)
+VALLEY = 10.0
+STEPS = 150
+
+
+def loss(x: Any, y: Any) -> Any:
+    """Rosenbrock's valley, not quite as steep as his; its minimum is at (1, 1)."""
+    return (1 - x) ** 2 + VALLEY * (y - x * x) ** 2
+
+
+def gradient(p: Any) -> Any:
+    x, y = (float(v) for v in p)
+    return np.array([-2 * (1 - x) - 4 * VALLEY * x * (y - x * x), 2 * VALLEY * (y - x * x)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What a picture shows."""
+
+    rule: opt.Rule
+    other: opt.Rule | None = None
+    """A second path, in grey, to compare with."""
+    says: str = ""
+    """What the second path is."""
+    noise: float = 0.0
+    dtype: str = "float64"
+    spoilt: int = 0
+    """Every how many steps a gradient is infinite."""
+    average: bool = False
+    """Whether the second path is the average that the rule keeps."""
+    steps: int = STEPS
+
+
+PLAIN = opt.Descent(0.01)
+PATHS: dict[str, Drawn] = {
+    "Descent": Drawn(opt.Descent(0.01)),
+    "Momentum": Drawn(opt.Momentum(0.005, 0.9)),
+    "Nesterov": Drawn(opt.Nesterov(0.005, 0.9)),
+    "RMSProp": Drawn(opt.RMSProp(0.03)),
+    "Rprop": Drawn(opt.Rprop(0.05)),
+    "AdaGrad": Drawn(opt.AdaGrad(0.4)),
+    "AdaDelta": Drawn(opt.AdaDelta(0.9, 1e-4), steps=300),
+    "Adam": Drawn(opt.Adam(0.1)),
+    "AdamW": Drawn(opt.AdamW(0.1, lam=0.3), opt.Adam(0.1), "Adam, without decay"),
+    "RAdam": Drawn(opt.RAdam(0.015, (0.9, 0.99)), steps=300),
+    "AdaMax": Drawn(opt.AdaMax(0.3)),
+    "OAdam": Drawn(opt.OAdam(0.05)),
+    "AMSGrad": Drawn(opt.AMSGrad(0.1, (0.9, 0.99))),
+    "NAdam": Drawn(opt.NAdam(0.1)),
+    "AdaBelief": Drawn(opt.AdaBelief(0.1)),
+    "Lion": Drawn(opt.Lion(0.03)),
+    "WeightDecay": Drawn(opt.Chain(opt.WeightDecay(0.5), PLAIN), PLAIN, "without decay", steps=600),
+    "DecoupledDecay": Drawn(
+        opt.Chain(opt.Adam(0.1), opt.DecoupledDecay(0.02)), opt.Adam(0.1), "without decay"
+    ),
+    "SignDecay": Drawn(opt.Chain(opt.SignDecay(0.5), PLAIN), PLAIN, "without decay", steps=600),
+    "ClipGrad": Drawn(opt.Chain(opt.ClipGrad(2.0), opt.Descent(0.03)), opt.Descent(0.03), "without clipping"),
+    "ClipNorm": Drawn(opt.Chain(opt.ClipNorm(2.0), opt.Descent(0.03)), opt.Descent(0.03), "without clipping"),
+    "ClipGlobalNorm": Drawn(
+        opt.Chain(opt.ClipGlobalNorm(2.0), opt.Descent(0.03)), opt.Descent(0.03), "without clipping"
+    ),
+    "AccumGrad": Drawn(
+        opt.Chain(opt.AccumGrad(8), opt.Descent(0.03)),
+        opt.Descent(0.03),
+        "every gradient by itself",
+        noise=3.0,
+        steps=400,
+    ),
+    "EMA": Drawn(opt.EMA(opt.RMSProp(0.1), 0.95), None, "the average", average=True),
+    "Chain": Drawn(
+        opt.Chain(opt.ClipNorm(2.0), opt.WeightDecay(0.1), opt.Momentum(0.02)),
+        opt.Momentum(0.02),
+        "Momentum alone",
+    ),
+    "MixedPrecision": Drawn(
+        opt.MixedPrecision(opt.Descent(0.001)),
+        opt.Descent(0.001),
+        "without masters",
+        dtype="float16",
+        steps=4000,
+    ),
+    "SkipNonFinite": Drawn(opt.SkipNonFinite(opt.Momentum(0.005)), spoilt=10),
+}
+"""The path of each rule, at a rate that shows its character; a rule that is not listed takes its defaults."""
+
+
+def path_of(drawn: Drawn, rule: opt.Rule) -> tuple[Any, Any]:
+    """(the points of a rule, those of its average), start included; it ends where it leaves the picture far."""
+    rng = np.random.default_rng(0)
+    p = np.array(START, drawn.dtype)
+    state = opt.setup(rule, p, engine="interpret")
+    points, averages = [np.array(p, float)], [np.array(p, float)]
+    for i in range(drawn.steps):
+        g = gradient(p) + drawn.noise * rng.standard_normal(2)
+        if drawn.spoilt and i % drawn.spoilt == drawn.spoilt - 1:
+            g[0] = np.inf
+        state, p = opt.update(state, p, g.astype(drawn.dtype))
+        points.append(np.array(p, float))
+        if drawn.average:
+            averages.append(np.array(opt.averaged(state, p), float))
+        if not np.abs(p).max() < 10:
+            break
+    return np.array(points), np.array(averages)
+
+
+def picture(cls: type[opt.Rule]) -> bytes:
+    """The path of a rule, as a PNG of few colours."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    drawn = PATHS.get(cls.__name__) or Drawn(example(cls))
+    points, averages = path_of(drawn, drawn.rule)
+    figure = Figure(figsize=(5.2, 4.1), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    x, y = np.meshgrid(np.linspace(-1.8, 1.8, 181), np.linspace(-0.7, 2.1, 141))
+    levels = np.geomspace(0.05, 120, 12)
+    axes.contour(x, y, loss(x, y), levels, colors="#b9c4cf", linewidths=0.8)
+    if drawn.other is not None or drawn.average:
+        second = averages if drawn.average else path_of(drawn, drawn.other or drawn.rule)[0]
+        colour = "#D55E00" if drawn.average else "#7a7a7a"
+        axes.plot(
+            *second.T, "-", color=colour, linewidth=1.0, label=drawn.says, zorder=4 if drawn.average else 2
+        )
+        axes.plot(*second[-1], "s", color=colour, markersize=6, zorder=5)
+    many = len(points) > 1000
+    axes.plot(*points.T, "-" if many else ".-", color="#0072B2", linewidth=1.3, markersize=4, zorder=3)
+    axes.plot(*points[0], "o", color="black", markersize=7, label="start", zorder=6)
+    axes.plot(
+        *points[-1], "s", color="#0072B2", markersize=7, label=f"after {len(points) - 1} updates", zorder=6
+    )
+    axes.plot(1, 1, "*", color="#c03030", markersize=12, label="minimum", zorder=5)
+    axes.set(
+        xlim=(-1.8, 1.8),
+        ylim=(-0.7, 2.1),
+        xlabel="first parameter",
+        ylabel="second parameter",
+        aspect="equal",
+    )
+    axes.set_title(textwrap.fill(title_of(drawn.rule), 60), fontsize=9)
+    axes.legend(loc="lower center", ncols=2, fontsize=8, framealpha=0.9)
+    buffer, out = io.BytesIO(), io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    image = (
+        Image.open(buffer).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    )
+    image.save(out, format="png", optimize=True)
+    return out.getvalue()
+
+
+def title_of(rule: opt.Rule) -> str:
+    """The rule as it is written, without what stands at its default."""
+    if isinstance(rule, opt.Chain):
+        return f"Chain({', '.join(map(title_of, rule.rules))})"
+    said: list[str] = []
+    for field in dataclasses.fields(rule):  # pyright: ignore[reportArgumentType] its subclasses are dataclasses
+        value, default = getattr(rule, field.name), getattr(type(rule), field.name, None)
+        if isinstance(value, opt.Rule):
+            said.append(title_of(value))
+        elif value != default or field.name == "eta":
+            said.append(f"{field.name}={value!r}")
+    return f"{type(rule).__name__}({', '.join(said)})"
+
+
+def main() -> None:
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for name, text in pages().items():
+        (PAGES / name).write_text(text, encoding="utf-8")
+    for rules in families().values():
+        for cls in rules:
+            (PICTURES / f"{cls.__name__}.png").write_bytes(picture(cls))
+
+
+if __name__ == "__main__":
+    main()

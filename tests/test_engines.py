@@ -82,6 +82,8 @@ ARGUMENTS: dict[str, str] = {
     "power": "power",
     **dict.fromkeys(("logical_and", "logical_or"), "conditions"),
     "logical_not": "condition",
+    **dict.fromkeys(("high_bits", "low_bits"), "one"),
+    "join_bits": "halves",
     "where": "choice",
     **dict.fromkeys(
         ("negative", "sqrt", "exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "arctan"), "one"
@@ -316,11 +318,12 @@ def test_the_high_half_of_a_float32_is_the_nearest_bfloat16(engine: str) -> None
     got = said(Says("high_bits"), BITS, BITS, engine)
     bits = BITS.view(np.uint32)
     down = (bits & np.uint32(0xFFFF0000)).view(np.float32)
-    most = 2.0**127 * (2 - 2.0**-7)  # above it the next step is taken for as far as the last
+    most = 2.0**128 - 2.0**120  # above it, the next step counts for as long as the last
     with np.errstate(all="ignore"):
+        exact = BITS.astype(float)
         up = ((bits & np.uint32(0xFFFF0000)) + np.uint32(0x10000)).view(np.float32).astype(float)
-        above = np.where(np.isinf(up) & (np.abs(BITS) >= most), np.sign(BITS) * (most + 2.0**120), up)
-        nearer = np.abs(above - BITS) <= np.abs(BITS.astype(float) - down)
+        above = np.where(np.isinf(up) & (np.abs(exact) >= most), np.sign(exact) * 2.0**128, up)
+        nearer = np.abs(above - exact) <= np.abs(exact - down)
     wanted = np.where(nearer & np.isfinite(BITS), up, down)
     finite = ~np.isnan(BITS)
     np.testing.assert_array_equal(got[finite], wanted[finite])

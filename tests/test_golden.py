@@ -26,7 +26,8 @@ STEPS = (opt.update, opt.update_)
 
 ROWS_OF_RULE = {
     "Descent": 4, "Momentum": 4, "Nesterov": 4, "RMSProp": 6, "Rprop": 2, "Adam": 4, "Lion": 2, "RAdam": 4,
-    "AdaMax": 2, "OAdam": 4, "AdaGrad": 4, "AdaDelta": 4, "AMSGrad": 2, "NAdam": 4, "AdamW": 4, "AdaBelief": 4,
+    "AdaMax": 2, "OAdam": 4, "AdaGrad": 4, "AdaDelta": 4, "AMSGrad": 2, "NAdam": 4, "AdamW": 4,
+    "AdaBelief": 4,
 }  # fmt: skip
 """How many rows of one rule alone there are."""
 

@@ -112,7 +112,8 @@ def directly(rule: opt.Rule, x: Any, gradients: Any) -> Any:
     """The parameters after some steps, by calling the rule on one array: no tracing, no engine."""
     state = rule.init(x)
     for dx in gradients:
-        state, dx = rule.apply(state, x, dx)  # noqa: PLW2901 what comes out is the step
+        with np.errstate(all="ignore"):  # what `where` does not take may hold anything
+            state, dx = rule.apply(state, x, dx)  # noqa: PLW2901 what comes out is the step
         x = x if dx is None else dx.value if isinstance(dx, opt.ops.Becomes) else x - dx
     return x, state
 

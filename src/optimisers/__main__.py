@@ -7,9 +7,11 @@ import importlib.metadata
 import inspect
 import os
 import platform
+import re
 import stat
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -55,6 +57,12 @@ def docstring(of: object) -> str:
     return inspect.getdoc(of) or ""
 
 
+def sentence(of: object) -> str:
+    """The first sentence of a docstring, on one line."""
+    paragraph = " ".join(docstring(of).partition("\n\n")[0].split())
+    return re.split(r"(?<=\.) (?=[A-Z])", paragraph, maxsplit=1)[0]
+
+
 # -- training ------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +98,8 @@ def call_of(rule: type[opt.Rule]) -> str:
 def list_rules() -> int:
     """Print every rule: its settings with their defaults, and what it does."""
     for rule in rules().values():
-        print(f"{call_of(rule)}\n    {docstring(rule).splitlines()[0]}")
+        said = textwrap.fill(sentence(rule), 110, initial_indent="    ", subsequent_indent="    ")
+        print(f"{call_of(rule)}\n{said}")
     return 0
 
 

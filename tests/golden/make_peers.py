@@ -108,7 +108,12 @@ def of_torch() -> Iterator[Case]:
         (0.02, (0.4, 2.0), (0.01, 0.05)),
     ):
         theirs = {"lr": eta, "etas": ell, "step_sizes": gamma}
-        yield "Rprop", theirs, [("Rprop", {"eta": eta, "ell": ell, "gamma": gamma})], ("noisy", "sparse", "growing")
+        yield (
+            "Rprop",
+            theirs,
+            [("Rprop", {"eta": eta, "ell": ell, "gamma": gamma})],
+            ("noisy", "sparse", "growing"),
+        )
 
 
 def of_optax() -> Iterator[Case]:

@@ -260,13 +260,14 @@ def ready(tasks: Sequence[Task]) -> None:
         t.verify()
     for t in tasks:
         t.prepare()
-    begin, end = _merged([t.written() for t in tasks])
+    begin, end = merged([t.written() for t in tasks])
     if any(t.job.inplace for t in tasks):
         for t in tasks:
             t.separate(begin, end)
 
 
-def _merged(spans: list[tuple[Indices, Indices]]) -> tuple[Indices, Indices]:
+def merged(spans: list[tuple[Indices, Indices]]) -> tuple[Indices, Indices]:
+    """Lists of (begin, end) of memory as one, sorted by where it begins."""
     if len(spans) == 1 or not spans:
         return spans[0] if spans else (np.zeros(0, np.int64), np.zeros(0, np.int64))
     begin, end = (np.concatenate(part) for part in zip(*spans, strict=True))

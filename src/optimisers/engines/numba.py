@@ -16,7 +16,7 @@ from optimisers.arrays.pack import Indices
 from optimisers.engines import cache, kernels, threads
 from optimisers.engines.addresses import Chunks, Form, Scratch
 from optimisers.engines.interpret import Values
-from optimisers.engines.job import Job, Result, Task
+from optimisers.engines.job import Job, Result, Task, merged
 from optimisers.engines.kernels import Unprintable
 from optimisers.errors import TraceError, TreeMismatch
 from optimisers.trace.expr import Expr
@@ -280,9 +280,10 @@ class Fused(Task):
         """Copy gradients that lie where this step writes: `{"a": model["b"], "b": model["a"]}` is a
         gradient.
         """
-        for n, at in enumerate(self.dx_at):
+        reach = np.maximum.accumulate(end)
+        for n, at in enumerate(self.dx_at if len(begin) else ()):
             before = np.searchsorted(begin, at + self.job.sizes * self.gradient.itemsize) - 1
-            for i in np.flatnonzero((end[before] > at) & (before >= 0) & (self.job.sizes > 0)).tolist():
+            for i in np.flatnonzero((reach[before] > at) & (before >= 0) & (self.job.sizes > 0)).tolist():
                 arrays = self.dx[n] = list(self.dx[n])
                 arrays[i] = self.job.library.laid_out(arrays[i], self.gradient, self.layout(i))
                 at[i] = self.job.library.address(arrays[i])
@@ -294,22 +295,25 @@ class Fused(Task):
         """
         job = self.job
         buffers = [b for p in job.slots for b in p.buffers]
+        state_at = np.array([job.library.address(b) for b in buffers], np.int64)
+        at = np.concatenate([self.x_at, state_at])
         known = job.memo.get("written")
-        if known is None or known[0] != list(map(id, buffers)) or not np.array_equal(known[1], self.x_at):
-            at = np.concatenate(
-                [self.x_at, np.array([self.job.library.address(b) for b in buffers], np.int64)]
-            )
+        if known is None or not np.array_equal(known[0], at):
             size = np.concatenate(
                 [job.sizes * job.dtype.itemsize, np.array([b.nbytes for b in buffers], np.int64)]
             )
             by = np.argsort(at, kind="stable")
             by = by[size[by] > 0]
-            known = (list(map(id, buffers)), self.x_at.copy(), at[by], (at + size)[by])
-            clash = np.flatnonzero(known[2][1:] < known[3][:-1])
+            begin, end = at[by], (at + size)[by]
+            clash = np.flatnonzero(begin[1:] < end[:-1])
             if len(clash):
                 self.refuse_overlap(*by[clash[0] : clash[0] + 2].tolist())
-            job.memo["written"] = known
-        return known[2], known[3]
+            known = job.memo["written"] = (at, begin, end)
+        if self.x is job.x:
+            return known[1], known[2]
+        home = [job.library.bounds(old) for old, new in zip(job.x, self.x, strict=True) if new is not old]
+        low, high = (np.array(part, np.int64) for part in zip(*home, strict=True))
+        return merged([(known[1], known[2]), (low, high)])
 
     def refuse_overlap(self, i: int, j: int) -> None:
         names = [self.job.code(k, "model") if k < len(self.job.row) else "the state" for k in (i, j)]
