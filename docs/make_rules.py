@@ -154,8 +154,8 @@ OWN_LETTERS = {("Rprop", "g"): r"\tilde{g}"}
 """The same for single rules."""
 
 GREEK = frozenset(
-    """alpha beta gamma delta epsilon eta ell kappa mu nu omega psi rho sigma tau theta xi zeta""".split()
-)
+    ["alpha", "beta", "gamma", "delta", "epsilon", "eta", "ell", "kappa", "mu", "nu", "omega", "psi", "rho"]
+).union(["sigma", "tau", "theta", "xi", "zeta"])
 
 
 def family_of(cls: type[opt.Rule]) -> str:
@@ -299,7 +299,7 @@ def traced(rule: opt.Rule, x: Any) -> tuple[Program, list[tuple[str, Expr]]]:
 def owners(rule: opt.Rule) -> list[tuple[tuple[Any, ...], opt.Rule]]:
     """(path, rule) for a rule and those that it is made of."""
     out: list[tuple[tuple[Any, ...], opt.Rule]] = [((), rule)]
-    for field in dataclasses.fields(rule):  # pyright: ignore[reportArgumentType] its subclasses are dataclasses
+    for field in dataclasses.fields(rule):
         value = getattr(rule, field.name)
         inner = [((field.name,), value)] if not isinstance(value, tuple) else []
         inner += [((field.name, i), v) for i, v in enumerate(value)] if isinstance(value, tuple) else []
@@ -512,7 +512,7 @@ class Printer:
         if e.op == "logical_not":
             return rf"\lnot {self.text(a[0], ATOM)}", PRODUCT
         if e.op == "where":
-            return self._cases(e), ATOM
+            return self._cases(e), 0
         if e.op == "total":
             return rf"\sum_{{\text{{leaves}}}} {self.text(a[0], PRODUCT)}", PRODUCT
         if e.op in REDUCTIONS and e.domain == "scalar":
@@ -536,7 +536,7 @@ class Printer:
     def _sum(self, e: Expr) -> str:
         out = ""
         for positive, term in self._terms(e, positive=True, first=True):
-            text = self.text(term, PRODUCT)
+            text = self.text(term, PRODUCT if out or not positive else SUM)
             out += (" + " if positive else " - ") + text if out else ("" if positive else "-") + text
         return out
 
@@ -545,7 +545,7 @@ class Printer:
         if e.op in ("add", "subtract") and (first or (positive and id(e) not in self.names)):
             yield from self._terms(e.args[0], positive=positive)
             yield from self._terms(e.args[1], positive=positive == (e.op == "add"))
-        elif _whole(e) is not None and _whole(e) < 0:  # pyright: ignore[reportOptionalOperand] looked at before
+        elif _whole(e) is not None and _whole(e) < 0:
             yield not positive, Expr("const", value=-e.value)
         else:
             yield positive, e
@@ -554,7 +554,6 @@ class Printer:
         above: list[Expr] = []
         below: list[Expr] = []
         sign = self._factors(e, above, below, first=True)
-        # Cases stand last, where their brace does not swallow what follows.
         text = self._row(above)
         if below:
             text = rf"\frac{{{text or '1'}}}{{{self._row(below) or '1'}}}"
@@ -665,21 +664,30 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
+def _holds_rules(rule: opt.Rule, field: str) -> bool:
+    return any(path[:1] == (field,) for path, _ in owners(rule))
+
+
 def hyper_parameters(rule: opt.Rule) -> str:
     rows: list[tuple[str, ...]] = []
-    for field in dataclasses.fields(rule):  # pyright: ignore[reportArgumentType] its subclasses are dataclasses
+    printed = Printer(rule, *traced(rule, parameters(rule)))
+    signs = list(zip((path for path, _ in walk(rule)), printed.numbers, strict=False))
+    for field in dataclasses.fields(rule):
         value = getattr(type(rule), field.name, dataclasses.MISSING)
         default = "none: must be given" if value is dataclasses.MISSING else f"`{value!r}`"
-        count = len(value) if isinstance(value, tuple) else 0
-        own = letter(field.name, type(rule).__name__)
-        letters = [subscripted(own, str(i + 1)) for i in range(count)] or [own]
-        changes = kind(field) is not None
+        letters = [
+            sign for path, sign in signs if path[0] == field.name and not _holds_rules(rule, field.name)
+        ]
         rows.append(
             (
                 f"`{field.name}`",
-                ", ".join(f"${t}$" for t in letters) if changes else "",
+                ", ".join(f"${t}$" for t in letters),
                 default,
-                "at any step, or a schedule" if changes else "never",
+                "its settings do"
+                if _holds_rules(rule, field.name)
+                else "at any step, or a schedule"
+                if kind(field) is not None
+                else "never",
             )
         )
     return table(("name", "in the formula", "default", "changes"), rows) if rows else "None."
@@ -705,8 +713,8 @@ def costs(rule: opt.Rule, x: Any) -> str:
     (group,) = opt.explain(opt.setup(rule, {"x": x})).groups
     passes = "one pass" if group.passes == 1 else f"{group.passes} passes"
     return (
-        f"{group.state_bytes / x.size:g} bytes of state and {group.bytes_per_parameter} bytes moved per parameter "
-        f"of {x.dtype}, in {passes} over memory."
+        f"{group.state_bytes / x.size:g} bytes of state and {group.bytes_per_parameter} bytes moved per "
+        f"parameter of {x.dtype}, in {passes} over memory."
     )
 
 
@@ -744,9 +752,10 @@ def section(cls: type[opt.Rule]) -> str:
 
 
 NOTATION = """\
-In the formulas $x$ is the parameter, $g$ the gradient, and $t$ counts the steps: $v_{t-1}$ is the old value, $v_t$ the
-new one. Products, roots and comparisons go element by element; $\\sum$ goes over the elements of one array. A line with
-"needs" is checked before anything is written. The formulas are printed from what the rule does when it is traced."""
+In the formulas $x$ is the parameter, $g$ the gradient, and $t$ counts the steps: $v_{t-1}$ is the old value,
+$v_t$ the new one. Products, roots and comparisons go element by element; $\\sum$ goes over all of one
+array. A line with "needs" is checked before anything is written. The formulas are printed from what a rule
+does when it is traced."""
 
 
 def page(family: str, rules: list[type[opt.Rule]]) -> str:
@@ -856,7 +865,7 @@ PATHS: dict[str, Drawn] = {
 
 
 def path_of(drawn: Drawn, rule: opt.Rule) -> tuple[Any, Any]:
-    """(the points of a rule, those of its average), start included; it ends where it leaves the picture far."""
+    """(the points of a rule, those of its average), start included, until it is far outside."""
     rng = np.random.default_rng(0)
     p = np.array(START, drawn.dtype)
     state = opt.setup(rule, p, engine="interpret")
@@ -896,6 +905,8 @@ def picture(cls: type[opt.Rule]) -> bytes:
         )
         axes.plot(*second[-1], "s", color=colour, markersize=6, zorder=5)
     many = len(points) > 1000
+    hard = f", every {drawn.spoilt}th gradient infinite" if drawn.spoilt else ""
+    hard = ", noisy gradients" if drawn.noise else hard
     axes.plot(*points.T, "-" if many else ".-", color="#0072B2", linewidth=1.3, markersize=4, zorder=3)
     axes.plot(*points[0], "o", color="black", markersize=7, label="start", zorder=6)
     axes.plot(
@@ -909,7 +920,7 @@ def picture(cls: type[opt.Rule]) -> bytes:
         ylabel="second parameter",
         aspect="equal",
     )
-    axes.set_title(textwrap.fill(title_of(drawn.rule), 60), fontsize=9)
+    axes.set_title(textwrap.fill(title_of(drawn.rule) + hard, 60), fontsize=9)
     axes.legend(loc="lower center", ncols=2, fontsize=8, framealpha=0.9)
     buffer, out = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -925,7 +936,7 @@ def title_of(rule: opt.Rule) -> str:
     if isinstance(rule, opt.Chain):
         return f"Chain({', '.join(map(title_of, rule.rules))})"
     said: list[str] = []
-    for field in dataclasses.fields(rule):  # pyright: ignore[reportArgumentType] its subclasses are dataclasses
+    for field in dataclasses.fields(rule):
         value, default = getattr(rule, field.name), getattr(type(rule), field.name, None)
         if isinstance(value, opt.Rule):
             said.append(title_of(value))

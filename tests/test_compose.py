@@ -164,7 +164,7 @@ def test_a_wrapper_alone_in_a_chain_is_the_wrapper() -> None:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: opt.MixedPrecision(), "MixedPrecision was given nothing"),
+        (opt.MixedPrecision, "MixedPrecision was given nothing"),
         (lambda: opt.MixedPrecision("float32"), r"MixedPrecision\(Adam\(\)\)"),
         (lambda: opt.MixedPrecision(opt.Adam(), "float64"), 'MixedPrecision\\("float64", Adam\\(\\)\\)'),
         (lambda: opt.MixedPrecision(opt.Adam), r"MixedPrecision\(Adam\(\)\)"),

@@ -113,13 +113,15 @@ class Awkward(opt.Rule):
 
 
 def test_parentheses_stand_where_the_meaning_needs_them() -> None:
-    (line,) = lines(MAKE.formula(Awkward()))
-    a = r"g_t-(x_{t-1}-(g_t+1))"
-    b = r"-\frac{\eta(g_t+x_{t-1})g_t}{x_{t-1}}"
-    c = r"(g_t+1)^3-(-2)|x_{t-1}-1|"
-    assert a in plain(line)
-    assert b in plain(line)
-    assert c in plain(line)
+    assert [plain(line) for line in lines(MAKE.formula(Awkward()))] == [
+        r"a_t=g_t-(x_{t-1}-(g_t+1))",
+        r"c_t=(g_t+1)^3-(-2)|x_{t-1}-1|",
+        (
+            r"x_t=x_{t-1}-\left(\begin{cases}"
+            r"\frac{a_t\left(-\frac{\eta(g_t+x_{t-1})g_t}{x_{t-1}}-c_t\right)}{\rho}"
+            r"\text{if}a_t>0\land\lnot(x_{t-1}<1)\\c_t\text{else}\end{cases}\right)"
+        ),
+    ]
 
 
 def test_what_when_asks_for_is_shown() -> None:

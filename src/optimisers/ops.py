@@ -344,11 +344,15 @@ class Becomes:
     """
 
     value: Any
+    exact: Any = None
+    """The value before it was rounded, for those who keep averages; None for the value itself."""
 
 
 def landing(x: Any, dx: Any) -> Any:
-    """The new value of x after a rule answered `dx`."""
-    return dx.value if isinstance(dx, Becomes) else x - dx
+    """The new value of x after a rule answered `dx`, as exactly as it is known."""
+    if isinstance(dx, Becomes):
+        return dx.value if dx.exact is None else dx.exact
+    return x - dx
 
 
 def under(dx: Any) -> contextlib.AbstractContextManager[Any]:

@@ -9,7 +9,8 @@ Everything is float64. A row says who went (`peer`, with the settings it was giv
 go the same way (`rules`, a chain), along which gradients, and the parameters after each of 12 steps. Where a
 peer writes its formula otherwise, the settings of ours are the ones that make both the same:
 
-- Optax's NAdam leaves out Dozat's factor beta[1] under the root: ours has eta and epsilon smaller by its root;
+- Optax's NAdam leaves out Dozat's factor beta[1] under the root: ours has eta and epsilon smaller by its
+  root;
 - Adamax of torch and Optax adds epsilon within the maximum: epsilon is 0, and no gradient is 0 at the start;
 - Optax's AMSGrad with bias correction takes the largest corrected mean square, torch the corrected largest:
   one number where gradients grow;

@@ -5,6 +5,7 @@ from typing import Any
 from optimisers.errors import BadSetting, UnknownField
 from optimisers.ops import under
 from optimisers.rule import Rule, stepped
+from optimisers.value import parts
 
 
 class Chain(Rule):
@@ -34,13 +35,15 @@ class Chain(Rule):
                     f"Chain was given {rule!r}; it takes rules, such as Chain(ClipGrad(), Adam()){hint}"
                 )
 
-        for rule in self.rules:
-            if rule.whole and len(self.rules) > 1:
-                name = type(rule).__name__
-                raise BadSetting(
-                    f"Chain was given a {name} among other rules; it wraps a whole chain: write "
-                    f"{name}(Chain(...))"
-                )
+        wrappers = [
+            part for rule in self.rules for part in parts(rule) if isinstance(part, Rule) and part.whole
+        ]
+        if wrappers and len(self.rules) > 1:
+            name = type(wrappers[0]).__name__
+            raise BadSetting(
+                f"Chain was given a {name} among other rules; it wraps a whole chain: write "
+                f"{name}(Chain(...))"
+            )
 
     def init(self, x: Any) -> Any:
         return tuple(rule.init(x) for rule in self.rules)

@@ -54,6 +54,8 @@ class MixedPrecision(Rule):
             raise BadSetting("MixedPrecision.split completes bfloat16 to float32; leave out the dtype")
 
     def init(self, x: Any) -> Any:
+        if "complex" in str(x.dtype) or x.dtype.itemsize > int(self.dtype[5:]) // 8:
+            raise BadSetting(f"MixedPrecision keeps {self.dtype} masters; the parameters are {x.dtype}")
         master = copy(x, self.dtype)
         if not self.split:
             return MasterState(master, self.rule.init(master))
@@ -71,7 +73,7 @@ class MixedPrecision(Rule):
         with under(step):
             new = landing(master, step)
             if self.split:
-                return SplitState(low_bits(new), inner), Becomes(high_bits(new))
+                return SplitState(low_bits(new), inner), Becomes(high_bits(new), new)
             return MasterState(new, inner), Becomes(new)
 
     def __repr__(self) -> str:

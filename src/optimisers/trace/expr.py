@@ -445,11 +445,12 @@ def cuts(e: Expr) -> bool:
     return e.op in _REDUCTIONS and e.domain == "scalar"
 
 
-def order(roots: Iterable[Expr], known: Iterable[int] = ()) -> list[Expr]:
+def order(roots: Iterable[Expr], known: Iterable[int] = (), *, guards: bool = False) -> list[Expr]:
     """Every node below the roots, arguments first, but for those `known` by id and what lies below them
     alone.
 
-    Without recursion, so that long chains do not overflow.
+    With `guards`, the conditions of reductions and totals count as their arguments. Without recursion, so
+    that long chains do not overflow.
     """
     done = set(known)
     out: list[Expr] = []
@@ -461,7 +462,8 @@ def order(roots: Iterable[Expr], known: Iterable[int] = ()) -> list[Expr]:
         elif id(e) not in done:
             done.add(id(e))
             stack.append((e, True))
-            stack.extend((a, False) for a in reversed(e.args) if id(a) not in done)
+            needs = (*e.args, *e.guard) if guards and (cuts(e) or e.op == "total") else e.args
+            stack.extend((a, False) for a in reversed(needs) if id(a) not in done)
     return out
 
 

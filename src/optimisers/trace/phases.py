@@ -67,9 +67,9 @@ def outputs(program: Program, holds: tuple[bool, ...]) -> Outputs:
 def levels(roots: Sequence[Expr]) -> dict[int, int]:
     """The level of every node below the roots, by id."""
     level: dict[int, int] = {}
-    for e in order(roots):
+    for e in order(roots, guards=True):
         below = max((level[id(a)] for a in e.args), default=0)
-        below = max([below, *(level.get(id(g), 0) for g in e.guard)])
+        below = max([below, *(level[id(g)] for g in e.guard)])
         level[id(e)] = below + (cuts(e) or e.op == "total")
     return level
 
@@ -153,7 +153,7 @@ def stages(program: Program) -> tuple[Stage, ...]:
     roots = [*program.guards, *program.roots]
     level = levels(roots)
     top = max(level.values(), default=0)
-    nodes = order(roots)
+    nodes = order(roots, guards=True)
     return tuple(
         Stage(
             tuple(e for e in nodes if cuts(e) and level[id(e)] == k),

@@ -7,7 +7,7 @@ from typing import Any
 
 from optimisers.arrays import registry
 from optimisers.errors import TraceError
-from optimisers.ops import landing
+from optimisers.ops import Becomes
 from optimisers.rule import Rule, stepped
 from optimisers.trace.expr import Expr, Guard, cuts, lift, make, order, tracing
 from optimisers.value import fill, is_number, schedules, walk
@@ -141,7 +141,9 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
             )
         _same_form(rule, state, new_state)
         new = [lift(e) for _, e in flatten(new_state)]
-        wanted = [inputs[0] if dx is None else lift(landing(inputs[0], dx))]
+        wanted = [
+            inputs[0] if dx is None else lift(dx.value if isinstance(dx, Becomes) else inputs[0] - lift(dx))
+        ]
         _types(rule, kind, wanted[0], state, new, symbols)
         olds = [inputs[0], *symbols]
         outputs = [_guarded(e, old) for e, old in zip([*wanted, *new], olds, strict=True)]
@@ -302,22 +304,11 @@ def clean(roots: list[Expr]) -> tuple[list[Expr], dict[int, Expr]]:
     """
     table: dict[Any, Expr] = {}
     new: dict[int, Expr] = {}
-    for e in order(_with_guards(roots)):
+    for e in order(roots, guards=True):
         args = tuple(new[id(a)] for a in e.args)
         keep = _unique(new[id(g)] for g in e.guard) if cuts(e) or e.op == "total" else []
         new[id(e)] = fold(table, e, args, tuple(keep))
     return [new[id(r)] for r in roots], new
-
-
-def _with_guards(roots: list[Expr]) -> list[Expr]:
-    """The roots, after the conditions that reductions and totals below them hang on."""
-    out = list(roots)
-    while True:
-        below = _unique(g for e in order(out) if cuts(e) or e.op == "total" for g in e.guard)
-        missing = [g for g in below if all(g is not e for e in out)]
-        if not missing:
-            return out
-        out = [*missing, *out]
 
 
 def _merge(table: dict[Any, Expr], e: Expr) -> Expr:
