@@ -15,7 +15,7 @@ import pytest
 import optimisers as opt
 from optimisers import ops
 from optimisers.arrays import numpy as library
-from optimisers.engines import addresses, kernels
+from optimisers.engines import addresses, kernels, numba
 from tests.table import DTYPES, TABLE, Row, dtype_of
 from tests.table import name as of_row
 
@@ -54,6 +54,23 @@ def test_a_rule_gets_the_engine_and_the_passes_of_its_row(row: Row) -> None:
             (group,) = opt.explain(opt.setup(row.rule, x)).groups
 
             assert (group.engine, group.passes) == (row.engine_for(dtype), row.passes)
+
+
+@both_engines
+@both_updates
+def test_the_engine_that_is_asked_for_takes_the_step(
+    engine: str, step: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels are out of order here, so only the interpreter can step."""
+    launched: list[int] = []
+    monkeypatch.setattr(numba.Fused, "launch", lambda *_: launched.append(1))
+    x = np.ones(3)
+    state = opt.setup(opt.Descent(0.5), x, engine=engine)
+    _, new = step(state, x, np.ones(3))
+
+    assert [g.engine for g in opt.explain(state).groups] == [engine]
+    assert len(launched) == (engine == "numba")
+    assert (new == 0.5).all() or engine == "numba"
 
 
 @pytest.mark.parametrize(
@@ -901,3 +918,26 @@ def test_two_python_threads_update_two_models_at_once() -> None:
         worker.join()
     np.testing.assert_array_equal(found[0][0], wanted[0][0])
     np.testing.assert_array_equal(found[1][0], wanted[1][0])
+
+
+def test_python_threads_may_update_one_state_at_once() -> None:
+    """`update` is pure, so what it is given may be shared; every thread gets what it would get alone."""
+    rng = np.random.default_rng(0)
+    models = [[rng.standard_normal(200_001).astype(np.float32), np.zeros(3, np.float32)] for _ in range(2)]
+    state = opt.setup(opt.Chain(opt.ClipNorm(1.0), opt.Adam(0.1)), models[0], engine="numba")
+    wanted = [opt.update(state, model, model) for model in models]
+    wrong: list[str] = []
+
+    def work(n: int) -> None:
+        for _ in range(40):
+            new_state, new = opt.update(state, models[n], models[n])
+            if not all(map(np.array_equal, new, wanted[n][1])) or new_state != wanted[n][0]:
+                wrong.append(f"thread {n}")
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+    assert wrong == []

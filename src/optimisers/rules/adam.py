@@ -23,10 +23,21 @@ def adam_state(x: Any) -> AdamState:
     return AdamState(zeros_like(x), real_zeros_like(x), (0.0, 0.0))
 
 
+def check_moments(rule: Rule) -> None:
+    """Raise BadSetting where the settings that all these rules have are out of range."""
+    in_unit_interval(rule, "beta")
+    not_negative(rule, "epsilon")
+
+
+def weights(beta: Any, old: Any) -> tuple[Any, Any]:
+    """The sums of the weights in two averages after one more step: averages of ones."""
+    return ema(beta[0], old[0], 1), ema(beta[1], old[1], 1)
+
+
 def moments(beta: Any, state: AdamState, dx: Any) -> tuple[AdamState, Any, Any]:
     """(new state, m and v without bias): Kingma & Ba, algorithm 1."""
     m, v = ema(beta[0], state.m, dx), ema(beta[1], state.v, abs2(dx))
-    weight = (ema(beta[0], state.weight[0], 1), ema(beta[1], state.weight[1], 1))
+    weight = weights(beta, state.weight)
     return AdamState(m, v, weight), m * (1 / weight[0]), v * (1 / weight[1])
 
 
@@ -44,8 +55,7 @@ class Adam(Rule):
     epsilon: float = 1e-8
 
     def check(self) -> None:
-        in_unit_interval(self, "beta")
-        not_negative(self, "epsilon")
+        check_moments(self)
 
     def init(self, x: Any) -> Any:
         return adam_state(x)
@@ -70,8 +80,8 @@ class AdamW(Rule):
     couple: bool = static(True)
 
     def check(self) -> None:
-        in_unit_interval(self, "beta")
-        not_negative(self, "epsilon", "lam")
+        check_moments(self)
+        not_negative(self, "lam")
 
     def init(self, x: Any) -> Any:
         return adam_state(x)
@@ -103,8 +113,7 @@ class RAdam(Rule):
     variant: str = static("julia")
 
     def check(self) -> None:
-        in_unit_interval(self, "beta")
-        not_negative(self, "epsilon")
+        check_moments(self)
         one_of(self, "variant", "julia", "torch")
 
     def init(self, x: Any) -> Any:
@@ -149,8 +158,7 @@ class AdaMax(Rule):
     epsilon: float = 1e-8
 
     def check(self) -> None:
-        in_unit_interval(self, "beta")
-        not_negative(self, "epsilon")
+        check_moments(self)
 
     def init(self, x: Any) -> Any:
         return AdaMaxState(zeros_like(x), real_zeros_like(x), 0.0)
@@ -178,8 +186,7 @@ class OAdam(Rule):
     epsilon: float = 1e-8
 
     def check(self) -> None:
-        in_unit_interval(self, "beta")
-        not_negative(self, "epsilon")
+        check_moments(self)
 
     def init(self, x: Any) -> Any:
         return OAdamState(adam_state(x), zeros_like(x))
@@ -216,8 +223,7 @@ class AMSGrad(Rule):
     variant: str = static("julia")
 
     def check(self) -> None:
-        in_unit_interval(self, "beta")
-        not_negative(self, "epsilon")
+        check_moments(self)
         one_of(self, "variant", "julia", "torch")
 
     def init(self, x: Any) -> Any:
@@ -229,7 +235,7 @@ class AMSGrad(Rule):
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
         m, v = ema(self.beta[0], state.m, dx), ema(self.beta[1], state.v, abs2(dx))
         most = maximum(state.most, v)
-        weight = (ema(self.beta[0], state.weight[0], 1), ema(self.beta[1], state.weight[1], 1))
+        weight = weights(self.beta, state.weight)
         new = AMSGradState(m, v, most, weight)
         if self.variant == "torch":
             return new, self.eta / weight[0] * m / (sqrt(most * (1 / weight[1])) + self.epsilon)
@@ -258,8 +264,7 @@ class NAdam(Rule):
     variant: str = static("julia")
 
     def check(self) -> None:
-        in_unit_interval(self, "beta")
-        not_negative(self, "epsilon")
+        check_moments(self)
         one_of(self, "variant", "julia", "torch")
 
     def init(self, x: Any) -> Any:
@@ -303,8 +308,7 @@ class AdaBelief(Rule):
     epsilon: float = 1e-16
 
     def check(self) -> None:
-        in_unit_interval(self, "beta")
-        not_negative(self, "epsilon")
+        check_moments(self)
 
     def init(self, x: Any) -> Any:
         return AdaBeliefState(zeros_like(x), real_zeros_like(x), (0.0, 0.0))
@@ -312,6 +316,6 @@ class AdaBelief(Rule):
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
         m = ema(self.beta[0], state.m, dx)
         s = ema(self.beta[1], state.s, abs2(dx - m)) + self.epsilon
-        weight = (ema(self.beta[0], state.weight[0], 1), ema(self.beta[1], state.weight[1], 1))
+        weight = weights(self.beta, state.weight)
         step = self.eta / weight[0] * m / (sqrt(s * (1 / weight[1])) + self.epsilon)
         return AdaBeliefState(m, s, weight), step

@@ -7,6 +7,11 @@ from optimisers.ops import abs2, check, clip, isfinite, minimum, norm, sign, sqr
 from optimisers.rule import Rule, not_negative, static
 
 
+def decayed(lam: Any, x: Any, dx: Any) -> Any:
+    """A gradient or a step that also pulls x towards 0."""
+    return dx + lam * x
+
+
 class WeightDecay(Rule):
     """Adds lam x to the gradient: an L2 penalty of lam/2 |x|^2 on the loss, where it comes before the other
     rules.
@@ -18,7 +23,7 @@ class WeightDecay(Rule):
         not_negative(self, "lam")
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        return state, dx + self.lam * x
+        return state, decayed(self.lam, x, dx)
 
 
 class DecoupledDecay(Rule):
@@ -35,7 +40,7 @@ class DecoupledDecay(Rule):
         not_negative(self, "lam")
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        return state, dx + self.lam * x
+        return state, decayed(self.lam, x, dx)
 
 
 class SignDecay(Rule):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import numpy as host
-from optimisers.trace.expr import Expr, cuts
+from optimisers.trace.expr import Expr, cuts, order
 
 Table = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -93,18 +93,7 @@ def below(e: Expr) -> tuple[Expr, ...]:
     """A scalar node and all it is made of, arguments first; reductions and totals are given, so not what is
     in them.
     """
-    out: list[Expr] = []
-    done: set[int] = set()
-    stack = [(e, False)]
-    while stack:
-        node, ready = stack.pop()
-        if ready:
-            out.append(node)
-        elif id(node) not in done:
-            done.add(id(node))
-            stack.append((node, True))
-            stack.extend((a, False) for a in reversed(node.args) if not (cuts(node) or node.op == "total"))
-    return tuple(out)
+    return tuple(order([e], given=True))
 
 
 def counters(values: Scalars, new: tuple[Expr, ...]) -> tuple[list[Any], bool]:

@@ -445,12 +445,15 @@ def cuts(e: Expr) -> bool:
     return e.op in _REDUCTIONS and e.domain == "scalar"
 
 
-def order(roots: Iterable[Expr], known: Iterable[int] = (), *, guards: bool = False) -> list[Expr]:
+def order(
+    roots: Iterable[Expr], known: Iterable[int] = (), *, guards: bool = False, given: bool = False
+) -> list[Expr]:
     """Every node below the roots, arguments first, but for those `known` by id and what lies below them
     alone.
 
-    With `guards`, the conditions of reductions and totals count as their arguments. Without recursion, so
-    that long chains do not overflow.
+    With `guards`, the conditions of reductions and totals count as their arguments; with `given`, their
+    values are given, and nothing below them is wanted. Without recursion, so that long chains do not
+    overflow.
     """
     done = set(known)
     out: list[Expr] = []
@@ -462,7 +465,9 @@ def order(roots: Iterable[Expr], known: Iterable[int] = (), *, guards: bool = Fa
         elif id(e) not in done:
             done.add(id(e))
             stack.append((e, True))
-            needs = (*e.args, *e.guard) if guards and (cuts(e) or e.op == "total") else e.args
+            needs = e.args
+            if cuts(e) or e.op == "total":
+                needs = () if given else (*e.args, *e.guard) if guards else e.args
             stack.extend((a, False) for a in reversed(needs) if id(a) not in done)
     return out
 
