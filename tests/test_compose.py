@@ -46,7 +46,7 @@ def bits(x: Any) -> bytes:
 def test_items_111_to_113_the_parameters_are_the_master_rounded(
     dtype: str, master: str, engine: str, step: Step
 ) -> None:
-    """BEHAVIOUR 111, 112, 113: the rule steps a wider copy, with its state in the type of the copy."""
+    """Item 111, 112, 113: the rule steps a wider copy, with its state in the type of the copy."""
     x = drawn(0, dtype=dtype)
     state = opt.setup(opt.MixedPrecision(master, opt.Adam(0.03)), x, engine=engine)
     np.testing.assert_array_equal(state.state.master, x.astype(master))

@@ -102,7 +102,7 @@ def fell(
 @every_rule
 @both_updates
 def test_items_164_and_168_a_matrix_is_found_from_random_inputs(runner: Runner, step: Step) -> None:
-    """BEHAVIOUR 164: the mean square of (w x - w' x), 10 x 10, falls from more than 1 to less than 0.01."""
+    """Item 164: the mean square of (w x - w' x), 10 x 10, falls from more than 1 to less than 0.01."""
     rng = np.random.default_rng(84)
     target, w = rng.standard_normal((10, 10)), rng.standard_normal((10, 10))
     inputs, seen = rng.standard_normal((100, 10, 10)), rng.standard_normal((10, 100))
@@ -122,7 +122,7 @@ def test_items_164_and_168_a_matrix_is_found_from_random_inputs(runner: Runner, 
 @every_rule
 @both_updates
 def test_item_165_a_matrix_and_its_transpose_cancel(runner: Runner, step: Step) -> None:
-    """BEHAVIOUR 165: the sum of |x + x^T|^2 falls below 1, from the numbers 1 to 64 over their mean."""
+    """Item 165: the sum of |x + x^T|^2 falls below 1, from the numbers 1 to 64 over their mean."""
     x = np.arange(1.0, 65.0).reshape(8, 8) / 32.5
 
     def loss(x: Any) -> float:
@@ -135,7 +135,7 @@ def test_item_165_a_matrix_and_its_transpose_cancel(runner: Runner, step: Step) 
 @every_rule
 @both_updates
 def test_item_166_a_model_of_several_arrays_fits_a_function(runner: Runner, step: Step) -> None:
-    """BEHAVIOUR 166: the loss falls below 0.001, where the model fits exactly."""
+    """Item 166: the loss falls below 0.001, where the model fits exactly."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((32, 4))
     wanted = x @ rng.standard_normal((4, 2)) + 0.5
@@ -158,7 +158,7 @@ def test_item_166_a_model_of_several_arrays_fits_a_function(runner: Runner, step
 @every_rule
 @both_updates
 def test_item_167_a_small_network_of_read_only_arrays_learns(runner: Runner, step: Step) -> None:
-    """BEHAVIOUR 167: a network of two layers brings its loss from more than 10 to less than 1."""
+    """Item 167: a network of two layers brings its loss from more than 10 to less than 1."""
     rng = np.random.default_rng(1)
     x = rng.standard_normal((64, 3))
     wanted = 5 * np.sin(x[:, :1]) + 3 * x[:, 1:2]
@@ -211,7 +211,7 @@ COMPLEX = (
 @pytest.mark.parametrize("engine", ["interpret", "numba"])
 @both_updates
 def test_item_87_a_complex_loss_falls_at_every_step(rule: opt.Rule, engine: str, step: Step) -> None:
-    """BEHAVIOUR 87: ten steps on |w x - conj(x)|^2, from 2 to less than 1.9."""
+    """Item 87: ten steps on |w x - conj(x)|^2, from 2 to less than 1.9."""
     x = np.exp(1j * np.array([0.3, 1.1, 2.0, -0.7]))
     w = np.zeros(4, complex)
     w += (1 - np.sqrt(2)) * np.conj(x) / x  # |w x - conj(x)|^2 = 2 for each

@@ -664,7 +664,7 @@ def test_the_first_adam_step_has_size_eta_in_half_precision(engine: str, dtype: 
 def test_item_85_a_half_precision_adam_step_of_rate_1e_4_moves_by_1e_4(
     engine: str, step: Callable[..., Any]
 ) -> None:
-    """BEHAVIOUR 85: Optimisers.jl moves the first weight by 1.26 here."""
+    """Item 85: Optimisers.jl moves the first weight by 1.26 here."""
     x = np.array([0.579, -0.729, 0.5493], np.float16)
     g = np.array([-0.001497, 0.0001875, -0.013176], np.float16)
     _, new = trained(opt.Adam(1e-4), x, [g], step, engine)
@@ -1065,7 +1065,7 @@ def test_leaves_that_parted_and_met_again_step_by_their_own_numbers(
 
 
 def test_adjusting_beta_keeps_the_weights_gathered_so_far() -> None:
-    """BEHAVIOUR 131: the bias is corrected by what was summed, not by a power of the new beta."""
+    """Item 131: the bias is corrected by what was summed, not by a power of the new beta."""
     state, x = trained(opt.Adam(0.1), np.zeros(2), [np.ones(2)] * 2)
     opt.adjust_(state, beta=(0.5, 0.5))
     state, x = opt.update(state, x, np.ones(2))
@@ -1274,7 +1274,7 @@ def test_a_nan_norm_raises_and_names_the_leaf(p: float, engine: str) -> None:
 
 @both_engines
 def test_a_norm_that_may_pass_spreads(engine: str) -> None:
-    """BEHAVIOUR 102: 0 * inf is NaN, the finite elements do not move."""
+    """Item 102: 0 * inf is NaN, the finite elements do not move."""
     rule = opt.Chain(opt.ClipNorm(1.0, throw=False), opt.Descent(1.0))
     _, x = trained(rule, np.zeros(3), [np.array([1, 10, np.inf])], engine=engine)
     np.testing.assert_array_equal(x, [0, 0, np.nan])
