@@ -1057,3 +1057,11 @@ def test_an_array_may_be_a_gradient_that_is_part_of_the_model() -> None:
     update_(state, model, {"a": model["b"], "b": model["a"]})
     np.testing.assert_array_equal(model["a"], [-2, -2])
     np.testing.assert_array_equal(model["b"], [2, 2])
+
+
+def test_the_leaf_of_a_tie_refuses_a_transposed_view_of_its_array() -> None:
+    x = np.arange(9.0).reshape(3, 3)
+    model = {"a": x, "b": {"c": x.T}}
+    state = opt.setup(opt.Momentum(), model)
+    with pytest.raises(opt.TreeMismatch, match=r"a transposed view of model\['a'\]"):
+        opt.update_(state["b"]["c"], model["b"]["c"], np.ones((3, 3)))

@@ -151,7 +151,16 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
 def _opened(state: Any, model: Any) -> tuple[Store, Node, KeyPath]:
     if isinstance(model, Leaf | Branch):
         raise BadState("the second argument is a state; the order is update(state, model, grads)")
-    return parts(state)
+    store, node, path = parts(state)
+    kind = store.shapes[node.leaf] if node.leaf >= 0 and len(store.layout.places[node.leaf]) > 1 else None
+    if kind is not None and registry.isarray(model):
+        library = registry.library(model)
+        if (tuple(model.shape), library.dense_strides(model)) != (kind.shape, kind.strides):
+            raise TreeMismatch(
+                f"this is a transposed view of {path.code()}, whose Leaf speaks for that place; "
+                f"update a part of the model that holds it"
+            )
+    return store, node, path
 
 
 def _given(grads: Any, name: str) -> Any:
