@@ -906,3 +906,14 @@ def test_a_second_gradient_that_is_missing_at_one_leaf_is_pointed_out(engine: st
     with pytest.raises(opt.OptimiserError, match=r"\['q'\]\[0\]"):
         step(state, model, G, {"p": G2["p"], "q": None})
     np.testing.assert_array_equal(model["p"], 1)
+
+
+@pytest.mark.parametrize("wrapper", [opt.EMA, opt.SkipNonFinite])
+def test_a_wrapper_takes_rules_alone(wrapper: Any) -> None:
+    name = wrapper.__name__
+    with pytest.raises(
+        opt.BadSetting, match=rf"{name}\.rule is 3; it takes a rule: write {name}\(Adam\(\)\)"
+    ):
+        wrapper(3)
+    with pytest.raises(opt.BadSetting, match=rf"write {name}\(Descent\(\)\)"):
+        wrapper(opt.Descent)

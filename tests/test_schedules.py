@@ -437,7 +437,7 @@ REFUSED = [
     (lambda: Linear("0.1", 0, 2), "Linear.start is '0.1'; it takes a real number, or a schedule of it"),
     (lambda: Polynomial(0.1, 0, 0), "Polynomial.steps is 0; it takes a number not below 1"),
     (lambda: Polynomial(0.1, 0, 9, 0), "Polynomial.power is 0.0; it takes a number above 0"),
-    (lambda: Polynomial(0.1, 0, 9, math.nan), "Polynomial.power is nan; it takes a number above 0"),
+    (lambda: Polynomial(0.1, 0, 9, math.nan), "Polynomial.power is nan; it takes a number"),
     (lambda: Cosine(0.1, 0), "Cosine.steps is 0; it takes a number not below 1"),
     (lambda: Cosine(0.1, 10, -1), "Cosine.warmup is -1; it takes a number not below 0"),
     (lambda: Cosine(0.1, 10, 10), "Cosine.warmup is 10; it takes a number below steps, which is 10"),

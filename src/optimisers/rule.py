@@ -119,6 +119,14 @@ def not_negative(rule: Rule, *names: str) -> None:
             raise BadSetting(f"{type(rule).__name__}.{name} is {value!r}; it cannot be negative")
 
 
+def a_rule(outer: Rule, inner: object) -> None:
+    """Raise BadSetting unless what a rule wraps is a rule."""
+    if not isinstance(inner, Rule):
+        name = type(outer).__name__
+        instead = f"{name}({inner.__name__}())" if isinstance(inner, type) else f"{name}(Adam())"
+        raise BadSetting(f"{name}.rule is {inner!r}; it takes a rule: write {instead}")
+
+
 def one_of(rule: Rule, name: str, *accepted: str) -> None:
     """Raise BadSetting unless a setting is one of these words."""
     value = getattr(rule, name)
@@ -127,4 +135,14 @@ def one_of(rule: Rule, name: str, *accepted: str) -> None:
         raise BadSetting(f"{type(rule).__name__}.{name} is {value!r}; it takes {words}")
 
 
-__all__ = ["Rule", "changes_of", "in_unit_interval", "needed", "not_negative", "one_of", "static", "stepped"]
+__all__ = [
+    "Rule",
+    "a_rule",
+    "changes_of",
+    "in_unit_interval",
+    "needed",
+    "not_negative",
+    "one_of",
+    "static",
+    "stepped",
+]

@@ -3,7 +3,7 @@
 from typing import Any, ClassVar, NamedTuple
 
 from optimisers.ops import copy, ema, landing, under
-from optimisers.rule import Rule, in_unit_interval, stepped
+from optimisers.rule import Rule, a_rule, in_unit_interval, stepped
 
 
 class AverageState(NamedTuple):
@@ -27,6 +27,7 @@ class EMA(Rule):
     rho: float = 0.999
 
     def check(self) -> None:
+        a_rule(self, self.rule)
         in_unit_interval(self, "rho")
 
     def init(self, x: Any) -> Any:

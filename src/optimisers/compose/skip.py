@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from optimisers.ops import isfinite, sum_, total, under, when, where
-from optimisers.rule import Rule, stepped
+from optimisers.rule import Rule, a_rule, stepped
 
 
 class SkipState(NamedTuple):
@@ -21,6 +21,9 @@ class SkipNonFinite(Rule):
     """
 
     rule: Rule
+
+    def check(self) -> None:
+        a_rule(self, self.rule)
 
     def init(self, x: Any) -> Any:
         return SkipState(0, self.rule.init(x))
