@@ -11,7 +11,6 @@ import numpy as np
 
 from optimisers.engines import cache, threads
 from optimisers.engines.addresses import Chunks, Form
-from optimisers.engines.numba import slot_addresses
 from optimisers.leaf import parts
 
 SOURCE = '''"""Reads and writes the arrays of a step, with one addition for each that is written.
@@ -25,7 +24,7 @@ from optimisers.engines.support import claim, loader, storer
 {words}
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@njit("void(i8, i8[::1], i8[:,::1], i8[:,::1])", nogil=True, error_model="numpy", cache=True)
 def kernel(counter, spans, chunks, addresses):
     while True:
         s = claim(counter)
@@ -67,8 +66,11 @@ def limit(state: Any, model: dict[str, Any], grads: dict[str, Any]) -> Callable[
     kind = np.dtype(group.kind.dtype)
     places = group.places
     form = Form(places.shapes, places.strides, [True] * len(places.shapes))
-    rows = [form.addresses(list(arrays.values()), kind, write=False)[0] for arrays in (model, grads)]
-    addresses = np.stack([*rows, *(slot_addresses(pack) for pack in group.slots)])
+    n = len(places.shapes)
+    at_and_misfit = np.empty((2, 2, n), np.int64)
+    for arrays, (where, misfit) in zip((model, grads), at_and_misfit, strict=True):
+        form.addresses(list(arrays.values()), kind, where, misfit, write=False)
+    addresses = np.stack([*at_and_misfit[:, 0], *(pack.addresses for pack in group.slots)])
     chunks = Chunks(places.sizes)
     kernel = cache.load(source(len(group.slots), kind.name, kind.itemsize)).kernel
     counter = np.zeros(1, np.int64)
