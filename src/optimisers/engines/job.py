@@ -267,9 +267,11 @@ def ready(tasks: Sequence[Task]) -> None:
 
 
 def merged(spans: list[tuple[Indices, Indices]]) -> tuple[Indices, Indices]:
-    """Lists of (begin, end) of memory as one, sorted by where it begins."""
+    """Lists of (begin, end) of memory as one, sorted by where it begins; ends are never before those of
+    earlier ones.
+    """
     if len(spans) == 1 or not spans:
         return spans[0] if spans else (np.zeros(0, np.int64), np.zeros(0, np.int64))
     begin, end = (np.concatenate(part) for part in zip(*spans, strict=True))
     by = np.argsort(begin, kind="stable")
-    return begin[by], end[by]
+    return begin[by], np.maximum.accumulate(end[by])
