@@ -47,8 +47,8 @@ class Explanation:
         for g in self.groups:
             lines.append(
                 f"{g.rule}\n  {g.leaves} array{'s' * (g.leaves != 1)} of {g.dtype}, {g.parameters:,} "
-                "parameters, "
-                f"state {g.state_bytes / 1e6:,.1f} MB, {g.histories} row{'s' * (g.histories != 1)} of numbers"
+                f"parameters, state {g.state_bytes / 1e6:,.1f} MB, {g.histories} "
+                f"row{'s' * (g.histories != 1)} of numbers"
             )
             why = f" ({g.reason})" if g.reason else ""
             lines.append(

@@ -19,7 +19,8 @@ from optimisers.store import Store
 from optimisers.trace.program import entries, flatten, form, unflatten
 from optimisers.tree.path import Attr, KeyPath, matches
 from optimisers.tree.walk import Node, find, gather, rebuild
-from optimisers.value import Value, adjustable, adjusted, refuse_unknown, schedules, skeleton
+from optimisers.value import adjustable, adjusted, refuse_unknown, schedules, skeleton
+from optimisers.value import parts as parts_of_value
 
 Where = Any
 """A selector: a glob over paths, a predicate (path, leaf), a rule type, or a list of these."""
@@ -61,8 +62,7 @@ class Leaf:
         if form(wanted) != form(self.state):
             raise BadState(
                 f"{self._name()} has a state of the form {_kinds(self.state)}; {rule!r} takes "
-                f"{_kinds(wanted)}; "
-                f"call `setup` for a new state"
+                f"{_kinds(wanted)}; call `setup` for a new state"
             )
         self._store.move([(self._leaf, rule, _copied(self.state, self.state, self._name()))])
 
@@ -240,13 +240,11 @@ def parts(state: Any) -> tuple[Store, Node, KeyPath]:
     if isinstance(state, tuple) and not state:
         raise BadState(
             "a state was wanted and () came: nothing is trained there; a state is what `setup(rule, model)` "
-            "returns, "
-            "or a part of it"
+            "returns, or a part of it"
         )
     raise BadState(
         f"a state was wanted and a {type(state).__name__} came; a state is what `setup(rule, model)` "
-        "returns, or a part "
-        f"of it"
+        "returns, or a part of it"
     )
 
 
@@ -284,7 +282,7 @@ def picks(choice: Any, store: Store, leaf: int, depth: int) -> bool:
         )
     if isinstance(choice, type) and issubclass(choice, Rule):
         group, _ = store.where(leaf)
-        return any(issubclass(kind, choice) for kind in kinds_in(group.rule))
+        return any(isinstance(part, choice) for part in parts_of_value(group.rule))
     if callable(choice) and not isinstance(choice, type):
         return bool(
             choice(
@@ -293,16 +291,9 @@ def picks(choice: Any, store: Store, leaf: int, depth: int) -> bool:
             )
         )
     raise NoMatch(
-        f"where={choice!r} is no selector; it takes a glob such as '**.bias', a function of (path, leaf), "
-        f"or a rule type"
+        f"where={choice!r} is no selector; it takes a glob such as '**.bias', a function of (path, leaf), or "
+        "a rule type"
     )
-
-
-def kinds_in(value: Any) -> list[type]:
-    """The types of a rule and of the rules it is made of."""
-    if isinstance(value, Value):
-        return [type(value), *(k for v in vars(value).values() for k in kinds_in(v))]
-    return [k for v in value for k in kinds_in(v)] if isinstance(value, tuple) else []
 
 
 def listed(paths: Any, most: int = 6) -> str:

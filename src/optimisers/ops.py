@@ -331,8 +331,8 @@ def when(condition: Any, dx: Any) -> Any:
             return write(condition, dx)
     if getattr(condition, "shape", ()) != ():
         raise TraceError(
-            "when() was given a condition for each element; it takes a scalar one: "
-            "use where() for single elements"
+            "when() was given a condition for each element; it takes a scalar one: use where() for single "
+            "elements"
         )
     return dx if condition else None
 

@@ -71,8 +71,8 @@ def stepped(rule: Rule, state: Any, x: Any, dx: Any, more: tuple[Any, ...] = ())
     needs, takes = further(type(rule))
     if len(more) < needs:
         raise TraceError(
-            f"{type(rule).__name__} takes {needs + 1} gradients, and {len(more) + 1} came; "
-            f"write update(state, model, grads, {', '.join(f'grads{i + 2}' for i in range(needs))})"
+            f"{type(rule).__name__} takes {needs + 1} gradients, and {len(more) + 1} came; write "
+            f"update(state, model, grads, {', '.join(f'grads{i + 2}' for i in range(needs))})"
         )
     token = asking.set(type(rule))
     try:

@@ -146,8 +146,8 @@ class Cosine(Schedule):
             raise BadSetting(f"{_name(self, 'cycles')} is {cycles!r}; it takes a whole number, not below 1")
         if _known(self.warmup, self.steps) and self.warmup >= self.steps:
             raise BadSetting(
-                f"{_name(self, 'warmup')} is {self.warmup!r}; "
-                f"it takes a number below steps, which is {self.steps!r}"
+                f"{_name(self, 'warmup')} is {self.warmup!r}; it takes a number below steps, which is "
+                f"{self.steps!r}"
             )
 
 
@@ -176,8 +176,8 @@ class Exponential(Schedule):
         _at_least(self, "steps", 1)
         if _known(self.end, self.eta) and not self.end <= self.eta:
             raise BadSetting(
-                f"{_name(self, 'end')} is {self.end!r}; "
-                f"it takes a number not above eta, which is {self.eta!r}"
+                f"{_name(self, 'end')} is {self.end!r}; it takes a number not above eta, which is "
+                f"{self.eta!r}"
             )
 
 
@@ -213,8 +213,8 @@ class Step(Schedule):
             )
         if len(self.factors) != len(self.boundaries):
             raise BadSetting(
-                f"{_name(self, 'factors')} is {self.factors!r}; it takes one number per boundary, "
-                f"and there are {len(self.boundaries)}"
+                f"{_name(self, 'factors')} is {self.factors!r}; it takes one number per boundary, and there "
+                f"are {len(self.boundaries)}"
             )
 
 
@@ -347,8 +347,8 @@ class Join(Schedule):
         for i, schedule in enumerate(self.schedules):
             if not callable(schedule) or isinstance(schedule, type):
                 raise BadSetting(
-                    f"{_name(self, f'schedules[{i}]')} is {schedule!r}; "
-                    f"it takes a schedule, such as Constant(0.1)"
+                    f"{_name(self, f'schedules[{i}]')} is {schedule!r}; it takes a schedule, such as "
+                    "Constant(0.1)"
                 )
         if not self.schedules:
             raise BadSetting(f"{_name(self, 'schedules')} is (); it takes one schedule at least")
@@ -398,8 +398,8 @@ def _name(schedule: Schedule, field: str) -> str:
 def _refuse_schedule(name: str, value: Any) -> None:
     if callable(value):
         raise BadSetting(
-            f"{name} is {value!r}; it takes a number: "
-            f"to use two schedules write Join, or a function of the clock that calls both"
+            f"{name} is {value!r}; it takes a number: to use two schedules write Join, or a function of the "
+            "clock that calls both"
         )
 
 
@@ -419,8 +419,8 @@ def _rising(schedule: Schedule, boundaries: Sequence[Any]) -> None:
     known = [b for b in (0, *boundaries) if _known(b)]
     if any(b <= a for a, b in pairwise(known)):
         raise BadSetting(
-            f"{_name(schedule, 'boundaries')} is {boundaries!r}; "
-            f"it takes whole numbers above 0 in rising order"
+            f"{_name(schedule, 'boundaries')} is {boundaries!r}; it takes whole numbers above 0 in rising "
+            "order"
         )
 
 

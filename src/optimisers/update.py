@@ -157,8 +157,8 @@ def _opened(state: Any, model: Any) -> tuple[Store, Node, KeyPath]:
         library = registry.library(model)
         if (tuple(model.shape), library.dense_strides(model)) != (kind.shape, kind.strides):
             raise TreeMismatch(
-                f"this is a transposed view of {path.code()}, whose Leaf speaks for that place; "
-                f"update a part of the model that holds it"
+                f"this is a transposed view of {path.code()}, whose Leaf speaks for that place; update a "
+                "part of the model that holds it"
             )
     return store, node, path
 

@@ -359,7 +359,6 @@ def refuse_unknown(value: Any, names: Iterable[str]) -> None:
             if any(f.name == name for f in fields(part)):
                 raise UnknownField(
                     f"{type(part).__name__}.{name} belongs to the structure of the rule and cannot be "
-                    "adjusted; "
-                    f"make a new rule and call `setup` with it"
+                    "adjusted; make a new rule and call `setup` with it"
                 )
         raise UnknownField(f"{type(value).__name__} has no setting {name}; {_offered(name, known)}")

@@ -3,7 +3,7 @@ leaf.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from optimisers.arrays.pack import Indices
 from optimisers.engines.job import Job, Result, Task
 from optimisers.errors import TraceError
 from optimisers.trace.expr import Expr, order
-from optimisers.trace.phases import is_input, outputs
+from optimisers.trace.phases import is_input, number_of, outputs
 
 NAME = "interpret"
 
@@ -23,11 +23,11 @@ _CONDITIONS = frozenset({"logical_and", "logical_or", "logical_not", "where", "c
 class Values:
     """The arrays of one leaf, node by node, in the type of the arithmetic."""
 
-    def __init__(self, job: Job, leaf: int, scalar: Callable[[Expr], Any]) -> None:
-        self.library, self.leaf, self.scalar = job.library, leaf, scalar
-        self.job = job
-        self.wide = job.wide
-        self.real = job.library.real_of(self.wide)
+    def __init__(self, task: Task, leaf: int) -> None:
+        self.job, self.scalars, self.leaf = task.job, task.scalars, leaf
+        self.library = self.job.library
+        self.wide = self.job.wide
+        self.real = self.library.real_of(self.wide)
         self.found: dict[int, Any] = {}
         self.seen: list[Any] = []
 
@@ -46,7 +46,7 @@ class Values:
 
     def number(self, e: Expr) -> Any:
         """A scalar as the kernels see it: rounded once to the type of the arithmetic."""
-        value = self.scalar(e) if e.op != "const" else e.value
+        value = self.scalars.of_leaves(e)[self.leaf] if e.op != "const" else e.value
         return (
             np.bool_(value)
             if e.type == "bool"
@@ -74,8 +74,8 @@ class Values:
         except ValueError as error:
             shapes = " and ".join(str(np.shape(a)) for a in args)
             raise TraceError(
-                f"{type(self.job.rule).__name__}: {e.op} of arrays of shape {shapes}: {error}, "
-                f"at {self.job.code(self.leaf, 'model')}"
+                f"{type(self.job.rule).__name__}: {e.op} of arrays of shape {shapes}: {error}, at "
+                f"{self.job.code(self.leaf, 'model')}"
             ) from error
 
 
@@ -84,8 +84,8 @@ def input_of(job: Job, leaf: int, name: str) -> Any:
     if name == "x":
         return job.x[leaf]
     if name.startswith("d"):
-        return job.grads[int(name[2:] or "1") - 1][leaf]
-    return job.slots[int(name[1:])][leaf]
+        return job.grads[number_of(name)][leaf]
+    return job.slots[number_of(name)][leaf]
 
 
 class Interpreter(Task):
@@ -97,14 +97,11 @@ class Interpreter(Task):
         grads = tuple([job.checked_gradient(order, i) for i in leaves] for order in range(len(job.grads)))
         super().__init__(dataclasses.replace(job, x=x, grads=grads))
 
-    def values(self, leaf: int) -> Values:
-        return Values(self.job, leaf, lambda e: self.scalars.of_leaves(e)[leaf])
-
     def reduce(self, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
         chosen = [r for r, w in zip(self.stages[level].reductions, wanted, strict=True) if w]
         found: dict[Expr, list[Any]] = {r: [] for r in chosen}
         for leaf in range(len(self.job.row)):
-            values = self.values(leaf)
+            values = Values(self, leaf)
             for r in chosen:
                 found[r].append(self.job.library.WORDS[r.op](values.get(r.args[0])))
         return {r: np.array(v, complex if r.type == "complex" else float) for r, v in found.items()}
@@ -119,7 +116,7 @@ class Interpreter(Task):
                 self.new[int(leaf)] = self.leaf_outputs(int(leaf), out.x, out.slots)
 
     def leaf_outputs(self, leaf: int, x: Expr | None, slots: Sequence[Expr]) -> tuple[Any, list[Any]]:
-        values = self.values(leaf)
+        values = Values(self, leaf)
         new_x = None if x is None or is_input(x, "x") else values.own(x)
         if new_x is not None:
             self.fitting(new_x, self.job.shapes[leaf], leaf, "a step")

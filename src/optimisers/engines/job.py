@@ -3,6 +3,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ class Job:
     memo: dict[str, Any]
     """Tables that the engine wants to find again while the group stays the same."""
 
-    @property
+    @functools.cached_property
     def wide(self) -> Any:
         """The type of the arithmetic: float32 at least, and no narrower than the parameters and the state."""
         return self.library.promoted(
@@ -77,8 +78,8 @@ class Job:
             found = self.library.scalar_array(dx) if self.shapes[i] == () else None
             if found is None:
                 raise TreeMismatch(
-                    f"{name} is {_brief(dx)}; it takes an array of shape {self.shapes[i]}, "
-                    f"or None for no step"
+                    f"{name} is {_brief(dx)}; it takes an array of shape {self.shapes[i]}, or None for no "
+                    "step"
                 )
             dx = found
         if registry.module_of(type(dx)) is not self.library:
@@ -164,7 +165,7 @@ class Task:
                 for r in stage.reductions:
                     self.scalars.put(r, found.get(r, np.zeros(len(self.job.row))), of_leaf=True)
                 for t in stage.totals:
-                    totals.give(self, t, float(np.sum(self.scalars.of_leaves(t.args[0]))))
+                    totals.give(t, float(np.sum(self.scalars.of_leaves(t.args[0]))))
                 self.reduced = moved = True
             known = [totals.known(t) for t in stage.totals]
             if None in known:
@@ -189,8 +190,7 @@ class Task:
         if np.shape(value) not in ((), shape):
             raise TraceError(
                 f"{type(self.job.rule).__name__} gave {what} of shape {np.shape(value)} where one of shape "
-                f"{shape} "
-                f"goes, at {self.job.code(leaf, 'model')}"
+                f"{shape} goes, at {self.job.code(leaf, 'model')}"
             )
         return value
 
@@ -237,7 +237,7 @@ class Totals:
                     self.askers[total_key(t)] = self.askers.get(total_key(t), 0) + 1
         self.parts: dict[str, list[float]] = {}
 
-    def give(self, _: Task, total: Expr, part: float) -> None:
+    def give(self, total: Expr, part: float) -> None:
         self.parts.setdefault(total_key(total), []).append(part)
 
     def known(self, total: Expr) -> float | None:

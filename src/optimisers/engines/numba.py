@@ -20,7 +20,7 @@ from optimisers.engines.job import Job, Result, Task, merged
 from optimisers.engines.kernels import Unprintable
 from optimisers.errors import TraceError, TreeMismatch
 from optimisers.trace.expr import Expr
-from optimisers.trace.phases import Pass, is_input, outputs, reduce_pass, stages, store_pass
+from optimisers.trace.phases import Pass, is_input, number_of, outputs, reduce_pass, stages, store_pass
 from optimisers.trace.program import Program
 
 NAME = "numba"
@@ -177,7 +177,7 @@ class Fused(Task):
         for r, w in zip(self.stages[level].reductions, wanted, strict=True):
             if w and r.args[0].domain != "array":
                 word = self.job.library.WORDS[r.op]
-                found[r] = np.array([word(self.values(k).get(r.args[0])) for k in range(leaves)], float)
+                found[r] = np.array([word(Values(self, k).get(r.args[0])) for k in range(leaves)], float)
         p = reduce_pass(self.job.program, level, wanted)
         if p is not None:
             partial = np.empty((len(p.reductions), len(self.chunks.leaf)))
@@ -185,9 +185,6 @@ class Fused(Task):
             for r, parts in zip(p.reductions, partial, strict=True):
                 found[r] = gathered(r.op, parts, self.chunks.leaf, leaves)
         return found
-
-    def values(self, leaf: int) -> Values:
-        return Values(self.job, leaf, lambda e: self.scalars.of_leaves(e)[leaf])
 
     def launch(self, p: Pass, chunks: Chunks, members: Any, new: dict[str, Indices], *partial: Any) -> None:
         """Run the kernel of a pass over these chunks; `new` has the addresses of the arrays that are written
@@ -221,11 +218,11 @@ class Fused(Task):
             elif name == "x":
                 out.append(self.x_at)
             elif name.startswith("d"):
-                out.append(self.dx_at[int(name[2:] or "1") - 1])
+                out.append(self.dx_at[number_of(name)])
             elif name.startswith("f"):
-                out.append(self.of_free(p.free[int(name[1:])]))
+                out.append(self.of_free(p.free[number_of(name)]))
             else:
-                out.append(self.job.slots[int(name[1:])].addresses)
+                out.append(self.job.slots[number_of(name)].addresses)
         return out
 
     def of_free(self, e: Expr) -> Indices:
@@ -236,13 +233,13 @@ class Fused(Task):
             job = self.job
             kind = self.wide if e.type == "complex" else job.library.real_of(self.wide)
             self.free[id(e)] = [
-                job.library.laid_out(self.spread(self.values(k).get(e), k), kind, self.layout(k))
+                job.library.laid_out(self.spread(Values(self, k).get(e), k), kind, self.layout(k))
                 for k in range(len(job.row))
             ]
         return np.array([self.job.library.address(a) for a in self.free[id(e)]], np.int64)
 
     def spread(self, value: Any, leaf: int) -> Any:
-        """A value of another shape in the shape of the parameters; raises TreeMismatch if it does not
+        """A value of another shape in the shape of the parameters; raises TraceError if it does not
         broadcast.
         """
         try:
@@ -250,8 +247,7 @@ class Fused(Task):
         except ValueError:
             raise TraceError(
                 f"{type(self.job.rule).__name__} combined an array of shape {np.shape(value)} with "
-                "parameters of "
-                f"shape {self.job.shapes[leaf]}, at {self.job.code(leaf, 'model')}"
+                f"parameters of shape {self.job.shapes[leaf]}, at {self.job.code(leaf, 'model')}"
             ) from None
 
     # -- storing --
@@ -268,7 +264,7 @@ class Fused(Task):
                 if slot.shape is not None and not is_input(e, slot.name):
                     for k in range(len(job.row)) if members is None else members:
                         value = self.fitting(
-                            self.values(int(k)).get(e), pack.places.shapes[k], int(k), "a state"
+                            Values(self, int(k)).get(e), pack.places.shapes[k], int(k), "a state"
                         )
                         self.other.append((j, int(k), np.array(value)))
             if p is not None:

@@ -94,8 +94,8 @@ class ClipNorm(Rule):
         if self.throw:
             check(
                 isfinite(size),
-                f"gradient has {self.p:g}-norm {{}}; ClipNorm takes finite ones, "
-                f"ClipNorm(..., throw=False) lets others pass",
+                f"gradient has {self.p:g}-norm {{}}; ClipNorm takes finite ones, ClipNorm(..., throw=False) "
+                "lets others pass",
                 size,
             )
         return state, dx * shrink(self.omega, size)
@@ -122,8 +122,7 @@ class ClipGlobalNorm(Rule):
         if self.throw:
             message = (
                 "the gradients have global norm {}; ClipGlobalNorm takes finite ones, ClipGlobalNorm(..., "
-                "throw=False) "
-                "lets others pass"
+                "throw=False) lets others pass"
             )
             check(isfinite(square), message, size)  # names the leaf at fault, if it is one
             check(isfinite(size), message, size)

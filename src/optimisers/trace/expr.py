@@ -59,8 +59,8 @@ def current() -> Trace:
     trace = _current.get()
     if trace is None:
         raise TraceError(
-            "a symbol was used after its trace had ended; a rule keeps nothing between calls, "
-            "what it wants to remember belongs in its state"
+            "a symbol was used after its trace had ended; a rule keeps nothing between calls, what it wants "
+            "to remember belongs in its state"
         )
     return trace
 
@@ -218,15 +218,14 @@ class Expr:
 
     def __bool__(self) -> bool:
         raise TraceError(
-            "a rule branched on a value that is not known until the step runs; "
-            "write `where(condition, a, b)` instead of `a if condition else b`, "
-            "and `&`, `|`, `~` instead of `and`, `or`, `not`"
+            "a rule branched on a value that is not known until the step runs; write `where(condition, a, "
+            "b)` instead of `a if condition else b`, and `&`, `|`, `~` instead of `and`, `or`, `not`"
         )
 
     def __float__(self) -> float:
         raise TraceError(
-            "a rule turned a value that is not known until the step runs into a Python number; "
-            "leave out float() and int(), and use the words of optimisers instead of those of math"
+            "a rule turned a value that is not known until the step runs into a Python number; leave out "
+            "float() and int(), and use the words of optimisers instead of those of math"
         )
 
     __int__ = __index__ = __complex__ = __round__ = __floor__ = __ceil__ = __trunc__ = __float__
@@ -274,8 +273,8 @@ class Expr:
         if method == "__call__" and not options and name in ops.WORDS:
             return ops.speak(name, inputs, {})
         raise TraceError(
-            f"a rule called np.{ufunc.__name__} on a symbol; use the words of optimisers, "
-            f"or call(np.{ufunc.__name__}, x)"
+            f"a rule called np.{ufunc.__name__} on a symbol; use the words of optimisers, or "
+            f"call(np.{ufunc.__name__}, x)"
         )
 
     # -- the protocol of `value` and `ops` --
@@ -305,8 +304,8 @@ class Expr:
         condition, dx = lift(condition), lift(dx)
         if condition.domain != "scalar":
             raise TraceError(
-                "when() was given a condition for each element; it takes a scalar one: "
-                "use where() for single elements"
+                "when() was given a condition for each element; it takes a scalar one: use where() for "
+                "single elements"
             )
         result = make("identity", (dx,))
         result.guard = merged(result.guard, (condition, *condition.guard))

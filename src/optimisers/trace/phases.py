@@ -100,6 +100,13 @@ def store_pass(program: Program, holds: tuple[bool, ...]) -> Pass | None:
     return _pass(stores, []) if stores else None
 
 
+def number_of(array: str) -> int:
+    """Which gradient, state array or free value an array of a pass is: dx, dx2, ... and s0, f0, ... count
+    from 0.
+    """
+    return int(array[2:] or "1") - 1 if array.startswith("dx") else int(array[1:])
+
+
 def is_input(e: Expr, name: str) -> bool:
     return e.op == "input" and e.value == name
 

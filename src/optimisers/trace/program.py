@@ -136,8 +136,7 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
         if shape and isinstance(dx, Expr) and dx.domain == "scalar":
             raise TraceError(
                 f"{type(rule).__name__}.apply gives one number as the step for a whole array; write dx * "
-                "number, or "
-                f"where(True, number, dx)"
+                "number, or where(True, number, dx)"
             )
         _same_form(rule, state, new_state)
         new = [lift(e) for _, e in flatten(new_state)]
@@ -234,8 +233,8 @@ def _same_form(rule: Rule, old: Any, new: Any) -> None:
     want, got = form(old), form(new)
     if _loosened(want) != _loosened(got):
         raise TraceError(
-            f"{type(rule).__name__}.apply returned a state of another form than init: "
-            f"{_sketch(got)} instead of {_sketch(want)}"
+            f"{type(rule).__name__}.apply returned a state of another form than init: {_sketch(got)} instead "
+            f"of {_sketch(want)}"
         )
 
 
@@ -270,8 +269,8 @@ def _types(rule: Rule, kind: str, step: Expr, state: Any, new: list[Expr], symbo
             raise TraceError(f"{where} has another shape than x in init and the shape of x in apply")
         if old.type == "real" and e.type == "complex":
             raise TraceError(
-                f"{where} is real in init and complex in apply; take abs2 or real, "
-                f"or let init return complex zeros"
+                f"{where} is real in init and complex in apply; take abs2 or real, or let init return "
+                "complex zeros"
             )
 
 

@@ -177,8 +177,8 @@ class _Survey:
         first = self.arrays[number]
         if first.dtype != x.dtype:
             raise TreeMismatch(
-                f"{path.code()} is the memory of {self.places[number][0].code()} read as {x.dtype} "
-                f"instead of {first.dtype}; train one of them"
+                f"{path.code()} is the memory of {self.places[number][0].code()} read as {x.dtype} instead "
+                f"of {first.dtype}; train one of them"
             )
         self.places[number].append(path)
         return Node(leaf=number, axes=library.axes_between(first, x), leaves=(number,))
@@ -192,8 +192,8 @@ class _Survey:
     def refuse_hidden(self, obj: Any, path: KeyPath, *, listed: bool) -> None:
         if listed and isinstance(obj, float | complex):
             raise TreeMismatch(
-                f"{path.code()} is registered as trainable and is the Python number {obj!r}; "
-                f"write np.array({obj!r})"
+                f"{path.code()} is registered as trainable and is the Python number {obj!r}; write "
+                f"np.array({obj!r})"
             )
         if isinstance(obj, str | bytes | range | type | ModuleType):
             return
@@ -226,8 +226,8 @@ class _Survey:
             if low < end and np.shares_memory(self.arrays[last], self.arrays[i]):
                 a, b = self.places[last][0].code(), self.places[i][0].code()
                 raise TreeMismatch(
-                    f"{a} and {b} share memory without being the same array or its transpose; "
-                    f"train one of them, or copy"
+                    f"{a} and {b} share memory without being the same array or its transpose; train one of "
+                    "them, or copy"
                 )
             if high > end:
                 end, last = high, i
@@ -309,16 +309,15 @@ def model_children(node: Node, model: Any, path: KeyPath, seen: str) -> Iterator
     assert node.kind is not None
     if ways is None or (type(model) is not node.kind and not isinstance(model, node.kind)):
         raise TreeMismatch(
-            f"{path.code()} is a {type(model).__name__}; `{seen}` saw a {node.kind.__name__}; "
-            f"call `{seen}` again for another model"
+            f"{path.code()} is a {type(model).__name__}; `{seen}` saw a {node.kind.__name__}; call `{seen}` "
+            "again for another model"
         )
     keys = ways.keys(model)
     if keys != node.keys and set(keys) != set(node.keys):
         if issubclass(node.kind, list | tuple) and not isinstance(node.keys[0], Attr):
             raise TreeMismatch(
                 f"{path.code()} has {len(keys)} entr{'y' if len(keys) == 1 else 'ies'}; `{seen}` saw "
-                f"{len(node.keys)}; call `{seen}` again "
-                "for another model"
+                f"{len(node.keys)}; call `{seen}` again for another model"
             )
         gone = [k for k in node.keys if k not in keys]
         new = [k for k in keys if k not in node.keys]
