@@ -66,16 +66,17 @@ class Restructure:
                 )
 
 
-def runs(like: list[tuple[Any, Any]], starts: list[int]) -> list[tuple[int, int, Any, Any]]:
-    """(start, count, shape, type) for neighbours of one shape and type: they are cut from the vector at one
-    stroke.
+def runs(like: list[tuple[Any, Any]], ends: list[int]) -> list[tuple[slice, int, Any, Any]]:
+    """(place in the vector, count, shape, type) for neighbours of one shape and type: they are cut from the
+    vector at one stroke.
     """
-    out: list[tuple[int, int, Any, Any]] = []
-    for (shape, dtype), start in zip(like, starts, strict=False):
+    out: list[tuple[slice, int, Any, Any]] = []
+    for (shape, dtype), start, end in zip(like, ends, ends[1:], strict=False):
         if out and out[-1][2:] == (shape, dtype):
-            out[-1] = (out[-1][0], out[-1][1] + 1, shape, dtype)
+            place, count, *_ = out[-1]
+            out[-1] = (slice(place.start, end), count + 1, shape, dtype)
         else:
-            out.append((start, 1, shape, dtype))
+            out.append((slice(start, end), 1, shape, dtype))
     return out
 
 

@@ -337,8 +337,9 @@ ELSEWHERE = {
     "momentum": "rho",
     "alpha": "rho",
     "max_norm": "omega",
+    "centered": "centred",
 }
-"""What settings are called in torch.optim and Optax -> here."""
+"""What settings are called in torch.optim, Optax and American English -> here."""
 
 
 def _offered(name: str, known: Iterable[str]) -> str:

@@ -212,17 +212,25 @@ def flattened(arrays: list[Array]) -> Array:
     return np.concatenate([x.ravel() for x in arrays]) if arrays else np.zeros(0, bool)
 
 
-def pieces(flat: Array, runs: list[tuple[int, int, Any, Any]], *, copy: bool) -> list[Array]:
-    """The arrays of runs (start, count, shape, type) of a vector; views where they can be and no copy is
+def pieces(flat: Array, runs: list[tuple[slice, int, tuple[int, ...], Any]], *, copy: bool) -> list[Array]:
+    """The arrays of runs (place, count, shape, type) of a vector; views where they can be and no copy is
     wanted.
     """
     out: list[Array] = []
-    for start, count, shape, dtype in runs:
-        part = flat[start : start + count * int(np.prod(shape))].reshape(count, *shape)
-        if part.dtype.kind == "c" and np.dtype(dtype).kind != "c":
-            part = np.real(part)
-        part = part.astype(dtype, copy=copy)
-        out.extend(part if shape else (part[i : i + 1].reshape(()) for i in range(count)))
+    if copy and any(flat.dtype == dtype for dtype in {run[3] for run in runs}):
+        flat = flat.copy()  # at one stroke; the arrays are views of the copy
+    own = flat.dtype
+    for place, count, shape, dtype in runs:
+        part = flat[place]
+        if dtype is not own and dtype != own:
+            part = np.real(part) if flat.dtype.kind == "c" and np.dtype(dtype).kind != "c" else part
+            part = part.astype(dtype)
+        if count == 1:
+            out.append(part.reshape(shape))
+        elif shape:
+            out.extend(part.reshape(count, *shape))
+        else:
+            out.extend(part[i : i + 1].reshape(()) for i in range(count))
     return out
 
 

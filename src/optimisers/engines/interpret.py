@@ -12,7 +12,7 @@ from optimisers.arrays.pack import Indices
 from optimisers.engines.job import Job, Result, Task
 from optimisers.errors import TraceError
 from optimisers.trace.expr import Expr, order
-from optimisers.trace.phases import is_input, number_of, outputs
+from optimisers.trace.phases import is_input, number_of, outputs, reduce_pass
 
 NAME = "interpret"
 
@@ -21,12 +21,12 @@ _CONDITIONS = frozenset({"logical_and", "logical_or", "logical_not", "where", "c
 
 
 class Values:
-    """The arrays of one leaf, node by node, in the type of the arithmetic."""
+    """The arrays of one leaf, node by node, in the type of the arithmetic, or in a type of their own."""
 
-    def __init__(self, task: Task, leaf: int) -> None:
+    def __init__(self, task: Task, leaf: int, wide: Any = None) -> None:
         self.job, self.scalars, self.leaf = task.job, task.scalars, leaf
         self.library = self.job.library
-        self.wide = self.job.wide
+        self.wide = self.job.wide if wide is None else wide
         self.real = self.library.real_of(self.wide)
         self.found: dict[int, Any] = {}
         self.seen: list[Any] = []
@@ -100,10 +100,13 @@ class Interpreter(Task):
     def reduce(self, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
         chosen = [r for r, w in zip(self.stages[level].reductions, wanted, strict=True) if w]
         found: dict[Expr, list[Any]] = {r: [] for r in chosen}
+        p, library = reduce_pass(self.job.program, level, wanted), self.job.library
+        exact = library.promoted(self.job.wide, ["float64"]) if p is not None and p.exact else None
         for leaf in range(len(self.job.row)):
-            values = Values(self, leaf)
+            arrays, others = Values(self, leaf, exact), Values(self, leaf)
             for r in chosen:
-                found[r].append(self.job.library.WORDS[r.op](values.get(r.args[0])))
+                values = arrays if r.args[0].domain == "array" else others
+                found[r].append(library.WORDS[r.op](values.get(r.args[0])))
         return {r: np.array(v, complex if r.type == "complex" else float) for r, v in found.items()}
 
     def prepare(self) -> None:

@@ -282,8 +282,10 @@ class _Printer:
         p, lines = self.p, list[str]()
         for j, e in enumerate(p.free):
             self.names[id(e)] = self.name("free")
-            test = " != 0" if e.type == "bool" else ""
-            lines.append(f"{self.names[id(e)]} = load_f{j}({at[f'f{j}']}, i){test}")
+            text = f"load_f{j}({at[f'f{j}']}, i)"
+            kind = ARITHMETIC[self.kinds[f"f{j}"]]
+            text = f"{text} != 0" if e.type == "bool" else self.converted(text, kind, self.real, e.type)
+            lines.append(f"{self.names[id(e)]} = {text}")
         for e in p.body:
             if e.op == "input":
                 name = self.names[id(e)] = self.name(self.names_of(e.value))

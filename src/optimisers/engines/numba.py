@@ -105,7 +105,8 @@ def sources(program: Program, p: Pass, kinds: dict[str, str], dtype: str, *, inp
     """The source of one pass; raises Unprintable."""
     what = "sums" if p.reductions else "in place" if inplace else "into new arrays"
     title = f"One pass over all parameters ({what}), {dtype}."
-    return kernels.source(p, kinds, arithmetic_of(program, dtype), labels_of(program), title, inplace=inplace)
+    real = "float64" if p.exact else arithmetic_of(program, dtype)
+    return kernels.source(p, kinds, real, labels_of(program), title, inplace=inplace)
 
 
 # -- the task ------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from optimisers.ops import (
     zeros_like,
 )
 from optimisers.rule import Rule, in_unit_interval, not_negative, one_of, static
+from optimisers.value import is_number
 
 
 class RMSPropState(NamedTuple):
@@ -80,7 +81,7 @@ class Rprop(Rule):
     full batches.
     """
 
-    eta: float = 1e-3
+    eta: float = static(1e-3)
     ell: tuple[float, float] = (0.5, 1.2)
     gamma: tuple[float, float] = (1e-6, 50.0)
 
@@ -89,6 +90,14 @@ class Rprop(Rule):
             raise BadSetting(
                 "Rprop.eta is a schedule; it is the step size at the start alone: write a number"
             )
+        if not is_number(self.eta):
+            raise BadSetting(f"Rprop.eta is {self.eta!r}; it takes a number")
+        for name, (low, high) in (("ell", self.ell), ("gamma", self.gamma)):
+            known = isinstance(low, float) and isinstance(high, float)
+            middle = 1.0 if name == "ell" else low
+            if known and not 0 < low <= middle <= high:
+                wanted = "0 < shrink <= 1 <= grow" if name == "ell" else "0 < least <= most"
+                raise BadSetting(f"Rprop.{name} is {(low, high)!r}; it takes {wanted}")
 
     def init(self, x: Any) -> Any:
         return RpropState(zeros_like(x), full_like(x, self.eta))

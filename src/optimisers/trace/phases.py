@@ -33,6 +33,16 @@ class Pass:
     reductions: tuple[Expr, ...]
     """Sums, maxima and minima over each whole array, of their first argument."""
 
+    @property
+    def exact(self) -> bool:
+        """Whether the maths is done in float64: so it is for reductions, where the square of a float32 would
+        overflow or vanish, but not on the bits of a float32.
+        """
+        return bool(self.reductions) and not any(e.op in _OF_BITS for e in self.body)
+
+
+_OF_BITS = frozenset({"join_bits", "high_bits", "low_bits"})
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outputs:

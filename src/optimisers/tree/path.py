@@ -21,12 +21,19 @@ class KeyPath(Sequence[Any]):
     """
 
     __slots__ = ("keys",)
+    keys: tuple[Any, ...]
 
     def __init__(self, *keys: Any) -> None:
         flat: list[Any] = []
         for key in keys:
             flat.extend(key.keys if isinstance(key, KeyPath) else (key,))
-        self.keys = tuple(flat)
+        object.__setattr__(self, "keys", tuple(flat))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("a KeyPath is a value; make a new one, such as KeyPath(path, key)")
+
+    def __reduce__(self) -> Any:
+        return KeyPath, self.keys
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> Any: ...
@@ -34,6 +41,9 @@ class KeyPath(Sequence[Any]):
     def __getitem__(self, index: slice) -> "KeyPath": ...
     def __getitem__(self, index: Any) -> Any:
         return KeyPath(*self.keys[index]) if isinstance(index, slice) else self.keys[index]
+
+    def __add__(self, other: Any) -> "KeyPath":
+        return KeyPath(self, *other) if isinstance(other, KeyPath | tuple | list) else NotImplemented
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -67,6 +77,21 @@ class KeyPath(Sequence[Any]):
                 raise LookupError(f"{KeyPath(*self.keys[: i + 1]).code('tree')} is not there") from error
         return here
 
+    def set(self, tree: Any, value: Any) -> None:
+        """Put `value` at this path of `tree`, whose containers must be mutable there.
+
+        Raises LookupError where the path is empty or its parent missing.
+        """
+        if not self.keys:
+            raise LookupError(
+                "the path is empty: it stands for the whole tree, which cannot be put in itself"
+            )
+        parent, key = KeyPath(*self.keys[:-1]).get(tree), self.keys[-1]
+        if named(parent, key):
+            setattr(parent, key, value)
+        else:
+            parent[key] = value
+
     def within(self, tree: Any) -> bool:
         """Whether `tree` has something at this path."""
         try:
@@ -78,9 +103,12 @@ class KeyPath(Sequence[Any]):
 
 def step(here: Any, key: Any) -> Any:
     """The child of `here` under `key`: an item, or an attribute where there are no items."""
-    if isinstance(key, str) and not hasattr(type(here), "keys"):
-        return getattr(here, key)
-    return here[key]
+    return getattr(here, key) if named(here, key) else here[key]
+
+
+def named(here: Any, key: Any) -> bool:
+    """Whether a key of `here` is the name of an attribute."""
+    return isinstance(key, str) and not hasattr(type(here), "keys")
 
 
 def matches(pattern: str, path: KeyPath) -> bool:

@@ -35,18 +35,20 @@ class Node:
     """One for each key."""
     live: "tuple[tuple[Any, Node], ...]" = ()
     """The keys and children that have leaves in them."""
-    upright: bool = False
-    """Whether all live children are leaves with the axes of their first place."""
+    pick: Callable[[dict[int, Any]], dict[Any, Any]] | None = None
+    """New arrays by leaf number -> those of the live children by key; set where all of these are leaves with
+    the axes of their first place. Raises KeyError where one is missing.
+    """
     fetch: Callable[[Any], Any] | None = None
     """The values of the live children in one call; set where all of them are leaves."""
     leaves: tuple[int, ...] = ()
     """The leaves below, in the order of the walk, one entry a place."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("ways", "fetch")}
+        return {k: v for k, v in vars(self).items() if k not in ("ways", "fetch", "pick")}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        vars(self).update(kept, fetch=_fetcher(kept["live"]))
+        vars(self).update(kept, fetch=_fetcher(kept["live"]), pick=_picker(kept["live"]))
         self.ways = None if self.kind is None else container_of(self.kind)
 
 
@@ -57,6 +59,15 @@ def _fetcher(live: "tuple[tuple[Any, Node], ...]") -> Callable[[Any], Any] | Non
     keys = [k for k, _ in live]
     get = attrgetter(*keys) if isinstance(keys[0], Attr) else itemgetter(*keys)
     return get if len(keys) > 1 else lambda obj: (get(obj),)
+
+
+def _picker(live: "tuple[tuple[Any, Node], ...]") -> Callable[[dict[int, Any]], dict[Any, Any]] | None:
+    """See `Node.pick`."""
+    if not live or any(c.leaf < 0 or c.axes is not None for _, c in live):
+        return None
+    keys, numbers = [k for k, _ in live], [c.leaf for _, c in live]
+    get = itemgetter(*numbers) if len(live) > 1 else lambda new: (new[numbers[0]],)
+    return lambda new: dict(zip(keys, get(new), strict=True))
 
 
 @dataclasses.dataclass(eq=False)
@@ -151,7 +162,7 @@ class _Survey:
             keys=keys,
             children=tuple(children),
             live=live,
-            upright=all(c.leaf >= 0 and c.axes is None for _, c in live),
+            pick=_picker(live),
             fetch=_fetcher(live),
             leaves=leaves,
         )
@@ -377,8 +388,11 @@ def rebuild(node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any] | 
     if id(node) in memo:
         return memo[id(node)]
     changes: dict[Any, Any] = {}
-    if node.upright:
-        changes = {key: new[c.leaf] for key, c in node.live if c.leaf in new}
+    if node.pick is not None:
+        try:
+            changes = node.pick(new)
+        except KeyError:
+            changes = {key: new[c.leaf] for key, c in node.live if c.leaf in new}
     else:
         for key, child, value in model_children(node, model, KeyPath(), "setup"):
             if any(i in new for i in child.leaves):
