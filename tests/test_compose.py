@@ -43,10 +43,8 @@ def bits(x: Any) -> bytes:
 @pytest.mark.parametrize("master", ["float32", "float64"])
 @both_engines
 @both_updates
-def test_items_111_to_113_the_parameters_are_the_master_rounded(
-    dtype: str, master: str, engine: str, step: Step
-) -> None:
-    """Item 111, 112, 113: the rule steps a wider copy, with its state in the type of the copy."""
+def test_the_parameters_are_the_master_rounded(dtype: str, master: str, engine: str, step: Step) -> None:
+    """111, 112, 113. The rule steps a wider copy, with its state in the type of the copy."""
     x = drawn(0, dtype=dtype)
     state = opt.setup(opt.MixedPrecision(master, opt.Adam(0.03)), x, engine=engine)
     np.testing.assert_array_equal(state.state.master, x.astype(master))
@@ -101,7 +99,8 @@ def test_steps_that_the_stored_type_rounds_away_add_up(
 
 @both_engines
 @both_updates
-def test_item_114_read_only_parameters_are_replaced_by_the_rounded_master(engine: str, step: Step) -> None:
+def test_read_only_parameters_are_replaced_by_the_rounded_master(engine: str, step: Step) -> None:
+    """114. The new parameters are the master in their type."""
     x = drawn(0, dtype="float16")
     x.flags.writeable = False
     before = x.copy()
@@ -115,9 +114,8 @@ def test_item_114_read_only_parameters_are_replaced_by_the_rounded_master(engine
 
 @pytest.mark.parametrize("change", [opt.adjust, opt.adjust_], ids=lambda f: f.__name__)
 @both_engines
-def test_item_115_adjust_reaches_the_rule_inside_and_keeps_the_type(
-    change: Callable[..., Any], engine: str
-) -> None:
+def test_adjust_reaches_the_rule_inside_and_keeps_the_type(change: Callable[..., Any], engine: str) -> None:
+    """115. And the next step has the new rate."""
     x = np.ones(2, np.float16)
     state = opt.setup(opt.MixedPrecision("float64", opt.Adam(1e-3)), x, engine=engine)
     state = change(state, 2e-3) or state
@@ -125,6 +123,40 @@ def test_item_115_adjust_reaches_the_rule_inside_and_keeps_the_type(
     assert state.rule == opt.MixedPrecision("float64", opt.Adam(2e-3))
     state, _ = opt.update(state, x, np.ones(2, np.float16))
     np.testing.assert_allclose(state.state.master, 1 - 2e-3, rtol=1e-9)
+
+
+@pytest.mark.parametrize("change", [opt.adjust, opt.adjust_], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda rule: opt.Chain(opt.ClipGrad(8.0), rule),
+        lambda rule: opt.Chain(opt.ClipGrad(8.0), opt.Chain(rule)),
+        lambda rule: opt.MixedPrecision("float64", rule),
+        lambda rule: opt.MixedPrecision("float64", opt.Chain(opt.ClipGrad(8.0), rule)),
+        opt.EMA,
+        opt.SkipNonFinite,
+    ],
+    ids=["chain", "chain in chain", "mixed precision", "chain in mixed precision", "average", "skip"],
+)
+@both_engines
+def test_adjust_reaches_the_step_of_a_rule_inside_any_other(change: Any, wrap: Any, engine: str) -> None:
+    """182. Steps of 0.5 and then of 0.25; wrapped for compilation, chains go on as before there."""
+    x: Any = np.ones(2, np.float32)
+    state = opt.setup(wrap(opt.Descent(0.5)), x, engine=engine)
+    state, x = opt.update(state, x, np.ones(2, np.float32))
+    np.testing.assert_array_equal(x, 0.5)
+    state = change(state, 0.25) or state
+    _, x = opt.update(state, x, np.ones(2, np.float32))
+    np.testing.assert_array_equal(x, 0.25)
+
+
+@both_engines
+@both_updates
+def test_mixed_precision_does_not_scale_gradients(engine: str, step: Step) -> None:
+    """116. The smallest number of half precision moves the master by itself."""
+    x, g = np.zeros(2, np.float16), np.array([2.0**-24, -60000], np.float16)
+    state, _ = walked(opt.MixedPrecision(opt.Descent(1.0)), x, [g], step, engine)
+    np.testing.assert_array_equal(state.state.master, -g.astype(np.float32))
 
 
 def test_a_schedule_inside_mixed_precision_is_read() -> None:
@@ -138,9 +170,10 @@ def test_a_schedule_inside_mixed_precision_is_read() -> None:
     [(opt.MixedPrecision, "MixedPrecision"), (opt.EMA, "EMA")],
     ids=["MixedPrecision", "EMA"],
 )
-def test_item_96_a_wrapper_of_the_whole_chain_cannot_stand_in_a_chain(
+def test_a_wrapper_of_the_whole_chain_cannot_stand_in_a_chain(
     wrapper: Callable[..., opt.Rule], name: str
 ) -> None:
+    """96. The error says what to write."""
     wanted = rf"Chain was given a {name} among other rules; .* write {name}\(Chain\(\.\.\.\)\)"
     for rules in (
         (opt.ClipGrad(), wrapper(opt.Adam())),
@@ -788,7 +821,8 @@ def two_arrays() -> dict[str, Any]:
 
 @both_engines
 @both_updates
-def test_item_52_a_rule_of_second_order_gets_both_gradients(engine: str, step: Step) -> None:
+def test_a_rule_of_second_order_gets_both_gradients(engine: str, step: Step) -> None:
+    """52. On every leaf."""
     model = two_arrays()
     state = opt.setup(Curved(), model, engine=engine)
     for n in range(1, 4):
@@ -801,7 +835,8 @@ def test_item_52_a_rule_of_second_order_gets_both_gradients(engine: str, step: S
 
 @both_engines
 @both_updates
-def test_item_48_rules_of_first_order_ignore_further_gradients(engine: str, step: Step) -> None:
+def test_rules_of_first_order_ignore_further_gradients(engine: str, step: Step) -> None:
+    """48. To the last bit."""
     rule = opt.Chain(opt.ClipNorm(1.0), opt.Adam(0.1))
     plain, model = two_arrays(), two_arrays()
     state, other = opt.setup(rule, model, engine=engine), opt.setup(rule, plain, engine=engine)
@@ -815,7 +850,8 @@ def test_item_48_rules_of_first_order_ignore_further_gradients(engine: str, step
 
 @both_engines
 @both_updates
-def test_item_49_a_missing_second_gradient_is_asked_for(engine: str, step: Step) -> None:
+def test_a_missing_second_gradient_is_asked_for(engine: str, step: Step) -> None:
+    """49. Also of a rule inside others."""
     model = two_arrays()
     for rule in (Curved(), opt.Chain(opt.Descent(), Curved()), opt.EMA(Curved())):
         state = opt.setup(rule, model, engine=engine)
@@ -825,7 +861,8 @@ def test_item_49_a_missing_second_gradient_is_asked_for(engine: str, step: Step)
 
 @both_engines
 @both_updates
-def test_item_50_a_rule_that_refuses_the_gradients_is_heard(engine: str, step: Step) -> None:
+def test_a_rule_that_refuses_the_gradients_is_heard(engine: str, step: Step) -> None:
+    """50. Where the gradients differ, nothing is stepped."""
     model = two_arrays()
     state = opt.setup(Agreeing(), model, engine=engine)
     with pytest.raises(opt.DomainError, match=r"the gradients differ.*grads\['p'\]"):
@@ -837,8 +874,8 @@ def test_item_50_a_rule_that_refuses_the_gradients_is_heard(engine: str, step: S
 
 @both_engines
 @both_updates
-def test_item_51_rules_of_both_orders_go_in_one_chain(engine: str, step: Step) -> None:
-    """Rules of first order change the first gradient alone; the second one passes them by."""
+def test_rules_of_both_orders_go_in_one_chain(engine: str, step: Step) -> None:
+    """51. Rules of first order change the first gradient alone; the second one passes them by."""
     model = two_arrays()
     rule = opt.Chain(opt.Descent(0.1), Curved(), opt.Descent(10.0))
     _, model = step(opt.setup(rule, model, engine=engine), model, G, G2)

@@ -78,6 +78,35 @@ def test_every_rule_that_steps_is_trained_here() -> None:
     assert [n for n in public if f"{n}(" not in shown] == ["Rule"]
 
 
+def kinds(rule: opt.Rule) -> tuple[type, ...]:
+    """What a chain is made of, and of what else a wrapper; one type for a rule alone."""
+    if isinstance(rule, opt.Chain):
+        return tuple(type(r) for r in rule.rules)
+    return (type(rule), type(rule.rule)) if isinstance(rule, opt.MixedPrecision) else (type(rule),)
+
+
+THERE: tuple[tuple[type, ...], ...] = (
+    *((r,) for r in (opt.Descent, opt.Adam, opt.Momentum, opt.Nesterov, opt.Rprop, opt.RMSProp, opt.AdaGrad)),
+    *((r,) for r in (opt.AdaMax, opt.AdaDelta, opt.AMSGrad, opt.NAdam, opt.AdamW, opt.RAdam, opt.OAdam)),
+    *((r,) for r in (opt.AdaBelief, opt.Lion)),
+    (opt.MixedPrecision, opt.Adam),
+    (opt.SignDecay, opt.Adam),
+    (opt.ClipNorm, opt.Adam),
+    (opt.ClipGrad, opt.Momentum),
+    (opt.WeightDecay, opt.OAdam, opt.ClipGrad),
+)
+"""What Optimisers.jl trains."""
+
+
+def test_the_rules_and_chains_that_are_trained_there_are_trained_here() -> None:
+    """168. RMSProp and AdamW in both of their forms."""
+    here = [kinds(r.rule) for r in RULES]
+
+    assert [k for k in THERE if k not in here] == []
+    assert {r.rule.centred for r in RULES if isinstance(r.rule, opt.RMSProp)} == {False, True}
+    assert {r.rule.couple for r in RULES if isinstance(r.rule, opt.AdamW)} == {False, True}
+
+
 # -- the problems --------------------------------------------------------------------------------------------
 
 
@@ -101,8 +130,8 @@ def fell(
 
 @every_rule
 @both_updates
-def test_items_164_and_168_a_matrix_is_found_from_random_inputs(runner: Runner, step: Step) -> None:
-    """Item 164: the mean square of (w x - w' x), 10 x 10, falls from more than 1 to less than 0.01."""
+def test_a_matrix_is_found_from_random_inputs(runner: Runner, step: Step) -> None:
+    """164. The mean square of (w x - w' x), 10 x 10, falls from more than 1 to less than 0.01."""
     rng = np.random.default_rng(84)
     target, w = rng.standard_normal((10, 10)), rng.standard_normal((10, 10))
     inputs, seen = rng.standard_normal((100, 10, 10)), rng.standard_normal((10, 100))
@@ -121,8 +150,8 @@ def test_items_164_and_168_a_matrix_is_found_from_random_inputs(runner: Runner, 
 
 @every_rule
 @both_updates
-def test_item_165_a_matrix_and_its_transpose_cancel(runner: Runner, step: Step) -> None:
-    """Item 165: the sum of |x + x^T|^2 falls below 1, from the numbers 1 to 64 over their mean."""
+def test_a_matrix_and_its_transpose_cancel(runner: Runner, step: Step) -> None:
+    """165. The sum of |x + x^T|^2 falls below 1, from the numbers 1 to 64 over their mean."""
     x = np.arange(1.0, 65.0).reshape(8, 8) / 32.5
 
     def loss(x: Any) -> float:
@@ -134,8 +163,8 @@ def test_item_165_a_matrix_and_its_transpose_cancel(runner: Runner, step: Step) 
 
 @every_rule
 @both_updates
-def test_item_166_a_model_of_several_arrays_fits_a_function(runner: Runner, step: Step) -> None:
-    """Item 166: the loss falls below 0.001, where the model fits exactly."""
+def test_a_model_of_several_arrays_fits_a_function(runner: Runner, step: Step) -> None:
+    """166. The loss falls below 0.001, where the model fits exactly."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((32, 4))
     wanted = x @ rng.standard_normal((4, 2)) + 0.5
@@ -157,8 +186,8 @@ def test_item_166_a_model_of_several_arrays_fits_a_function(runner: Runner, step
 
 @every_rule
 @both_updates
-def test_item_167_a_small_network_of_read_only_arrays_learns(runner: Runner, step: Step) -> None:
-    """Item 167: a network of two layers brings its loss from more than 10 to less than 1."""
+def test_a_small_network_of_read_only_arrays_learns(runner: Runner, step: Step) -> None:
+    """167. A network of two layers brings its loss from more than 10 to less than 1."""
     rng = np.random.default_rng(1)
     x = rng.standard_normal((64, 3))
     wanted = 5 * np.sin(x[:, :1]) + 3 * x[:, 1:2]
@@ -210,8 +239,8 @@ COMPLEX = (
 @pytest.mark.parametrize("rule", COMPLEX, ids=repr)
 @pytest.mark.parametrize("engine", ["interpret", "numba"])
 @both_updates
-def test_item_87_a_complex_loss_falls_at_every_step(rule: opt.Rule, engine: str, step: Step) -> None:
-    """Item 87: ten steps on |w x - conj(x)|^2, from 2 to less than 1.9."""
+def test_a_complex_loss_falls_at_every_step(rule: opt.Rule, engine: str, step: Step) -> None:
+    """87. Ten steps on |w x - conj(x)|^2, from 2 to less than 1.9."""
     x = np.exp(1j * np.array([0.3, 1.1, 2.0, -0.7]))
     w = np.zeros(4, complex)
     w += (1 - np.sqrt(2)) * np.conj(x) / x  # |w x - conj(x)|^2 = 2 for each

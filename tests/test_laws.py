@@ -661,10 +661,8 @@ def test_the_first_adam_step_has_size_eta_in_half_precision(engine: str, dtype: 
 
 @both_engines
 @both_updates
-def test_item_85_a_half_precision_adam_step_of_rate_1e_4_moves_by_1e_4(
-    engine: str, step: Callable[..., Any]
-) -> None:
-    """Item 85: Optimisers.jl moves the first weight by 1.26 here."""
+def test_a_half_precision_adam_step_of_rate_1e_4_moves_by_1e_4(engine: str, step: Callable[..., Any]) -> None:
+    """85. Optimisers.jl moves the first weight by 1.26 here."""
     x = np.array([0.579, -0.729, 0.5493], np.float16)
     g = np.array([-0.001497, 0.0001875, -0.013176], np.float16)
     _, new = trained(opt.Adam(1e-4), x, [g], step, engine)
@@ -722,8 +720,8 @@ def test_accumulation_steps_by_the_mean_at_every_nth_update(engine: str, step: C
 
 @both_engines
 @both_updates
-def test_item_107_decay_behind_an_accumulation_is_seen_once(engine: str, step: Callable[..., Any]) -> None:
-    """Documentation of Optimisers.jl, AccumGrad."""
+def test_decay_behind_an_accumulation_is_seen_once(engine: str, step: Callable[..., Any]) -> None:
+    """107. Documentation of Optimisers.jl, AccumGrad."""
     model = {"x": np.ones(1), "y": np.ones(1) * 2}
     rule = opt.Chain(opt.AccumGrad(2), opt.WeightDecay(0.01), opt.Descent(0.1))
     state = opt.setup(rule, model, engine=engine)
@@ -1065,15 +1063,15 @@ def test_leaves_that_parted_and_met_again_step_by_their_own_numbers(
 
 
 def test_adjusting_beta_keeps_the_weights_gathered_so_far() -> None:
-    """Item 131: the bias is corrected by what was summed, not by a power of the new beta."""
+    """131. The bias is corrected by what was summed, not by a power of the new beta."""
     state, x = trained(opt.Adam(0.1), np.zeros(2), [np.ones(2)] * 2)
     opt.adjust_(state, beta=(0.5, 0.5))
     state, x = opt.update(state, x, np.ones(2))
     np.testing.assert_allclose(state.state.weight, (0.5 * 0.19 + 0.5, 0.5 * (1 - 0.999**2) + 0.5))
 
 
-def test_adjust_keeps_the_momentum_of_item_122() -> None:
-    """Documentation of Optimisers.jl, adjust!: Nesterov keeps its state."""
+def test_adjust_keeps_the_momentum() -> None:
+    """122. Documentation of Optimisers.jl, adjust!: Nesterov keeps its state."""
     model = {"vec": np.array([1.0, 2.0])}
     state = opt.setup(opt.Nesterov(), model)
     state, model = opt.update(state, model, {"vec": np.array([16.0, 88.0])})
@@ -1090,6 +1088,7 @@ def compiled() -> tuple[int, int]:
 
 
 def test_nothing_is_compiled_after_the_first_step_whatever_is_adjusted() -> None:
+    """179. Rates, other numbers, schedules; on all leaves and on one."""
     model = {k: np.ones(3, np.float32) for k in "abc"}
     rule = opt.Chain(
         opt.WeightDecay(0.5), opt.ClipGlobalNorm(1.0), opt.AdamW(opt.Linear(0.1, 0.0, 10), lam=0.1)
@@ -1106,6 +1105,27 @@ def test_nothing_is_compiled_after_the_first_step_whatever_is_adjusted() -> None
         opt.freeze_(state.b) if n % 2 else opt.thaw_(state.b)
 
     assert compiled() == before
+
+
+WAVE: Any = opt.Cosine(0.1, 5)
+
+
+@pytest.mark.parametrize(
+    "rule", [opt.RAdam(), opt.NAdam(), opt.Chain(opt.AccumGrad(3), opt.Adam()), opt.Adam(WAVE)], ids=repr
+)
+@both_updates
+def test_a_count_of_steps_compiles_nothing(rule: opt.Rule, step: Callable[..., Any]) -> None:
+    """180. Nor does the fifth step of RAdam, which is the first one that is rectified."""
+    model = np.ones(3, np.float32)
+    state = opt.setup(rule, model)
+    for _ in range(3 if "AccumGrad" in repr(rule) else 1):
+        state, model = step(state, model, np.ones(3, np.float32))
+    before = compiled()
+    for _ in range(9):
+        state, model = step(state, model, np.ones(3, np.float32))
+
+    assert compiled() == before
+    assert {g.engine for g in opt.explain(state).groups} == {"numba"}
 
 
 def test_exchanging_a_number_for_a_schedule_compiles_nothing() -> None:
@@ -1135,6 +1155,7 @@ def test_arrays_of_other_shapes_use_the_same_kernels() -> None:
 
 @both_engines
 def test_adjust_reaches_the_next_step(engine: str) -> None:
+    """179. By any engine."""
     model = two(0.0)
     state = opt.setup(opt.Descent(1.0), model, engine=engine)
     state, model = opt.update_(state, model, two())
@@ -1266,6 +1287,7 @@ def test_an_error_says_where_and_what(what: str) -> None:
 @pytest.mark.parametrize("p", [-math.inf, -1.0, 0.5, 1.0, 2.0, 3.0, math.inf])
 @both_engines
 def test_a_nan_norm_raises_and_names_the_leaf(p: float, engine: str) -> None:
+    """101, 181. Compiled or not; compiled clips are silent there."""
     model = {"a": np.ones(2), "b": np.ones(2)}
     state = opt.setup(opt.Chain(opt.ClipNorm(1.0, p), opt.Descent()), model, engine=engine)
     with pytest.raises(opt.DomainError, match=rf"gradient has {p:g}-norm nan; .*, at grads\['b'\]"):
@@ -1274,7 +1296,7 @@ def test_a_nan_norm_raises_and_names_the_leaf(p: float, engine: str) -> None:
 
 @both_engines
 def test_a_norm_that_may_pass_spreads(engine: str) -> None:
-    """Item 102: 0 * inf is NaN, the finite elements do not move."""
+    """102. 0 * inf is NaN, the finite elements do not move."""
     rule = opt.Chain(opt.ClipNorm(1.0, throw=False), opt.Descent(1.0))
     _, x = trained(rule, np.zeros(3), [np.array([1, 10, np.inf])], engine=engine)
     np.testing.assert_array_equal(x, [0, 0, np.nan])

@@ -463,15 +463,21 @@ def test_leaves_of_different_rules_take_their_own_steps() -> None:
 
 
 def test_a_path_joins_keys_and_other_paths() -> None:
+    """163. In any depth; an empty one adds nothing."""
     assert KeyPath("b", KeyPath(1, "c")) == KeyPath("b", 1, "c")
+    assert KeyPath(KeyPath("a", KeyPath("b")), KeyPath(), 1, KeyPath("c")) == KeyPath("a", "b", 1, "c")
+    rest = (1, "c")
+    assert KeyPath("b") + rest == KeyPath("b", 1) + KeyPath("c") == KeyPath("b", 1, "c")
 
 
 def test_a_path_prints_as_its_keys_with_dots_between() -> None:
+    """163. And, for `repr`, as the code that makes it."""
     assert str(KeyPath("b", 1, "c")) == "b.1.c"
     assert repr(KeyPath("b", 1, "c")) == "KeyPath('b', 1, 'c')"
 
 
 def test_a_path_behaves_as_a_tuple_does() -> None:
+    """163. Length, index, last, slice, tail, iteration, equality, hash."""
     path = KeyPath("b", 1, "c")
     assert (len(path), path[0], path[-1], path[1:], list(path)) == (
         3,
@@ -480,20 +486,110 @@ def test_a_path_behaves_as_a_tuple_does() -> None:
         KeyPath(1, "c"),
         ["b", 1, "c"],
     )
+    assert (path[:-1], path[::-1], path[3:]) == (KeyPath("b", 1), KeyPath("c", 1, "b"), KeyPath())
     assert {path: 1}[KeyPath("b", 1, "c")] == 1
     assert path != KeyPath("b", 1)
+    assert KeyPath("1") != KeyPath(1)
+    assert path != ("b", 1, "c")
     assert 1 in path
+    with pytest.raises(IndexError):
+        path[3]
+
+
+def test_a_path_survives_copies_and_pickles() -> None:
+    path = KeyPath("b", 1, ("c", 2))
+    for clone in (copy.copy(path), copy.deepcopy(path), pickle.loads(pickle.dumps(path))):
+        assert clone == path
+        assert hash(clone) == hash(path)
 
 
 def test_a_path_reads_what_stands_there_in_any_container() -> None:
+    """163. Attributes, keys of any kind, indices of arrays."""
     path = KeyPath("net", 0, "w")
     assert path.get({"net": [Dense("here")]}) == "here"
     assert path.get(SimpleNamespace(net=({"w": "there"},))) == "there"
+    nest = {"a": 3, 2: {("c", 1): 4, "d": np.array([[5, 6], [7, 8]])}}
+    assert KeyPath("a").get(nest) == 3
+    assert KeyPath(2, ("c", 1)).get(nest) == 4
+    assert KeyPath(2, "d", (1, 0)).get(nest) == 7
+    assert KeyPath(2, "d", 1, 0).get(nest) == 7
 
 
 def test_a_path_says_whether_something_stands_there() -> None:
-    assert KeyPath("a", 0).within({"a": [1]})
-    assert not KeyPath("a", 1).within({"a": [1]})
+    """163. A key that is missing anywhere on the way, or an index beyond the end, is no place."""
+    nest = {"a": [1], "b": {"c": None, "d": np.arange(3)}, "e": Dense(1)}
+    there = [(), ("a",), ("a", 0), ("b", "c"), ("b", "d", 2), ("e", "w")]
+    missing = [
+        ("z",),
+        ("a", 1),
+        ("a", "0"),
+        ("b", "d", 3),
+        ("b", "c", "x"),
+        ("b", "c", 0),
+        ("e", "z"),
+        ("z", "a"),
+    ]
+    assert [keys for keys in there if not KeyPath(*keys).within(nest)] == []
+    assert [keys for keys in missing if KeyPath(*keys).within(nest)] == []
+
+
+def test_what_a_path_does_not_find_is_named_up_to_the_first_key_that_is_missing() -> None:
+    """163. Not the whole path."""
+    with pytest.raises(LookupError, match=r"tree\['b'\]\['z'\] is not there"):
+        KeyPath("b", "z", 0, "w").get({"b": {"c": 1}})
+
+
+def test_an_empty_path_stands_for_the_whole() -> None:
+    """163. It can be read and not set."""
+    model, path = [ones()], KeyPath()
+    assert path.get(model) is model
+    assert path.within(model)
+    assert (len(path), list(path), str(path), repr(path), path.code()) == (0, [], "", "KeyPath()", "model")
+    assert path == KeyPath(KeyPath()) == KeyPath("a")[1:]
+    with pytest.raises(LookupError, match="the path is empty"):
+        path.set(model, 1)
+    with pytest.raises(IndexError):
+        path[-1]
+
+
+def test_a_path_sets_what_stands_there() -> None:
+    """163. In lists, dicts, objects and arrays; an unknown way there is an error."""
+    nest: Any = {"a": [1, 2], "b": {"d": np.arange(3)}, "e": Dense(1)}
+    KeyPath("a", 1).set(nest, "new")
+    KeyPath("b", "d", 2).set(nest, 9)
+    KeyPath("b", "made").set(nest, 8)
+    KeyPath("e", "w").set(nest, 7)
+    assert nest["a"] == [1, "new"]
+    assert list(nest["b"]["d"]) == [0, 1, 9]
+    assert (nest["b"]["made"], nest["e"].w) == (8, 7)
+    with pytest.raises(LookupError, match=r"tree\['z'\] is not there"):
+        KeyPath("z", 0).set(nest, 1)
+
+
+class Attention(NamedTuple):
+    """A layer whose fields have the name of a method of dicts."""
+
+    queries: Any
+    keys: Any
+    values: Any
+
+
+@dataclasses.dataclass
+class Memory:
+    """The same as a dataclass; the defaults are attributes of the class."""
+
+    queries: Any
+    keys: Any = None
+    values: Any = None
+
+
+@pytest.mark.parametrize("kind", [Attention, Memory])
+def test_a_path_goes_through_a_container_with_a_field_called_keys(kind: Any) -> None:
+    """161. Every path of the list finds its array."""
+    model = {"attention": kind(ones(), ones(3), ones(4))}
+    for path, x in trainables(model, path=True):
+        assert path.get(model) is x
+        assert KeyPath(*map(str, path)).get(model) is x
 
 
 def test_a_path_prints_as_code_that_reaches_the_array() -> None:

@@ -81,7 +81,7 @@ def explain(state: Any) -> Explanation:
 def _cost(group: Group, members: Any, engine: str | None) -> GroupCost:
     library, dtype, program = group.kind.library, group.kind.dtype, group.program
     name = library.type_name(dtype)
-    choice = choice_for(program, library, dtype, engine, group.memo)
+    choice = choice_for(group, engine, group.memo)
     if choice.reason:
         words = [e for e in order(program.roots) if e.args and e.domain != "scalar"]
         passes = len(words)

@@ -24,7 +24,7 @@ class Restructure:
         self._like = [(tuple(x.shape), x.dtype) for x in arrays]
         ends = [0]
         for x in arrays:
-            ends.append(ends[-1] + x.size)
+            ends.append(ends[-1] + registry.library(x).size(x))
         self._ends = ends
         self._runs = runs(self._like, ends)
         self._library = registry.library(*arrays) if arrays else None
@@ -43,8 +43,10 @@ class Restructure:
         if len(given) not in (1, 2):
             raise TypeError(f"re takes (flat) or (model, flat); {len(given)} arguments were given")
         model, flat = (self._model, *given)[-2:]
-        if not registry.isarray(flat) or flat.ndim != 1 or flat.size != len(self):
+        if not registry.isarray(flat) or tuple(flat.shape) != (len(self),) or not _numbers(flat):
             shape = tuple(flat.shape) if registry.isarray(flat) else type(flat).__name__
+            if registry.isarray(flat) and not _numbers(flat):
+                shape = f"one of {flat.dtype}"
             raise TreeMismatch(f"re takes a vector of length {len(self)}; {shape} was given")
         if model is not self._model:
             self._refuse_other(model)
@@ -64,6 +66,10 @@ class Restructure:
                     f"{self._layout.paths[leaf].code()} has {what}; `destructure` saw an array of shape "
                     f"{shape}"
                 )
+
+
+def _numbers(x: Any) -> bool:
+    return registry.library(x).is_numbers(x)
 
 
 def runs(like: list[tuple[Any, Any]], ends: list[int]) -> list[tuple[slice, int, Any, Any]]:

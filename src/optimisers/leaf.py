@@ -431,8 +431,14 @@ def same(a: Any, b: Any) -> bool:
     if form(a) != form(b):
         return False
     return all(
-        np.array_equal(x, y, equal_nan=True) for (_, x), (_, y) in zip(flatten(a), flatten(b), strict=True)
+        np.array_equal(_seen(x), _seen(y), equal_nan=True)
+        for (_, x), (_, y) in zip(flatten(a), flatten(b), strict=True)
     )
+
+
+def _seen(x: Any) -> Any:
+    """What stands in a state, as NumPy shows it."""
+    return registry.library(x).to_numpy(x) if registry.isarray(x) else x
 
 
 def _copied(state: Any, old: Any, name: str) -> Any:
@@ -467,8 +473,9 @@ def _kinds(state: Any) -> str:
 def _short(state: Any) -> str:
     """A state on one line, its arrays abbreviated."""
     if registry.isarray(state):
-        text = np.array2string(state, threshold=6, edgeitems=2, precision=4, separator=", ").replace("\n", "")
-        return text if state.size <= 6 else f"{state.dtype}{list(state.shape)}"
+        seen = _seen(state)
+        text = np.array2string(seen, threshold=6, edgeitems=2, precision=4, separator=", ").replace("\n", "")
+        return text if seen.size <= 6 else f"{registry.library(state).dtype_name(state)}{list(state.shape)}"
     inner = entries(state)
     if isinstance(state, tuple) and hasattr(state, "_fields"):
         return f"{type(state).__name__}({', '.join(f'{k}={_short(v)}' for k, v in inner)})"

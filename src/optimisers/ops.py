@@ -436,9 +436,14 @@ def clip(x: Any, low: Any, high: Any) -> Any:
     return minimum(maximum(x, low), high)
 
 
+def size_of(x: Any) -> Any:
+    """The number of elements; a symbol in a trace."""
+    return x.size if hasattr(type(x), "__word__") else registry.library(x).size(x)
+
+
 def mean(x: Any) -> Any:
     """The mean over all elements of this array."""
-    return sum_(x) / x.size
+    return sum_(x) / size_of(x)
 
 
 def dot(a: Any, b: Any) -> Any:
@@ -456,12 +461,12 @@ def norm(x: Any, p: float = 2.0) -> Any:
     if p == 1:
         return sum_(size)
     if p == float("inf"):
-        return where(equal(x.size, 0), 0.0, max_(size))
+        return where(equal(size_of(x), 0), 0.0, max_(size))
     if p == -float("inf"):
-        return where(equal(x.size, 0), 0.0, min_(size))
+        return where(equal(size_of(x), 0), 0.0, min_(size))
     if p == 0:
         return sum_(where(not_equal(size, 0), 1.0, 0.0))
-    return where(equal(x.size, 0), 0.0, sum_(size**p) ** (1 / p))
+    return where(equal(size_of(x), 0), 0.0, sum_(size**p) ** (1 / p))
 
 
 NAMES = frozenset(WORDS) | {

@@ -7,13 +7,15 @@ part.
 """
 
 import dataclasses
+import itertools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from optimisers.arrays import registry
-from optimisers.arrays.pack import Indices, Pack, Places
+from optimisers.arrays.pack import Indices, Loose, Pack, Places
 from optimisers.errors import BadState
 from optimisers.rule import Rule, needed
 from optimisers.trace.program import Program, flatten, form, trace, unflatten
@@ -34,11 +36,14 @@ class Shape:
     """Those of its state arrays, in elements."""
     dtype: Any
     device: str
+    loose: bool
+    """Whether its state arrays stand each for itself, since no address of theirs can be written."""
 
     @classmethod
     def of(cls, x: Any) -> "Shape":
         library = registry.library(x)
-        return cls(library.NAME, tuple(x.shape), library.dense_strides(x), x.dtype, library.device(x))
+        strides, loose = library.dense_strides(x), library.is_loose(x)
+        return cls(library.NAME, tuple(x.shape), strides, x.dtype, library.device(x), loose)
 
     @property
     def library(self) -> Any:
@@ -82,23 +87,41 @@ class Group:
     def fork(self) -> "Group":
         """The same leaves and arrays with a table of their own."""
         self.shared = True
-        return dataclasses.replace(self, numbers=self.numbers.copy(), row=self.row.copy())
+        return dataclasses.replace(self, numbers=duplicated(self.numbers), row=self.row.copy())
 
     def duplicate(self) -> "Group":
         """The same leaves with arrays and a table of their own."""
         slots = tuple(p.copy() for p in self.slots)
         return dataclasses.replace(
-            self, numbers=self.numbers.copy(), row=self.row.copy(), slots=slots, shared=False
+            self, numbers=duplicated(self.numbers), row=self.row.copy(), slots=slots, shared=False
         )
 
-    def successor(self, *, whole: bool) -> "Group":
+    def successor(self, *, whole: bool, symbolic: bool) -> "Group":
         """A group for the state after a step: new arrays, not yet written where the `whole` of it is
-        stepped.
+        stepped; those of a symbolic step are replaced, not written.
         """
-        slots = tuple(p.empty() if whole else p.copy() for p in self.slots)
+        slots = tuple(p.loosened() if symbolic else p.empty() if whole else p.copy() for p in self.slots)
+        turned = symbolic and not all(isinstance(p, Loose) for p in self.slots)
         return dataclasses.replace(
-            self, numbers=self.numbers.copy(), row=self.row.copy(), slots=slots, shared=False
+            self,
+            numbers=duplicated(self.numbers),
+            row=self.row.copy(),
+            slots=slots,
+            shared=False,
+            memo={} if turned else self.memo,
         )
+
+    @property
+    def loose(self) -> bool:
+        """Whether the arrays of the state stand each for itself."""
+        return any(isinstance(p, Loose) for p in self.slots)
+
+    def settle(self) -> None:
+        """Bring the table of numbers to the host, once nobody follows what becomes of it."""
+        if not isinstance(self.numbers, np.ndarray):
+            library = registry.library(self.numbers)
+            if library.HOST_NUMBERS and library.is_fixed(self.numbers):
+                self.numbers = np.array(library.to_numpy(self.numbers), np.float64)
 
     def part(self, stepped: Indices) -> None:
         """Give the members that are stepped rows of their own, where they shared one with others."""
@@ -107,11 +130,14 @@ class Group:
         if len(split):
             renamed = np.arange(len(self.numbers))
             renamed[split] = len(self.numbers) + np.arange(len(split))
-            self.numbers = np.concatenate([self.numbers, self.numbers[split]])
+            self.numbers = self.numbers[np.concatenate([np.arange(len(self.numbers)), split])]
             self.row[stepped] = renamed[self.row[stepped]]
 
     def count(self, members: Any, counters: list[Any], *, of_leaf: bool) -> None:
         """Store the counters of the members that were stepped (None for all), given by row or by leaf."""
+        if counters and not isinstance(self.numbers, np.ndarray):
+            self.count_symbols(members, counters, of_leaf=of_leaf)
+            return
         if of_leaf:
             stepped = np.arange(len(self.row)) if members is None else members
             rows = self.numbers[self.row[stepped]]
@@ -124,6 +150,18 @@ class Group:
         rows = slice(None) if members is None else np.unique(self.row[members])
         for j, value in enumerate(counters):
             self.numbers[rows, self.program.hypers + j] = value if np.ndim(value) == 0 else value[rows]
+
+    def count_symbols(self, members: Any, counters: list[Any], *, of_leaf: bool) -> None:
+        """The same for a table of numbers that somebody follows: it is replaced."""
+        library, hypers = registry.library(self.numbers), self.program.hypers
+        if of_leaf:
+            self.numbers, self.row = self.numbers[self.row], np.arange(len(self.row))
+            rows = self.row if members is None else members
+        else:
+            rows = np.arange(len(self.numbers)) if members is None else np.unique(self.row[members])
+            counters = [v if np.ndim(v) == 0 else v[rows] for v in counters]
+        new = library.columns(counters, len(rows))
+        self.numbers = library.placed(self.numbers, (rows[:, None], hypers + np.arange(len(counters))), new)
 
     def program_for(self, gradients: int) -> Program:
         """The program for updates with this many gradients; raises TraceError if the rule needs more."""
@@ -147,7 +185,12 @@ class Group:
         self.programs = {needed(self.rule) + 1: self.program}
 
     def join(self) -> None:
-        """One row for equal numbers: what has not parted, or has met again, is one history."""
+        """One row for equal numbers: what has not parted, or has met again, is one history.
+
+        Numbers that somebody follows are not compared.
+        """
+        if not isinstance(self.numbers, np.ndarray):
+            return
         used, row = np.unique(self.row, return_inverse=True)
         table, which = np.unique(self.numbers[used], axis=0, return_inverse=True)
         self.numbers, self.row = table, which.ravel()[row.ravel()]
@@ -175,7 +218,14 @@ class Group:
         return unflatten(self.program.template, iter(leaves))
 
 
+def duplicated(numbers: Any) -> Any:
+    """A table of numbers, to be changed apart from the old one."""
+    return registry.library(numbers).duplicate(numbers)
+
+
 def _as(kind: type, value: Any) -> Any:
+    if not isinstance(value, float | np.floating):
+        return value  # somebody follows it
     return (
         int(value) if kind is int and value == int(value) else bool(value) if kind is bool else float(value)
     )
@@ -190,7 +240,7 @@ class Store:
     """None for a leaf without a rule, which is never stepped."""
     groups: list[Group]
     frozen: "np.ndarray[Any, np.dtype[np.bool_]]"
-    clock: int = 0
+    clock: Any = 0
     """Updates finished so far, of whatever part."""
     engine: str | None = None
     """The engine that must run all groups; None to choose by group."""
@@ -222,6 +272,19 @@ class Store:
             self, groups=[g.fork() for g in self.groups], frozen=self.frozen.copy(), handles={}
         )
 
+    def settle(self) -> None:
+        """Bring numbers to the host that nobody follows any more."""
+        for group in self.groups:
+            group.settle()
+        if not isinstance(self.clock, int):
+            library = registry.library(self.clock)
+            if library.HOST_NUMBERS and library.is_fixed(self.clock):
+                self.clock = int(self.clock)
+
+    def on_host(self) -> bool:
+        """Whether no number of the state is followed by somebody."""
+        return isinstance(self.clock, int) and all(isinstance(g.numbers, np.ndarray) for g in self.groups)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Store":
         groups = [g.duplicate() for g in self.groups]
         return dataclasses.replace(self, groups=groups, frozen=self.frozen.copy(), handles={})
@@ -240,10 +303,13 @@ class Store:
         """Replace the state of a leaf by one of the same form, shapes and types."""
         group, i = self.where(leaf)
         group.owned().part(np.array([i]))
+        kinds = [registry.isarray(v) for _, v in flatten(group.program.template)]
         values = [v for _, v in flatten(state)]
-        for pack, value in zip(group.slots, (v for v in values if registry.isarray(v)), strict=True):
-            pack.library.assign(pack[i], value)
-        group.numbers[group.row[i], group.program.hypers :] = [v for v in values if not registry.isarray(v)]
+        for pack, value in zip(group.slots, itertools.compress(values, kinds), strict=True):
+            pack.put(i, value)
+        counters = list(itertools.compress(values, map(operator.not_, kinds)))
+        at = (group.row[i], slice(group.program.hypers, None))
+        group.numbers = registry.library(group.numbers).placed(group.numbers, at, counters)
 
     def change(self, leaves: Iterable[int], new: Callable[[Rule], Rule]) -> None:
         """Replace the rule of every one of the leaves; state stays, and so do rules' equal parts of it."""
@@ -258,7 +324,9 @@ class Store:
                 members = np.flatnonzero(group.row == r)
                 rule = new(group.rule_of(int(members[0])))
                 if skeleton(rule) == skeleton(group.rule):
-                    group.numbers[r, : group.program.hypers] = numbers(rule)
+                    library = registry.library(group.numbers)
+                    at = (r, slice(0, group.program.hypers))
+                    group.numbers = library.placed(group.numbers, at, numbers(rule))
                 else:
                     moved += [(int(group.leaves[i]), rule, group.state_of(int(i))) for i in members]
             group.join()
@@ -301,6 +369,7 @@ def grouped(entries: Sequence[tuple[int, Rule, Any]], shapes: Sequence[Shape | N
             str(kind.dtype),
             kind.library.NAME,
             kind.device,
+            kind.loose,
         )
         if key not in programs:
             programs[key] = program_of(rule, state, kind)
@@ -327,16 +396,17 @@ def program_of(rule: Rule, state: Any, kind: Shape, more: int | None = None) -> 
 def _group(items: list[tuple[int, Rule, Any]], program: Program, shapes: Sequence[Shape | None]) -> Group:
     kinds = [k for leaf, _, _ in items if (k := shapes[leaf]) is not None]
     first, rule = kinds[0], items[0][1]
-    table = np.array(
-        [[*numbers(r), *(v for _, v in flatten(s) if not registry.isarray(v))] for _, r, s in items], float
-    )
+    rows = [[*numbers(r), *(v for _, v in flatten(s) if not registry.isarray(v))] for _, r, s in items]
     places = Places.of([k.shape for k in kinds], [k.strides for k in kinds])
     columns = [[v for _, v in flatten(s) if registry.isarray(v)] for _, _, s in items]
     packs: list[Pack] = []
     for j, slot in enumerate(program.slots):
         arrays = [c[j] for c in columns]
         there = places if slot.shape is None else _places(first.library, arrays)
-        pack = Pack.zeros(first.library, arrays[0].dtype, there)
+        if first.loose:
+            packs.append(Loose(first.name, arrays[0].dtype, first.device, there, arrays))
+            continue
+        pack = Pack.zeros(first.library, arrays[0].dtype, first.device, there)
         for i, a in enumerate(arrays):
             if first.library.any_set(a):  # zeros are left as the system gives them, untouched
                 first.library.assign(pack[i], a)
@@ -350,11 +420,19 @@ def _group(items: list[tuple[int, Rule, Any]], program: Program, shapes: Sequenc
         places=places,
         slots=tuple(packs),
         types=tuple(type(v) for _, v in flatten(items[0][2]) if not registry.isarray(v)),
-        numbers=table.reshape(len(items), -1),
+        numbers=table_of(rows),
         row=np.arange(len(items)),
     )
     group.join()
     return group
+
+
+def table_of(rows: list[list[Any]]) -> Any:
+    """The table of numbers: on the host in float64, unless somebody follows one of them."""
+    followed = [v for row in rows for v in row if not registry.library(v).is_fixed(v)]
+    if followed:
+        return registry.library(followed[0]).table(rows)
+    return registry.named("numpy").table(rows).reshape(len(rows), -1)
 
 
 def _places(library: Any, arrays: list[Any]) -> Places:

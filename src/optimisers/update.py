@@ -15,6 +15,7 @@ import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.engines.choose import task_for
+from optimisers.engines.interpret import Interpreter
 from optimisers.engines.job import Job, Result, ready
 from optimisers.errors import BadState, FloatParameter, NoMatch, NoParameters, TreeMismatch
 from optimisers.leaf import Branch, Leaf, handle, listed, parts
@@ -62,7 +63,7 @@ def setup(rule: Any, model: Any, *, engine: str | None = None) -> Any:
     ]
     store = Store(layout, shapes, grouped(entries, shapes), np.zeros(len(arrays), bool), engine=engine)
     for group in store.groups:
-        task_for(group.program, group.kind.library, group.kind.dtype, engine, group.memo)
+        task_for(group, engine, group.memo)
     return handle(store, layout.root, KeyPath())
 
 
@@ -185,6 +186,7 @@ class _Step:
         inplace: bool,
     ) -> None:
         self.store, self.inplace = store, inplace
+        store.settle()
         self.targets: dict[int, Group] = {}
         plan = _plan(store, node)
         xs: Sequence[Any] = gather(node, model, path)
@@ -192,6 +194,7 @@ class _Step:
         if plan.first is not None:
             xs, orders = plan.untied(xs, orders, store.layout)
         active = _active(store, plan, orders)
+        self.symbolic = self.followed(xs, orders)
         self.jobs: list[tuple[Group, Any, Job]] = []
         for g, inside, at in plan.parts:
             members, taken = inside, at
@@ -204,12 +207,26 @@ class _Step:
                 given = [xs, *orders] if whole else [[v[i] for i in taken] for v in (xs, *orders)]
                 self.jobs.append(self.job(g, members, given[0], tuple(given[1:])))
 
+    def followed(self, xs: Sequence[Any], orders: list[Sequence[Any]]) -> bool:
+        """Whether somebody follows what becomes of the numbers or of the arrays: a transform, a compiler."""
+        found = not self.store.on_host()
+        for library in {g.kind.name: g.kind.library for g in self.store.groups}.values():
+            found = found or library.follows(xs, orders, inplace=self.inplace)
+            if found and self.inplace and not library.REPLACES:
+                raise BadState(
+                    "update_ writes in place, which nobody can follow; write update for a step that is "
+                    "differentiated or compiled"
+                )
+        return found
+
     def job(
         self, g: int, members: Any, xs: Sequence[Any], grads: tuple[Sequence[Any], ...]
     ) -> tuple[Group, Any, Job]:
         """(group that takes the result, its members that are stepped, their job); members None for all."""
         group = self.store.groups[g]
-        target = self.targets[g] = group.owned() if self.inplace else group.successor(whole=members is None)
+        target = self.targets[g] = (
+            group.owned() if self.inplace else group.successor(whole=members is None, symbolic=self.symbolic)
+        )
         row, memo, places, leaves = target.row, group.memo, group.places, group.leaves
         slots, out = group.slots, target.slots
         if members is not None:
@@ -235,6 +252,8 @@ class _Step:
             row=row,
             clock=self.store.clock,
             inplace=self.inplace,
+            symbolic=self.symbolic,
+            device=group.kind.device,
             code=lambda i, root: paths[leaves[i]].code(root),
             memo=memo,
         )
@@ -243,7 +262,8 @@ class _Step:
     def run(self) -> dict[int, Any]:
         """Take the step; the new parameters, by leaf, where they are other objects than the old."""
         tasks = [
-            task_for(j.program, j.library, j.dtype, self.store.engine, j.memo)(j) for _, _, j in self.jobs
+            Interpreter(j) if j.symbolic else task_for(g, self.store.engine, j.memo)(j)
+            for g, _, j in self.jobs
         ]
         with np.errstate(
             all="ignore"
@@ -255,6 +275,8 @@ class _Step:
     def stored(self, results: Sequence[Result]) -> dict[int, Any]:
         new: dict[int, Any] = {}
         for (target, members, job), result in zip(self.jobs, results, strict=True):
+            if job.symbolic and isinstance(target.numbers, np.ndarray):
+                target.numbers = job.library.table(target.numbers)
             target.count(members, result.counters, of_leaf=result.of_leaf)
             if result.x is not job.x:
                 leaves = (target.leaves if members is None else target.leaves[members]).tolist()

@@ -1,6 +1,6 @@
 """NumPy arrays, including those of the half-precision types of ml_dtypes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,12 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 NAME = "numpy"
+
+HOST_NUMBERS = True
+"""Whether the numbers of a state are worked out on the host, as long as nobody follows them."""
+
+REPLACES = False
+"""Whether arrays cannot be written, so that a step in place replaces them."""
 
 
 # -- what an array is ----------------------------------------------------------------------------------------
@@ -19,6 +25,9 @@ def is_array_type(kind: type) -> bool:
 
 def is_inexact(x: Array) -> bool:
     return x.dtype.kind in "fc" or x.dtype.name == "bfloat16"
+
+
+is_trainable = is_inexact
 
 
 def is_numbers(x: Array) -> bool:
@@ -34,6 +43,20 @@ def is_writable(x: Array) -> bool:
     views).
     """
     return x.flags.writeable and not _overlaps_itself(x)
+
+
+def is_loose(x: Array) -> bool:
+    """No array of NumPy keeps its state elsewhere than in packed buffers."""
+    return False
+
+
+def follows(xs: Sequence[Any], gradients: Sequence[Sequence[Any]], *, inplace: bool) -> bool:
+    """Nobody differentiates what NumPy computes."""
+    return False
+
+
+def size(x: Array) -> int:
+    return x.size
 
 
 def _overlaps_itself(x: Array) -> bool:
@@ -74,6 +97,20 @@ def shares(x: Any, others: list[Array]) -> bool:
 def bounds(x: Array) -> tuple[int, int]:
     """The first address of the elements, and the first behind them."""
     return np.lib.array_utils.byte_bounds(x) if x.size else (address(x), address(x))
+
+
+def layout(x: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(shape, strides in bytes)."""
+    return x.shape, x.strides
+
+
+def is_contiguous(x: Array) -> bool:
+    return x.flags.c_contiguous
+
+
+def is_dense_memory(x: Array, *, write: bool) -> bool:
+    """Whether kernels may use the array where it lies, if its layout is the right one."""
+    return type(x) is np.ndarray and x.dtype.isnative and x.flags.aligned and (x.flags.writeable or not write)
 
 
 def same_array(a: Array, b: Array) -> bool:
@@ -146,11 +183,11 @@ def any_set(x: Array) -> bool:
     return bool(x.any())
 
 
-def zeros(n: int, dtype: Any) -> Array:
+def zeros(n: int, dtype: Any, device: str) -> Array:
     return np.zeros(n, dtype)
 
 
-def empty(n: int, dtype: Any) -> Array:
+def empty(n: int, dtype: Any, device: str) -> Array:
     return np.empty(n, dtype)
 
 
@@ -187,6 +224,11 @@ def copied(x: Array, dtype: Any) -> Array:
     return np.array(x, dtype, order="K")
 
 
+def duplicate(x: Any) -> Any:
+    """A copy of an array; anything else as it is."""
+    return x.copy() if isinstance(x, np.ndarray) else x
+
+
 def fresh(shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None) -> Array:
     """An array not yet written, with these dense strides (in elements); None for contiguous ones."""
     if strides is None:
@@ -200,6 +242,11 @@ def laid_out(x: Any, dtype: Any, strides: tuple[int, ...] | None) -> Array:
     new = fresh(np.shape(x), dtype, strides)
     np.copyto(new, x, casting="unsafe")
     return new
+
+
+def dense(x: Array) -> Array:
+    """The array with every element there."""
+    return x
 
 
 def assign(target: Array, value: Array) -> None:
@@ -243,6 +290,13 @@ def stored(x: Array, value: Any, *, inplace: bool) -> Array:
     return target if target is x else like(x, target)
 
 
+def rounded(old: Array, value: Any) -> Array:
+    """An array of the type and shape of an old one that holds `value`."""
+    new = np.empty_like(old)
+    np.copyto(new, value, casting="unsafe")
+    return new
+
+
 def like(x: Array, new: Array) -> Array:
     """`new`, read-only if `x` is, and of the subclass of `x`."""
     if type(x) is not np.ndarray and type(new) is np.ndarray:
@@ -253,8 +307,66 @@ def like(x: Array, new: Array) -> Array:
     return new
 
 
+def touched(arrays: Sequence[Array]) -> None:
+    """Nobody wants to know that these were written."""
+
+
 def cast(x: Any, dtype: Any) -> Any:
     return np.asanyarray(x).astype(dtype, copy=False)
+
+
+def number(value: Any, dtype: Any) -> Any:
+    """A number of the host beside arrays of a type, rounded to theirs."""
+    return np.asanyarray(value).astype(dtype)[()]
+
+
+def to_host(x: Any) -> Any:
+    """The value of a 0-d array; numbers as they are."""
+    return x
+
+
+def to_numpy(x: Array) -> Array:
+    """The elements as an array of NumPy, for somebody to look at."""
+    return x
+
+
+def broadcast(x: Any, shape: tuple[int, ...]) -> Array:
+    """`x` in this shape; raises ValueError if it does not broadcast."""
+    return np.broadcast_to(x, shape)
+
+
+# -- tables of numbers ---------------------------------------------------------------------------------------
+
+
+def is_fixed(x: Any) -> bool:
+    """Whether a number may be read once and for all: nobody follows what becomes of it."""
+    return True
+
+
+def table(rows: Any) -> Array:
+    """A table of numbers in float64."""
+    return np.array([[float(v) for v in row] for row in rows], np.float64)
+
+
+def constant(values: Any, beside: Array) -> Any:
+    """A vector of the host beside a table of numbers."""
+    return values
+
+
+def stacked(values: Sequence[Any]) -> Array:
+    """A vector of these numbers."""
+    return np.array(values)
+
+
+def columns(values: Sequence[Any], rows: int) -> Array:
+    """A table of these columns, each a value for every row or one for all."""
+    return np.stack([np.broadcast_to(v, (rows,)) for v in values], 1)
+
+
+def placed(x: Array, index: Any, values: Any) -> Array:
+    """The array with values written at an index; perhaps the same."""
+    x[index] = values
+    return x
 
 
 # -- the words -----------------------------------------------------------------------------------------------

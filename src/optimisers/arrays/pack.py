@@ -35,6 +35,8 @@ class Places:
     offset: Indices
     lengths: list[int]
     """Elements of each buffer."""
+    number: Indices
+    """Which of all arrays of the pack each is."""
 
     @classmethod
     def of(cls, shapes: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...]]) -> "Places":
@@ -44,23 +46,38 @@ class Places:
         offset = np.concatenate([[0], np.cumsum(room)[:-1]]) if len(sizes) else np.zeros(0, np.int64)
         lengths = [int(room.sum()), *(int(n) for n in sizes[large])]
         buffer = np.where(large, np.cumsum(large), 0)
-        return cls(list(shapes), list(strides), sizes, buffer, np.where(large, 0, offset), lengths)
+        return cls(
+            list(shapes),
+            list(strides),
+            sizes,
+            buffer,
+            np.where(large, 0, offset),
+            lengths,
+            np.arange(len(sizes)),
+        )
 
     def pick(self, members: Indices) -> "Places":
         """Some of the arrays, where they lie."""
         shapes, strides = [self.shapes[i] for i in members], [self.strides[i] for i in members]
         return Places(
-            shapes, strides, self.sizes[members], self.buffer[members], self.offset[members], self.lengths
+            shapes,
+            strides,
+            self.sizes[members],
+            self.buffer[members],
+            self.offset[members],
+            self.lengths,
+            self.number[members],
         )
 
 
 @dataclasses.dataclass(eq=False)
 class Pack:
-    """The arrays of one slot of the state, one for each leaf of a group."""
+    """The arrays of one slot of the state, one for each leaf of a group, side by side in buffers."""
 
     name: str
     """The array library."""
     dtype: Any
+    device: str
     places: Places
     buffers: list[Any]
 
@@ -69,8 +86,10 @@ class Pack:
         return registry.named(self.name)
 
     @classmethod
-    def zeros(cls, library: Any, dtype: Any, places: Places) -> "Pack":
-        return cls(library.NAME, dtype, places, [library.zeros(n, dtype) for n in places.lengths])
+    def zeros(cls, library: Any, dtype: Any, device: str, places: Places) -> "Pack":
+        return cls(
+            library.NAME, dtype, device, places, [library.zeros(n, dtype, device) for n in places.lengths]
+        )
 
     @functools.cached_property
     def addresses(self) -> Indices:
@@ -83,8 +102,8 @@ class Pack:
 
     def empty(self) -> "Pack":
         """Buffers of the same form, not yet written."""
-        fresh = [self.library.empty(n, self.dtype) for n in self.places.lengths]
-        return Pack(self.name, self.dtype, self.places, fresh)
+        fresh = [self.library.empty(n, self.dtype, self.device) for n in self.places.lengths]
+        return Pack(self.name, self.dtype, self.device, self.places, fresh)
 
     def copy(self) -> "Pack":
         new = self.empty()
@@ -94,7 +113,15 @@ class Pack:
 
     def pick(self, places: Places) -> "Pack":
         """The arrays at some of the places; they share the buffers."""
-        return Pack(self.name, self.dtype, places, self.buffers)
+        return Pack(self.name, self.dtype, self.device, places, self.buffers)
+
+    def loosened(self) -> "Loose":
+        """The same arrays, each on its own; they are read, not written."""
+        return Loose(self.name, self.dtype, self.device, self.places, list(self))
+
+    def put(self, i: int, value: Any) -> None:
+        """Write an array, rounding once to the type of the slot."""
+        self.library.assign(self[i], value)
 
     def __getitem__(self, i: int) -> Any:
         p = self.places
@@ -105,3 +132,31 @@ class Pack:
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
+
+
+class Loose(Pack):
+    """The arrays of one slot of the state where no address can be written: each stands for itself, and is
+    replaced.
+
+    So are the arrays of libraries that know no writing, distributed ones, and those that somebody
+    differentiates.
+    """
+
+    def empty(self) -> "Loose":
+        return self.copy()
+
+    def copy(self) -> "Loose":
+        return Loose(self.name, self.dtype, self.device, self.places, list(self.buffers))
+
+    def pick(self, places: Places) -> "Loose":
+        return Loose(self.name, self.dtype, self.device, places, self.buffers)
+
+    def loosened(self) -> "Loose":
+        return self.copy()
+
+    def put(self, i: int, value: Any) -> None:
+        old = self[i]
+        self.buffers[self.places.number[i]] = self.library.rounded(old, value)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.buffers[self.places.number[i]]

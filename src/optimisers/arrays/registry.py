@@ -6,7 +6,7 @@ import numbers
 from types import ModuleType
 from typing import Any
 
-LIBRARIES = {"numpy": "optimisers.arrays.numpy"}
+LIBRARIES = {"numpy": "optimisers.arrays.numpy", "torch": "optimisers.arrays.torch"}
 """Top-level package of an array type -> the module here that speaks for it."""
 
 
@@ -56,6 +56,12 @@ def isnumeric(x: object) -> bool:
     """
     module = module_of(type(x))
     return module is not None and module.is_inexact(x)
+
+
+def istrainable(x: object) -> bool:
+    """Whether `x` is an array that can be trained and does not say that it should not be."""
+    module = module_of(type(x))
+    return module is not None and module.is_trainable(x)
 
 
 def maywrite(x: object) -> bool:

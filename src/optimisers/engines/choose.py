@@ -10,7 +10,7 @@ from typing import Any
 from optimisers.engines import interpret
 from optimisers.engines.job import Task
 from optimisers.errors import BadSetting
-from optimisers.trace.program import Program
+from optimisers.store import Group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,27 +34,27 @@ def fused() -> Any:
     return importlib.import_module("optimisers.engines.numba")
 
 
-def choice_for(
-    program: Program, library: Any, dtype: Any, wanted: str | None, memo: dict[str, Any]
-) -> Choice:
-    """The engine for leaves of one program and element type; remembered in `memo`."""
+def choice_for(group: Group, wanted: str | None, memo: dict[str, Any]) -> Choice:
+    """The engine for leaves of one group; remembered in `memo`."""
     if "engine" not in memo:
-        memo["engine"] = _choose(program, library, dtype, wanted)
+        memo["engine"] = _choose(group, wanted)
     return memo["engine"]
 
 
-def task_for(
-    program: Program, library: Any, dtype: Any, wanted: str | None, memo: dict[str, Any]
-) -> type[Task]:
-    return choice_for(program, library, dtype, wanted, memo).task
+def task_for(group: Group, wanted: str | None, memo: dict[str, Any]) -> type[Task]:
+    return choice_for(group, wanted, memo).task
 
 
-def _choose(program: Program, library: Any, dtype: Any, wanted: str | None) -> Choice:
+def _choose(group: Group, wanted: str | None) -> Choice:
     if wanted not in (None, *NAMES):
         raise BadSetting(f"engine={wanted!r}; it takes {' or '.join(map(repr, NAMES))}, or None to choose")
     if wanted == interpret.NAME:
         return Choice(interpret.NAME, interpret.Interpreter, "asked for")
-    reason = fused().refusal(program, library, library.type_name(dtype))
+    kind = group.kind
+    reason = "state in arrays that each stand for themselves" if group.loose or kind.loose else None
+    reason = reason or fused().refusal(
+        group.program, kind.name, kind.device, kind.library.type_name(kind.dtype)
+    )
     if reason is None:
         return Choice(fused().NAME, fused().Fused, "")
     if wanted is not None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from optimisers.arrays.pack import Indices
+from optimisers.arrays import registry
+from optimisers.arrays.pack import Indices, Loose
 from optimisers.engines.job import Job, Result, Task
 from optimisers.errors import TraceError
 from optimisers.trace.expr import Expr, order
@@ -42,16 +43,17 @@ class Values:
     def own(self, e: Expr) -> Any:
         """The value of a node in memory of its own: it is stored after other arrays have been written."""
         value = self.get(e)
-        return value if e.domain == "scalar" or not self.library.shares(value, self.seen) else value.copy()
+        if e.domain == "scalar" or self.job.symbolic or not self.library.shares(value, self.seen):
+            return value
+        return self.library.duplicate(value)
 
     def number(self, e: Expr) -> Any:
         """A scalar as the kernels see it: rounded once to the type of the arithmetic."""
         value = self.scalars.of_leaves(e)[self.leaf] if e.op != "const" else e.value
-        return (
-            np.bool_(value)
-            if e.type == "bool"
-            else self.library.cast(value, self.wide if e.type == "complex" else self.real)[()]
-        )
+        dtype = self.wide if e.type == "complex" else self.real
+        if registry.module_of(type(value)) is self.library and self.job.symbolic:
+            return value if e.type == "bool" else self.library.cast(value, dtype)
+        return np.bool_(value) if e.type == "bool" else self.library.number(value, dtype)
 
     def compute(self, e: Expr) -> Any:
         if e.op == "input":
@@ -71,7 +73,7 @@ class Values:
             return word(options["function"], *args)
         try:
             return word(*args, **options)
-        except ValueError as error:
+        except (ValueError, RuntimeError, TypeError) as error:
             shapes = " and ".join(str(np.shape(a)) for a in args)
             raise TraceError(
                 f"{type(self.job.rule).__name__}: {e.op} of arrays of shape {shapes}: {error}, at "
@@ -107,7 +109,10 @@ class Interpreter(Task):
             for r in chosen:
                 values = arrays if r.args[0].domain == "array" else others
                 found[r].append(library.WORDS[r.op](values.get(r.args[0])))
-        return {r: np.array(v, complex if r.type == "complex" else float) for r, v in found.items()}
+        if self.job.symbolic:
+            return {r: library.stacked(v) for r, v in found.items()}
+        kinds = {r: complex if r.type == "complex" else float for r in chosen}
+        return {r: np.array([library.to_host(x) for x in v], kinds[r]) for r, v in found.items()}
 
     def prepare(self) -> None:
         """Compute everything before anything is written, since a word of the array library may raise."""
@@ -131,7 +136,8 @@ class Interpreter(Task):
         ]
 
     def written(self) -> tuple[Indices, Indices]:
-        arrays = [*self.job.x, *(b for p in self.job.out for b in p.buffers)]
+        packed = [b for p in self.job.out if not isinstance(p, Loose) for b in p.buffers]
+        arrays = [] if self.job.symbolic else [*self.job.x, *packed]
         spans = sorted(self.job.library.bounds(a) for a in arrays) or [(0, 0)]
         begin, end = zip(*spans, strict=True)
         return np.array(begin, np.int64), np.array(end, np.int64)
@@ -144,8 +150,14 @@ class Interpreter(Task):
         results = list(job.x)
         for leaf, (x, slots) in self.new.items():
             for pack, old, value in zip(job.out, job.slots, slots, strict=True):
-                if value is not None or pack is not old:
-                    library.assign(pack[leaf], old[leaf] if value is None else value)
+                if value is not None:
+                    pack.put(leaf, value)
+                elif pack is not old and not isinstance(pack, Loose):
+                    pack.put(leaf, old[leaf])
             if x is not None:
-                results[leaf] = library.stored(job.x[leaf], x, inplace=job.inplace)
+                results[leaf] = (
+                    library.rounded(job.x[leaf], x)
+                    if job.symbolic
+                    else library.stored(job.x[leaf], x, inplace=job.inplace)
+                )
         return Result(results, *self.counters())

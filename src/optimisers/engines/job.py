@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from optimisers.arrays import numpy as host
 from optimisers.arrays import registry
 from optimisers.arrays.pack import Indices, Pack
 from optimisers.errors import DomainError, TraceError, TreeMismatch
 from optimisers.rule import Rule
-from optimisers.trace.evaluate import Scalars, Table, counters
+from optimisers.trace.evaluate import Scalars, counters
 from optimisers.trace.expr import Expr
 from optimisers.trace.phases import Stage, stages
 from optimisers.trace.program import Program, total_key
@@ -40,11 +41,17 @@ class Job:
     """The layout of each leaf's arrays, in elements."""
     shapes: list[tuple[int, ...]]
     sizes: Indices
-    numbers: Table
+    numbers: Any
+    """The table of numbers."""
     row: Indices
     """The row of `numbers` of each leaf."""
-    clock: int
+    clock: Any
     inplace: bool
+    symbolic: bool
+    """Whether somebody follows what becomes of arrays or numbers: then no value is looked at, and nothing is
+    written.
+    """
+    device: str
     code: Callable[[int, str], str]
     """Leaf number here, root -> its path as code, for messages."""
     memo: dict[str, Any]
@@ -62,11 +69,17 @@ class Job:
         x, name = self.x[i], self.code(i, "model")
         if registry.module_of(type(x)) is not self.library:
             raise TreeMismatch(f"{name} is {_brief(x)}; `setup` saw an array of {self.library.NAME}")
-        for what, found, seen in (("shape", tuple(x.shape), self.shapes[i]), ("type", x.dtype, self.dtype)):
+        kinds = (("shape", tuple(x.shape), self.shapes[i]), ("type", x.dtype, self.dtype))
+        for what, found, seen in kinds:
             if found != seen:
                 raise TreeMismatch(
                     f"{name} has {what} {found}; `setup` saw {seen}; call `setup` again for another model"
                 )
+        if not self.symbolic and self.library.device(x) != self.device:
+            raise TreeMismatch(
+                f"{name} is on {self.library.device(x)}; `setup` saw it on {self.device}, where its state is; "
+                "call `setup` again after moving a model"
+            )
         return x
 
     def checked_gradient(self, order: int, i: int) -> Any:
@@ -88,6 +101,7 @@ class Job:
             raise TreeMismatch(
                 f"gradient of shape {tuple(dx.shape)} for parameters of shape {self.shapes[i]}, at {name}"
             )
+        dx = self.library.dense(dx)
         if isinstance(dx, np.ma.MaskedArray):
             raise TreeMismatch(f"{name} is masked; write filled(0), or None for no step")
         if not self.library.is_numbers(dx):
@@ -125,7 +139,11 @@ class Task:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.scalars = Scalars(job.numbers, job.row, job.sizes, job.clock)
+        numbers, words = job.numbers, host
+        if job.symbolic:
+            words = job.library
+            numbers = words.table(numbers) if isinstance(numbers, np.ndarray) else numbers
+        self.scalars = Scalars(numbers, job.row, job.sizes, job.clock, words)
         self.stages: tuple[Stage, ...] = stages(job.program)
         self.level = 0
         self.reduced = False
@@ -165,7 +183,7 @@ class Task:
                 for r in stage.reductions:
                     self.scalars.put(r, found.get(r, np.zeros(len(self.job.row))), of_leaf=True)
                 for t in stage.totals:
-                    totals.give(t, float(np.sum(self.scalars.of_leaves(t.args[0]))))
+                    totals.give(t, self.scalars.sum(t.args[0]))
                 self.reduced = moved = True
             known = [totals.known(t) for t in stage.totals]
             if None in known:
@@ -179,11 +197,9 @@ class Task:
         """Whether a reduction counts for any leaf: under a condition that holds for none, its pass is left
         out.
         """
-        return (
-            bool(np.all([self.scalars.of_leaves(g) for g in reduction.guard], axis=0).any())
-            if reduction.guard
-            else True
-        )
+        if not reduction.guard or self.job.symbolic:
+            return True
+        return bool(np.all([self.scalars.of_leaves(g) for g in reduction.guard], axis=0).any())
 
     def fitting(self, value: Any, shape: tuple[int, ...], leaf: int, what: str) -> Any:
         """A value to be stored; raises TraceError unless it is a number or has the shape of its place."""
@@ -195,7 +211,12 @@ class Task:
         return value
 
     def verify(self) -> None:
-        """Raise DomainError, naming the leaf, for the first check of the rule that fails."""
+        """Raise DomainError, naming the leaf, for the first check of the rule that fails.
+
+        Where somebody follows the numbers, they are not looked at: what is not finite spreads.
+        """
+        if self.job.symbolic:
+            return
         for condition, message, values in self.job.program.checks:
             holds = self.scalars.of_leaves(condition)
             if not np.all(holds):
@@ -205,9 +226,13 @@ class Task:
                     f"{message.format(*(f'{v:g}' for v in shown))}, at {self.job.code(leaf, 'grads')}"
                 )
 
-    def branches(self) -> list[tuple[tuple[bool, ...], Any]]:
-        """(answers to the conditions of the program, the leaves where they are so); None for all leaves."""
+    def branches(self) -> list[tuple[Any, Any]]:
+        """(answers to the conditions of the program, the leaves where they are so); None for all leaves, and
+        for answers that nobody may look at.
+        """
         guards = self.job.program.guards
+        if self.job.symbolic:
+            return [(None, None)]
         if not guards:
             return [((), None)]
         holds = np.array([self.scalars.of_leaves(g) for g in guards], bool)
@@ -235,12 +260,12 @@ class Totals:
             for stage in task.stages:
                 for t in stage.totals:
                     self.askers[total_key(t)] = self.askers.get(total_key(t), 0) + 1
-        self.parts: dict[str, list[float]] = {}
+        self.parts: dict[str, list[Any]] = {}
 
-    def give(self, total: Expr, part: float) -> None:
+    def give(self, total: Expr, part: Any) -> None:
         self.parts.setdefault(total_key(total), []).append(part)
 
-    def known(self, total: Expr) -> float | None:
+    def known(self, total: Expr) -> Any:
         key = total_key(total)
         return sum(self.parts[key]) if len(self.parts[key]) == self.askers[key] else None
 

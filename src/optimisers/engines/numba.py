@@ -14,7 +14,7 @@ import numpy as np
 
 from optimisers.arrays.pack import Indices
 from optimisers.engines import cache, kernels, threads
-from optimisers.engines.addresses import Chunks, Form, Scratch
+from optimisers.engines.addresses import LOOKS, Chunks, Form, Scratch
 from optimisers.engines.interpret import Values
 from optimisers.engines.job import Job, Result, Task, merged
 from optimisers.engines.kernels import Unprintable
@@ -31,10 +31,12 @@ __all__ = ["NAME", "Fused", "Unprintable", "printed", "refusal", "sample_passes"
 # -- which groups it takes -----------------------------------------------------------------------------------
 
 
-def refusal(program: Program, library: Any, dtype: str) -> str | None:
+def refusal(program: Program, library: str, device: str, dtype: str) -> str | None:
     """Why this engine does not take a group; None if it does."""
-    if library.NAME != "numpy":
-        return f"arrays of {library.NAME}"
+    if library not in LOOKS:
+        return f"arrays of {library}"
+    if device != "cpu":
+        return f"arrays on {device}"
     if dtype not in kernels.ARITHMETIC:
         return f"element type {dtype}"
     try:
@@ -121,19 +123,19 @@ class Fused(Task):
             contiguous = [
                 job.library.contiguous_strides(s) == t for s, t in zip(job.shapes, job.strides, strict=True)
             ]
-            job.memo["form"] = Form(job.shapes, job.strides, contiguous)
+            job.memo["form"] = Form(job.library.NAME, job.shapes, job.strides, contiguous)
             job.memo["scratch"] = Scratch()
             job.memo["chunks"] = Chunks(job.sizes)
         self.form: Form = job.memo["form"]
         self.chunks: Chunks = job.memo["chunks"]
         self.scratch: Scratch = job.memo["scratch"]
-        kind = np.dtype(job.dtype)
+        kind = job.dtype
         self.wide = job.wide
         self.x, self.x_at = self.fitted("x", job.x, kind, job.checked_x, write=job.inplace)
         self.gradient = kind
         looked = [self.look(f"dx{n}", grads, kind, write=False) for n, grads in enumerate(job.grads)]
         if any(len(misfits) for _, misfits in looked):
-            self.gradient = common_dtype(job.grads, kind, self.wide)
+            self.gradient = common_dtype(job.library, job.grads, kind, self.wide)
             found = [
                 self.fitted(
                     f"dx{n}", grads, self.gradient, functools.partial(job.checked_gradient, n), write=False
@@ -178,7 +180,8 @@ class Fused(Task):
         for r, w in zip(self.stages[level].reductions, wanted, strict=True):
             if w and r.args[0].domain != "array":
                 word = self.job.library.WORDS[r.op]
-                found[r] = np.array([word(Values(self, k).get(r.args[0])) for k in range(leaves)], float)
+                values = [word(Values(self, k).get(r.args[0])) for k in range(leaves)]
+                found[r] = np.array([self.job.library.to_host(v) for v in values], float)
         p = reduce_pass(self.job.program, level, wanted)
         if p is not None:
             partial = np.empty((len(p.reductions), len(self.chunks.leaf)))
@@ -208,7 +211,8 @@ class Fused(Task):
 
     def kernel(self, p: Pass) -> Callable[..., None]:
         """The compiled kernel of a pass."""
-        return kernel_of(self.job.program, p, self.job.dtype, self.gradient, inplace=self.job.inplace)
+        names = (self.job.library.type_name(t) for t in (self.job.dtype, self.gradient))
+        return kernel_of(self.job.program, p, *names, inplace=self.job.inplace)
 
     def rows(self, p: Pass, new: dict[str, Indices]) -> list[Indices]:
         """The address table of a pass."""
@@ -244,7 +248,7 @@ class Fused(Task):
         broadcast.
         """
         try:
-            return np.broadcast_to(value, self.job.shapes[leaf])
+            return self.job.library.broadcast(value, self.job.shapes[leaf])
         except ValueError:
             raise TraceError(
                 f"{type(self.job.rule).__name__} combined an array of shape {np.shape(value)} with "
@@ -267,7 +271,7 @@ class Fused(Task):
                         value = self.fitting(
                             Values(self, int(k)).get(e), pack.places.shapes[k], int(k), "a state"
                         )
-                        self.other.append((j, int(k), np.array(value)))
+                        self.other.append((j, int(k), job.library.duplicate(value)))
             if p is not None:
                 self.kernel(p)
                 for e in p.free:
@@ -332,9 +336,11 @@ class Fused(Task):
             if p is not None:
                 self.launch(p, self.chunks if members is None else Chunks(job.sizes[members]), members, new)
         for j, k, value in self.other:
-            job.library.assign(job.out[j][k], value)
-        if job.inplace and self.x is not job.x:
-            results = self.write_back()
+            job.out[j].put(k, value)
+        if job.inplace:
+            job.library.touched(job.x)
+            if self.x is not job.x:
+                results = self.write_back()
         return Result(results, *self.counters())
 
     def keep(self, stored: set[str], members: Any) -> None:
@@ -342,7 +348,7 @@ class Fused(Task):
         for j, (pack, old) in enumerate(zip(self.job.out, self.job.slots, strict=True)):
             if f"s{j}" not in stored:
                 for k in range(len(old)) if members is None else members:
-                    self.job.library.assign(pack[int(k)], old[int(k)])
+                    pack.put(int(k), old[int(k)])
 
     def targets(self, results: Any, members: Any) -> Indices:
         """Where new parameters go: the arrays themselves in place, else fresh ones, which become the
@@ -355,7 +361,9 @@ class Fused(Task):
             fresh(shape, self.job.dtype, None if flat else laid)
             for shape, flat, laid in zip(self.job.shapes, contiguous, strides, strict=True)
         ]
-        at, _ = self.look("new x", new, self.job.dtype, write=True)
+        at, misfits = self.look("new x", new, self.job.dtype, write=True)
+        for k in misfits.tolist():
+            at[k] = self.job.library.address(new[k])
         for k in range(len(new)) if members is None else members:
             results[k] = self.job.library.like(self.job.x[k], new[k])
         return at
@@ -367,13 +375,13 @@ class Fused(Task):
 
 
 @functools.lru_cache(maxsize=4096)
-def kernel_of(program: Program, p: Pass, dtype: Any, gradient: Any, *, inplace: bool) -> Callable[..., None]:
+def kernel_of(program: Program, p: Pass, dtype: str, gradient: str, *, inplace: bool) -> Callable[..., None]:
     """The compiled kernel of a pass."""
-    kinds = kinds_of(program, p, dtype.name, gradient.name)
-    return cache.load(sources(program, p, kinds, dtype.name, inplace=inplace)).kernel
+    kinds = kinds_of(program, p, dtype, gradient)
+    return cache.load(sources(program, p, kinds, dtype, inplace=inplace)).kernel
 
 
-def common_dtype(grads: tuple[Sequence[Any], ...], dtype: Any, wide: Any) -> Any:
+def common_dtype(library: Any, grads: tuple[Sequence[Any], ...], dtype: Any, wide: Any) -> Any:
     """The element type in which kernels read the gradients: their own if they agree, else that of the
     arithmetic.
     """
@@ -381,12 +389,10 @@ def common_dtype(grads: tuple[Sequence[Any], ...], dtype: Any, wide: Any) -> Any
     if kinds == {dtype} or not kinds:
         return dtype
     kind = kinds.pop()
-    readable = (
-        not kinds
-        and kind.isnative
-        and kind.name in kernels.ARITHMETIC
-        and (kind.kind == "c") == (dtype.kind == "c")
-    )
+    if kinds:
+        return wide
+    name, own = library.type_name(kind), library.type_name(dtype)
+    readable = name in kernels.ARITHMETIC and name != "int16" and ("complex" in name) == ("complex" in own)
     return kind if readable else wide
 
 

@@ -1,8 +1,9 @@
 """What are the scalars of a step? One value for a row of numbers, or for a leaf where a reduction is in it.
 
 `Scalars` holds those of one group of leaves. It is asked for values, computes what they need from the table
-of numbers in float64, and keeps them. Reductions and totals are put in from outside, as soon as they are
-known.
+of numbers, and keeps them: with NumPy in float64, or with the words of the library that the table belongs to,
+where somebody follows what becomes of the numbers. Reductions and totals are put in from outside, as soon as
+they are known.
 """
 
 import functools
@@ -22,8 +23,9 @@ class Scalars:
     `numbers` is the table (rows, numbers), `row` the row of each leaf, `sizes` its number of elements.
     """
 
-    def __init__(self, numbers: Table, row: Any, sizes: Any, clock: int) -> None:
+    def __init__(self, numbers: Any, row: Any, sizes: Any, clock: Any, library: Any = host) -> None:
         self.numbers, self.row, self.sizes, self.clock = numbers, row, sizes, clock
+        self.library = library
         self.values: dict[int, Any] = {}
         self.of_leaf: dict[int, bool] = {}
 
@@ -47,9 +49,9 @@ class Scalars:
         elif e.op == "number":
             value = self.numbers[:, e.value]
         elif e.op == "clock":
-            value = float(self.clock)
+            value = float(self.clock) if isinstance(self.clock, int) else self.clock
         elif e.op == "size":
-            value, leafy = self.sizes, True
+            value, leafy = self.library.constant(self.sizes, self.numbers), True
         elif e.op == "scheduled":
             value = self.values[id(e.args[0])]
         elif cuts(e) or e.op == "total":
@@ -59,7 +61,7 @@ class Scalars:
             leafy = any(self.of_leaf[id(a)] for a in e.args)
             if leafy:
                 values = [self.spread(v, a) for v, a in zip(values, e.args, strict=True)]
-            value = host.WORDS[e.op](*values)
+            value = self.library.WORDS[e.op](*values)
         self.values[id(e)], self.of_leaf[id(e)] = value, leafy
 
     def spread(self, value: Any, e: Expr) -> Any:
@@ -70,7 +72,12 @@ class Scalars:
 
     def of_leaves(self, e: Expr) -> Any:
         """The value of a scalar node for every leaf, as an array."""
-        return np.broadcast_to(self.spread(self.get(e), e), (len(self.row),))
+        return self.library.broadcast(self.spread(self.get(e), e), (len(self.row),))
+
+    def sum(self, e: Expr) -> Any:
+        """The sum of a scalar node over the leaves."""
+        found = self.library.WORDS["sum"](self.of_leaves(e))
+        return float(found) if self.library is host else found
 
     def table(self, scalars: tuple[Expr, ...]) -> tuple[Table, Any]:
         """(values, row of each leaf): the scalar table of a pass, one column a node; a row a history or a

@@ -53,12 +53,14 @@ class Outputs:
 
 
 @functools.lru_cache(maxsize=4096)
-def outputs(program: Program, holds: tuple[bool, ...]) -> Outputs:
+def outputs(program: Program, holds: tuple[bool, ...] | None) -> Outputs:
     """The arrays that a step stores where condition i of the program holds or not; what does not run is left
-    out.
+    out. With None the conditions stay in the graph.
 
     Scalar nodes stay the very ones of the program, so their values serve every variant.
     """
+    if holds is None:
+        return Outputs(program.new_x, program.new_slots)
     known = {id(g): h for g, h in zip(program.guards, holds, strict=True)}
     roots = [*program.new_slots, *([] if program.new_x is None else [program.new_x])]
     table: dict[object, Expr] = {}

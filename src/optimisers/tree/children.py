@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,6 +22,10 @@ class Container:
     """A new container like the old one, with some children replaced."""
     trainable: tuple[str, ...] | None = None
     """The keys that may be trained; None for all."""
+    gather: Callable[[Any, Any, list[str]], list[Any] | None] | None = None
+    """A faster way to the arrays at all places below: of a container, its node, and their names."""
+    gradients: Callable[[Any], dict[str, Any]] | None = None
+    """The gradients that the container itself keeps, by name."""
 
 
 # -- the built-in kinds --------------------------------------------------------------------------------------
@@ -95,8 +100,10 @@ REGISTERED: dict[type, Container] = {}
 kinds.
 """
 
-FINDERS: list[Callable[[type], Container | None]] = []
-"""Asked in turn for classes that are not registered: each knows one family of foreign models."""
+FOREIGN = {"torch": "optimisers.tree.torch"}
+"""Top-level package of a class -> the module here that knows its models; none is imported before the user has
+it.
+"""
 
 
 def register(
@@ -130,15 +137,21 @@ def container(obj: Any) -> Container | None:
     return container_of(type(obj))
 
 
+@functools.lru_cache(maxsize=4096)
+def _foreign_or_builtin(kind: type) -> Container | None:
+    for base in kind.__mro__:
+        name = FOREIGN.get(base.__module__.partition(".")[0])
+        if name is not None and (found := importlib.import_module(name).container_of(kind)) is not None:
+            return found
+    return _builtin(kind)
+
+
 def container_of(kind: type) -> Container | None:
     """The ways of the containers of this type, or None if they are not."""
     for base in kind.__mro__:
         if base in REGISTERED:
             return REGISTERED[base]
-    for find in (*FINDERS, _builtin):
-        if (found := find(kind)) is not None:
-            return found
-    return None
+    return _foreign_or_builtin(kind)
 
 
 def _builtin(kind: type) -> Container | None:

@@ -3,7 +3,7 @@ paths.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex, overload
 
 
@@ -108,7 +108,9 @@ def step(here: Any, key: Any) -> Any:
 
 def named(here: Any, key: Any) -> bool:
     """Whether a key of `here` is the name of an attribute."""
-    return isinstance(key, str) and not hasattr(type(here), "keys")
+    if not isinstance(key, str) or isinstance(here, Mapping):
+        return False
+    return isinstance(key, Attr) or (type(here) not in (list, tuple) and hasattr(here, key))
 
 
 def matches(pattern: str, path: KeyPath) -> bool:

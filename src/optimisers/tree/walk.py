@@ -6,9 +6,10 @@ with several places.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter, itemgetter
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,13 @@ class Node:
     leaves: tuple[int, ...] = ()
     """The leaves below, in the order of the walk, one entry a place."""
 
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """The path to each place below, as text."""
+        return [str(path) for path, _ in _leaf_paths(self, KeyPath())]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("ways", "fetch", "pick")}
+        return {k: v for k, v in vars(self).items() if k not in ("ways", "fetch", "pick", "names")}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         vars(self).update(kept, fetch=_fetcher(kept["live"]), pick=_picker(kept["live"]))
@@ -119,7 +125,12 @@ class _Survey:
 
     def visit(self, obj: Any, path: KeyPath, *, listed: bool) -> Node:
         if registry.isarray(obj):
-            return self.leaf(obj, path) if registry.isnumeric(obj) else EMPTY
+            if registry.istrainable(obj):
+                return self.leaf(obj, path)
+            nested = obj.flat if isinstance(obj, np.ndarray) and obj.dtype == object else ()
+            if any(_Survey().visit(item, path, listed=False).leaves for item in nested):
+                raise TreeMismatch(f"{path.code()} is an array of objects, which hold arrays; make it a list")
+            return EMPTY
         ways = container(obj)
         if ways is None:
             self.refuse_hidden(obj, path, listed=listed)
@@ -179,7 +190,7 @@ class _Survey:
 
     def leaf(self, x: Any, path: KeyPath) -> Node:
         library = registry.library(x)
-        where = ("empty", id(x)) if x.size == 0 else (library.NAME, library.memory(x))
+        where = ("empty", id(x)) if library.size(x) == 0 else (library.NAME, library.memory(x))
         number = self.known.setdefault(where, len(self.arrays))
         if number == len(self.arrays):
             self.arrays.append(x)
@@ -226,15 +237,12 @@ class _Survey:
 
     def refuse_overlaps(self) -> None:
         """Two parameters that share elements, but are not the same array, would be stepped twice."""
-        spans = [
-            (*np.lib.array_utils.byte_bounds(x), i)
-            for i, x in enumerate(self.arrays)
-            if isinstance(x, np.ndarray)
-        ]
+        spans = [(*registry.library(x).bounds(x), i) for i, x in enumerate(self.arrays)]
+        spans = [span for span in spans if span[0] < span[1]]
         spans.sort()
         end, last = 0, -1
         for low, high, i in spans:
-            if low < end and np.shares_memory(self.arrays[last], self.arrays[i]):
+            if low < end and share_elements(self.arrays[last], self.arrays[i]):
                 a, b = self.places[last][0].code(), self.places[i][0].code()
                 raise TreeMismatch(
                     f"{a} and {b} share memory without being the same array or its transpose; train one of "
@@ -242,6 +250,20 @@ class _Survey:
                 )
             if high > end:
                 end, last = high, i
+
+
+def share_elements(a: Any, b: Any) -> bool:
+    """Whether two arrays have some element in common; asked of their layouts alone, wherever they lie."""
+    return np.shares_memory(*(_layout_only(x) for x in (a, b)))
+
+
+def _layout_only(x: Any) -> Any:
+    """A NumPy array that has the layout of another array and is never read."""
+    library = registry.library(x)
+    shape, strides = library.layout(x)
+    kind = f"|V{x.dtype.itemsize}"
+    about = {"data": (library.bounds(x)[0], True), "shape": shape, "strides": strides, "typestr": kind}
+    return np.asarray(SimpleNamespace(__array_interface__={**about, "version": 3}))
 
 
 def attributes(obj: Any) -> list[tuple[str, Any]]:
@@ -294,6 +316,10 @@ def gather(node: Node, model: Any, path: KeyPath, seen: str = "setup") -> Any:
             return node.fetch(model)
         except (LookupError, AttributeError):
             pass
+    if node.ways is not None and node.ways.gather is not None and type(model) is node.kind:
+        found = node.ways.gather(model, node, node.names)
+        if found is not None:
+            return found
     out: list[Any] = []
     for key, child, value in model_children(node, model, path, seen):
         out.extend(gather(child, value, KeyPath(path, key), seen))
@@ -364,6 +390,10 @@ def gather_gradients(node: Node, grads: Any, path: KeyPath) -> Any:
             f"{path.code('grads')} is an array of shape {tuple(grads.shape)}; the model has a "
             f"{node.kind.__name__ if node.kind else 'container'} there"
         )
+    if isinstance(grads, Mapping) and any(k not in node.keys for k in grads):
+        named = _by_name(node, grads, path)
+        if named is not None:
+            return named
     found = loose(grads, node.keys, tuple(k for k, _ in node.live))
     if isinstance(found, str):
         live = [str(k) for k, _ in node.live]
@@ -375,6 +405,55 @@ def gather_gradients(node: Node, grads: Any, path: KeyPath) -> Any:
     for key, child in node.live:
         out.extend(gather_gradients(child, found[key], KeyPath(path, key)))
     return out
+
+
+def _by_name(node: Node, grads: Mapping[Any, Any], path: KeyPath) -> list[Any] | None:
+    """The gradients of a dict whose keys are the names of parameters; None if they are not.
+
+    Names of arrays that are not trained may be there with None, and a tied array may be there once.
+    """
+    if len(grads) == len(node.names):
+        try:
+            return [grads[name] for name in node.names]
+        except KeyError:
+            pass
+    dotted = any("." in name for name in node.names) or (node.ways is not None and node.ways.gradients)
+    if not dotted or not any(name in grads for name in node.names):
+        return None
+    known = set(node.names)
+    for key, value in grads.items():
+        if key not in known and value is not None:
+            raise TreeMismatch(
+                f"{path.code('grads')} has a gradient for {key!r}, which the state does not train; it was "
+                "no trainable parameter at `setup`"
+            )
+    there = {leaf for leaf, name in zip(node.leaves, node.names, strict=True) if name in grads}
+    for leaf, name in zip(node.leaves, node.names, strict=True):
+        if leaf not in there:
+            raise TreeMismatch(f"{path.code('grads')} has no {name!r} (None means no step there)")
+    return [grads.get(name) for name in node.names]
+
+
+def mirrored(node: Node, values: Sequence[Any]) -> Any:
+    """Values for the places below a node, in a plain tree like the model: dicts and lists, and for models
+    that name their parameters a dict by name, tied ones once.
+    """
+    return _mirrored(node, dict(zip(node.names, values, strict=True)), "")
+
+
+def _mirrored(node: Node, values: dict[str, Any], prefix: str) -> Any:
+    if node.leaf >= 0:
+        return values[prefix.removesuffix(".")]
+    if node.ways is not None and node.ways.gradients is not None:
+        first: dict[int, str] = {}
+        for name, leaf in zip(node.names, node.leaves, strict=True):
+            first.setdefault(leaf, name)
+        return {name: values[prefix + name] for name in first.values()}
+    inner = {
+        k: _mirrored(c, values, f"{prefix}{k}.") if c.leaves else None
+        for k, c in zip(node.keys, node.children, strict=True)
+    }
+    return inner if any(not isinstance(k, int) for k in node.keys) else list(inner.values())
 
 
 def rebuild(node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any] | None = None) -> Any:

@@ -1,0 +1,150 @@
+"""How are the modules of PyTorch read? Parameters first, then modules, as `named_parameters` has them."""
+
+import operator
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from optimisers.tree.children import Container
+from optimisers.tree.path import Attr
+
+
+def container_of(kind: type) -> Container | None:
+    """The ways of modules of this type; None for what is no module."""
+    return MODULE if issubclass(kind, nn.Module) else None
+
+
+def _key(module: Any, name: str) -> Any:
+    """A child's name as the code that reaches it: an index, an item or an attribute."""
+    if name.isdigit():
+        return int(name)
+    return name if isinstance(module, nn.ModuleDict | nn.ParameterDict) else Attr(name)
+
+
+def _keys(module: Any) -> tuple[Any, ...]:
+    present = [name for name, p in module._parameters.items() if p is not None]
+    present += [name for name, m in module._modules.items() if m is not None]
+    return tuple(_key(module, name) for name in present)
+
+
+def _read(module: Any, keys: tuple[Any, ...]) -> Iterable[Any]:
+    parameters, modules = module._parameters, module._modules
+    return [parameters[name] if name in parameters else modules[name] for name in map(str, keys)]
+
+
+OWNED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+"""What a copy of a module must hold by itself; hooks are copied too, all else is shared."""
+
+
+def _rebuild(module: Any, changes: dict[Any, Any]) -> Any:
+    """A new instance of the same class with other parameters or modules; buffers are shared, hooks kept."""
+    new = object.__new__(type(module))
+    held = vars(module).copy()
+    for name, value in held.items():
+        if name in OWNED or (name.startswith("_") and "hook" in name and isinstance(value, dict)):
+            held[name] = value.copy()
+    vars(new).update(held)
+    for key, value in changes.items():
+        name = str(key)
+        (new._parameters if name in new._parameters else new._modules)[name] = value
+    flat = held.get("_flat_weights_names")
+    if flat is not None:  # recurrent layers keep a list of their weights beside the dict
+        vars(new)["_flat_weights"] = [new._parameters.get(name) for name in flat]
+    return new
+
+
+class Route:
+    """The way to every parameter of one module, found once, and checked at every use.
+
+    Reading a thousand parameters by attribute takes a millisecond; along these links it takes a twentieth.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.names: list[str] = []
+        self.links: list[tuple[Any, str]] = []
+        self.dicts: list[Any] = []
+        self.inner: list[tuple[Any, str]] = []
+        self.known: list[Any] = []
+        self.visit(module, "")
+        self.sizes = list(map(len, self.dicts))
+        self.at = {name: i for i, name in enumerate(self.names)}
+        self.first = self.firsts(self.all())
+        self.picks: dict[int, tuple[Any, list[tuple[Any, str]]]] = {}
+
+    def visit(self, module: Any, prefix: str) -> None:
+        self.dicts += [module._parameters, module._modules]
+        for name, p in module._parameters.items():
+            if p is not None:
+                self.names.append(prefix + name)
+                self.links.append((module._parameters, name))
+        for name, m in module._modules.items():
+            if m is not None:
+                self.inner.append((module._modules, name))
+                self.known.append(m)
+                self.visit(m, f"{prefix}{name}.")
+
+    def holds(self, module: Any) -> bool:
+        """Whether the module still is what it was: the same modules inside, as many parameters."""
+        try:
+            inside = [d[name] for d, name in self.inner]
+        except KeyError:
+            return False
+        return (
+            self.dicts[0] is module._parameters
+            and self.dicts[1] is module._modules
+            and all(map(operator.is_, inside, self.known))
+            and list(map(len, self.dicts)) == self.sizes
+        )
+
+    def all(self) -> list[Any]:
+        """Every parameter; tied ones at every place."""
+        return [d[name] for d, name in self.links]
+
+    @staticmethod
+    def firsts(parameters: list[Any]) -> list[int]:
+        """Where each different parameter stands first."""
+        where: dict[int, int] = {}
+        for i, p in enumerate(parameters):
+            where.setdefault(id(p), i)
+        return list(where.values())
+
+    def of(self, node: Any, names: list[str]) -> list[Any]:
+        """The parameters at some places, found once for a node of a layout."""
+        if id(node) not in self.picks:
+            self.picks[id(node)] = node, [self.links[self.at[name]] for name in names]
+        return [d[name] for d, name in self.picks[id(node)][1]]
+
+
+_routes: "weakref.WeakKeyDictionary[Any, Route]" = weakref.WeakKeyDictionary()
+
+
+def route(module: Any) -> Route:
+    """The route through a module; made anew if the module has changed."""
+    found = _routes.get(module)
+    if found is None or not found.holds(module):
+        found = _routes[module] = Route(module)
+    return found
+
+
+def parameters(module: Any, node: Any, names: list[str]) -> list[Any] | None:
+    """The parameters of a module at the places of a node of its layout; None where the module is another."""
+    way = route(module)
+    if len(node.keys) != len(_keys(module)) or any(name not in way.at for name in names):
+        return None
+    return way.of(node, names)
+
+
+def gradients(module: Any) -> dict[str, Any]:
+    """`.grad` of every parameter by its name, as `named_parameters` has them: tied ones once."""
+    way = route(module)
+    found = way.all()
+    if len(set(map(id, found))) != len(way.first):
+        way.first = way.firsts(found)
+    if len(way.first) == len(found):
+        return {name: p.grad for name, p in zip(way.names, found, strict=True)}
+    return {way.names[i]: found[i].grad for i in way.first}
+
+
+MODULE = Container(_keys, _read, _rebuild, gather=parameters, gradients=gradients)
