@@ -1,5 +1,7 @@
 """Write the maths of an optimisation rule once, for one array; train any model with it, in one fused pass."""
 
+from typing import TYPE_CHECKING, Any
+
 from optimisers.arrays.registry import isnumeric, maywrite
 from optimisers.compose.accumulate import AccumGrad
 from optimisers.compose.average import EMA
@@ -21,6 +23,7 @@ from optimisers.errors import (
 )
 from optimisers.explain import explain, kernel
 from optimisers.flat import Restructure, destructure, trainable, trainables
+from optimisers.grads import gradients, value_and_grad
 from optimisers.leaf import Branch, Leaf, adjust, adjust_, averaged, current, freeze, freeze_, thaw, thaw_
 from optimisers.ops import (
     Becomes,
@@ -127,7 +130,20 @@ from optimisers.tree.children import register
 from optimisers.tree.path import KeyPath
 from optimisers.update import setup, update, update_
 
+if TYPE_CHECKING:
+    from optimisers.interop.torch import TorchOptimizer
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """What needs another library is imported when it is first asked for."""
+    if name == "TorchOptimizer":
+        from optimisers.interop.torch import TorchOptimizer
+
+        return TorchOptimizer
+    raise AttributeError(f"module 'optimisers' has no attribute {name!r}")
+
 
 __all__ = [
     "AMSGrad",
@@ -180,6 +196,7 @@ __all__ = [
     "SignDecay",
     "SkipNonFinite",
     "Step",
+    "TorchOptimizer",
     "TraceError",
     "TreeMismatch",
     "UnknownField",
@@ -212,6 +229,7 @@ __all__ = [
     "freeze",
     "freeze_",
     "full_like",
+    "gradients",
     "greater",
     "greater_equal",
     "high_bits",
@@ -266,6 +284,7 @@ __all__ = [
     "under",
     "update",
     "update_",
+    "value_and_grad",
     "when",
     "where",
     "zeros_like",

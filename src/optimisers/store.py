@@ -313,10 +313,10 @@ class Store:
 
     def change(self, leaves: Iterable[int], new: Callable[[Rule], Rule]) -> None:
         """Replace the rule of every one of the leaves; state stays, and so do rules' equal parts of it."""
-        wanted = set(leaves)
+        wanted = np.array(list(leaves), np.int64)
         moved: list[tuple[int, Rule, Any]] = []
         for group in self.groups:
-            mask = np.array([int(leaf) in wanted for leaf in group.leaves], bool)
+            mask = np.isin(group.leaves, wanted)
             if not mask.any():
                 continue
             group.part(np.flatnonzero(mask))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch._C import _functorch as functorch  # pyright: ignore[reportMissingModuleSource] part of torch's library
 
 Tensor = torch.Tensor
@@ -344,6 +345,30 @@ def rounded(old: Tensor, value: Any) -> Tensor:
 def like(x: Tensor, new: Tensor) -> Tensor:
     """`new`, a parameter if `x` is."""
     return torch.nn.Parameter(new, x.requires_grad) if isinstance(x, torch.nn.Parameter) else new
+
+
+def gradient_of(x: Tensor) -> Tensor | None:
+    """The gradient that a tensor keeps."""
+    return x.grad
+
+
+def value_and_grad(function: Callable[[Any], Any], arrays: Any, has_aux: bool) -> Any:
+    """(what a function of a list or dict of tensors gives, its gradients); with `has_aux` it gives (value,
+    aux).
+    """
+    others: list[Any] = []
+
+    def of(given: Any) -> Any:
+        value, aux = function(given) if has_aux else (function(given), None)
+        flat, form = pytree.tree_flatten(aux)
+        others[:] = [form, [None if isinstance(v, Tensor) else v for v in flat]]
+        return value, [v for v in flat if isinstance(v, Tensor)]
+
+    grads, (value, tensors) = torch.func.grad_and_value(of, has_aux=True)(arrays)
+    form, flat = others
+    found = iter(tensors)
+    aux = pytree.tree_unflatten([next(found) if v is None else v for v in flat], form)
+    return ((value, aux) if has_aux else value), grads
 
 
 def touched(arrays: Sequence[Tensor]) -> None:

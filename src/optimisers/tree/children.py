@@ -26,6 +26,8 @@ class Container:
     """A faster way to the arrays at all places below: of a container, its node, and their names."""
     gradients: Callable[[Any], dict[str, Any]] | None = None
     """The gradients that the container itself keeps, by name."""
+    value_and_grad: Callable[..., Any] | None = None
+    """Value and gradients of a loss: of (loss, container, arguments, has_aux)."""
 
 
 # -- the built-in kinds --------------------------------------------------------------------------------------

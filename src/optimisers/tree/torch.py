@@ -2,11 +2,14 @@
 
 import operator
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.func import functional_call
 
+from optimisers.arrays import torch as arrays
 from optimisers.tree.children import Container
 from optimisers.tree.path import Attr
 
@@ -70,7 +73,8 @@ class Route:
         self.visit(module, "")
         self.sizes = list(map(len, self.dicts))
         self.at = {name: i for i, name in enumerate(self.names)}
-        self.first = self.firsts(self.all())
+        self.first: list[int] = []
+        self.ids: list[int] = []
         self.picks: dict[int, tuple[Any, list[tuple[Any, str]]]] = {}
 
     def visit(self, module: Any, prefix: str) -> None:
@@ -110,9 +114,13 @@ class Route:
             where.setdefault(id(p), i)
         return list(where.values())
 
-    def of(self, node: Any, names: list[str]) -> list[Any]:
-        """The parameters at some places, found once for a node of a layout."""
+    def of(self, node: Any, names: list[str], module: Any) -> list[Any] | None:
+        """The parameters at some places, found once for a node of a layout; None if they are not all there,
+        or others are.
+        """
         if id(node) not in self.picks:
+            if set(node.keys) != set(_keys(module)) or any(name not in self.at for name in names):
+                return None
             self.picks[id(node)] = node, [self.links[self.at[name]] for name in names]
         return [d[name] for d, name in self.picks[id(node)][1]]
 
@@ -130,21 +138,53 @@ def route(module: Any) -> Route:
 
 def parameters(module: Any, node: Any, names: list[str]) -> list[Any] | None:
     """The parameters of a module at the places of a node of its layout; None where the module is another."""
-    way = route(module)
-    if len(node.keys) != len(_keys(module)) or any(name not in way.at for name in names):
-        return None
-    return way.of(node, names)
+    return route(module).of(node, names, module)
 
 
 def gradients(module: Any) -> dict[str, Any]:
     """`.grad` of every parameter by its name, as `named_parameters` has them: tied ones once."""
     way = route(module)
     found = way.all()
-    if len(set(map(id, found))) != len(way.first):
-        way.first = way.firsts(found)
+    if list(map(id, found)) != way.ids:
+        way.ids, way.first = list(map(id, found)), way.firsts(found)
     if len(way.first) == len(found):
         return {name: p.grad for name, p in zip(way.names, found, strict=True)}
     return {way.names[i]: found[i].grad for i in way.first}
 
 
-MODULE = Container(_keys, _read, _rebuild, gather=parameters, gradients=gradients)
+class _Loss(nn.Module):
+    """A loss of a module, as a module."""
+
+    def __init__(self, loss: Callable[..., Any], module: nn.Module) -> None:
+        super().__init__()
+        self.loss, self.module = loss, module
+
+    def forward(self, *args: Any) -> Any:
+        return self.loss(self.module, *args)
+
+
+def value_and_grad(loss: Callable[..., Any], module: Any, args: Any, has_aux: bool) -> Any:
+    """((loss, aux) or loss, gradients by name): parameters and buffers are replaced while the loss is worked
+    out, and buffers that it has changed are changed in the module afterwards.
+    """
+    whole, way = _Loss(loss, module), route(module)
+    every = way.all()
+    first = [i for i in way.firsts(every) if every[i].requires_grad]
+    parameters = {way.names[i]: every[i].detach() for i in first}
+    buffers = dict(module.named_buffers())
+
+    def of(parameters: dict[str, Any]) -> Any:
+        own = {name: b.clone() for name, b in buffers.items()}
+        replaced = {f"module.{name}": x for name, x in (parameters | own).items()}
+        found = functional_call(whole, replaced, args)
+        value, aux = found if has_aux else (found, ())
+        return value, (aux, own)
+
+    (value, (aux, changed)), grads = arrays.value_and_grad(of, parameters, True)
+    with torch.no_grad():
+        for name, b in buffers.items():
+            b.copy_(changed[name])
+    return ((value, aux) if has_aux else value), grads
+
+
+MODULE = Container(_keys, _read, _rebuild, gather=parameters, gradients=gradients, value_and_grad=value_and_grad)

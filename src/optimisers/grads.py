@@ -1,0 +1,65 @@
+"""Where do gradients come from? From what the arrays keep, or from a loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+from optimisers.arrays import registry
+from optimisers.errors import BadState
+from optimisers.leaf import Branch, Leaf
+from optimisers.tree.children import container
+from optimisers.tree.path import KeyPath
+from optimisers.tree.walk import gather, mirrored, rebuild, survey
+
+
+def gradients(model: Any) -> Any:
+    """The gradients that the arrays of a model keep (`.grad` of PyTorch), as `update` takes them.
+
+    For a module a dict by name, as `named_parameters` has them, tied ones once; for any other model plain
+    dicts and lists like it. None where there is no gradient, and so no step. Nothing is copied. Raises
+    BadState for arrays that keep no gradients.
+    """
+    _refuse_state(model, "gradients")
+    ways = container(model)
+    if ways is not None and ways.gradients is not None:
+        return ways.gradients(model)
+    layout, arrays = survey(model)
+    library = registry.library(*arrays) if arrays else None
+    if library is not None and not hasattr(library, "gradient_of"):
+        raise BadState(
+            f"arrays of {library.NAME} keep no gradients; work them out, and give them to update(state, "
+            "model, grads)"
+        )
+    found = gather(layout.root, model, KeyPath())
+    return mirrored(layout.root, [library.gradient_of(x) for x in found] if library else [])
+
+
+def value_and_grad(loss: Callable[..., Any], model: Any, *args: Any, has_aux: bool = False) -> Any:
+    """(loss(model, *args), its gradients with respect to all trainable arrays), for models of tensors.
+
+    Worked out by `torch.func`, so that it may itself be differentiated and vmapped; the gradients stand as
+    those of `gradients` do. With `has_aux`, the loss returns (loss, aux), and ((loss, aux), gradients) comes
+    back. Buffers that a module changes, such as the statistics of BatchNorm, are changed in the module.
+    Raises BadState for arrays that their library cannot differentiate here.
+    """
+    _refuse_state(model, "value_and_grad")
+    ways = container(model)
+    if ways is not None and ways.value_and_grad is not None:
+        return ways.value_and_grad(loss, model, args, has_aux)
+    layout, arrays = survey(model)
+    library = registry.library(*arrays) if arrays else registry.library(0.0)
+    if not hasattr(library, "value_and_grad"):
+        raise BadState(
+            f"value_and_grad takes models of tensors; for arrays of {library.NAME} use its own, and give the "
+            "gradients to update(state, model, grads)"
+        )
+
+    def of(new: list[Any]) -> Any:
+        return loss(rebuild(layout.root, model, dict(enumerate(new))), *args)
+
+    value, grads = library.value_and_grad(of, arrays, has_aux)
+    return value, mirrored(layout.root, [grads[leaf] for leaf in layout.root.leaves])
+
+
+def _refuse_state(model: Any, name: str) -> None:
+    if isinstance(model, Leaf | Branch):
+        raise BadState(f"{name} was given a state; it takes the model")
