@@ -15,7 +15,7 @@ from optimisers.arrays import registry
 from optimisers.compose.average import AverageState
 from optimisers.errors import BadState, NoMatch, UnknownField
 from optimisers.rule import Rule, changes_of
-from optimisers.store import Store
+from optimisers.store import Pending, Store
 from optimisers.trace.program import entries, flatten, form, unflatten
 from optimisers.tree.path import Attr, KeyPath, matches
 from optimisers.tree.walk import Node, find, gather, rebuild
@@ -33,10 +33,16 @@ class Leaf:
     next step starts from. Two leaves are equal if rule, state and frozen are.
     """
 
-    __slots__ = ("_leaf", "_node", "_store")
+    __slots__ = ("_held", "_leaf", "_node")
 
-    def __init__(self, store: Store, node: Node) -> None:
-        self._store, self._node, self._leaf = store, node, node.leaf
+    def __init__(self, store: "Store | Pending", node: Node) -> None:
+        self._held, self._node, self._leaf = store, node, node.leaf
+
+    @property
+    def _store(self) -> Store:
+        if isinstance(self._held, Pending):
+            self._held = self._held.store()
+        return self._held
 
     @property
     def path(self) -> KeyPath:
@@ -88,6 +94,7 @@ class Leaf:
         if not isinstance(frozen, bool | np.bool_):
             raise BadState(f"{self._name()}.frozen is {frozen!r}; it takes True or False")
         self._store.frozen[self._leaf] = frozen
+        self._store.changed()
 
     def _name(self) -> str:
         return self.path.code("state")
@@ -122,11 +129,17 @@ class Branch:
     has nothing to train there is `()`.
     """
 
-    __slots__ = ("_node", "_path", "_store")
+    __slots__ = ("_held", "_node", "_path")
 
-    def __init__(self, store: Store, node: Node, path: KeyPath) -> None:
-        for name, value in (("_store", store), ("_node", node), ("_path", path)):
+    def __init__(self, store: "Store | Pending", node: Node, path: KeyPath) -> None:
+        for name, value in (("_held", store), ("_node", node), ("_path", path)):
             object.__setattr__(self, name, value)
+
+    @property
+    def _store(self) -> Store:
+        if isinstance(self._held, Pending):
+            object.__setattr__(self, "_held", self._held.store())
+        return self._held
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise BadState(
@@ -330,6 +343,7 @@ def thaw(state: Any, where: Where = None) -> Any:
 def _freeze(state: Any, where: Where, frozen: bool) -> None:
     store = parts(state)[0]
     store.frozen[leaves_of(state, where)] = frozen
+    store.changed()
 
 
 def adjust_(state: Any, eta: Any = None, *, where: Where = None, **changes: Any) -> None:

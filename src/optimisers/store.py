@@ -248,6 +248,12 @@ class Store:
     index_of: Indices = dataclasses.field(init=False)
     handles: dict[Any, Any] = dataclasses.field(default_factory=dict[Any, Any])
     plans: dict[int, Any] = dataclasses.field(init=False)
+    known: Any = None
+    """The structure found last, and what it depends on."""
+    numbered: Callable[["Store"], Any] | None = None
+    """Numbers the structure for those who cannot look at it; called whenever it may have changed."""
+    number: Any = None
+    """What `numbered` said last."""
 
     def __post_init__(self) -> None:
         self.index()
@@ -272,6 +278,30 @@ class Store:
             self, groups=[g.fork() for g in self.groups], frozen=self.frozen.copy(), handles={}
         )
 
+    def arrays(self) -> list[Any]:
+        """Everything that a step may change, in the order that a structure knows: state, numbers, clock."""
+        found: list[Any] = []
+        for group in self.groups:
+            for pack in group.slots:
+                found.extend(pack.buffers)
+            found.append(group.numbers)
+        return [*found, self.clock]
+
+    def structure(self) -> "Structure":
+        """What is left without `arrays`; the same object as long as nothing of it changes."""
+        token = (
+            self.frozen.tobytes(),
+            *((id(g.program), g.row.tobytes(), len(g.numbers), g.loose) for g in self.groups),
+        )
+        if self.known is None or self.known[0] != token:
+            self.known = token, Structure(self)
+        return self.known[1]
+
+    def changed(self) -> None:
+        """Take note that the structure may be another."""
+        if self.numbered is not None:
+            self.number = self.numbered(self)
+
     def settle(self) -> None:
         """Bring numbers to the host that nobody follows any more."""
         for group in self.groups:
@@ -294,10 +324,11 @@ class Store:
         new = object.__new__(Store)
         changed = {"groups": groups, "frozen": self.frozen.copy(), "clock": self.clock + 1, "handles": {}}
         vars(new).update(vars(self) | changed)
+        new.changed()
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"handles": {}, "plans": {}}
+        return vars(self) | {"handles": {}, "plans": {}, "known": None, "numbered": None, "number": None}
 
     def assign(self, leaf: int, state: Any) -> None:
         """Replace the state of a leaf by one of the same form, shapes and types."""
@@ -310,6 +341,7 @@ class Store:
         counters = list(itertools.compress(values, map(operator.not_, kinds)))
         at = (group.row[i], slice(group.program.hypers, None))
         group.numbers = registry.library(group.numbers).placed(group.numbers, at, counters)
+        self.changed()
 
     def change(self, leaves: Iterable[int], new: Callable[[Rule], Rule]) -> None:
         """Replace the rule of every one of the leaves; state stays, and so do rules' equal parts of it."""
@@ -332,6 +364,7 @@ class Store:
             group.join()
         if moved:
             self.move(moved)
+        self.changed()
 
     def move(self, moved: Sequence[tuple[int, Rule, Any]]) -> None:
         """Give leaves rules of another structure, or states of another form: they change group."""
@@ -348,6 +381,95 @@ class Store:
         kept = [g for g in self.groups if not touched & set(map(int, g.leaves))]
         self.groups = kept + grouped(sorted(entries, key=lambda e: e[0]), self.shapes)
         self.index()
+        self.changed()
+
+
+class Structure:
+    """A store without its arrays; equal for stores of the same rules over the same model, and hashable."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = dataclasses.replace(
+            store,
+            groups=[_hollow(g) for g in store.groups],
+            frozen=store.frozen.copy(),
+            clock=None,
+            handles={},
+            known=None,
+        )
+        groups = (
+            (skeleton(g.rule), g.leaves.tobytes(), g.row.tobytes(), _slots_key(g), g.types) for g in store.groups
+        )
+        shapes = tuple(None if k is None else (k.name, k.shape, str(k.dtype), k.device) for k in store.shapes)
+        self.key = (store.layout.key, shapes, store.frozen.tobytes(), store.engine, tuple(groups))
+        self.hashed = hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Structure) and self.hashed == other.hashed and self.key == other.key
+        )
+
+    def __hash__(self) -> int:
+        return self.hashed
+
+    def __repr__(self) -> str:
+        return f"<structure of a state of {len(self.store.shapes)} arrays>"
+
+    def counts(self) -> list[tuple[int, int]]:
+        """(buffers, leaves) of every group."""
+        return [(sum(map(_buffers, g.slots)), len(g.leaves)) for g in self.store.groups]
+
+    def filled(self, arrays: Sequence[Any]) -> Store:
+        """The store that has these arrays."""
+        given = iter(arrays)
+        groups: list[Group] = []
+        for g in self.store.groups:
+            slots = tuple(
+                dataclasses.replace(p, buffers=[next(given) for _ in range(n)])
+                for p, n in zip(g.slots, map(_buffers, g.slots), strict=True)
+            )
+            groups.append(dataclasses.replace(g, slots=slots, numbers=next(given), row=g.row.copy()))
+        new = object.__new__(Store)
+        changed = {"groups": groups, "frozen": self.store.frozen.copy(), "clock": next(given), "handles": {}}
+        vars(new).update(vars(self.store) | changed)
+        new.changed()
+        return new
+
+
+class Pending:
+    """A store that nobody has looked at yet: a structure and its arrays.
+
+    What transforms and compilers hand from step to step is this; it takes whatever they put in place of
+    arrays.
+    """
+
+    def __init__(self, structure: Any, arrays: Any) -> None:
+        self.structure, self.arrays = structure, arrays
+
+    def store(self) -> Store:
+        """The store itself."""
+        if not isinstance(self.structure, int):
+            return self.structure.filled(self.arrays)
+        store = NUMBERED[self.structure].filled(self.arrays)
+        store.settle()
+        return store
+
+
+NUMBERED: list[Structure] = []
+"""Structures by the number under which compiled graphs know them."""
+
+
+def _hollow(group: Group) -> Group:
+    slots = tuple(dataclasses.replace(p, buffers=[]) for p in group.slots)
+    return dataclasses.replace(group, slots=slots, numbers=None, row=group.row.copy())
+
+
+def _buffers(pack: Pack) -> int:
+    """How many buffers a pack has."""
+    return int(pack.places.number.max(initial=-1)) + 1 if isinstance(pack, Loose) else len(pack.places.lengths)
+
+
+def _slots_key(group: Group) -> Any:
+    return tuple((str(p.dtype), type(p), p.places.number.tobytes()) for p in group.slots)
 
 
 # -- making groups -------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ together.
 import contextlib
 import dataclasses
 import functools
+import importlib
 import signal
 import threading
 import warnings
@@ -64,7 +65,13 @@ def setup(rule: Any, model: Any, *, engine: str | None = None) -> Any:
     store = Store(layout, shapes, grouped(entries, shapes), np.zeros(len(arrays), bool), engine=engine)
     for group in store.groups:
         task_for(group, engine, group.memo)
+    for name in {kind.name for kind in shapes if kind is not None} & COMPILED.keys():
+        importlib.import_module(COMPILED[name]).known(store)
     return handle(store, layout.root, KeyPath())
+
+
+COMPILED = {"torch": "optimisers.compiled"}
+"""Array library -> the module that puts steps into the graphs that it compiles."""
 
 
 def _choose(rule: Any, layout: Layout, arrays: list[Any]) -> list[Any]:
@@ -130,11 +137,32 @@ def update(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     Raises TreeMismatch, naming the path, if structure, shapes or types do not fit, BadState for mixed-up
     arguments, and what the rules raise, such as DomainError for a norm that is not finite.
     """
+    for compiler in compilers:
+        if compiler.looks():
+            return compiler.update(state, model, _given(grads, "update"), more)
     store, node, path = _opened(state, model)
-    step = _Step(store, node, path, model, _given(grads, "update"), more, inplace=False)
+    xs, orders = walked(node, path, model, (_given(grads, "update"), *more))
+    successor, new = stepped(store, node, xs, orders)
+    return handle(successor, node, path), rebuild(node, model, new)
+
+
+compilers: list[Any] = []
+"""Modules that know how a step stands in a graph that their library compiles: `looks()` says whether one is
+being made, `update` puts the step into it.
+"""
+
+
+def walked(node: Node, path: KeyPath, model: Any, grads: tuple[Any, ...]) -> tuple[Any, list[Any]]:
+    """(parameters, gradients of each order) at the places below a node."""
+    return gather(node, model, path), [gather_gradients(node, g, path) for g in grads]
+
+
+def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store, dict[int, Any]]:
+    """(the store after a step with new arrays, the new parameters by leaf)."""
+    step = _Step(store, node, xs, orders, inplace=False)
     new = step.run()
     groups = [step.targets.get(g) or group.fork() for g, group in enumerate(store.groups)]
-    return handle(store.successor(groups), node, path), rebuild(node, model, new)
+    return store.successor(groups), new
 
 
 def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
@@ -145,7 +173,8 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     there. If it raises, nothing has changed. Arguments and errors are those of `update`.
     """
     store, node, path = _opened(state, model)
-    new = _Step(store, node, path, model, _given(grads, "update_"), more, inplace=True).run()
+    xs, orders = walked(node, path, model, (_given(grads, "update_"), *more))
+    new = _Step(store, node, xs, orders, inplace=True).run()
     return state, rebuild(node, model, new) if new else model
 
 
@@ -178,10 +207,8 @@ class _Step:
         self,
         store: Store,
         node: Node,
-        path: KeyPath,
-        model: Any,
-        grads: Any,
-        more: tuple[Any, ...],
+        xs: Sequence[Any],
+        orders: list[Sequence[Any]],
         *,
         inplace: bool,
     ) -> None:
@@ -189,8 +216,6 @@ class _Step:
         store.settle()
         self.targets: dict[int, Group] = {}
         plan = _plan(store, node)
-        xs: Sequence[Any] = gather(node, model, path)
-        orders: list[Sequence[Any]] = [gather_gradients(node, g, path) for g in (grads, *more)]
         if plan.first is not None:
             xs, orders = plan.untied(xs, orders, store.layout)
         active = _active(store, plan, orders)
@@ -283,6 +308,7 @@ class _Step:
                 new.update({i: x for i, x, was in zip(leaves, result.x, job.x, strict=True) if x is not was})
         if self.inplace:
             self.store.clock += 1
+            self.store.changed()
         return new
 
 

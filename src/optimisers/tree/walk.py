@@ -88,6 +88,17 @@ class Layout:
     floats: list[tuple[KeyPath, Any]]
     """Numbers beside arrays: they do not train, though somebody may think so."""
 
+    @functools.cached_property
+    def key(self) -> Any:
+        """Equal for the layouts of models that are walked alike."""
+        return _node_key(self.root)
+
+
+def _node_key(node: Node) -> Any:
+    if node.leaf >= 0:
+        return node.leaf, node.axes
+    return node.kind, node.keys, tuple((k, _node_key(c)) for k, c in node.live)
+
 
 EMPTY = Node()
 

@@ -1,0 +1,131 @@
+"""How does a step stand in a graph that `torch.compile` makes? As one operator, which runs the fused kernels.
+
+The compiler sees tensors alone: parameters, gradients, and what a state is made of. The structure of the
+state, which it could not look at, has a number; a change of structure (a frozen leaf, another rule) is
+another number, and the graph is made anew once.
+"""
+
+import dataclasses
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+
+from optimisers.arrays import torch as tensors
+from optimisers.errors import BadState, TreeMismatch
+from optimisers.leaf import Branch, Leaf
+from optimisers.store import NUMBERED, Pending, Store, Structure
+from optimisers.update import compilers, stepped
+
+_numbers: dict[Structure, int] = {}
+
+
+def looks() -> bool:
+    """Whether a graph is being made."""
+    return torch.compiler.is_compiling()
+
+
+def known(store: Store) -> None:
+    """Number the structure of a store, now and whenever it changes."""
+    if not compilers:
+        compilers.append(sys.modules[__name__])
+    store.numbered = _numbered
+    store.changed()
+
+
+def _numbered(store: Store) -> tuple[int, int]:
+    """(the number of a structure, that of the same one with a row of numbers for each leaf)."""
+    structure = store.structure()
+    if structure not in _numbers:
+        rows = [dataclasses.replace(g, row=np.arange(len(g.row))) for g in store.groups]
+        apart = Structure(dataclasses.replace(store, groups=rows, known=None, numbered=_numbered, handles={}))
+        for new in (apart, structure):
+            new.store.numbered = _numbered
+            if new not in _numbers:
+                _numbers[new] = len(NUMBERED)
+                NUMBERED.append(new)
+        _apart[_numbers[structure]] = _apart[_numbers[apart]] = _numbers[apart]
+    return _numbers[structure], _apart[_numbers[structure]]
+
+
+_apart: dict[int, int] = {}
+
+
+def update(state: Any, model: Any, grads: Any, more: Any) -> Any:
+    """`update` as the compiler sees it: for nests of dicts, lists, tuples and NamedTuples."""
+    if not isinstance(state, Branch | Leaf) or more:
+        raise BadState("inside torch.compile, update takes (state, model, grads)")
+    held, node = state._held, state._node
+    if isinstance(held, Pending):
+        number, apart, arrays = held.structure, held.structure, held.arrays
+    else:
+        number, apart = held.number
+        arrays = [
+            *[
+                a
+                for g in held.groups
+                for a in (*[b for p in g.slots for b in p.buffers], torch.as_tensor(g.numbers))
+            ],
+            torch.tensor(held.clock),
+        ]
+    leaves, form = pytree.tree_flatten(model)
+    at = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and _inexact(x)]
+    if len(at) != len(node.leaves):
+        raise TreeMismatch(
+            "inside torch.compile, update takes models that are nests of dicts, lists, tuples and NamedTuples "
+            "of tensors, as `setup` saw them: give dict(module.named_parameters()) instead of a module"
+        )
+    slopes = pytree.tree_leaves(grads)
+    slopes = [g for g in slopes if g is None or isinstance(g, torch.Tensor)]
+    if len(slopes) == len(leaves):
+        slopes = [slopes[i] for i in at]
+    found = step(number, [leaves[i].detach() for i in at], slopes, arrays)
+    count = len(found) - len(arrays)
+    for i, leaf in zip(at, node.leaves):  # noqa: B905 the compiler knows no strict
+        leaves[i] = found[leaf]
+    pending = Pending(apart, found[count:])
+    new = Leaf(pending, node) if isinstance(state, Leaf) else Branch(pending, node, state._path)
+    return new, pytree.tree_unflatten(leaves, form)
+
+
+def _inexact(x: Any) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+@torch.library.custom_op("optimisers::step", mutates_args=())
+def step(
+    number: int,
+    xs: list[torch.Tensor],
+    grads: list[torch.Tensor | None],
+    arrays: list[torch.Tensor],
+) -> list[torch.Tensor]:
+    """The parameters of every leaf after a step, then the arrays of the state."""
+    old = NUMBERED[number].filled(arrays)
+    node = old.layout.root
+    new, changed = stepped(old, node, xs, [grads])
+    first = [node.leaves.index(leaf) for leaf in range(len(old.shapes))]
+    out = [changed[i] if i in changed else xs[n].clone() for i, n in enumerate(first)]
+    for before, group in zip(old.groups, new.groups, strict=True):
+        for pack, was in zip(group.slots, before.slots, strict=True):
+            out += [b.clone() if b is a else b for b, a in zip(pack.buffers, was.buffers, strict=True)]
+        out.append(tensors.table(np.asarray(group.numbers)[group.row]))
+    return [*out, torch.tensor(new.clock)]
+
+
+@step.register_fake
+def _(
+    number: int,
+    xs: list[torch.Tensor],
+    grads: list[torch.Tensor | None],
+    arrays: list[torch.Tensor],
+) -> list[torch.Tensor]:
+    store = NUMBERED[number].store
+    node, given = store.layout.root, iter(arrays)
+    out = [torch.empty_like(xs[node.leaves.index(leaf)]) for leaf in range(len(store.shapes))]
+    for buffers, leaves in NUMBERED[number].counts():
+        out += [torch.empty_like(next(given)) for _ in range(buffers)]
+        table = next(given)
+        out.append(table.new_empty((leaves, table.shape[1])))
+    return [*out, torch.empty_like(next(given))]
