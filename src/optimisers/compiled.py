@@ -74,8 +74,8 @@ def update(state: Any, model: Any, grads: Any, more: Any) -> Any:
     at = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and _inexact(x)]
     if len(at) != len(node.leaves):
         raise TreeMismatch(
-            "inside torch.compile, update takes models that are nests of dicts, lists, tuples and NamedTuples "
-            "of tensors, as `setup` saw them: give dict(module.named_parameters()) instead of a module"
+            "inside torch.compile, update takes models that are nests of dicts, lists, tuples and "
+            "NamedTuples of tensors, as `setup` saw them: give dict(module.named_parameters()) instead of a module"
         )
     slopes = pytree.tree_leaves(grads)
     slopes = [g for g in slopes if g is None or isinstance(g, torch.Tensor)]

@@ -487,9 +487,10 @@ def _kinds(state: Any) -> str:
 def _short(state: Any) -> str:
     """A state on one line, its arrays abbreviated."""
     if registry.isarray(state):
-        seen = _seen(state)
-        text = np.array2string(seen, threshold=6, edgeitems=2, precision=4, separator=", ").replace("\n", "")
-        return text if seen.size <= 6 else f"{registry.library(state).dtype_name(state)}{list(state.shape)}"
+        library = registry.library(state)
+        if library.size(state) > 6 or library.is_loose(state):
+            return f"{library.dtype_name(state)}{list(state.shape)}"
+        return np.array2string(_seen(state), precision=4, separator=", ").replace("\n", "")
     inner = entries(state)
     if isinstance(state, tuple) and hasattr(state, "_fields"):
         return f"{type(state).__name__}({', '.join(f'{k}={_short(v)}' for k, v in inner)})"

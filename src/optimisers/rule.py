@@ -23,6 +23,11 @@ class Rule(Value):
     must not be negative.
     """
 
+    lazy: ClassVar[bool] = False
+    """Whether rows whose gradient is 0 may be left alone, where a gradient is sparse: of these rules only the
+    rows are stepped that it has, of all others every row.
+    """
+
     whole: ClassVar[bool] = False
     """Whether this rule must see the step as it is taken: then it wraps a chain and cannot stand in one."""
 

@@ -397,7 +397,8 @@ class Structure:
             known=None,
         )
         groups = (
-            (skeleton(g.rule), g.leaves.tobytes(), g.row.tobytes(), _slots_key(g), g.types) for g in store.groups
+            (skeleton(g.rule), g.leaves.tobytes(), g.row.tobytes(), _slots_key(g), g.types)
+            for g in store.groups
         )
         shapes = tuple(None if k is None else (k.name, k.shape, str(k.dtype), k.device) for k in store.shapes)
         self.key = (store.layout.key, shapes, store.frozen.tobytes(), store.engine, tuple(groups))
@@ -465,7 +466,9 @@ def _hollow(group: Group) -> Group:
 
 def _buffers(pack: Pack) -> int:
     """How many buffers a pack has."""
-    return int(pack.places.number.max(initial=-1)) + 1 if isinstance(pack, Loose) else len(pack.places.lengths)
+    return (
+        int(pack.places.number.max(initial=-1)) + 1 if isinstance(pack, Loose) else len(pack.places.lengths)
+    )
 
 
 def _slots_key(group: Group) -> Any:

@@ -17,7 +17,8 @@ import numpy as np
 from optimisers.arrays import registry
 from optimisers.engines.choose import task_for
 from optimisers.engines.interpret import Interpreter
-from optimisers.engines.job import Job, Result, ready
+from optimisers.engines.job import Job, Result, Task, ready
+from optimisers.engines.rows import Rows, by_rows, sparse
 from optimisers.errors import BadState, FloatParameter, NoMatch, NoParameters, TreeMismatch
 from optimisers.leaf import Branch, Leaf, handle, listed, parts
 from optimisers.rule import Rule
@@ -220,17 +221,33 @@ class _Step:
             xs, orders = plan.untied(xs, orders, store.layout)
         active = _active(store, plan, orders)
         self.symbolic = self.followed(xs, orders)
-        self.jobs: list[tuple[Group, Any, Job]] = []
+        self.jobs: list[tuple[Group, Any, Job, type[Task] | None]] = []
         for g, inside, at in plan.parts:
             members, taken = inside, at
             if active is not None:
                 on = active[at]
                 if not on.all():
                     members, taken = (np.arange(len(on)) if inside is None else inside)[on], at[on]
-            if len(taken):
-                whole = plan.whole and members is None
-                given = [xs, *orders] if whole else [[v[i] for i in taken] for v in (xs, *orders)]
-                self.jobs.append(self.job(g, members, given[0], tuple(given[1:])))
+            for chosen, at_chosen, kind in self.by_kind(g, members, taken, orders):
+                whole = plan.whole and chosen is None
+                given = [xs, *orders] if whole else [[v[i] for i in at_chosen] for v in (xs, *orders)]
+                self.jobs.append((*self.job(g, chosen, given[0], tuple(given[1:])), kind))
+
+    def by_kind(self, g: int, members: Any, taken: Any, orders: list[Sequence[Any]]) -> list[Any]:
+        """(members, where they stand, kind of task) of a group: those whose gradient touches a few rows are
+        stepped by rows, if the rule allows it.
+        """
+        group = self.store.groups[g]
+        if not len(taken):
+            return []
+        if group.kind.name == "numpy" or self.symbolic or len(orders) > 1 or not by_rows(group.rule):
+            return [(members, taken, None)]
+        touched = np.array(sparse([orders[0][i] for i in taken]), bool)
+        if not touched.any():
+            return [(members, taken, None)]
+        every = np.arange(len(taken)) if members is None else members
+        found = [(every[touched], taken[touched], Rows), (every[~touched], taken[~touched], None)]
+        return [kinds for kinds in found if len(kinds[1])]
 
     def followed(self, xs: Sequence[Any], orders: list[Sequence[Any]]) -> bool:
         """Whether somebody follows what becomes of the numbers or of the arrays: a transform, a compiler."""
@@ -249,9 +266,12 @@ class _Step:
     ) -> tuple[Group, Any, Job]:
         """(group that takes the result, its members that are stepped, their job); members None for all."""
         group = self.store.groups[g]
-        target = self.targets[g] = (
-            group.owned() if self.inplace else group.successor(whole=members is None, symbolic=self.symbolic)
-        )
+        if g not in self.targets:
+            whole = members is None
+            self.targets[g] = (
+                group.owned() if self.inplace else group.successor(whole=whole, symbolic=self.symbolic)
+            )
+        target = self.targets[g]
         row, memo, places, leaves = target.row, group.memo, group.places, group.leaves
         slots, out = group.slots, target.slots
         if members is not None:
@@ -287,8 +307,8 @@ class _Step:
     def run(self) -> dict[int, Any]:
         """Take the step; the new parameters, by leaf, where they are other objects than the old."""
         tasks = [
-            Interpreter(j) if j.symbolic else task_for(g, self.store.engine, j.memo)(j)
-            for g, _, j in self.jobs
+            (kind or (Interpreter if j.symbolic else task_for(g, self.store.engine, j.memo)))(j)
+            for g, _, j, kind in self.jobs
         ]
         with np.errstate(
             all="ignore"
@@ -299,7 +319,7 @@ class _Step:
 
     def stored(self, results: Sequence[Result]) -> dict[int, Any]:
         new: dict[int, Any] = {}
-        for (target, members, job), result in zip(self.jobs, results, strict=True):
+        for (target, members, job, _), result in zip(self.jobs, results, strict=True):
             if job.symbolic and isinstance(target.numbers, np.ndarray):
                 target.numbers = job.library.table(target.numbers)
             target.count(members, result.counters, of_leaf=result.of_leaf)

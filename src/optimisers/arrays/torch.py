@@ -103,6 +103,11 @@ def type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def of_name(dtype: Any) -> torch.dtype:
+    """An element type, which may be given by its name."""
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
 def device(x: Tensor) -> str:
     """Where the elements live; for distributed tensors also how they are shared out."""
     shared_out = getattr(x, "placements", None)
@@ -203,7 +208,7 @@ def real_of(dtype: torch.dtype) -> torch.dtype:
 
 def full_like(x: Tensor, value: Any, *, real: bool = False, dtype: Any = None) -> Tensor:
     """One number in the shape of `x`: for plain tensors it is kept once, as an expanded tensor."""
-    dtype = arithmetic(x.dtype) if dtype is None else dtype
+    dtype = arithmetic(x.dtype) if dtype is None else of_name(dtype)
     dtype = real_of(dtype) if real else dtype
     if is_loose(x):
         return torch.full_like(x.detach(), value, dtype=dtype)
@@ -269,7 +274,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def copied(x: Tensor, dtype: Any) -> Tensor:
     """A copy in this type."""
-    return x.to(dtype, copy=True) if is_traced(x) else x.detach().to(dtype, copy=True)
+    return (x if is_traced(x) else x.detach()).to(of_name(dtype), copy=True)
 
 
 def duplicate(x: Any) -> Any:
@@ -294,6 +299,28 @@ def laid_out(x: Any, dtype: Any, strides: tuple[int, ...] | None) -> Tensor:
 def dense(x: Tensor) -> Tensor:
     """The tensor with every element there; sparse ones are summed over equal indices."""
     return x.to_dense() if x.layout is not torch.strided else x
+
+
+def has_rows(x: Any) -> bool:
+    """Whether a gradient holds some rows only."""
+    return isinstance(x, Tensor) and x.layout is torch.sparse_coo and x.sparse_dim() == 1
+
+
+def rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(numbers of the rows, their values) of a sparse tensor; equal ones summed."""
+    x = x.detach().coalesce()
+    return x.indices()[0], x.values()
+
+
+def taken(x: Tensor, rows: Tensor) -> Tensor:
+    """A copy of some rows."""
+    return x.detach().index_select(0, rows)
+
+
+def put_rows(x: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Write some rows."""
+    with torch.no_grad():
+        x.index_copy_(0, rows, values)
 
 
 def assign(target: Tensor, value: Any) -> None:
@@ -391,8 +418,8 @@ def to_host(x: Any) -> Any:
 
 
 def to_numpy(x: Tensor) -> Any:
-    """The elements as an array of NumPy, for somebody to look at."""
-    x = x.detach().cpu().resolve_conj().resolve_neg()
+    """The elements as an array of NumPy, for somebody to look at; of a distributed tensor those here."""
+    x = getattr(x, "to_local", lambda: x)().detach().cpu().resolve_conj().resolve_neg()
     return (x.float() if x.dtype is torch.bfloat16 else x).numpy()
 
 

@@ -16,6 +16,8 @@ class Chain(Rule):
     or `when` with a condition that fails), the rules behind it do not run and keep their state.
     """
 
+    lazy = True
+
     rules: tuple[Rule, ...] = ()
 
     def __init__(self, *rules: Rule, **named: Any) -> None:

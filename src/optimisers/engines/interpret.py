@@ -136,9 +136,14 @@ class Interpreter(Task):
         ]
 
     def written(self) -> tuple[Indices, Indices]:
-        packed = [b for p in self.job.out if not isinstance(p, Loose) for b in p.buffers]
-        arrays = [] if self.job.symbolic else [*self.job.x, *packed]
-        spans = sorted(self.job.library.bounds(a) for a in arrays) or [(0, 0)]
+        return self.memory(self.job)
+
+    @staticmethod
+    def memory(job: Job) -> tuple[Indices, Indices]:
+        """(begin, end) of what a job writes."""
+        packed = [b for p in job.out if not isinstance(p, Loose) for b in p.buffers]
+        arrays = [] if job.symbolic else [*job.x, *packed]
+        spans = sorted(job.library.bounds(a) for a in arrays) or [(0, 0)]
         begin, end = zip(*spans, strict=True)
         return np.array(begin, np.int64), np.array(end, np.int64)
 

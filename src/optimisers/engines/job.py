@@ -77,8 +77,8 @@ class Job:
                 )
         if not self.symbolic and self.library.device(x) != self.device:
             raise TreeMismatch(
-                f"{name} is on {self.library.device(x)}; `setup` saw it on {self.device}, where its state is; "
-                "call `setup` again after moving a model"
+                f"{name} is on {self.library.device(x)}; `setup` saw it on {self.device}, where its state "
+                "is; call `setup` again after moving a model"
             )
         return x
 

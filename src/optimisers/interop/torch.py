@@ -1,4 +1,4 @@
-"""A rule as a `torch.optim.Optimizer`: groups, schedulers, scalers, checkpoints and trainers know it as one."""
+"""A rule as a `torch.optim.Optimizer`: schedulers, scalers, checkpoints and trainers know it as one."""
 
 import operator
 import warnings
@@ -27,14 +27,14 @@ TORCH_NAMES = {"beta": "betas", "epsilon": "eps", "lam": "weight_decay"}
 class TorchOptimizer(torch.optim.Optimizer):
     """Trains parameters by a rule, as `torch.optim.Optimizer` does: one fused pass over all of them a step.
 
-    `params` is a module, or what every optimiser of torch takes: parameters, (name, parameter) pairs, or dicts
-    of groups. `rule` is a rule, or for a module or named parameters a dict {glob: rule}, where the first glob
-    that matches a name wins; None trains nothing there. `settings` adjust the rule: `lr=3e-4`.
+    `params` is a module, or what every optimiser of torch takes: parameters, (name, parameter) pairs, or
+    dicts of groups. `rule` is a rule, or for a module or named parameters a dict {glob: rule}, where the
+    first glob that matches a name wins; None trains nothing there. `settings` adjust the rule: `lr=3e-4`.
 
-    Every hyper-parameter of the rule stands in the groups by its name, `eta` as `lr`; `beta`, `epsilon`, `lam`
-    and the `rho` of Momentum and Nesterov also as `betas`, `eps`, `weight_decay` and `momentum`. Whatever of
-    these is changed counts from the next step on, and nothing is compiled for it. `tree` is the state as
-    `setup` gives it, with a Leaf for each name: freeze, thaw and look at it there.
+    Every hyper-parameter of the rule stands in the groups by its name, `eta` as `lr`; `beta`, `epsilon`,
+    `lam` and the `rho` of Momentum and Nesterov also as `betas`, `eps`, `weight_decay` and `momentum`.
+    Whatever of these is changed counts from the next step on, and nothing is compiled for it. `tree` is the
+    state as `setup` gives it, with a Leaf for each name: freeze, thaw and look at it there.
 
     Raises BadSetting for settings that the rule does not have, TreeMismatch for a loaded state that does not
     fit, and what `update_` raises.
@@ -73,7 +73,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         """Train more parameters, with settings of their own; what has been learnt stays."""
         n = len(self.param_groups)
         given = dict(param_group)
-        rule = self._rule if self._given is None else self._given[n] if n < len(self._given) else self._given[-1]
+        rule = (
+            self._rule if self._given is None else self._given[n] if n < len(self._given) else self._given[-1]
+        )
         rule = given.pop("rule", rule)
         own = {k: v for k, v in given.items() if k not in ("params", "param_names")}
         if rule is not None:
@@ -130,7 +132,7 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     # -- the step --
 
-    @torch._disable_dynamo  # noqa: SLF001 as torch marks the steps of its own
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] torch overloads it
         """One step with the gradients that the parameters keep; returns what `closure` returns."""
@@ -150,7 +152,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             return loss
         if scale is not None:
             present = [g for g in grads if g is not None]
-            torch._foreach_mul_(present, 1 / scale.item())  # noqa: SLF001 the only call for many tensors at once
+            torch._foreach_mul_(present, 1 / scale.item())
         self._read_groups()
         update_(self._tree, self._model, dict(zip(self._model, grads, strict=True)))
         return loss
@@ -179,7 +181,7 @@ class TorchOptimizer(torch.optim.Optimizer):
     # -- the state, for those who look for it where torch keeps it --
 
     def _start(self) -> None:
-        """Make the tree for the parameters that stand in the groups now, from what is known of their state."""
+        """Make the tree for the parameters that are in the groups now, from what is known of their state."""
         self._stop()
         given, rules, names = self._parameters(), list[Any](), list[str]()
         for n, (group, rule) in enumerate(zip(self.param_groups, self._rules, strict=True)):
@@ -277,7 +279,10 @@ class TorchOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._tree is not None:
             self._publish()
-        kept = {name: getattr(self, name) for name in ("_engine", "_rules", "_given", "_rule", "_seen", "_scheduled")}
+        kept = {
+            name: getattr(self, name)
+            for name in ("_engine", "_rules", "_given", "_rule", "_seen", "_scheduled")
+        }
         return super().__getstate__() | kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -375,7 +380,9 @@ def _in_order(saved: dict[str, Any], groups: Iterable[dict[str, Any]]) -> dict[s
         if names and wanted and names != wanted:
             if set(names) != set(wanted):
                 lost = sorted(set(wanted) - set(names)) or sorted(set(names) - set(wanted))
-                raise TreeMismatch(f"the saved state is that of other parameters: {lost[0]!r} is on one side only")
+                raise TreeMismatch(
+                    f"the saved state is that of other parameters: {lost[0]!r} is on one side only"
+                )
             number = dict(zip(names, theirs["params"], strict=True))
             theirs = theirs | {"params": [number[n] for n in wanted], "param_names": list(wanted)}  # noqa: PLW2901
         new.append(theirs)
@@ -383,8 +390,8 @@ def _in_order(saved: dict[str, Any], groups: Iterable[dict[str, Any]]) -> dict[s
 
 
 def _asks_for_state_only(groups: list[dict[str, Any]], grads: list[Any]) -> bool:
-    """Whether this step is that of `torch.distributed.checkpoint`, which wants a state to load into: with rate
-    0 and gradients of zeros. Decay must not move the weights then.
+    """Whether this step is that of `torch.distributed.checkpoint`, which wants a state to load into: with
+    rate 0 and gradients of zeros. Decay must not move the weights then.
     """
     still = all(not _plain(group.get("lr", 1)) for group in groups)
     return still and all(g is None or not bool(g.any()) for g in grads)

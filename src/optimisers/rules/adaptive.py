@@ -123,6 +123,8 @@ class AdaGrad(Rule):
     2011. a starts at epsilon, as in Optimisers.jl; with `variant="torch"` at 0, as in torch.optim.Adagrad.
     """
 
+    lazy = True
+
     eta: float = 0.1
     epsilon: float = 1e-8
     variant: str = static("julia")

@@ -12,6 +12,8 @@ class Descent(Rule):
     `eta`: learning rate. No state.
     """
 
+    lazy = True
+
     eta: float = 0.1
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:

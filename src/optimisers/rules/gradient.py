@@ -60,6 +60,8 @@ class SignDecay(Rule):
 class ClipGrad(Rule):
     """Limits every element of a real gradient to [-delta, delta]."""
 
+    lazy = True
+
     delta: float = 10.0
 
     def check(self) -> None:
@@ -109,6 +111,8 @@ class ClipGlobalNorm(Rule):
     whose rules clip by it. With `throw`, a norm that is not finite raises DomainError before anything is
     changed; without, it spreads.
     """
+
+    lazy = True
 
     omega: float = 1.0
     throw: bool = static(True)

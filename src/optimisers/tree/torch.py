@@ -187,4 +187,6 @@ def value_and_grad(loss: Callable[..., Any], module: Any, args: Any, has_aux: bo
     return ((value, aux) if has_aux else value), grads
 
 
-MODULE = Container(_keys, _read, _rebuild, gather=parameters, gradients=gradients, value_and_grad=value_and_grad)
+MODULE = Container(
+    _keys, _read, _rebuild, gather=parameters, gradients=gradients, value_and_grad=value_and_grad
+)
