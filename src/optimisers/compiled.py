@@ -5,6 +5,9 @@ state, which it could not look at, has a number; a change of structure (a frozen
 another number, and the graph is made anew once.
 """
 
+# PyTorch answers some questions only in private.
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
+
 import dataclasses
 import sys
 from typing import Any
@@ -75,7 +78,8 @@ def update(state: Any, model: Any, grads: Any, more: Any) -> Any:
     if len(at) != len(node.leaves):
         raise TreeMismatch(
             "inside torch.compile, update takes models that are nests of dicts, lists, tuples and "
-            "NamedTuples of tensors, as `setup` saw them: give dict(module.named_parameters()) instead of a module"
+            "NamedTuples of tensors, as `setup` saw them: instead of a module give "
+            "dict(module.named_parameters())"
         )
     slopes = pytree.tree_leaves(grads)
     slopes = [g for g in slopes if g is None or isinstance(g, torch.Tensor)]

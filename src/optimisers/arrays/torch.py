@@ -1,5 +1,8 @@
 """PyTorch tensors: parameters, distributed tensors, and those that a transform or the compiler looks at."""
 
+# PyTorch answers some questions only in private.
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
+
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -8,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
-from torch._C import _functorch as functorch  # pyright: ignore[reportMissingModuleSource] part of torch's library
+from torch._C import _functorch as functorch
 
 Tensor = torch.Tensor
 
@@ -111,7 +114,7 @@ def of_name(dtype: Any) -> torch.dtype:
 def device(x: Tensor) -> str:
     """Where the elements live; for distributed tensors also how they are shared out."""
     shared_out = getattr(x, "placements", None)
-    return str(x.device) if shared_out is None else f"{x.device} {shared_out} of {x.device_mesh}"  # pyright: ignore[reportAttributeAccessIssue] DTensor has it
+    return str(x.device) if shared_out is None else f"{x.device} {shared_out} of {x.device_mesh}"
 
 
 def memory(x: Tensor) -> Any:

@@ -207,7 +207,7 @@ def look_at_numpy() -> Any:
 
 # -- tensors -------------------------------------------------------------------------------------------------
 
-LOOK_TORCH = '''"""Reads the addresses of tensors from their objects; counts those not laid out as expected."""
+LOOK_TORCH = '''"""Reads the addresses of tensors from their objects; counts those not as expected."""
 from numba import njit
 
 from optimisers.engines.support import peek32, peek64

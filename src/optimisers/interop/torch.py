@@ -1,5 +1,8 @@
 """A rule as a `torch.optim.Optimizer`: schedulers, scalers, checkpoints and trainers know it as one."""
 
+# PyTorch answers some questions only in private.
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
+
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +18,7 @@ from optimisers.rules.descent import Momentum, Nesterov
 from optimisers.trace.program import flatten, unflatten
 from optimisers.tree.path import KeyPath, matches
 from optimisers.update import setup, update_
-from optimisers.value import ELSEWHERE, adjustable, adjusted, is_number, settings
+from optimisers.value import ELSEWHERE, adjustable, adjusted, settings
 from optimisers.value import parts as parts_of_value
 
 __all__ = ["TorchOptimizer"]
@@ -62,9 +65,8 @@ class TorchOptimizer(torch.optim.Optimizer):
                 raise BadState(f"TorchOptimizer was given {rule!r} where the rule goes{hint}")
         self._given = rules
         self._rule: Rule | None = None
-        if rules is None:
+        if isinstance(rule, Rule):
             self._rule = adjusted(rule, self._fields(rule, settings, "TorchOptimizer"))
-            settings = {}
         super().__init__(groups, _defaults(self._rule) if self._rule is not None else settings)
 
     # -- groups --
@@ -134,7 +136,7 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     @torch._disable_dynamo
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] torch overloads it
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step with the gradients that the parameters keep; returns what `closure` returns."""
         loss = None
         if closure is not None:
@@ -319,7 +321,10 @@ def _at(value: Any, clock: int) -> Any:
     """The present value of a setting."""
     if isinstance(value, tuple):
         return tuple(_at(v, clock) for v in value)
-    return float(value(clock)) if callable(value) else value
+    if callable(value):
+        number: Any = value(clock)
+        return float(number)
+    return value
 
 
 def _has_schedule(rule: Rule) -> bool:
@@ -345,7 +350,7 @@ def _plain(value: Any) -> Any:
 
 def _nothing(value: Any) -> bool:
     """Whether a setting says that something is not wanted: a rule without it may ignore it."""
-    return value is None or (is_number(value) and float(value) == 0)
+    return value is None or (isinstance(value, float | int) and value == 0)
 
 
 def _key(path: tuple[Any, ...]) -> str:

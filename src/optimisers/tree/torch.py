@@ -1,5 +1,8 @@
 """How are the modules of PyTorch read? Parameters first, then modules, as `named_parameters` has them."""
 
+# PyTorch answers some questions only in private.
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
+
 import operator
 import weakref
 from collections.abc import Callable, Iterable
