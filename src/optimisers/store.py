@@ -225,7 +225,10 @@ def duplicated(numbers: Any) -> Any:
 
 def _as(kind: type, value: Any) -> Any:
     if not isinstance(value, float | np.floating):
-        return value  # somebody follows it
+        library = registry.library(value)
+        if library.HOST_NUMBERS or not library.is_fixed(value):
+            return value  # somebody follows it
+        value = float(str(library.to_numpy(value)))  # 0.001, not 0.0010000000474974513
     return (
         int(value) if kind is int and value == int(value) else bool(value) if kind is bool else float(value)
     )
@@ -327,6 +330,11 @@ class Store:
         new.changed()
         return new
 
+    def become(self, other: "Store") -> None:
+        """Go on as another store of the same leaves."""
+        self.groups, self.clock, self.frozen = other.groups, other.clock, other.frozen
+        self.changed()
+
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"handles": {}, "plans": {}, "known": None, "numbered": None, "number": None}
 
@@ -403,6 +411,8 @@ class Structure:
         shapes = tuple(None if k is None else (k.name, k.shape, str(k.dtype), k.device) for k in store.shapes)
         self.key = (store.layout.key, shapes, store.frozen.tobytes(), store.engine, tuple(groups))
         self.hashed = hash(self.key)
+        self.names: Any = None
+        """Names of the arrays, for those who ask for them."""
 
     def __eq__(self, other: object) -> bool:
         return self is other or (
@@ -545,18 +555,22 @@ def _group(items: list[tuple[int, Rule, Any]], program: Program, shapes: Sequenc
         places=places,
         slots=tuple(packs),
         types=tuple(type(v) for _, v in flatten(items[0][2]) if not registry.isarray(v)),
-        numbers=table_of(rows),
+        numbers=table_of(first.library, rows),
         row=np.arange(len(items)),
     )
     group.join()
     return group
 
 
-def table_of(rows: list[list[Any]]) -> Any:
-    """The table of numbers: on the host in float64, unless somebody follows one of them."""
+def table_of(library: Any, rows: list[list[Any]]) -> Any:
+    """The table of numbers: on the host in float64, unless somebody follows one of them, or the library of
+    the arrays wants its own.
+    """
     followed = [v for row in rows for v in row if not registry.library(v).is_fixed(v)]
     if followed:
         return registry.library(followed[0]).table(rows)
+    if not library.HOST_NUMBERS:
+        return library.table(rows)
     return registry.named("numpy").table(rows).reshape(len(rows), -1)
 
 

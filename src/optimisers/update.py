@@ -71,7 +71,7 @@ def setup(rule: Any, model: Any, *, engine: str | None = None) -> Any:
     return handle(store, layout.root, KeyPath())
 
 
-COMPILED = {"torch": "optimisers.compiled"}
+COMPILED = {"torch": "optimisers.compiled", "jax": "optimisers.pytrees"}
 """Array library -> the module that puts steps into the graphs that it compiles."""
 
 
@@ -160,6 +160,18 @@ def walked(node: Node, path: KeyPath, model: Any, grads: tuple[Any, ...]) -> tup
 
 def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store, dict[int, Any]]:
     """(the store after a step with new arrays, the new parameters by leaf)."""
+    for runner in runners:
+        if runner.takes(store, xs, orders):
+            return runner.stepped(store, node, xs, orders)
+    return evaluated(store, node, xs, orders)
+
+
+runners: list[Any] = []
+"""Modules that run whole steps of arrays of their library, instead of one job after the other."""
+
+
+def evaluated(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store, dict[int, Any]]:
+    """The same, by the engines."""
     step = _Step(store, node, xs, orders, inplace=False)
     new = step.run()
     groups = [step.targets.get(g) or group.fork() for g, group in enumerate(store.groups)]
@@ -175,7 +187,11 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     """
     store, node, path = _opened(state, model)
     xs, orders = walked(node, path, model, (_given(grads, "update_"), *more))
-    new = _Step(store, node, xs, orders, inplace=True).run()
+    if any(g.kind.library.REPLACES for g in store.groups):
+        successor, new = stepped(store, node, xs, orders)
+        store.become(successor)
+    else:
+        new = _Step(store, node, xs, orders, inplace=True).run()
     return state, rebuild(node, model, new) if new else model
 
 
@@ -254,7 +270,7 @@ class _Step:
         found = not self.store.on_host()
         for library in {g.kind.name: g.kind.library for g in self.store.groups}.values():
             found = found or library.follows(xs, orders, inplace=self.inplace)
-            if found and self.inplace and not library.REPLACES:
+            if found and self.inplace:
                 raise BadState(
                     "update_ writes in place, which nobody can follow; write update for a step that is "
                     "differentiated or compiled"

@@ -354,8 +354,8 @@ def table(rows: Any) -> Array:
 
 
 def constant(values: Any, beside: Array) -> Any:
-    """A vector of the host beside a table of numbers."""
-    return values
+    """Numbers of the host beside a table of them."""
+    return float(values) if isinstance(values, int) else values
 
 
 def stacked(values: Sequence[Any]) -> Array:

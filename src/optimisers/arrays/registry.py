@@ -6,7 +6,12 @@ import numbers
 from types import ModuleType
 from typing import Any
 
-LIBRARIES = {"numpy": "optimisers.arrays.numpy", "torch": "optimisers.arrays.torch"}
+LIBRARIES = {
+    "numpy": "optimisers.arrays.numpy",
+    "torch": "optimisers.arrays.torch",
+    "jax": "optimisers.arrays.jax",
+    "jaxlib": "optimisers.arrays.jax",
+}
 """Top-level package of an array type -> the module here that speaks for it."""
 
 

@@ -49,7 +49,7 @@ class Scalars:
         elif e.op == "number":
             value = self.numbers[:, e.value]
         elif e.op == "clock":
-            value = float(self.clock) if isinstance(self.clock, int) else self.clock
+            value = self.library.constant(self.clock, self.numbers)
         elif e.op == "size":
             value, leafy = self.library.constant(self.sizes, self.numbers), True
         elif e.op == "scheduled":

@@ -1,0 +1,130 @@
+"""How is a state a pytree of JAX? Its children are arrays, a few tables of numbers and the clock; all else is
+static.
+
+An eager step jits itself, once for each structure: rates and schedules are numbers in a table, so changing
+them compiles nothing; freezing a leaf is another structure.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optimisers.arrays import jax as arrays
+from optimisers.errors import BadState, UnknownField
+from optimisers.leaf import Branch, Leaf, handle, leaves_of, opened
+from optimisers.store import Pending, Store, Structure
+from optimisers.trace.program import flatten
+from optimisers.tree.path import KeyPath
+from optimisers.tree.walk import Node, find
+from optimisers.update import evaluated, runners
+
+# pyright: reportPrivateUsage=false
+
+
+# -- states as pytrees ---------------------------------------------------------------------------------------
+
+
+def _parts(state: "Leaf | Branch") -> tuple[Any, Any]:
+    """(children, static rest) of a handle."""
+    children, structure = _apart(state._held)
+    return children, (structure, state._path if isinstance(state, Branch) else state.path)
+
+
+def _apart(held: "Store | Pending") -> tuple[Any, Structure]:
+    """(arrays, structure) of a store."""
+    if isinstance(held, Pending):
+        return held.arrays, held.structure
+    return tuple(held.arrays()), held.structure()
+
+
+def _flatten_with_keys(state: "Leaf | Branch") -> tuple[Any, Any]:
+    children, rest = _parts(state)
+    return list(zip(_names(rest[0]), children, strict=True)), rest
+
+
+def _names(structure: Structure) -> list[Any]:
+    """A key for every array of a state: the path of its leaf and its place in the state of the rule."""
+    if structure.names is None:
+        store, found = structure.store, list[Any]()
+        for g, group in enumerate(store.groups):
+            for slot in group.program.slots:
+                at = ".".join(map(str, slot.path))
+                found += [f"{store.layout.paths[leaf]}:{at}" for leaf in group.leaves]
+            found.append(f"numbers:{g}")
+        structure.names = [jax.tree_util.DictKey(name) for name in [*found, "clock"]]
+    return structure.names
+
+
+def _unflatten(kind: type, rest: Any, children: Any) -> Any:
+    structure, path = rest
+    node = structure.store.layout.root
+    for key in path:
+        node = find(node, key) or node
+    pending = Pending(structure, tuple(children))
+    return Leaf(pending, node) if kind is Leaf else Branch(pending, node, path)
+
+
+for _kind in (Leaf, Branch):
+    jax.tree_util.register_pytree_with_keys(
+        _kind, _flatten_with_keys, functools.partial(_unflatten, _kind), _parts
+    )
+
+
+def known(store: Store) -> None:
+    """Let the clock be an array, as all numbers of the state are."""
+    store.clock = jnp.asarray(store.clock, jnp.int32)
+
+
+# -- steps ---------------------------------------------------------------------------------------------------
+
+
+def takes(store: Store, xs: Sequence[Any], orders: list[Any]) -> bool:
+    """Whether this is a step of concrete arrays of JAX: then it is jitted."""
+    if not store.groups or any(g.kind.name != "jax" for g in store.groups):
+        return False
+    every = (*xs, *(g for gs in orders for g in gs), *store.arrays())
+    return not any(isinstance(a, jax.core.Tracer) for a in every)
+
+
+runners.append(__import__("sys").modules[__name__])
+
+
+class _Out:
+    """What a jitted step gives: a store and new parameters; the store's structure is static."""
+
+    def __init__(self, store: Any, new: dict[int, Any]) -> None:
+        self.store, self.new = store, new
+
+
+def _out_parts(out: _Out) -> tuple[Any, Structure]:
+    arrays, structure = _apart(out.store)
+    return (arrays, out.new), structure
+
+
+jax.tree_util.register_pytree_node(
+    _Out, _out_parts, lambda structure, children: _Out(Pending(structure, children[0]), children[1])
+)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _jitted(structure: Structure, node: Node, held: Any, xs: Any, orders: Any) -> Any:
+    return _Out(*evaluated(structure.filled(held), node, xs, orders))
+
+
+def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store, dict[int, Any]]:
+    """(the store after a step, the new parameters by leaf), computed by one jitted function."""
+    structure = store.structure()
+    out = _jitted(structure, _same_node(structure, store, node), store.arrays(), list(xs), [list(o) for o in orders])
+    return out.store.store(), out.new
+
+
+def _same_node(structure: Structure, store: Store, node: Node) -> Node:
+    """The node as the structure knows it: equal structures are compiled once."""
+    return node if structure.store.layout is store.layout else node
+
+
+# -- populations and hyper-gradients -------------------------------------------------------------------------
