@@ -24,7 +24,20 @@ from optimisers.errors import (
 from optimisers.explain import explain, kernel
 from optimisers.flat import Restructure, destructure, trainable, trainables
 from optimisers.grads import gradients, value_and_grad
-from optimisers.leaf import Branch, Leaf, adjust, adjust_, averaged, current, freeze, freeze_, thaw, thaw_
+from optimisers.leaf import (
+    Branch,
+    Leaf,
+    adjust,
+    adjust_,
+    averaged,
+    current,
+    freeze,
+    freeze_,
+    hyperparameters,
+    thaw,
+    thaw_,
+    with_hyperparameters,
+)
 from optimisers.ops import (
     Becomes,
     abs2,
@@ -131,18 +144,27 @@ from optimisers.tree.path import KeyPath
 from optimisers.update import setup, update, update_
 
 if TYPE_CHECKING:
+    from optimisers.interop.optax import as_optax, from_optax
     from optimisers.interop.torch import TorchOptimizer
+    from optimisers.pytrees import vmap_axes
 
 __version__ = "0.1.0"
+
+_LATER = {
+    "TorchOptimizer": "optimisers.interop.torch",
+    "as_optax": "optimisers.interop.optax",
+    "from_optax": "optimisers.interop.optax",
+    "vmap_axes": "optimisers.pytrees",
+}
 
 
 def __getattr__(name: str) -> Any:
     """What needs another library is imported when it is first asked for."""
-    if name == "TorchOptimizer":
-        from optimisers.interop.torch import TorchOptimizer
+    if name not in _LATER:
+        raise AttributeError(f"module 'optimisers' has no attribute {name!r}")
+    import importlib
 
-        return TorchOptimizer
-    raise AttributeError(f"module 'optimisers' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)
 
 
 __all__ = [
@@ -208,6 +230,7 @@ __all__ = [
     "adjust",
     "adjust_",
     "arctan",
+    "as_optax",
     "averaged",
     "call",
     "ceil",
@@ -228,11 +251,13 @@ __all__ = [
     "floor",
     "freeze",
     "freeze_",
+    "from_optax",
     "full_like",
     "gradients",
     "greater",
     "greater_equal",
     "high_bits",
+    "hyperparameters",
     "imag",
     "isfinite",
     "isnan",
@@ -285,7 +310,9 @@ __all__ = [
     "update",
     "update_",
     "value_and_grad",
+    "vmap_axes",
     "when",
     "where",
+    "with_hyperparameters",
     "zeros_like",
 ]

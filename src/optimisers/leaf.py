@@ -19,7 +19,7 @@ from optimisers.store import Pending, Store
 from optimisers.trace.program import entries, flatten, form, unflatten
 from optimisers.tree.path import Attr, KeyPath, matches
 from optimisers.tree.walk import Node, find, gather, rebuild
-from optimisers.value import adjustable, adjusted, refuse_unknown, schedules, skeleton
+from optimisers.value import adjustable, adjusted, refuse_unknown, schedules, skeleton, walk
 from optimisers.value import parts as parts_of_value
 
 Where = Any
@@ -407,6 +407,71 @@ def current(state: Any) -> Any:
         str(store.layout.paths[i]): current(handle(store, Node(leaf=i, leaves=(i,)), store.layout.paths[i]))
         for i in leaves_of(state)
     }
+
+
+def hyperparameters(state: Any) -> dict[str, Any]:
+    """The hyper-parameters of all rules below `state`, by name: numbers, or vectors with one for each history.
+
+    A name that several rules of a chain have is given with its place, `rules.1.eta`. What is done to these
+    numbers may be differentiated: `with_hyperparameters(state, h)` puts them back. Settings that are
+    schedules are functions, and not among them.
+    """
+    found: dict[str, list[Any]] = {}
+    for group, rows in _histories(state):
+        for j, name in enumerate(_hyper_names(group)):
+            found.setdefault(name, []).append(group.numbers[rows, j])
+    joined = {name: _joined(columns) for name, columns in found.items()}
+    return {name: v[0] if len(v) == 1 else v for name, v in joined.items()}
+
+
+def with_hyperparameters(state: Any, values: dict[str, Any]) -> Any:
+    """The state with other hyper-parameters, given as `hyperparameters` gives them; the old one stays as it
+    was.
+
+    The values may be traced by a transform; then a step follows them. Raises UnknownField for other names.
+    """
+    known = hyperparameters(state)
+    for name in values:
+        if name not in known:
+            raise UnknownField(f"there is no hyper-parameter {name!r}; there are {', '.join(known)}")
+    store, node, path = parts(state)
+    new = handle(store.fork(), node, path)
+    taken = dict.fromkeys(values, 0)
+    for group, rows in _histories(new):
+        for j, name in enumerate(_hyper_names(group)):
+            if name in values:
+                value = values[name]
+                if np.ndim(value):
+                    value = value[taken[name] : taken[name] + len(rows)]
+                    taken[name] += len(rows)
+                if isinstance(group.numbers, np.ndarray) and not registry.library(value).is_fixed(value):
+                    group.numbers = registry.library(value).table(group.numbers)
+                library = registry.library(group.numbers)
+                group.numbers = library.placed(group.numbers, (rows, j), value)
+    parts(new)[0].changed()
+    return new
+
+
+def _histories(state: Any) -> Iterator[tuple[Any, Any]]:
+    """(group, its rows of numbers) for the leaves below a handle."""
+    store = parts(state)[0]
+    below = np.array(leaves_of(state), np.int64)
+    for group in store.groups:
+        members = np.flatnonzero(np.isin(group.leaves, below))
+        if len(members):
+            yield group, np.unique(group.row[members])
+
+
+def _hyper_names(group: Any) -> list[str]:
+    """The names of the hyper-parameters of a group: short ones where they are unique."""
+    short = list(group.program.names[: group.program.hypers])
+    full = [".".join(map(str, path)) for path, _ in walk(group.rule)]
+    return [s if short.count(s) == 1 else f for s, f in zip(short, full, strict=True)]
+
+
+def _joined(columns: list[Any]) -> Any:
+    library = registry.library(columns[0])
+    return columns[0] if len(columns) == 1 else library.joined(columns)
 
 
 def averaged(state: Any, model: Any) -> Any:

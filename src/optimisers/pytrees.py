@@ -6,19 +6,16 @@ them compiles nothing; freezing a leaf is another structure.
 """
 
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from optimisers.arrays import jax as arrays
-from optimisers.errors import BadState, UnknownField
-from optimisers.leaf import Branch, Leaf, handle, leaves_of, opened
+from optimisers.errors import UnknownField
+from optimisers.leaf import Branch, Leaf, opened
 from optimisers.store import Pending, Store, Structure
-from optimisers.trace.program import flatten
-from optimisers.tree.path import KeyPath
 from optimisers.tree.walk import Node, find
 from optimisers.update import evaluated, runners
 
@@ -90,7 +87,7 @@ def takes(store: Store, xs: Sequence[Any], orders: list[Any]) -> bool:
     return not any(isinstance(a, jax.core.Tracer) for a in every)
 
 
-runners.append(__import__("sys").modules[__name__])
+runners.append(sys.modules[__name__])
 
 
 class _Out:
@@ -118,13 +115,29 @@ def _jitted(structure: Structure, node: Node, held: Any, xs: Any, orders: Any) -
 def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store, dict[int, Any]]:
     """(the store after a step, the new parameters by leaf), computed by one jitted function."""
     structure = store.structure()
-    out = _jitted(structure, _same_node(structure, store, node), store.arrays(), list(xs), [list(o) for o in orders])
+    out = _jitted(structure, node, store.arrays(), list(xs), [list(o) for o in orders])
     return out.store.store(), out.new
 
 
-def _same_node(structure: Structure, store: Store, node: Node) -> Node:
-    """The node as the structure knows it: equal structures are compiled once."""
-    return node if structure.store.layout is store.layout else node
+# -- populations ---------------------------------------------------------------------------------------------
 
 
-# -- populations and hyper-gradients -------------------------------------------------------------------------
+def vmap_axes(state: Any, *names: str) -> Any:
+    """The axes over which `jax.vmap` maps a state whose named hyper-parameters differ: a tree like the state,
+    0 at the tables of numbers that hold them, None elsewhere.
+
+    `states = vmap(lambda e: adjust(state, e), out_axes=axes)(rates)`, then `vmap(step, in_axes=(axes, None))`.
+    Counters that have come to differ stand in the same tables; states that have trained apart map whole, with
+    axis 0. Raises UnknownField for a name that no rule has.
+    """
+    structure = _apart(opened(state)[0])[1]
+    known, axes = set[str](), list[Any]()
+    for group in structure.store.groups:
+        has = {name.split("[")[0] for name in group.program.names[: group.program.hypers]}
+        known |= has
+        axes += [None] * sum(len(p.places.shapes) for p in group.slots)
+        axes.append(0 if has & set(names) else None)
+    for name in names:
+        if name not in known:
+            raise UnknownField(f"no rule here has {name!r}; there are {', '.join(sorted(known))}")
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(state), [*axes, None])

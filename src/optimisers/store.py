@@ -555,22 +555,20 @@ def _group(items: list[tuple[int, Rule, Any]], program: Program, shapes: Sequenc
         places=places,
         slots=tuple(packs),
         types=tuple(type(v) for _, v in flatten(items[0][2]) if not registry.isarray(v)),
-        numbers=table_of(first.library, rows),
+        numbers=table_of(rows),
         row=np.arange(len(items)),
     )
     group.join()
+    if not first.library.HOST_NUMBERS and isinstance(group.numbers, np.ndarray):
+        group.numbers = first.library.table(group.numbers)
     return group
 
 
-def table_of(library: Any, rows: list[list[Any]]) -> Any:
-    """The table of numbers: on the host in float64, unless somebody follows one of them, or the library of
-    the arrays wants its own.
-    """
+def table_of(rows: list[list[Any]]) -> Any:
+    """The table of numbers: on the host in float64, unless somebody follows one of them."""
     followed = [v for row in rows for v in row if not registry.library(v).is_fixed(v)]
     if followed:
         return registry.library(followed[0]).table(rows)
-    if not library.HOST_NUMBERS:
-        return library.table(rows)
     return registry.named("numpy").table(rows).reshape(len(rows), -1)
 
 

@@ -274,6 +274,11 @@ def stacked(values: Sequence[Array]) -> Array:
     return jnp.stack([jnp.asarray(v) for v in values])
 
 
+def joined(vectors: list[Array]) -> Array:
+    """One vector after the other."""
+    return jnp.concatenate(vectors)
+
+
 def columns(values: Sequence[Any], rows: int) -> Array:
     """A table of these columns, each a value for every row or one for all."""
     kind = jax.dtypes.canonicalize_dtype(np.float64)

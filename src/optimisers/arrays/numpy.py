@@ -363,6 +363,11 @@ def stacked(values: Sequence[Any]) -> Array:
     return np.array(values)
 
 
+def joined(vectors: list[Array]) -> Array:
+    """One vector after the other."""
+    return np.concatenate(vectors)
+
+
 def columns(values: Sequence[Any], rows: int) -> Array:
     """A table of these columns, each a value for every row or one for all."""
     return np.stack([np.broadcast_to(v, (rows,)) for v in values], 1)

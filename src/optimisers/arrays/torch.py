@@ -459,6 +459,11 @@ def stacked(values: Sequence[Tensor]) -> Tensor:
     return torch.stack([_lift(v) for v in values])
 
 
+def joined(vectors: list[Tensor]) -> Tensor:
+    """One vector after the other."""
+    return torch.cat(vectors)
+
+
 def columns(values: Sequence[Any], rows: int) -> Tensor:
     """A table of these columns, each a value for every row or one for all."""
     return torch.stack([torch.as_tensor(v).to(torch.float64).expand(rows) for v in values], 1)

@@ -217,18 +217,20 @@ def provide(name: str, address: int) -> None:
     llvmlite.binding.add_symbol(name, address)
 
 
-MESSAGE = ctypes.create_string_buffer(b"a kernel of optimisers found no memory, or another interface")
+MESSAGE = ctypes.create_string_buffer(b"a kernel of optimisers found no memory, or an unknown form of its call")
+FAILURE = (ctypes.c_int64 * 4)(32, 0, ctypes.addressof(MESSAGE), 13)
+"""`XLA_FFI_Error_Create_Args`: size, extension, message, code (internal error)."""
 
 
 @functools.cache
 def provide_system() -> None:
     """Give names to what handlers need of the system; raises OSError where that is not known."""
     if os.name != "posix":
-        raise OSError("handlers have been tried on systems with sched_yield only")
+        raise OSError("handlers have been tried where there is sched_yield only")
     c = ctypes.CDLL(None)
     for name in ("malloc", "free", "sched_yield"):
         provide(f"optimisers_{name}", ctypes.cast(getattr(c, name), ctypes.c_void_p).value or 0)
-    provide("optimisers_message", ctypes.addressof(MESSAGE))
+    provide("optimisers_failure", ctypes.addressof(FAILURE))
 
 
 @functools.cache
@@ -239,45 +241,89 @@ def edition() -> str:
 
 # -- what is compiled ----------------------------------------------------------------------------------------
 
-# The plan, an attribute of a call: one array of int64, these words first.
 COLUMNS, LEAVES, BOUNDS, CHUNKS, ROWS, SCALARS, WIDE, INPUTS, SUMS, WIDE_SUMS, HELPERS, PLAN = range(12)
-"""Sizes of the tables; whether the numbers come in float64; how many inputs; how many sums, and whether they go
-in float64; how many threads may help. After these: places, row, spans, chunks, kinds of the sums.
+"""The plan of a call, its attribute: one array of int64, of which these words come first.
+
+Sizes of the tables; whether the numbers are float64; how many inputs; how many sums, and whether float64; how
+many threads may help. After these: places, row, spans, chunks, kinds of the sums.
 """
 
-# The block of a call in flight, in words. Late threads look at it, and at nothing else.
-COUNTER, INSIDE, REFERENCES, SPANS, SPAN_BOUNDS, TABLE, ROW, PARTIAL, WANTED, SCRATCH, BLOCK = (
-    *range(9),
-    16,
-    24,
+COUNTER, INSIDE, REFERENCES, SPANS, CHUNK, ADDRESSES, TABLE, ROW, PARTIAL, SIZES = range(10)
+SCRATCH = SIZES + PLAN
+BLOCK = SCRATCH + 8
+"""The block of a call in flight, in words; threads that come late look at it and at nothing else.
+
+The next span to claim; how many threads are in the kernel; how many still know the block; where the tables
+lie; the first words of the plan. Then room for arguments, and the tables that are made for this call.
+"""
+
+TASK = """
+
+from numba import carray, cfunc
+
+from optimisers.engines.support import peek64
+from optimisers.engines.xla_ffi import add, call, fence, float64s, int64s, symbol
+from optimisers.engines.xla_ffi import (
+    ADDRESSES, BOUNDS, CHUNK, CHUNKS, COLUMNS, INSIDE, LEAVES, PARTIAL, REFERENCES, ROW, ROWS, SCALARS, SIZES,
+    SPANS, SUMS, TABLE,
 )
-"""The next span; how many threads are in the kernel; how many still know the block; addresses of tables; the
-plan. Then room for arguments, and the tables.
+
+# form {edition}
+free, handle, own = symbol("optimisers_free"), symbol("optimisers_handle"), symbol("{name}_task")
+
+
+@cfunc("i8(i8)", cache=True)
+def task(block):
+    add(block + 8 * INSIDE, 1)
+    fence()
+    at, n = carray(int64s(block), SIZES), carray(int64s(block + 8 * SIZES), SUMS + 1)
+    kernel(
+        block,
+        carray(int64s(at[SPANS]), n[BOUNDS]),
+        carray(int64s(at[CHUNK]), (n[CHUNKS], 3)),
+        carray(int64s(at[ADDRESSES]), (n[COLUMNS], n[LEAVES])),
+        carray(float64s(at[TABLE]), (n[ROWS], n[SCALARS])),
+        carray(int64s(at[ROW]), n[LEAVES]),{partial}
+    )
+    add(block + 8 * INSIDE, -1)
+    if add(block + 8 * REFERENCES, -1) == 1:
+        call(free(), block, 0)
+    return 0
+
+
+provide("{name}_task", task.address)
+
+
+@cfunc("i8(i8)", cache=True)
+def handler(frame):
+    return call(handle(), frame, own())
 """
+"""Follows the source of a kernel: what a thread does for a call, and the function that XLA calls."""
 
+LAST = "\n        carray(float64s(at[PARTIAL]), (n[SUMS], n[CHUNKS])),"
+"""The argument that only kernels with sums have."""
 
-HANDLE = '''"""Runs a kernel inside a computation of XLA: finds the arrays, shares out the spans, gathers the sums."""
+HANDLE = '"""Runs a kernel inside a computation of XLA: finds the arrays, shares the work, gathers the sums."""' + """
 import math
 
 from numba import carray, cfunc
 
 from optimisers.engines.support import peek32, peek64
+from optimisers.engines.xla_ffi import add, call, fence, float32s, float64s, int64s, poke32, poke64, symbol
 from optimisers.engines.xla_ffi import (
-    add, call, fence, float32s, float64s, int64s, poke32, poke64, symbol,
-    COLUMNS, LEAVES, BOUNDS, CHUNKS, ROWS, SCALARS, WIDE, INPUTS, SUMS, WIDE_SUMS, HELPERS, PLAN,
-    INSIDE, REFERENCES, SPANS, SPAN_BOUNDS, TABLE, ROW, PARTIAL, WANTED, SCRATCH, BLOCK,
+    ADDRESSES, BLOCK, BOUNDS, CHUNK, CHUNKS, COLUMNS, COUNTER, HELPERS, INPUTS, INSIDE, LEAVES, PARTIAL, PLAN,
+    REFERENCES, ROW, ROWS, SCALARS, SCRATCH, SIZES, SPANS, SUMS, TABLE, WIDE, WIDE_SUMS,
 )
 
 # form {edition}
 malloc, free = symbol("optimisers_malloc"), symbol("optimisers_free")
-sched_yield, message = symbol("optimisers_sched_yield"), symbol("optimisers_message")
+sched_yield, failure = symbol("optimisers_sched_yield"), symbol("optimisers_failure")
 
 
 @cfunc("i8(i8, i8)", cache=True)
 def handle(frame, task):
-    api = peek64(frame + 16)
     extension = peek64(frame + 8)
-    if extension != 0 and peek32(extension + 8) == 1:  # XLA asks for which version this was written
+    if extension != 0 and peek32(extension + 8) == 1:  # XLA asks for which version this was made
         about = peek64(extension + 24)
         poke32(about + 24, 0)
         poke32(about + 28, {minor})
@@ -285,18 +331,96 @@ def handle(frame, task):
         poke64(about + 40, 0)
         return 0
 
-    fits = peek64(frame) >= 168 and peek64(frame + 40) >= 40 and peek64(frame + 80) >= 40
-    fits = fits and peek64(frame + 120) >= 48 and peek64(api) >= 152 and peek32(api + 32) == 0
-    fits = fits and peek64(frame + 136) == 1
-    at = peek64(peek64(peek64(frame + 160)) + 16) if fits else 0
-    n = carray(int64s(at), PLAN)
-    words = 0
-    if fits:
-        words = BLOCK + n[COLUMNS] * n[LEAVES] + n[ROWS] * n[SCALARS] + n[SUMS] * n[CHUNKS]
-    block = call(malloc(), 8 * words, 0) if fits else 0
+    api, ctx, inputs, results = peek64(frame + 16), peek64(frame + 24), peek64(frame + 72), peek64(frame + 112)
+    block, plan = 0, 0
+    if peek64(frame) >= 168 and peek64(api) >= 152 and peek32(api + 32) == 0 and peek64(frame + 136) == 1:
+        attribute = peek64(peek64(frame + 160))
+        plan = peek64(attribute + 16)
+        n = carray(int64s(plan), PLAN)
+        if peek64(attribute + 8) >= PLAN and peek64(frame + 56) == 1 + n[INPUTS]:
+            tables = n[COLUMNS] * n[LEAVES] + n[ROWS] * n[SCALARS] + n[SUMS] * n[CHUNKS]
+            block = call(malloc(), 8 * (BLOCK + tables), 0)
     if block == 0:
-        error = carray(int64s(at), 4)
-        with_message(api)
-    ctx, args, rets = peek64(frame + 24), peek64(frame + 72), peek64(frame + 112)
+        return call(peek64(api + 48), failure(), 0)
+
+    n, at = carray(int64s(plan), PLAN), carray(int64s(block), BLOCK)
+    places = plan + 8 * PLAN
+    at[COUNTER] = 0
+    at[INSIDE] = 0
+    at[ROW] = places + 16 * n[COLUMNS] * n[LEAVES]
+    at[SPANS] = at[ROW] + 8 * n[LEAVES]
+    at[CHUNK] = at[SPANS] + 8 * n[BOUNDS]
+    at[ADDRESSES] = block + 8 * BLOCK
+    at[TABLE] = at[ADDRESSES] + 8 * n[COLUMNS] * n[LEAVES]
+    at[PARTIAL] = at[TABLE] + 8 * n[ROWS] * n[SCALARS]
+    for i in range(PLAN):
+        at[SIZES + i] = n[i]
+
+    place, address = carray(int64s(places), 2), carray(int64s(at[ADDRESSES]), n[COLUMNS] * n[LEAVES])
+    for i in range(n[COLUMNS] * n[LEAVES]):
+        place = carray(int64s(places + 16 * i), 2)
+        where = inputs + 8 * (1 + place[0]) if place[0] < n[INPUTS] else results + 8 * (place[0] - n[INPUTS])
+        address[i] = peek64(peek64(where) + 24) + place[1]
+
+    numbers = peek64(peek64(inputs) + 24)
+    if n[WIDE]:
+        at[TABLE] = numbers
+    else:
+        narrow, table = carray(float32s(numbers), n[ROWS] * n[SCALARS]), carray(
+            float64s(at[TABLE]), n[ROWS] * n[SCALARS])
+        for i in range(n[ROWS] * n[SCALARS]):
+            table[i] = narrow[i]
+
+    scratch = block + 8 * SCRATCH
+    args, other = carray(int64s(scratch), 5), carray(int64s(scratch + 40), 3)
+    helpers = n[HELPERS]
+    if helpers > 0:
+        args[0], args[1], args[2], args[3], other[0] = 32, 0, ctx, scratch + 40, 0
+        error = call(peek64(api + 144), scratch, 0)
+        helpers = min(helpers, other[0] - 1)
+        if error != 0:
+            helpers = 0
+            other[0], other[1], other[2] = 24, 0, error
+            call(peek64(api + 64), scratch + 40, 0)
+    helpers = max(helpers, 0)
+    at[REFERENCES] = 2 + helpers  # the helpers, this thread at work, this thread until the end
+    for _ in range(helpers):
+        args[0], args[1], args[2], args[3], args[4] = 40, 0, ctx, task, block
+        error = call(peek64(api + 136), scratch, 0)
+        if error != 0:
+            add(block + 8 * REFERENCES, -1)
+            other[0], other[1], other[2] = 24, 0, error
+            call(peek64(api + 64), scratch + 40, 0)
+
+    call(task, block, 0)
+    fence()
+    while add(block + 8 * INSIDE, 0) > 0:  # all spans are taken; whoever comes in now finds none
+        call(sched_yield(), 0, 0)
+    fence()
+
+    chunks = carray(int64s(at[CHUNK]), (n[CHUNKS], 3))
+    kinds = carray(int64s(at[CHUNK] + 24 * n[CHUNKS]), n[SUMS])
+    partial = carray(float64s(at[PARTIAL]), (n[SUMS], n[CHUNKS]))
+    for r in range(n[SUMS]):
+        out = peek64(peek64(results + 8 * (peek64(frame + 96) - 1)) + 24)
+        wide = carray(float64s(out), (n[SUMS], n[LEAVES]))
+        narrow_out = carray(float32s(out), (n[SUMS], n[LEAVES]))
+        c = 0
+        for leaf in range(n[LEAVES]):
+            total = 0.0 if kinds[r] == 0 else -math.inf if kinds[r] == 1 else math.inf
+            while c < n[CHUNKS] and chunks[c, 0] == leaf:
+                part = partial[r, c]
+                if kinds[r] == 0:
+                    total += part
+                elif part != part or (part > total if kinds[r] == 1 else part < total):
+                    total = part if total == total else total
+                c += 1
+            if n[WIDE_SUMS]:
+                wide[r, leaf] = total
+            else:
+                narrow_out[r, leaf] = total
+    if add(block + 8 * REFERENCES, -1) == 1:
+        call(free(), block, 0)
     return 0
-'''
+"""
+"""Compiled once for all kernels. Takes the call frame and the address of the kernel's `task`."""
