@@ -192,7 +192,7 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
         store.become(successor)
     else:
         new = _Step(store, node, xs, orders, inplace=True).run()
-    return state, rebuild(node, model, new) if new else model
+    return state, rebuild(node, model, new, inplace=True) if new else model
 
 
 def _opened(state: Any, model: Any) -> tuple[Store, Node, KeyPath]:

@@ -1,4 +1,4 @@
-"""How do our kernels run inside computations of XLA on CPUs? In place, through its foreign function interface.
+"""How do our kernels run inside computations of XLA on CPUs? In place, as its foreign functions.
 
 XLA makes several passes over memory where one is enough, and keeps an array of its own for each leaf. A call
 to one of our kernels reads and writes the buffers of the computation where they lie, on the threads of XLA.
@@ -6,6 +6,7 @@ Nothing about a process stands in the call: compiled computations may be kept on
 """
 
 import functools
+import hashlib
 import importlib.util
 import threading
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ OPS = ("sum", "max", "min")
 
 @functools.cache
 def available() -> bool:
-    """Whether kernels run inside computations of this JAX; tried once in every process."""
+    """Whether kernels run inside computations of this JAX: tried once in every process."""
     if any(importlib.util.find_spec(name) is None for name in ("jax", "jaxlib", "numba")):
         return False
     try:
@@ -91,28 +92,176 @@ def _tried() -> bool:
 
 # -- targets -------------------------------------------------------------------------------------------------
 
-_targets: dict[str, str] = {}
 _loading = threading.Lock()
 
 
-def target(source: str, *, sums: bool) -> str:
-    """The name under which XLA knows the kernel of a source; it is loaded when it is first asked for.
+def target(source: str, *, sums: bool = False) -> str:
+    """The name by which XLA knows the kernel of this source; loaded when it is first asked for.
 
     Raises OSError where the interface of this jaxlib is not the one that handlers were written for.
     """
     with _loading:
-        if source not in _targets:
-            _targets[source] = _registered(source, sums=sums)
-        return _targets[source]
+        return _registered(source, sums=sums)
 
 
+@functools.cache
 def _registered(source: str, *, sums: bool) -> str:
     import jax
 
     from optimisers.engines import xla_ffi
 
-    _load_handle()
-    name = "optimisers_" + cache.name_of(source + xla_ffi.edition())
-    module = cache.load(source + xla_ffi.task(name, sums=sums))
+    _handle()
+    known = hashlib.sha256(f"{xla_ffi.edition()} {source}".encode()).hexdigest()
+    name = f"optimisers_{known[:24]}"
+    module = cache.load(source + xla_ffi.task_text(name, sums=sums))
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(module.handler.ctypes), platform="cpu", api_version=1)
     return name
+
+
+@functools.cache
+def _handle() -> Any:
+    """The compiled code that all kernels share; raises OSError where it would not understand XLA."""
+    import jax
+
+    from optimisers.engines import xla_ffi
+
+    xla_ffi.provide_system()
+    module = cache.load(xla_ffi.handler_text(jax.ffi.include_dir()))
+    xla_ffi.provide("optimisers_handle", module.handle.address)
+    return module
+
+
+# -- calls ---------------------------------------------------------------------------------------------------
+
+
+def launch(
+    source: str,
+    inputs: Sequence[Any],
+    *,
+    outputs: Sequence[Any],
+    aliases: dict[int, int],
+    table: Any,
+    places: Indices,
+    row: Indices,
+    sizes: Indices,
+    sums: int = 0,
+    ops: Sequence[str] = (),
+    helpers: int | None = None,
+) -> list[Any]:
+    """Run a kernel over buffers of a computation; the outputs, and the reductions of every leaf if there are
+    any.
+
+    `outputs` are the forms of the results. `aliases` has the number of an input -> that of the output which
+    takes its place: such an input is written where it lies if its buffer is given away, else XLA copies it
+    first. `places` says of every column of the kernel and leaf (the number of the buffer, outputs counted
+    after inputs; the byte in it where the leaf begins), `row` has the row of `table` of each leaf, `sizes`
+    its elements. A kernel of `sums` reductions, whose words are `ops`, gives an array [sums, leaves] after
+    the outputs: in float64 if JAX has it, gathered in a fixed order in float64 anyway. `helpers` is how many
+    threads help at most; unless given, as many as the elements are worth. Raises ValueError for a place that
+    is not there.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    table = jnp.asarray(table)
+    if table.dtype not in (jnp.float32, jnp.float64):
+        table = table.astype(jnp.float32)
+    real = jnp.result_type(float)
+    chunks = Chunks(np.asarray(sizes, np.int64))
+    if helpers is None:
+        helpers = min(threads.MOST, 1 + chunks.elements // threads.SERIAL_BELOW) - 1
+    ops = ops or ("sum",) * sums
+    results = [*outputs, *([jax.ShapeDtypeStruct((sums, len(sizes)), real)] if sums else [])]
+    checked(places, row, sizes, [*inputs, *outputs], table.shape)
+    head = [
+        *places.shape[:2],
+        len(chunks.spans),
+        len(chunks.leaf),
+        *table.shape,
+        table.dtype == jnp.float64,
+        len(inputs),
+        sums,
+        real == jnp.float64,
+        min(helpers, len(chunks.spans) - 2),
+    ]
+    parts = [head, places, row, chunks.spans, chunks.table, [OPS.index(op) for op in ops]]
+    plan = np.concatenate([np.ravel(np.asarray(p, np.int64)) for p in parts])
+    call = jax.ffi.ffi_call(
+        target(source, sums=sums > 0),
+        alike(results, varying([table, *inputs])),
+        input_output_aliases={1 + i: o for i, o in aliases.items()},
+    )
+    return list(call(*varied([table, *inputs]), plan=plan))
+
+
+def checked(places: Indices, row: Indices, sizes: Indices, buffers: Sequence[Any], table: Any) -> None:
+    """Raise ValueError if a kernel would look outside its buffers or its table of numbers."""
+    nbytes = np.array([b.size * b.dtype.itemsize for b in buffers] or [0], np.int64)
+    itemsize = np.array([b.dtype.itemsize for b in buffers] or [1], np.int64)
+    number, first = places[..., 0], places[..., 1]
+    if places.shape[1:] != (len(sizes), 2) or len(row) != len(sizes):
+        raise ValueError(f"places {places.shape} and {len(row)} rows for {len(sizes)} leaves")
+    if number.size and not (number.min() >= 0 and number.max() < len(buffers) and first.min() >= 0):
+        raise ValueError(f"a place is in none of the {len(buffers)} buffers")
+    if (first + sizes * itemsize[number] > nbytes[number]).any():
+        raise ValueError("a leaf ends outside its buffer")
+    if len(row) and not (row.min() >= 0 and row.max() < table[0]):
+        raise ValueError(f"a leaf has none of the {table[0]} rows of numbers")
+
+
+def varying(arrays: Sequence[Any]) -> frozenset[Any]:
+    """The axes of `shard_map` along which any of these arrays differs from device to device."""
+    import jax
+
+    return frozenset[Any]().union(*(getattr(jax.typeof(a), "vma", frozenset()) for a in arrays))
+
+
+def varied(arrays: Sequence[Any]) -> list[Any]:
+    """The arrays, all of them taken to differ where any does: a call to foreign code takes no mixture."""
+    import jax
+
+    axes = varying(arrays)
+    missing = [tuple(axes - getattr(jax.typeof(a), "vma", frozenset())) for a in arrays]
+    return [jax.lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True)]
+
+
+def alike(forms: Sequence[Any], axes: frozenset[Any]) -> list[Any]:
+    """The forms of results that differ along these axes of `shard_map`."""
+    import jax
+
+    return [jax.ShapeDtypeStruct(f.shape, f.dtype, vma=axes) if axes else f for f in forms]
+
+
+# -- where they cannot run -----------------------------------------------------------------------------------
+
+
+def with_fallback(
+    fast: Callable[[list[Any]], list[Any]], plain: Callable[[list[Any]], list[Any]]
+) -> Callable[[Sequence[Any]], list[Any]]:
+    """A function of a list of arrays: `fast` on CPUs; `plain` elsewhere, under vmap, and where it is
+    differentiated.
+    """
+    import jax
+
+    def chosen(*arrays: Any) -> list[Any]:
+        return jax.lax.platform_dependent(
+            *arrays, cpu=lambda *a: fast(list(a)), default=lambda *a: plain(list(a))
+        )
+
+    mapped = jax.custom_batching.custom_vmap(chosen)
+
+    @mapped.def_vmap
+    def _(_: int, batched: list[bool], *arrays: Any) -> Any:
+        axes = [0 if b else None for b in batched]
+        found = jax.vmap(lambda *a: plain(list(a)), in_axes=axes)(*arrays)
+        return found, [True] * len(found)
+
+    @jax.custom_jvp
+    def stepped(*arrays: Any) -> list[Any]:
+        return mapped(*arrays)
+
+    @stepped.defjvp
+    def _(arrays: Any, tangents: Any) -> Any:
+        return jax.jvp(lambda *a: plain(list(a)), arrays, tangents)
+
+    return lambda arrays: list(stepped(*varied(arrays)))

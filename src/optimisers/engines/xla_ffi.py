@@ -1,4 +1,4 @@
-"""How does compiled code read what XLA hands to it? The structures of its foreign function interface, by offset.
+"""How does compiled code read what XLA hands to it? The structures of its foreign functions, by offset.
 
 The interface is a stable one in C (`xla/ffi/api/c_api.h`, shipped with jaxlib). A handler made by Numba needs
 no C compiler, but knows no structures: it reads and writes at addresses. Where every field lies is compared
@@ -121,18 +121,12 @@ def agrees(text: str) -> bool:
         return False
 
 
-def header(folder: str) -> str | None:
-    """The text of the header below an include directory; None if none is shipped."""
-    path = Path(folder) / "xla" / "ffi" / "api" / "c_api.h"
-    return path.read_text() if path.is_file() else None
-
-
 # -- intrinsics ----------------------------------------------------------------------------------------------
 
 
 def _poke(bits: Any, number: Any) -> Any:
     @intrinsic
-    def poke(_typing: Any, address: Any, value: Any) -> Any:
+    def poke(_typing: Any, _address: Any, _value: Any) -> Any:
         def emit(context: Any, b: Any, __: Any, args: Any) -> Any:
             b.store(args[1], b.inttoptr(args[0], bits.as_pointer()))
             return context.get_dummy_value()
@@ -148,7 +142,7 @@ poke32 = _poke(I32, types.int32)
 
 def _pointer(number: Any) -> Any:
     @intrinsic
-    def pointer(_typing: Any, address: Any) -> Any:
+    def pointer(_typing: Any, _address: Any) -> Any:
         def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
             return b.inttoptr(args[0], context.get_value_type(signature.return_type))
 
@@ -163,7 +157,7 @@ float64s = _pointer(types.float64)
 
 
 @intrinsic
-def add(_typing: Any, address: Any, value: Any) -> Any:
+def add(_typing: Any, _address: Any, _value: Any) -> Any:
     """Raise the word at an address in one instant, seen by all threads; what it was before."""
 
     def emit(_: Any, b: Any, __: Any, args: Any) -> Any:
@@ -184,7 +178,7 @@ def fence(_typing: Any) -> Any:
 
 
 @intrinsic
-def call(_typing: Any, function: Any, one: Any, two: Any) -> Any:
+def call(_typing: Any, _function: Any, _one: Any, _two: Any) -> Any:
     """Call the C function at an address with two words; those that take fewer do not look."""
 
     def emit(_: Any, b: Any, __: Any, args: Any) -> Any:
@@ -217,7 +211,9 @@ def provide(name: str, address: int) -> None:
     llvmlite.binding.add_symbol(name, address)
 
 
-MESSAGE = ctypes.create_string_buffer(b"a kernel of optimisers found no memory, or an unknown form of its call")
+MESSAGE = ctypes.create_string_buffer(
+    b"a kernel of optimisers found no memory, or an unknown form of its call"
+)
 FAILURE = (ctypes.c_int64 * 4)(32, 0, ctypes.addressof(MESSAGE), 13)
 """`XLA_FFI_Error_Create_Args`: size, extension, message, code (internal error)."""
 
@@ -261,8 +257,7 @@ TASK = """
 
 from numba import carray, cfunc
 
-from optimisers.engines.support import peek64
-from optimisers.engines.xla_ffi import add, call, fence, float64s, int64s, symbol
+from optimisers.engines.xla_ffi import add, call, fence, float64s, int64s, provide, symbol
 from optimisers.engines.xla_ffi import (
     ADDRESSES, BOUNDS, CHUNK, CHUNKS, COLUMNS, INSIDE, LEAVES, PARTIAL, REFERENCES, ROW, ROWS, SCALARS, SIZES,
     SPANS, SUMS, TABLE,
@@ -303,7 +298,7 @@ def handler(frame):
 LAST = "\n        carray(float64s(at[PARTIAL]), (n[SUMS], n[CHUNKS])),"
 """The argument that only kernels with sums have."""
 
-HANDLE = '"""Runs a kernel inside a computation of XLA: finds the arrays, shares the work, gathers the sums."""' + """
+HANDLE = '''"""Runs a kernel inside a computation of XLA: finds the arrays, shares work, gathers sums."""
 import math
 
 from numba import carray, cfunc
@@ -331,7 +326,8 @@ def handle(frame, task):
         poke64(about + 40, 0)
         return 0
 
-    api, ctx, inputs, results = peek64(frame + 16), peek64(frame + 24), peek64(frame + 72), peek64(frame + 112)
+    api, ctx = peek64(frame + 16), peek64(frame + 24)
+    inputs, results = peek64(frame + 72), peek64(frame + 112)
     block, plan = 0, 0
     if peek64(frame) >= 168 and peek64(api) >= 152 and peek32(api + 32) == 0 and peek64(frame + 136) == 1:
         attribute = peek64(peek64(frame + 160))
@@ -356,7 +352,7 @@ def handle(frame, task):
     for i in range(PLAN):
         at[SIZES + i] = n[i]
 
-    place, address = carray(int64s(places), 2), carray(int64s(at[ADDRESSES]), n[COLUMNS] * n[LEAVES])
+    address = carray(int64s(at[ADDRESSES]), n[COLUMNS] * n[LEAVES])
     for i in range(n[COLUMNS] * n[LEAVES]):
         place = carray(int64s(places + 16 * i), 2)
         where = inputs + 8 * (1 + place[0]) if place[0] < n[INPUTS] else results + 8 * (place[0] - n[INPUTS])
@@ -366,8 +362,8 @@ def handle(frame, task):
     if n[WIDE]:
         at[TABLE] = numbers
     else:
-        narrow, table = carray(float32s(numbers), n[ROWS] * n[SCALARS]), carray(
-            float64s(at[TABLE]), n[ROWS] * n[SCALARS])
+        narrow = carray(float32s(numbers), n[ROWS] * n[SCALARS])
+        table = carray(float64s(at[TABLE]), n[ROWS] * n[SCALARS])
         for i in range(n[ROWS] * n[SCALARS]):
             table[i] = narrow[i]
 
@@ -422,5 +418,19 @@ def handle(frame, task):
     if add(block + 8 * REFERENCES, -1) == 1:
         call(free(), block, 0)
     return 0
-"""
+'''
 """Compiled once for all kernels. Takes the call frame and the address of the kernel's `task`."""
+
+
+def handler_text(folder: str) -> str:
+    """The text of the handler of all kernels; raises OSError if the header is not as expected."""
+    path = Path(folder) / "xla" / "ffi" / "api" / "c_api.h"
+    text = path.read_text()
+    if not agrees(text):
+        raise OSError(f"{path} has structures of another form")
+    return HANDLE.format(edition=edition(), minor=Header(text).constant("XLA_FFI_API_MINOR"))
+
+
+def task_text(name: str, *, sums: bool) -> str:
+    """What follows the source of a kernel that XLA knows by this name."""
+    return TASK.format(edition=edition(), name=name, partial=LAST if sums else "")

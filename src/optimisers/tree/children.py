@@ -26,6 +26,10 @@ class Container:
     """A faster way to the arrays at all places below: of a container, its node, and their names."""
     gradients: Callable[[Any], dict[str, Any]] | None = None
     """The gradients that the container itself keeps, by name."""
+    bare: bool = False
+    """Whether a gradient may stand in its place, instead of in one like it."""
+    write: Callable[[Any, dict[Any, Any]], Any] | None = None
+    """Replaces children in the container itself, for a step in place; None where a new one is made."""
     value_and_grad: Callable[..., Any] | None = None
     """Value and gradients of a loss: of (loss, container, arguments, has_aux)."""
 
@@ -102,7 +106,11 @@ REGISTERED: dict[type, Container] = {}
 kinds.
 """
 
-FOREIGN = {"torch": "optimisers.tree.torch"}
+FOREIGN = {
+    "torch": "optimisers.tree.torch",
+    "flax": "optimisers.tree.jax",
+    "equinox": "optimisers.tree.jax",
+}
 """Top-level package of a class -> the module here that knows its models; none is imported before the user has
 it.
 """

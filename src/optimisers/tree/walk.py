@@ -396,6 +396,8 @@ def gather_gradients(node: Node, grads: Any, path: KeyPath) -> Any:
             return node.fetch(grads)
         except (LookupError, AttributeError):
             pass
+    if node.ways is not None and node.ways.bare and registry.isarray(grads):
+        return [grads]
     if registry.isarray(grads):
         raise TreeMismatch(
             f"{path.code('grads')} is an array of shape {tuple(grads.shape)}; the model has a "
@@ -467,8 +469,13 @@ def _mirrored(node: Node, values: dict[str, Any], prefix: str) -> Any:
     return inner if any(not isinstance(k, int) for k in node.keys) else list(inner.values())
 
 
-def rebuild(node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any] | None = None) -> Any:
-    """The model with the leaves in `new` replaced; what holds none of them is the same object as before."""
+def rebuild(
+    node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any] | None = None, *, inplace: bool = False
+) -> Any:
+    """The model with the leaves in `new` replaced; what holds none of them is the same object as before.
+
+    With `inplace`, containers that can be written are.
+    """
     if node.leaf >= 0:
         x = new.get(node.leaf)
         if x is None:
@@ -478,6 +485,7 @@ def rebuild(node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any] | 
     if id(node) in memo:
         return memo[id(node)]
     changes: dict[Any, Any] = {}
+    values: dict[Any, Any] = {}
     if node.pick is not None:
         try:
             changes = node.pick(new)
@@ -485,10 +493,14 @@ def rebuild(node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any] | 
             changes = {key: new[c.leaf] for key, c in node.live if c.leaf in new}
     else:
         for key, child, value in model_children(node, model, KeyPath(), "setup"):
+            values[key] = value
             if any(i in new for i in child.leaves):
-                changes[key] = rebuild(child, value, new, memo)
+                changes[key] = rebuild(child, value, new, memo, inplace=inplace)
     assert node.ways is not None
-    memo[id(node)] = result = node.ways.rebuild(model, changes) if changes else model
+    change = node.ways.write if inplace and node.ways.write is not None else node.ways.rebuild
+    if inplace:
+        changes = {k: v for k, v in changes.items() if v is not values.get(k)}
+    memo[id(node)] = result = change(model, changes) if changes else model
     return result
 
 

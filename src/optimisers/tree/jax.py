@@ -1,0 +1,82 @@
+"""How are the models of Flax and Equinox read? As the pytrees that they are, one level at a time."""
+
+import functools
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, default_registry
+
+from optimisers.tree.children import Container
+from optimisers.tree.path import Attr
+
+
+def container_of(kind: type) -> Container | None:
+    """The ways of a class that is registered with JAX; None for others, and for plain dicts and lists."""
+    if issubclass(kind, dict | list | tuple):
+        return None
+    variable = _variable()
+    if variable is not None and issubclass(kind, variable):
+        trained = issubclass(kind, sys.modules["flax"].nnx.Param)
+        return PARAMETER if trained else VARIABLE
+    if any(base.__module__.partition(".")[0] in ("flax", "equinox") for base in kind.__mro__):
+        return PYTREE
+    return None
+
+
+def _variable() -> Any:
+    """Flax's class of variables, if the user has it."""
+    flax = sys.modules.get("flax.nnx")
+    return getattr(flax, "Variable", None)
+
+
+def _level(obj: Any) -> list[tuple[Any, Any]]:
+    """(key, child) of everything one level down; nothing for what is a leaf to JAX."""
+    found = default_registry.flatten_one_level_with_keys(obj)
+    return [(_key(key), child) for key, child in found[0]] if found is not None else []
+
+
+def _key(key: Any) -> Any:
+    if isinstance(key, GetAttrKey):
+        return Attr(key.name)
+    if isinstance(key, DictKey | FlattenedIndexKey):
+        return key.key
+    return key.idx if isinstance(key, SequenceKey) else str(key)
+
+
+def _keys(obj: Any) -> tuple[Any, ...]:
+    return tuple(key for key, _ in _level(obj))
+
+
+def _read(obj: Any, keys: tuple[Any, ...]) -> Iterable[Any]:
+    return [child for _, child in _level(obj)]
+
+
+def _rebuild(obj: Any, changes: dict[Any, Any]) -> Any:
+    children, form = jax.tree_util.tree_flatten(obj, is_leaf=functools.partial(_is_other, obj))
+    keys = _keys(obj)
+    return jax.tree_util.tree_unflatten(
+        form, [changes.get(k, child) for k, child in zip(keys, children, strict=True)]
+    )
+
+
+def _is_other(obj: Any, x: Any) -> bool:
+    return x is not obj
+
+
+def _write(obj: Any, changes: dict[Any, Any]) -> Any:
+    """A variable of Flax holds its array, and is told another."""
+    for value in changes.values():
+        obj[...] = value
+    return obj
+
+
+def _same(obj: Any, changes: dict[Any, Any]) -> Any:
+    """What holds variables that were written need not be made anew."""
+    return obj
+
+
+PYTREE = Container(_keys, _read, _rebuild)
+PARAMETER = Container(_keys, _read, _rebuild, bare=True, write=_write)
+VARIABLE = Container(_keys, _read, _rebuild, trainable=())
