@@ -410,7 +410,7 @@ def current(state: Any) -> Any:
 
 
 def hyperparameters(state: Any) -> dict[str, Any]:
-    """The hyper-parameters of all rules below `state`, by name: numbers, or vectors with one for each history.
+    """The hyper-parameters of all rules below `state`, by name: numbers, or vectors, one for each history.
 
     A name that several rules of a chain have is given with its place, `rules.1.eta`. What is done to these
     numbers may be differentiated: `with_hyperparameters(state, h)` puts them back. Settings that are

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optimisers.errors import UnknownField
+from optimisers.arrays import jax as arrays
+from optimisers.errors import TreeMismatch, UnknownField
 from optimisers.leaf import Branch, Leaf, opened
 from optimisers.store import Pending, Store, Structure
 from optimisers.tree.walk import Node, find
@@ -74,6 +75,31 @@ for _kind in (Leaf, Branch):
 def known(store: Store) -> None:
     """Let the clock be an array, as all numbers of the state are."""
     store.clock = jnp.asarray(store.clock, jnp.int32)
+    if "flax" in sys.modules:
+        _teach_flax()
+
+
+@functools.cache
+def _teach_flax() -> None:
+    """Let `flax.serialization` write a state as a dict of its arrays, by name."""
+    from flax import serialization
+
+    def to_dict(state: Any) -> dict[str, Any]:
+        children, (structure, _) = _parts(state)
+        return {key.key: x for key, x in zip(_names(structure), children, strict=True)}
+
+    def from_dict(kind: type, target: Any, saved: dict[str, Any]) -> Any:
+        _, rest = _parts(target)
+        names = [key.key for key in _names(rest[0])]
+        if set(names) != set(saved):
+            lost = min(set(names) ^ set(saved))
+            raise TreeMismatch(
+                f"the saved state is that of another model or rule: {lost!r} is on one side only"
+            )
+        return _unflatten(kind, rest, [jnp.asarray(saved[name]) for name in names])
+
+    for kind in (Leaf, Branch):
+        serialization.register_serialization_state(kind, to_dict, functools.partial(from_dict, kind))
 
 
 # -- steps ---------------------------------------------------------------------------------------------------
@@ -84,7 +110,7 @@ def takes(store: Store, xs: Sequence[Any], orders: list[Any]) -> bool:
     if not store.groups or any(g.kind.name != "jax" for g in store.groups):
         return False
     every = (*xs, *(g for gs in orders for g in gs), *store.arrays())
-    return not any(isinstance(a, jax.core.Tracer) for a in every)
+    return not any(arrays.is_traced(a) for a in every)
 
 
 runners.append(sys.modules[__name__])
@@ -98,8 +124,8 @@ class _Out:
 
 
 def _out_parts(out: _Out) -> tuple[Any, Structure]:
-    arrays, structure = _apart(out.store)
-    return (arrays, out.new), structure
+    held, structure = _apart(out.store)
+    return (held, out.new), structure
 
 
 jax.tree_util.register_pytree_node(
@@ -126,7 +152,7 @@ def vmap_axes(state: Any, *names: str) -> Any:
     """The axes over which `jax.vmap` maps a state whose named hyper-parameters differ: a tree like the state,
     0 at the tables of numbers that hold them, None elsewhere.
 
-    `states = vmap(lambda e: adjust(state, e), out_axes=axes)(rates)`, then `vmap(step, in_axes=(axes, None))`.
+    `states = vmap(lambda e: adjust(state, e), out_axes=axes)(rates)`, `vmap(step, in_axes=(axes, None))`.
     Counters that have come to differ stand in the same tables; states that have trained apart map whole, with
     axis 0. Raises UnknownField for a name that no rule has.
     """

@@ -43,6 +43,8 @@ def setup(rule: Any, model: Any, *, engine: str | None = None) -> Any:
         raise BadState("setup was given a state where the model goes; write setup(rule, model)")
     if isinstance(model, Rule):
         raise BadState(f"setup was given the rule {model!r} where the model goes; write setup(rule, model)")
+    if hasattr(rule, "setup"):
+        return rule.setup(model)
     layout, arrays = survey(model)
     for path, value in layout.floats if arrays else []:
         warnings.warn(
@@ -141,6 +143,8 @@ def update(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     for compiler in compilers:
         if compiler.looks():
             return compiler.update(state, model, _given(grads, "update"), more)
+    if hasattr(state, "stepped"):
+        return state.stepped(model, _given(grads, "update"))
     store, node, path = _opened(state, model)
     xs, orders = walked(node, path, model, (_given(grads, "update"), *more))
     successor, new = stepped(store, node, xs, orders)
@@ -185,6 +189,8 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     Arrays that may not be written (read-only ones) are replaced in the model that is returned, and only
     there. If it raises, nothing has changed. Arguments and errors are those of `update`.
     """
+    if hasattr(state, "stepped"):
+        return state.stepped(model, _given(grads, "update_"))
     store, node, path = _opened(state, model)
     xs, orders = walked(node, path, model, (_given(grads, "update_"), *more))
     if any(g.kind.library.REPLACES for g in store.groups):

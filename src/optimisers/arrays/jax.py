@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 Array = jax.Array
 
@@ -52,7 +53,7 @@ def is_loose(x: Array) -> bool:
 
 def is_traced(x: Any) -> bool:
     """Whether a transform looks at this array."""
-    return isinstance(x, jax.core.Tracer)
+    return isinstance(x, Tracer)
 
 
 def follows(xs: Sequence[Any], gradients: Sequence[Sequence[Any]], *, inplace: bool) -> bool:
@@ -261,7 +262,11 @@ def table(rows: Any) -> Array:
     kind = jax.dtypes.canonicalize_dtype(np.float64)
     if isinstance(rows, np.ndarray):
         return jnp.asarray(rows, kind)
-    return jnp.stack([jnp.stack([jnp.asarray(v, kind) for v in row]) for row in rows]) if rows[0] else jnp.zeros((len(rows), 0), kind)
+    return (
+        jnp.stack([jnp.stack([jnp.asarray(v, kind) for v in row]) for row in rows])
+        if rows[0]
+        else jnp.zeros((len(rows), 0), kind)
+    )
 
 
 def constant(values: Any, beside: Array) -> Any:

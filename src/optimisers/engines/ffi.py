@@ -211,9 +211,15 @@ def checked(places: Indices, row: Indices, sizes: Indices, buffers: Sequence[Any
 
 def varying(arrays: Sequence[Any]) -> frozenset[Any]:
     """The axes of `shard_map` along which any of these arrays differs from device to device."""
+    return frozenset[Any]().union(*(_axes(a) for a in arrays))
+
+
+def _axes(array: Any) -> frozenset[Any]:
     import jax
 
-    return frozenset[Any]().union(*(getattr(jax.typeof(a), "vma", frozenset()) for a in arrays))
+    kind = jax.typeof(array)
+    found: Any = getattr(getattr(kind, "manual_axis_type", None), "varying", None)
+    return getattr(kind, "vma", frozenset[Any]()) if found is None else found  # its name before JAX 0.10
 
 
 def varied(arrays: Sequence[Any]) -> list[Any]:
@@ -221,7 +227,7 @@ def varied(arrays: Sequence[Any]) -> list[Any]:
     import jax
 
     axes = varying(arrays)
-    missing = [tuple(axes - getattr(jax.typeof(a), "vma", frozenset())) for a in arrays]
+    missing = [tuple(sorted(axes - _axes(a))) for a in arrays]
     return [jax.lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True)]
 
 
@@ -229,7 +235,11 @@ def alike(forms: Sequence[Any], axes: frozenset[Any]) -> list[Any]:
     """The forms of results that differ along these axes of `shard_map`."""
     import jax
 
-    return [jax.ShapeDtypeStruct(f.shape, f.dtype, vma=axes) if axes else f for f in forms]
+    if not axes:
+        return list(forms)
+    kind = getattr(jax.sharding, "ManualAxisType", None)
+    how: dict[str, Any] = {"vma": axes} if kind is None else {"manual_axis_type": kind(varying=axes)}
+    return [jax.ShapeDtypeStruct(f.shape, f.dtype, **how) for f in forms]
 
 
 # -- where they cannot run -----------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def _keys(obj: Any) -> tuple[Any, ...]:
     return tuple(key for key, _ in _level(obj))
 
 
-def _read(obj: Any, keys: tuple[Any, ...]) -> Iterable[Any]:
+def _read(obj: Any, _: tuple[Any, ...]) -> Iterable[Any]:
     return [child for _, child in _level(obj)]
 
 
@@ -69,11 +69,6 @@ def _write(obj: Any, changes: dict[Any, Any]) -> Any:
     """A variable of Flax holds its array, and is told another."""
     for value in changes.values():
         obj[...] = value
-    return obj
-
-
-def _same(obj: Any, changes: dict[Any, Any]) -> Any:
-    """What holds variables that were written need not be made anew."""
     return obj
 
 

@@ -396,13 +396,8 @@ def gather_gradients(node: Node, grads: Any, path: KeyPath) -> Any:
             return node.fetch(grads)
         except (LookupError, AttributeError):
             pass
-    if node.ways is not None and node.ways.bare and registry.isarray(grads):
-        return [grads]
     if registry.isarray(grads):
-        raise TreeMismatch(
-            f"{path.code('grads')} is an array of shape {tuple(grads.shape)}; the model has a "
-            f"{node.kind.__name__ if node.kind else 'container'} there"
-        )
+        return _bare(node, grads, path)
     if isinstance(grads, Mapping) and any(k not in node.keys for k in grads):
         named = _by_name(node, grads, path)
         if named is not None:
@@ -418,6 +413,16 @@ def gather_gradients(node: Node, grads: Any, path: KeyPath) -> Any:
     for key, child in node.live:
         out.extend(gather_gradients(child, found[key], KeyPath(path, key)))
     return out
+
+
+def _bare(node: Node, grads: Any, path: KeyPath) -> list[Any]:
+    """An array that stands for a container of one."""
+    if node.ways is not None and node.ways.bare:
+        return [grads]
+    raise TreeMismatch(
+        f"{path.code('grads')} is an array of shape {tuple(grads.shape)}; the model has a "
+        f"{node.kind.__name__ if node.kind else 'container'} there"
+    )
 
 
 def _by_name(node: Node, grads: Mapping[Any, Any], path: KeyPath) -> list[Any] | None:

@@ -1,0 +1,131 @@
+"""Rules as transformations of Optax, and transformations of Optax as rules for a whole model."""
+
+from typing import Any
+
+import jax
+import optax
+
+from optimisers.arrays import registry
+from optimisers.errors import BadState, TreeMismatch
+from optimisers.rule import Rule
+from optimisers.tree.path import KeyPath
+from optimisers.tree.walk import gather, gather_gradients, rebuild, survey
+from optimisers.update import setup, update
+
+__all__ = ["as_optax", "from_optax"]
+
+
+# -- ours in Optax -------------------------------------------------------------------------------------------
+
+
+def as_optax(rule: Any) -> optax.GradientTransformationExtraArgs:
+    """A rule (or {glob: rule}) as a transformation of Optax, to chain, wrap, and hand to trainers.
+
+    Its state is that of `setup` over the arrays of the parameters, by their path: adjust and freeze it there.
+    `update` needs the parameters, and ignores further arguments. Since it returns what is to be added to
+    them, rounding differs from that of our own `update` by one addition.
+    """
+
+    def init(params: Any) -> Any:
+        return setup(rule, _named(params)[0])
+
+    def change(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
+        if params is None:
+            raise BadState("as_optax(rule) needs the parameters; write tx.update(grads, state, params)")
+        named, _ = _named(params)
+        slopes, form = _named(updates)
+        state, new = update(state, named, {k: slopes.get(k) for k in named})
+        steps = [new[k] - named[k] if k in slopes else None for k in slopes]
+        return jax.tree.unflatten(form, steps), state
+
+    return optax.GradientTransformationExtraArgs(init, change)
+
+
+def _named(tree: Any) -> tuple[dict[str, Any], Any]:
+    """(the arrays of a pytree by their path, its form)."""
+    found, form = jax.tree_util.tree_flatten_with_path(tree)
+    return {_path(keys): x for keys, x in found}, form
+
+
+def _path(keys: Any) -> str:
+    """A path as our globs read it; the wrapper of a variable of Flax does not count."""
+    text = jax.tree_util.keystr(keys, simple=True, separator=".")
+    return text.removesuffix(".value") or "params"
+
+
+# -- Optax here ----------------------------------------------------------------------------------------------
+
+
+class WholeState:
+    """The state of a transformation of Optax beside a model; `update` steps the model with it."""
+
+    def __init__(self, rule: "from_optax", layout: Any, inner: Any) -> None:
+        self.rule, self.layout, self.inner = rule, layout, inner
+
+    def __repr__(self) -> str:
+        return f"WholeState({self.inner!r})"
+
+    def stepped(self, model: Any, grads: Any, **extra: Any) -> Any:
+        """(state, model) after a step."""
+        root = self.layout.root
+        xs = _by_leaf(root, gather(root, model, KeyPath()))
+        slopes = _by_leaf(root, gather_gradients(root, grads, KeyPath()))
+        missing = [leaf for leaf, g in slopes.items() if g is None]
+        if missing:
+            raise TreeMismatch(
+                f"grads has None at {self.layout.paths[missing[0]]}; a transformation of Optax steps all "
+                "parameters at once: wrap it in optax.masked, or give zeros"
+            )
+        names = {leaf: str(self.layout.paths[leaf]) for leaf in xs}
+        steps: Any
+        steps, inner = self.rule.tx.update(
+            {names[i]: g for i, g in slopes.items()},
+            self.inner,
+            {names[i]: x for i, x in xs.items()},
+            **extra,
+        )
+        stepped: Any = optax.apply_updates({names[i]: x for i, x in xs.items()}, steps)
+        new = {i: stepped[name] for i, name in names.items()}
+        return WholeState(self.rule, self.layout, inner), rebuild(root, model, new)
+
+
+def _by_leaf(root: Any, values: Any) -> dict[int, Any]:
+    """What stands at the first place of every leaf."""
+    found: dict[int, Any] = {}
+    for leaf, value in zip(root.leaves, values, strict=True):
+        found.setdefault(leaf, value)
+    return found
+
+
+jax.tree_util.register_pytree_with_keys(
+    WholeState,
+    lambda s: (((jax.tree_util.GetAttrKey("inner"), s.inner),), (s.rule, s.layout)),
+    lambda static, children: WholeState(static[0], static[1], children[0]),
+)
+
+
+class from_optax:  # noqa: N801 it is used as a function
+    """A transformation of Optax as a rule for a whole model: `setup(from_optax(optax.lbfgs()), model)`.
+
+    `update(state, model, grads)` steps all parameters together; ties count once. It has no Leaf for each
+    array, so freeze and adjust do not apply: use Optax's own wrappers.
+    """
+
+    def __init__(self, tx: Any) -> None:
+        if isinstance(tx, Rule) or not (hasattr(tx, "init") and hasattr(tx, "update")):
+            raise BadState(
+                f"from_optax takes a transformation of Optax, such as optax.adam(1e-3); {tx!r} was given"
+            )
+        self.tx = tx
+
+    def __repr__(self) -> str:
+        return f"from_optax({self.tx!r})"
+
+    def setup(self, model: Any) -> WholeState:
+        """The state for a model."""
+        layout, arrays = survey(model)
+        for path, x in zip(layout.paths, arrays, strict=True):
+            if registry.library(x).NAME != "jax":
+                raise BadState(f"{path.code()} is no array of JAX, which is what Optax steps")
+        names = map(str, layout.paths)
+        return WholeState(self, layout, self.tx.init(dict(zip(names, arrays, strict=True))))
