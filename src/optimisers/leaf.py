@@ -481,14 +481,15 @@ def averaged(state: Any, model: Any) -> Any:
     Parameters whose rule keeps no average are shared with the model. Raises NoMatch if none does.
     """
     store, node, path = parts(state)
-    gather(node, model, path)
+    xs = dict(zip(reversed(node.leaves), reversed(gather(node, model, path)), strict=True))
     new: dict[int, Any] = {}
     for leaf in leaves_of(state):
         group, i = store.where(leaf)
         kept = _path_of_average(group.program.template)
         slot = next((j for j, s in enumerate(group.program.slots) if s.path == kept), None)
         if slot is not None:
-            new[leaf] = group.kind.library.copied(group.slots[slot][i], group.kind.dtype)
+            library = group.kind.library
+            new[leaf] = library.like(xs[leaf], library.copied(group.slots[slot][i], group.kind.dtype))
     if not new:
         raise NoMatch("no rule here keeps an average; write setup(EMA(rule), model)")
     return rebuild(node, model, new)

@@ -43,7 +43,16 @@ def setup(rule: Any, model: Any, *, engine: str | None = None) -> Any:
         raise BadState("setup was given a state where the model goes; write setup(rule, model)")
     if isinstance(model, Rule):
         raise BadState(f"setup was given the rule {model!r} where the model goes; write setup(rule, model)")
-    if hasattr(rule, "setup"):
+    if isinstance(model, type):
+        name = model.__name__
+        raise BadState(
+            f"setup was given the class {name} where the model goes; write setup(rule, {name}(...))"
+        )
+    if isinstance(model, Generator):
+        raise BadState(
+            "setup was given a generator where the model goes; write setup(rule, module), or a list of tensors"
+        )
+    if not isinstance(rule, type) and hasattr(rule, "setup"):
         return rule.setup(model)
     layout, arrays = survey(model)
     for path, value in layout.floats if arrays else []:

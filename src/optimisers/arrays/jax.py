@@ -61,6 +61,11 @@ def follows(xs: Sequence[Any], gradients: Sequence[Sequence[Any]], *, inplace: b
     return True
 
 
+def unready(x: Array) -> str:
+    """What must be done before this can be trained; empty if nothing."""
+    return ""
+
+
 def size(x: Array) -> int:
     return math.prod(x.shape)
 

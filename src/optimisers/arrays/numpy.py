@@ -55,6 +55,11 @@ def follows(xs: Sequence[Any], gradients: Sequence[Sequence[Any]], *, inplace: b
     return False
 
 
+def unready(x: Array) -> str:
+    """What must be done before this can be trained; empty if nothing."""
+    return ""
+
+
 def size(x: Array) -> int:
     return x.size
 

@@ -52,7 +52,11 @@ def is_complex(x: Tensor) -> bool:
 
 
 def is_writable(x: Tensor) -> bool:
-    """Tensors in which two elements share one place (expanded ones) are not."""
+    """Tensors in which two elements share one place (expanded ones) are not, nor those of inference mode
+    outside it.
+    """
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        return False
     return x.numel() == 0 or not any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
 
 
@@ -92,6 +96,12 @@ def follows(xs: Sequence[Any], gradients: Sequence[Sequence[Any]], *, inplace: b
         return True
     inside = functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack() > 0
     return inside and any(isinstance(a, Tensor) and is_traced(a) for v in (xs, *gradients) for a in v)
+
+
+def unready(x: Tensor) -> str:
+    """What must be done before this can be trained; empty if nothing."""
+    lazy = isinstance(x, torch.nn.parameter.UninitializedTensorMixin)
+    return "is not initialized yet; call the module with an input before `setup`" if lazy else ""
 
 
 def size(x: Tensor) -> int:
@@ -242,11 +252,13 @@ def any_set(x: Tensor) -> bool:
 
 
 def zeros(n: int, dtype: Any, device: str) -> Tensor:
-    return torch.zeros(n, dtype=dtype, device=device)
+    with torch.inference_mode(False):
+        return torch.zeros(n, dtype=dtype, device=device)
 
 
 def empty(n: int, dtype: Any, device: str) -> Tensor:
-    return torch.empty(n, dtype=dtype, device=device)
+    with torch.inference_mode(False):
+        return torch.empty(n, dtype=dtype, device=device)
 
 
 def seen(x: Tensor, *, read_only: bool) -> Tensor:
@@ -373,8 +385,10 @@ def rounded(old: Tensor, value: Any) -> Tensor:
 
 
 def like(x: Tensor, new: Tensor) -> Tensor:
-    """`new`, a parameter if `x` is."""
-    return torch.nn.Parameter(new, x.requires_grad) if isinstance(x, torch.nn.Parameter) else new
+    """`new`, a parameter if `x` is, and wanting a gradient if it does."""
+    if isinstance(x, torch.nn.Parameter):
+        return torch.nn.Parameter(new, x.requires_grad)
+    return new.requires_grad_() if x.requires_grad and x.is_leaf else new
 
 
 def gradient_of(x: Tensor) -> Tensor | None:
@@ -391,13 +405,13 @@ def value_and_grad(function: Callable[[Any], Any], arrays: Any, has_aux: bool) -
     def of(given: Any) -> Any:
         value, aux = function(given) if has_aux else (function(given), None)
         flat, form = pytree.tree_flatten(aux)
-        others[:] = [form, [None if isinstance(v, Tensor) else v for v in flat]]
+        others[:] = [form, [None if isinstance(v, Tensor) else (v,) for v in flat]]
         return value, [v for v in flat if isinstance(v, Tensor)]
 
     grads, (value, tensors) = torch.func.grad_and_value(of, has_aux=True)(arrays)
     form, flat = others
     found = iter(tensors)
-    aux = pytree.tree_unflatten([next(found) if v is None else v for v in flat], form)
+    aux = pytree.tree_unflatten([next(found) if v is None else v[0] for v in flat], form)
     return ((value, aux) if has_aux else value), grads
 
 
@@ -518,7 +532,11 @@ def _real(x: Any) -> Any:
 
 
 def _imag(x: Any) -> Any:
-    return x.imag if isinstance(x, complex) or (isinstance(x, Tensor) and x.is_complex()) else x * 0.0
+    return (
+        x.imag
+        if isinstance(x, complex) or (isinstance(x, Tensor) and x.is_complex())
+        else torch.zeros_like(_lift(x))
+    )
 
 
 def _bits(x: Any) -> Any:

@@ -234,12 +234,12 @@ def varied(arrays: Sequence[Any]) -> list[Any]:
 def alike(forms: Sequence[Any], axes: frozenset[Any]) -> list[Any]:
     """The forms of results that differ along these axes of `shard_map`."""
     import jax
+    import jax.numpy as jnp
 
-    if not axes:
-        return list(forms)
-    kind = getattr(jax.sharding, "ManualAxisType", None)
-    how: dict[str, Any] = {"vma": axes} if kind is None else {"manual_axis_type": kind(varying=axes)}
-    return [jax.ShapeDtypeStruct(f.shape, f.dtype, **how) for f in forms]
+    def differing(form: Any) -> Any:
+        return jax.lax.pcast(jnp.zeros(form.shape, form.dtype), tuple(sorted(axes)), to="varying")
+
+    return [jax.eval_shape(functools.partial(differing, f)) if axes else f for f in forms]
 
 
 # -- where they cannot run -----------------------------------------------------------------------------------
@@ -250,28 +250,56 @@ def with_fallback(
 ) -> Callable[[Sequence[Any]], list[Any]]:
     """A function of a list of arrays: `fast` on CPUs; `plain` elsewhere, under vmap, and where it is
     differentiated.
+
+    Both take and give the same forms, and look at no traced array but those in their list. `plain` is traced
+    only where it is needed: for a thousand leaves, tracing is most of what a compilation takes.
     """
     import jax
+    import jax.numpy as jnp
 
-    def chosen(*arrays: Any) -> list[Any]:
-        return jax.lax.platform_dependent(
-            *arrays, cpu=lambda *a: fast(list(a)), default=lambda *a: plain(list(a))
-        )
+    def stepped(arrays: Sequence[Any]) -> list[Any]:
+        given = varied([jnp.asarray(a) for a in arrays])
+        traced = jax.make_jaxpr(lambda *a: fast(list(a)))(*given)
+        return list(_step().bind(*given, fast=traced, plain=plain))
 
-    mapped = jax.custom_batching.custom_vmap(chosen)
+    return stepped
 
-    @mapped.def_vmap
-    def _(_: int, batched: list[bool], *arrays: Any) -> Any:
-        axes = [0 if b else None for b in batched]
-        found = jax.vmap(lambda *a: plain(list(a)), in_axes=axes)(*arrays)
-        return found, [True] * len(found)
 
-    @jax.custom_jvp
-    def stepped(*arrays: Any) -> list[Any]:
-        return mapped(*arrays)
+@functools.cache
+def _step() -> Any:
+    """The word of JAX's own language that stands for a step with two ways."""
+    import jax
+    from jax.extend.core import Primitive, jaxpr_as_fun
+    from jax.interpreters import ad, batching, mlir
 
-    @stepped.defjvp
-    def _(arrays: Any, tangents: Any) -> Any:
-        return jax.jvp(lambda *a: plain(list(a)), arrays, tangents)
+    step = Primitive("optimisers_step")
+    step.multiple_results = True
 
-    return lambda arrays: list(stepped(*varied(arrays)))
+    def by_fast(*arrays: Any, fast: Any, **_: Any) -> list[Any]:
+        return jaxpr_as_fun(fast)(*arrays)
+
+    def by_plain(*arrays: Any, plain: Any, **_: Any) -> list[Any]:
+        return list(plain(list(arrays)))
+
+    def now(*arrays: Any, **ways: Any) -> list[Any]:
+        platforms = {d.platform for a in arrays for d in a.devices()}
+        return (by_fast if platforms <= {"cpu"} else by_plain)(*arrays, **ways)
+
+    def forms(*_: Any, fast: Any, **__: Any) -> Any:
+        return fast.out_avals
+
+    def mapped(arrays: Any, axes: Any, **ways: Any) -> Any:
+        found = jax.vmap(functools.partial(by_plain, **ways), in_axes=tuple(axes))(*arrays)
+        return found, [0] * len(found)
+
+    def differentiated(arrays: Any, tangents: Any, **ways: Any) -> Any:
+        changes = [ad.instantiate_zeros(t) for t in tangents]
+        return jax.jvp(functools.partial(by_plain, **ways), tuple(arrays), tuple(changes))
+
+    step.def_impl(now)
+    step.def_abstract_eval(forms)
+    mlir.register_lowering(step, mlir.lower_fun(by_plain, multiple_results=True))
+    mlir.register_lowering(step, mlir.lower_fun(by_fast, multiple_results=True), platform="cpu")
+    batching.primitive_batchers[step] = mapped
+    ad.primitive_jvps[step] = differentiated
+    return step

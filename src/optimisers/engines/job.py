@@ -97,6 +97,9 @@ class Job:
             dx = found
         if registry.module_of(type(dx)) is not self.library:
             raise TreeMismatch(f"{name} is {_brief(dx)}; the parameters are arrays of {self.library.NAME}")
+        where, here = self.library.device(dx), self.library.device(self.x[i])
+        if where != here and not self.symbolic:
+            raise TreeMismatch(f"{name} is on {where}; the parameters are on {here}; move it there")
         if tuple(dx.shape) != self.shapes[i]:
             raise TreeMismatch(
                 f"gradient of shape {tuple(dx.shape)} for parameters of shape {self.shapes[i]}, at {name}"

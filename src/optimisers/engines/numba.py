@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from optimisers.arrays import registry
 from optimisers.arrays.pack import Indices
 from optimisers.engines import cache, kernels, threads
 from optimisers.engines.addresses import LOOKS, Chunks, Form, Scratch
@@ -338,8 +339,10 @@ class Fused(Task):
         for j, k, value in self.other:
             job.out[j].put(k, value)
         if job.inplace:
-            job.library.touched(job.x)
-            if self.x is not job.x:
+            moved = self.x is not job.x
+            stepped = [x for x, was in zip(self.x, job.x, strict=True) if x is was] if moved else job.x
+            job.library.touched(stepped)
+            if moved:
                 results = self.write_back()
         return Result(results, *self.counters())
 
@@ -385,7 +388,7 @@ def common_dtype(library: Any, grads: tuple[Sequence[Any], ...], dtype: Any, wid
     """The element type in which kernels read the gradients: their own if they agree, else that of the
     arithmetic.
     """
-    kinds = {getattr(g, "dtype", wide) for order in grads for g in order}
+    kinds = {g.dtype if registry.module_of(type(g)) is library else wide for order in grads for g in order}
     if kinds == {dtype} or not kinds:
         return dtype
     kind = kinds.pop()

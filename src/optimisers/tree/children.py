@@ -190,6 +190,9 @@ def loose(obj: Any, keys: tuple[Any, ...], needed: tuple[Any, ...]) -> dict[Any,
     named = all(isinstance(k, str) for k in keys)
     if isinstance(obj, tuple | list) and not (named and hasattr(obj, "_fields")):
         return _by_place(list(obj), keys, type(obj).__name__)
+    ways = container(obj)
+    if ways is not None and (own := ways.keys(obj)) and set(needed) <= set(own):
+        return dict(zip(own, ways.read(obj, own), strict=True))
     missing = [k for k in needed if not (named and hasattr(obj, k))]
     if len(missing) == len(needed) and container(obj) is None:
         return f"a {type(obj).__name__} where a container stands"

@@ -65,7 +65,12 @@ class KeyPath(Sequence[Any]):
 
     def code(self, root: str = "model") -> str:
         """The path as one would type it: `model.layers[1]["w"]`."""
-        return root + "".join(f".{k}" if isinstance(k, Attr) else f"[{k!r}]" for k in self.keys)
+        for k in self.keys:
+            if not isinstance(k, Attr):
+                root += f"[{k!r}]"
+            else:
+                root = f"{root}.{k}" if k.isidentifier() else f"getattr({root}, {str(k)!r})"
+        return root
 
     def get(self, tree: Any) -> Any:
         """What stands at this path in `tree`; raises LookupError, naming the first key that is missing."""

@@ -24,7 +24,7 @@ def container_of(kind: type) -> Container | None:
 
 def _key(module: Any, name: str) -> Any:
     """A child's name as the code that reaches it: an index, an item or an attribute."""
-    if name.isdigit():
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ParameterList) and name.isdigit():
         return int(name)
     return name if isinstance(module, nn.ModuleDict | nn.ParameterDict) else Attr(name)
 
@@ -71,6 +71,7 @@ class Route:
         self.names: list[str] = []
         self.links: list[tuple[Any, str]] = []
         self.dicts: list[Any] = []
+        self.absent: list[tuple[Any, str]] = []
         self.inner: list[tuple[Any, str]] = []
         self.known: list[Any] = []
         self.visit(module, "")
@@ -78,24 +79,32 @@ class Route:
         self.at = {name: i for i, name in enumerate(self.names)}
         self.first: list[int] = []
         self.ids: list[int] = []
-        self.picks: dict[int, tuple[Any, list[tuple[Any, str]]]] = {}
+        self.picks: dict[int, tuple[Any, list[int]]] = {}
+        self.found: list[Any] = [d[name] for d, name in self.links]
+        """Every parameter as it was last seen; tied ones at every place."""
 
     def visit(self, module: Any, prefix: str) -> None:
         self.dicts += [module._parameters, module._modules]
         for name, p in module._parameters.items():
-            if p is not None:
+            if p is None:
+                self.absent.append((module._parameters, name))
+            else:
                 self.names.append(prefix + name)
                 self.links.append((module._parameters, name))
         for name, m in module._modules.items():
-            if m is not None:
+            if m is None:
+                self.absent.append((module._modules, name))
+            else:
                 self.inner.append((module._modules, name))
                 self.known.append(m)
                 self.visit(m, f"{prefix}{name}.")
 
     def holds(self, module: Any) -> bool:
-        """Whether the module still is what it was: the same modules inside, as many parameters."""
+        """Whether the module still is what it was: the same modules inside, parameters of the same names."""
         try:
             inside = [d[name] for d, name in self.inner]
+            self.found = found = [d[name] for d, name in self.links]
+            absent = [d[name] for d, name in self.absent]
         except KeyError:
             return False
         return (
@@ -103,11 +112,9 @@ class Route:
             and self.dicts[1] is module._modules
             and all(map(operator.is_, inside, self.known))
             and list(map(len, self.dicts)) == self.sizes
+            and all(p is not None for p in found)
+            and all(p is None for p in absent)
         )
-
-    def all(self) -> list[Any]:
-        """Every parameter; tied ones at every place."""
-        return [d[name] for d, name in self.links]
 
     @staticmethod
     def firsts(parameters: list[Any]) -> list[int]:
@@ -122,10 +129,22 @@ class Route:
         or others are.
         """
         if id(node) not in self.picks:
-            if set(node.keys) != set(_keys(module)) or any(name not in self.at for name in names):
+            if any(name not in self.at for name in names) or not _walked_alike(node, module):
                 return None
-            self.picks[id(node)] = node, [self.links[self.at[name]] for name in names]
-        return [d[name] for d, name in self.picks[id(node)][1]]
+            self.picks[id(node)] = node, [self.at[name] for name in names]
+        found = self.found
+        return [found[i] for i in self.picks[id(node)][1]]
+
+
+def _walked_alike(node: Any, module: Any) -> bool:
+    """Whether a module has at every level the children that a layout knows."""
+    if not isinstance(module, nn.Module):
+        return True
+    keys = _keys(module)
+    if set(node.keys) != set(keys):
+        return False
+    children = dict(zip(keys, _read(module, keys), strict=True))
+    return all(_walked_alike(child, children[key]) for key, child in node.live)
 
 
 _routes: "weakref.WeakKeyDictionary[Any, Route]" = weakref.WeakKeyDictionary()
@@ -147,7 +166,7 @@ def parameters(module: Any, node: Any, names: list[str]) -> list[Any] | None:
 def gradients(module: Any) -> dict[str, Any]:
     """`.grad` of every parameter by its name, as `named_parameters` has them: tied ones once."""
     way = route(module)
-    found = way.all()
+    found = way.found
     if list(map(id, found)) != way.ids:
         way.ids, way.first = list(map(id, found)), way.firsts(found)
     if len(way.first) == len(found):
@@ -171,7 +190,7 @@ def value_and_grad(loss: Callable[..., Any], module: Any, args: Any, has_aux: bo
     out, and buffers that it has changed are changed in the module afterwards.
     """
     whole, way = _Loss(loss, module), route(module)
-    every = way.all()
+    every = way.found
     first = [i for i in way.firsts(every) if every[i].requires_grad]
     parameters = {way.names[i]: every[i].detach() for i in first}
     buffers = dict(module.named_buffers())
@@ -186,7 +205,8 @@ def value_and_grad(loss: Callable[..., Any], module: Any, args: Any, has_aux: bo
     (value, (aux, changed)), grads = arrays.value_and_grad(of, parameters, True)
     with torch.no_grad():
         for name, b in buffers.items():
-            b.copy_(changed[name])
+            if not torch.equal(b, changed[name]):
+                b.copy_(changed[name])
     return ((value, aux) if has_aux else value), grads
 
 

@@ -44,6 +44,8 @@ class Node:
     """The values of the live children in one call; set where all of them are leaves."""
     leaves: tuple[int, ...] = ()
     """The leaves below, in the order of the walk, one entry a place."""
+    frozen: bool = False
+    """Whether a parameter stands here that did not want to be trained."""
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -102,6 +104,8 @@ def _node_key(node: Node) -> Any:
 
 EMPTY = Node()
 
+FROZEN = Node(frozen=True)
+
 
 # -- the first walk ------------------------------------------------------------------------------------------
 
@@ -138,6 +142,8 @@ class _Survey:
         if registry.isarray(obj):
             if registry.istrainable(obj):
                 return self.leaf(obj, path)
+            if registry.isnumeric(obj):
+                return FROZEN
             nested = obj.flat if isinstance(obj, np.ndarray) and obj.dtype == object else ()
             if any(_Survey().visit(item, path, listed=False).leaves for item in nested):
                 raise TreeMismatch(f"{path.code()} is an array of objects, which hold arrays; make it a list")
@@ -201,6 +207,8 @@ class _Survey:
 
     def leaf(self, x: Any, path: KeyPath) -> Node:
         library = registry.library(x)
+        if library.unready(x):
+            raise TreeMismatch(f"{path.code()} {library.unready(x)}")
         where = ("empty", id(x)) if library.size(x) == 0 else (library.NAME, library.memory(x))
         number = self.known.setdefault(where, len(self.arrays))
         if number == len(self.arrays):
@@ -322,15 +330,15 @@ def gather(node: Node, model: Any, path: KeyPath, seen: str = "setup") -> Any:
     """
     if node.leaf >= 0:
         return [model]
-    if node.fetch is not None and type(model) is node.kind and _sized_like(node, model):
+    if node.ways is not None and node.ways.gather is not None:
+        found = node.ways.gather(model, node, node.names) if type(model) is node.kind else None
+        if found is not None:
+            return found
+    elif node.fetch is not None and type(model) is node.kind and _sized_like(node, model):
         try:
             return node.fetch(model)
         except (LookupError, AttributeError):
             pass
-    if node.ways is not None and node.ways.gather is not None and type(model) is node.kind:
-        found = node.ways.gather(model, node, node.names)
-        if found is not None:
-            return found
     out: list[Any] = []
     for key, child, value in model_children(node, model, path, seen):
         out.extend(gather(child, value, KeyPath(path, key), seen))
@@ -409,10 +417,25 @@ def gather_gradients(node: Node, grads: Any, path: KeyPath) -> Any:
             f"{path.code('grads')} has {found}; it takes the structure of the model, with "
             f"{', '.join(live[:8])}{', ...' if len(live) > 8 else ''}"
         )
+    _refuse_frozen(node, grads, path)
     out: list[Any] = []
     for key, child in node.live:
         out.extend(gather_gradients(child, found[key], KeyPath(path, key)))
     return out
+
+
+def _refuse_frozen(node: Node, grads: Any, path: KeyPath) -> None:
+    """Raise TreeMismatch for the gradient of a parameter that is not trained."""
+    if not isinstance(grads, Mapping):
+        return
+    for key, child in zip(node.keys, node.children, strict=True):
+        if child.frozen and grads.get(key) is not None:
+            raise TreeMismatch(NOT_TRAINED.format(path.code("grads"), repr(str(key))))
+
+
+NOT_TRAINED = (
+    "{} has a gradient for {}, which the state does not train; it was no trainable parameter at `setup`"
+)
 
 
 def _bare(node: Node, grads: Any, path: KeyPath) -> list[Any]:
@@ -441,10 +464,7 @@ def _by_name(node: Node, grads: Mapping[Any, Any], path: KeyPath) -> list[Any] |
     known = set(node.names)
     for key, value in grads.items():
         if key not in known and value is not None:
-            raise TreeMismatch(
-                f"{path.code('grads')} has a gradient for {key!r}, which the state does not train; it was "
-                "no trainable parameter at `setup`"
-            )
+            raise TreeMismatch(NOT_TRAINED.format(path.code("grads"), repr(key)))
     there = {leaf for leaf, name in zip(node.leaves, node.names, strict=True) if name in grads}
     for leaf, name in zip(node.leaves, node.names, strict=True):
         if leaf not in there:
