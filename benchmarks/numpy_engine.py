@@ -193,14 +193,14 @@ def split(step: Callable[[], object], rounds: int = 300) -> dict[str, list[float
 # -- what needs a process of its own -------------------------------------------------------------------------
 
 
-def child(*args: str, cache: str | None = None) -> dict[str, Any]:
-    """Run one of the measurements below in a fresh process; its answers."""
+def child(*args: str, module: str = "benchmarks.numpy_engine", cache: str | None = None) -> dict[str, Any]:
+    """Run one of the measurements of a module in a fresh process; its answers."""
     env = dict(os.environ)
     source = str(ROOT / "src")
     env["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [env.get("PYTHONPATH")])])
     if cache is not None:
         env["XDG_CACHE_HOME"] = cache
-    command = [sys.executable, "-m", "benchmarks.numpy_engine", "--child", *args]
+    command = [sys.executable, "-m", module, "--child", *args]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")

@@ -51,16 +51,20 @@ def interleaved(
     least: int = 7,
     most: int = 300,
     warmup: int = 2,
+    before: Callable[[str], object] | None = None,
 ) -> Timings:
     """Time the candidates in turn for about so many seconds, warm-up apart.
 
     Every round calls each candidate once, in another order, so that none always follows the same one. What a
-    candidate returns is dropped outside the timing. The garbage collector runs between rounds only.
+    candidate returns is dropped outside the timing, and `before`, which is given its name, is called outside
+    it too. The garbage collector runs between rounds only.
     """
     names = list(candidates)
     shuffle = random.Random(0).shuffle  # noqa: S311 an order, no secret
+    prepare = before or str
     for _ in range(warmup):
         for name in names:
+            prepare(name)
             candidates[name]()
     found: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
@@ -71,6 +75,7 @@ def interleaved(
             gc.disable()
             shuffle(names)
             for name in names:
+                prepare(name)
                 found[name].append(timed(candidates[name]))
             if collecting:
                 gc.enable()

@@ -50,7 +50,8 @@ def setup(rule: Any, model: Any, *, engine: str | None = None) -> Any:
         )
     if isinstance(model, Generator):
         raise BadState(
-            "setup was given a generator where the model goes; write setup(rule, module), or a list of tensors"
+            "setup was given a generator where the model goes; write setup(rule, module), or a list of "
+            "tensors"
         )
     if not isinstance(rule, type) and hasattr(rule, "setup"):
         return rule.setup(model)

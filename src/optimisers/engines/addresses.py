@@ -308,12 +308,12 @@ def _inside_tensors(torch: Any) -> Any:
         return 8 * next(i for i in range(len(found)) if found[i : i + len(wanted)] == wanted)
 
     try:
-        impl = words(probe._cdata, 26)  # noqa: SLF001 the object behind the tensor
+        impl = words(probe._cdata, 26)
         storage = probe.untyped_storage()
         of_sizes = first(impl, [3, 3, 5, 7])
-        sparse = words(torch.zeros(2, 3).to_sparse()._cdata, 26)  # noqa: SLF001
-        plain = words(torch.zeros(2, 3)._cdata, 26)  # noqa: SLF001
-        double = words(other._cdata, 26)  # noqa: SLF001
+        sparse = words(torch.zeros(2, 3).to_sparse()._cdata, 26)
+        plain = words(torch.zeros(2, 3)._cdata, 26)
+        double = words(other._cdata, 26)
         of_offset = first(impl, [13, 105])  # the offset, then how many elements there are
         of_type = next(
             8 * i
@@ -328,19 +328,19 @@ def _inside_tensors(torch: Any) -> Any:
         codes: dict[Any, int] = {}
         for name in ("float16", "bfloat16", "float32", "float64", "complex64", "complex128", "int16"):
             dtype = getattr(torch, name)
-            codes[dtype] = words(torch.zeros(1, dtype=dtype)._cdata, 26)[of_type // 8] & 0xFFFF  # noqa: SLF001
+            codes[dtype] = words(torch.zeros(1, dtype=dtype)._cdata, 26)[of_type // 8] & 0xFFFF
         table = [
             id(torch.Tensor),
             id(torch.nn.Parameter),
-            first(words(id(probe), 6), [probe._cdata]),  # noqa: SLF001
+            first(words(id(probe), 6), [probe._cdata]),
             of_keys,
             plain[of_keys // 8],
             of_type,
             of_sizes,
             of_sizes + 8,
             first(impl, [701, 103, 2]),
-            first(impl, [storage._cdata]),  # noqa: SLF001
-            first(words(storage._cdata, 8), [storage.data_ptr()]),  # noqa: SLF001
+            first(impl, [storage._cdata]),
+            first(words(storage._cdata, 8), [storage.data_ptr()]),
             of_offset,
         ]
     except (StopIteration, AttributeError):

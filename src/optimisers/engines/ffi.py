@@ -36,7 +36,7 @@ def available() -> bool:
         return False
 
 
-TRIAL = '''"""Halves an array, times a number of its own."""
+TRIAL = '''"""Multiplies every array by a number of its own."""
 from numba import njit
 
 from optimisers.engines.support import claim, loader, storer
@@ -151,14 +151,14 @@ def launch(
     """Run a kernel over buffers of a computation; the outputs, and the reductions of every leaf if there are
     any.
 
-    `outputs` are the forms of the results. `aliases` has the number of an input -> that of the output which
-    takes its place: such an input is written where it lies if its buffer is given away, else XLA copies it
-    first. `places` says of every column of the kernel and leaf (the number of the buffer, outputs counted
-    after inputs; the byte in it where the leaf begins), `row` has the row of `table` of each leaf, `sizes`
-    its elements. A kernel of `sums` reductions, whose words are `ops`, gives an array [sums, leaves] after
-    the outputs: in float64 if JAX has it, gathered in a fixed order in float64 anyway. `helpers` is how many
-    threads help at most; unless given, as many as the elements are worth. Raises ValueError for a place that
-    is not there.
+    `inputs` and `outputs`, the forms of results, are buffers of any types. `aliases` has the number of an
+    input -> that of the output which takes its place: such an input is written where it lies if its buffer is
+    given away, else XLA copies it first. `places` says of every column of the kernel and leaf (the number of
+    the buffer, outputs counted after inputs; the byte in it where the leaf begins), `row` has the row of
+    `table` of each leaf, `sizes` its elements. A kernel of `sums` reductions, whose words are `ops`, gives an
+    array [sums, leaves] after the outputs: in float64 if JAX has it, gathered in a fixed order in float64
+    anyway. `helpers` is how many threads help at most; unless given, as many as the elements are worth.
+    Raises ValueError for a place that is not there.
     """
     import jax
     import jax.numpy as jnp

@@ -25,8 +25,8 @@ OFFSETS = {
     "XLA_FFI_Args": {"size": 16, "args": 32},
     "XLA_FFI_Rets": {"size": 16, "rets": 32},
     "XLA_FFI_Attrs": {"size": 16, "attrs": 40},
-    "XLA_FFI_Array": {"dtype": 0, "size": 8, "data": 16},
-    "XLA_FFI_Buffer": {"dtype": 16, "data": 24, "rank": 32, "dims": 40},
+    "XLA_FFI_Array": {"size": 8, "data": 16},
+    "XLA_FFI_Buffer": {"data": 24},
     "XLA_FFI_Api": {
         "struct_size": 0,
         "api_version": 16,
@@ -36,7 +36,7 @@ OFFSETS = {
         "XLA_FFI_ThreadPool_NumThreads": 144,
     },
     "XLA_FFI_Api_Version": {"major_version": 16, "minor_version": 20},
-    "XLA_FFI_Extension_Base": {"type": 8, "next": 16},
+    "XLA_FFI_Extension_Base": {"type": 8},
     "XLA_FFI_Metadata_Extension": {"extension_base": 0, "metadata": 24},
     "XLA_FFI_Metadata": {"api_version": 8, "traits": 32, "state_type_id": 40},
     "XLA_FFI_Error_Create_Args": {"struct_size": 0, "message": 16, "errc": 24},
@@ -44,7 +44,7 @@ OFFSETS = {
     "XLA_FFI_ThreadPool_Schedule_Args": {"struct_size": 0, "ctx": 16, "task": 24, "data": 32},
     "XLA_FFI_ThreadPool_NumThreads_Args": {"struct_size": 0, "ctx": 16, "num_threads": 24},
 }
-"""Where the fields lie that `HANDLE` reads or writes."""
+"""Where the fields lie that `HANDLE` reads or writes: the same numbers as there."""
 
 CONSTANTS = {"XLA_FFI_Extension_Metadata": 1, "XLA_FFI_API_MAJOR": 0}
 """Numbers of the header that `HANDLE` takes for granted."""

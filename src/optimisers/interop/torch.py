@@ -5,26 +5,30 @@
 
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from optimisers.arrays import registry
-from optimisers.errors import BadSetting, BadState, TreeMismatch
+from optimisers.errors import BadSetting, BadState, TreeMismatch, UnknownField
 from optimisers.leaf import parts
 from optimisers.rule import Rule
 from optimisers.rules.descent import Momentum, Nesterov
 from optimisers.trace.program import flatten, unflatten
 from optimisers.tree.path import KeyPath, matches
 from optimisers.update import setup, update_
-from optimisers.value import ELSEWHERE, adjustable, adjusted, settings
+from optimisers.value import ELSEWHERE, adjustable, adjusted, refuse_unknown, settings
 from optimisers.value import parts as parts_of_value
 
 __all__ = ["TorchOptimizer"]
 
 TORCH_NAMES = {"beta": "betas", "epsilon": "eps", "lam": "weight_decay"}
 """Settings that stand in a group under torch's name too, where schedulers and trainers look for them."""
+
+
+_NO_CLOSURE: Any = False
+"""Tells `step()` from `step(closure=None)`."""
 
 
 class TorchOptimizer(torch.optim.Optimizer):
@@ -50,24 +54,37 @@ class TorchOptimizer(torch.optim.Optimizer):
         self._rules: list[Rule | None] = []
         self._seen: list[dict[str, Any]] = []
         self._scheduled: list[bool] = []
+        self._kept: dict[Any, tuple[Any, bool]] = {}
+        self._forget()
+        if isinstance(params, torch.nn.Module):
+            params = params.named_parameters()
+        self._rule: Rule | None = None
+        self._given: list[Any] | None = None
+        if isinstance(rule, Mapping):
+            params, self._given = _by_glob(rule, list(params))
+            defaults = settings
+            for name in settings:
+                if not any(_known(r, name) for r in self._given if r is not None):
+                    raise UnknownField(f"TorchOptimizer was given {name}=, which none of the rules has")
+        elif isinstance(rule, Rule):
+            for name in settings:
+                if not _known(rule, name) and name not in ELSEWHERE:
+                    refuse_unknown(rule, [name])
+            self._rule = adjusted(rule, _fields(rule, settings, "TorchOptimizer"))
+            tensors = {k: v for k, v in settings.items() if isinstance(v, torch.Tensor)}
+            defaults = _defaults(self._rule) | tensors
+        else:
+            hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
+            raise BadState(f"TorchOptimizer was given {rule!r} where the rule goes{hint}")
+        super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """Have no tree: it is made when it is first needed."""
         self._tree: Any = None
         self._model: dict[str, Any] = {}
         self._known: list[Any] = []
         self._untrained: list[int] = []
-        if isinstance(params, torch.nn.Module):
-            params = params.named_parameters()
-        if isinstance(rule, Mapping):
-            groups, rules = _by_glob(rule, list(params))
-        else:
-            groups, rules = params, None
-            if not isinstance(rule, Rule):
-                hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
-                raise BadState(f"TorchOptimizer was given {rule!r} where the rule goes{hint}")
-        self._given = rules
-        self._rule: Rule | None = None
-        if isinstance(rule, Rule):
-            self._rule = adjusted(rule, self._fields(rule, settings, "TorchOptimizer"))
-        super().__init__(groups, _defaults(self._rule) if self._rule is not None else settings)
+        self._leaf_of: dict[Any, int] = {}
 
     # -- groups --
 
@@ -75,15 +92,18 @@ class TorchOptimizer(torch.optim.Optimizer):
         """Train more parameters, with settings of their own; what has been learnt stays."""
         n = len(self.param_groups)
         given = dict(param_group)
-        rule = (
-            self._rule if self._given is None else self._given[n] if n < len(self._given) else self._given[-1]
-        )
+        rule = self._rule if self._given is None else self._given[min(n, len(self._given) - 1)]
         rule = given.pop("rule", rule)
-        own = {k: v for k, v in given.items() if k not in ("params", "param_names")}
-        if rule is not None:
-            own = self._fields(rule, {**({} if self._given is None else self.defaults), **own}, f"group {n}")
-            rule = adjusted(rule, own)
-            given |= {k: v for k, v in _defaults(rule).items() if k not in given}
+        if rule is None:
+            given.setdefault("lr", 0.0)
+        else:
+            own = {k: v for k, v in given.items() if k not in ("params", "param_names")}
+            common = {} if self._given is None else self.defaults
+            rule = adjusted(rule, _fields(rule, {**common, **own}, f"group {n}"))
+            given.pop("eta", None)
+            rates = {k: v for k, v in self.defaults.items() if isinstance(v, torch.Tensor)}
+            shown = _defaults(rule) | {k: v for k, v in rates.items() if k not in own}
+            given |= {k: v for k, v in shown.items() if k not in given or _is_schedule(given[k])}
         super().add_param_group(given)
         self._rules.append(rule)
         self._scheduled.append(rule is not None and _has_schedule(rule))
@@ -91,28 +111,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         self._stop()
 
     @staticmethod
-    def _fields(rule: Rule, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """Settings of a group as the fields of the rule; those of other tools are left alone."""
-        found: dict[str, Any] = {}
-        known = adjustable(rule)
-        for name, value in given.items():
-            field = _field(rule, name)
-            if field in known:
-                found[field] = _plain(value)
-            elif name in ELSEWHERE and not _nothing(value):
-                raise BadSetting(
-                    f"{where} sets {name}={value!r}, and {rule!r} has no such setting; it has "
-                    f"{', '.join(_names(rule))}"
-                )
-        return found
-
-    def _shown(self, group: dict[str, Any], rule: Any) -> dict[str, Any]:
+    def _shown(group: dict[str, Any], rule: Any) -> dict[str, Any]:
         """The settings of a group as they stand, by key."""
-        return {} if rule is None else {key: _plain(group[key]) for key in _names(rule) if key in group}
-
-    def _now(self, n: int, group: dict[str, Any]) -> dict[str, Any]:
-        """The same for the keys that are known to be there."""
-        return {key: _plain(group[key]) for key in self._seen[n]}
+        return {} if rule is None else {key: _plain(group[key]) for key in _defaults(rule) if key in group}
 
     def _read_groups(self) -> None:
         """Take over what schedulers and users have changed in the groups since the last step."""
@@ -120,9 +121,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         for n, (group, rule, seen) in enumerate(zip(self.param_groups, self._rules, self._seen, strict=True)):
             if rule is None:
                 continue
-            now = self._now(n, group)
+            now = {key: _plain(group[key]) for key in seen}
             if now != seen:
-                changes = {_field(rule, k): v for k, v in now.items() if v != seen.get(k)}
+                changes = {_field(rule, k): v for k, v in now.items() if v != seen[k]}
                 leaves = [self._leaf_of[p] for p in group["params"] if p in self._leaf_of]
                 self._rules[n] = rule = adjusted(rule, changes)  # noqa: PLW2901 it goes on as the new one
                 self._scheduled[n] = _has_schedule(rule)
@@ -136,25 +137,26 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     @torch._disable_dynamo
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step with the gradients that the parameters keep; returns what `closure` returns."""
+    def step(self, closure: Any = _NO_CLOSURE) -> Any:
+        """One step with the gradients that the parameters keep; returns what `closure`, which works out loss
+        and gradients, returns.
+        """
         loss = None
-        if closure is not None:
+        if callable(closure):
             with torch.enable_grad():
                 loss = closure()
         given = self._parameters()
         grads = [p.grad for p in given]
-        if self._tree is None or not self._same(given) or any(grads[i] is not None for i in self._untrained):
+        if not self._is_ready(given) or any(grads[i] is not None for i in self._untrained):
             untouched = not self.state
             self._start()
-            if untouched and closure is None and _asks_for_state_only(self.param_groups, grads):
+            if closure is None and untouched and _asks_for_state_only(self.param_groups, grads):
                 return loss
         found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found is not None and found.item():
+        if not self._leaf_of or (found is not None and found.item()):
             return loss
         if scale is not None:
-            present = [g for g in grads if g is not None]
-            torch._foreach_mul_(present, 1 / scale.item())
+            torch._foreach_mul_([g for g in grads if g is not None], 1 / scale.item())
         self._read_groups()
         update_(self._tree, self._model, dict(zip(self._model, grads, strict=True)))
         return loss
@@ -163,16 +165,24 @@ class TorchOptimizer(torch.optim.Optimizer):
         groups = self.param_groups
         return groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
 
-    def _same(self, given: list[Any]) -> bool:
-        """Whether the groups hold the parameters of the last step: others may stand there now."""
-        return len(given) == len(self._known) and all(map(operator.is_, given, self._known))
+    def _is_ready(self, given: list[Any]) -> bool:
+        """Whether there is a tree for these parameters, and nobody has deleted state: others may stand in the
+        groups now.
+        """
+        return (
+            self._tree is not None
+            and len(self.state) == len(self._leaf_of)
+            and len(given) == len(self._known)
+            and all(map(operator.is_, given, self._known))
+        )
 
     @property
     def tree(self) -> Any:
         """The state as `setup` gives it: a Leaf for each parameter, by its name."""
-        if self._tree is None or not self._same(self._parameters()):
+        if not self._is_ready(self._parameters()):
             self._start()
-        self._read_groups()
+        if self._leaf_of:
+            self._read_groups()
         return self._tree
 
     @property
@@ -189,115 +199,162 @@ class TorchOptimizer(torch.optim.Optimizer):
         for n, (group, rule) in enumerate(zip(self.param_groups, self._rules, strict=True)):
             called = group.get("param_names") or [f"{n}.{i}" for i in range(len(group["params"]))]
             names += called if not set(called) & set(names) else [f"{n}.{name}" for name in called]
-            rules += [rule] * len(group["params"])
-        self._model = dict(zip(names, given, strict=True))
+            rules += [self._kept.get(p, (rule,))[0] if rule is not None else None for p in group["params"]]
+        model = dict(zip(names, given, strict=True))
         rule_of = dict(zip(names, rules, strict=True))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._tree = setup(lambda path, _: rule_of[str(path[0])], self._model, engine=self._engine)
-        self._known = list(given)
-        store, node, _ = parts(self._tree) if self._tree != () else (None, None, None)
-        places = dict(zip(node.names, node.leaves, strict=True)) if node is not None else {}
-        self._leaf_of = {p: places[name] for name, p in self._model.items() if name in places}
-        self._untrained = [i for i, p in enumerate(given) if p not in self._leaf_of]
+            tree = setup(lambda path, _: rule_of[str(path[0])], model, engine=self._engine)
+        leaf_of: dict[Any, int] = {}
+        if tree != ():
+            store, node, _ = parts(tree)
+            places = dict(zip(node.names, node.leaves, strict=True))
+            trained = {name: leaf for name, leaf in places.items() if store.shapes[leaf] is not None}
+            leaf_of = {model[name]: leaf for name, leaf in trained.items()}
+            for p, leaf in leaf_of.items():
+                store.frozen[leaf] = self._kept.get(p, (None, False))[1]
+                if self.state.get(p):
+                    self._adopt(store, leaf, self.state[p])
+            store.changed()
         for p in list(self.state):
-            if p in self._leaf_of and self.state[p]:
-                self._adopt(p, store)
-            elif p not in self._leaf_of and all(p is not q for q in given):
+            if p not in leaf_of:
                 del self.state[p]
-        self._publish()
+        self._tree, self._model, self._known, self._leaf_of = tree, model, list(given), leaf_of
+        self._untrained = [i for i, p in enumerate(given) if p not in leaf_of and rules[i] is not None]
+        self._publish(leaf_of)
 
     def _stop(self) -> None:
-        """Forget the tree; what it has learnt stays in `state`."""
+        """Forget the tree; what it has learnt stays in `state`, what was frozen or adjusted in it is kept."""
         if self._tree is not None:
-            self._publish()
-            self._tree = None
+            self._keep()
+            self._forget()
 
-    def _publish(self) -> None:
-        """Show the state of every parameter in `state`: arrays as views, which stay true, numbers as they are
-        now.
-        """
-        if self._tree == ():
+    def _keep(self) -> None:
+        """Note what the tree knows, for one that is made anew or elsewhere."""
+        if self._tree is None or not self._leaf_of:
             return
         store = parts(self._tree)[0]
+        self._publish([p for p in self._leaf_of if p in self.state])
+        self._kept = {}
         for p, leaf in self._leaf_of.items():
             group, i = store.where(leaf)
+            self._kept[p] = group.rule_of(i), bool(store.frozen[leaf])
+
+    def _publish(self, parameters: Iterable[Any]) -> None:
+        """Show the state of parameters in `state`: arrays as views, which stay true, numbers as they are
+        now.
+        """
+        if not self._leaf_of:
+            return
+        store = parts(self._tree)[0]
+        for p in parameters:
+            group, i = store.where(self._leaf_of[p])
             shown: dict[str, Any] = {"step": torch.tensor(float(store.clock))}
             for path, value in flatten(group.state_of(i)):
                 tensor = registry.isarray(value)
                 shown[_key(path)] = value if tensor else torch.tensor(float(value), dtype=torch.float64)
             self.state[p] = shown
 
-    def _adopt(self, p: Any, store: Any) -> None:
-        """Take over the state of a parameter from `state`, where a checkpoint or another process put it."""
-        group, i = store.where(self._leaf_of[p])
-        saved, name = self.state[p], next(n for n, q in self._model.items() if q is p)
-        old = group.state_of(i)
+    @staticmethod
+    def _adopt(store: Any, leaf: int, saved: dict[str, Any]) -> None:
+        """Take over the state of a parameter that a checkpoint or another process has saved."""
+        group, i = store.where(leaf)
+        old, name = group.state_of(i), str(store.layout.paths[leaf])
         entries = [(_key(path), value) for path, value in flatten(old)]
-        missing = [key for key, _ in entries if key not in saved]
-        extra = [key for key in saved if key != "step" and key not in dict(entries)]
-        if missing or extra:
+        known = {key for key, _ in entries} | {"step"}
+        if not known >= set(saved) or len(set(saved) | {"step"}) < len(known):
             raise TreeMismatch(
-                f"the state of {name!r} has {', '.join(map(repr, saved))}; {self._rules[0]!r} keeps "
+                f"the state of {name!r} has {', '.join(map(repr, saved))}; {group.rule_of(i)!r} keeps "
                 f"{', '.join(repr(k) for k, _ in entries)}; load the state of the same rule"
             )
         new: list[Any] = []
         for key, value in entries:
             found = saved[key]
-            if registry.isarray(value):
-                if tuple(found.shape) != tuple(value.shape):
-                    raise TreeMismatch(
-                        f"{key!r} of {name!r} has shape {tuple(found.shape)}; the parameter takes "
-                        f"{tuple(value.shape)}"
-                    )
+            if not registry.isarray(value):
+                new.append(float(found))
+            elif tuple(found.shape) == tuple(value.shape):
                 new.append(found.to(value.device))
             else:
-                new.append(float(found))
-        store.assign(self._leaf_of[p], unflatten(old, iter(new)))
-        if "step" in saved:
-            store.clock = max(store.clock, int(saved["step"]))
+                raise TreeMismatch(
+                    f"{key!r} of {name!r} has shape {tuple(found.shape)}; the parameter takes "
+                    f"{tuple(value.shape)}"
+                )
+        store.assign(leaf, unflatten(old, iter(new)))
+        store.clock = max(store.clock, int(saved.get("step", 0)))
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all parameters by number, and the groups, as torch saves them."""
         if self._tree is not None:
-            self._publish()
+            self._publish([p for p in self._leaf_of if p in self.state])
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state; parameters are matched by name where both sides have names.
 
         State keeps the element type in which it was saved. Raises TreeMismatch for a state of other shapes or
-        of another rule, ValueError for other groups.
+        of another rule, ValueError for other groups; then nothing has changed.
         """
-        state_dict = _in_order(state_dict, self.param_groups)
-        super().load_state_dict(state_dict)
-        self._tree = None
-        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
-        for n, p in zip(numbers, self._parameters(), strict=True):
-            if n in state_dict["state"]:
-                self.state[p] = dict(state_dict["state"][n])
-        self._start()
+        before = vars(self).copy()
+        given: list[dict[str, Any]] = []
+        catch = self.register_load_state_dict_pre_hook(lambda _, loaded: given.append(loaded))
+        try:
+            super().load_state_dict(_in_order(state_dict, self.param_groups))
+            loaded = given[0]
+            numbers = [n for group in loaded["param_groups"] for n in group["params"]]
+            self.state.clear()
+            for n, p in zip(numbers, self._parameters(), strict=True):
+                if n in loaded["state"]:
+                    self.state[p] = dict(loaded["state"][n])
+            self._forget()
+            self._kept = {p: (rule, frozen) for p, (rule, frozen) in self._kept.items() if frozen}
+            self._seen = [self._loaded(n) for n in range(len(self.param_groups))]
+            self._start()
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+        finally:
+            catch.remove()
+
+    def _loaded(self, n: int) -> dict[str, Any]:
+        """What was seen of a group before it was loaded; the present value of a schedule is no change."""
+        rule, seen, group = self._rules[n], self._seen[n], self.param_groups[n]
+        if rule is None or not self._scheduled[n]:
+            return seen
+        now, later = _defaults(rule), _defaults(rule, 1 << 20)
+        moving = {k for k in now if now[k] != later[k]}
+        return {k: _plain(group[k]) if k in moving else v for k, v in seen.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._tree is not None:
-            self._publish()
-        kept = {
-            name: getattr(self, name)
-            for name in ("_engine", "_rules", "_given", "_rule", "_seen", "_scheduled")
-        }
-        return super().__getstate__() | kept
+        self._keep()
+        kept = ("_engine", "_rules", "_given", "_rule", "_seen", "_scheduled", "_kept")
+        return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tree, self._model, self._known, self._untrained = None, {}, [], []
+        self._forget()
 
 
 # -- names of settings ---------------------------------------------------------------------------------------
 
 
-def _names(rule: Rule) -> list[str]:
-    """The keys under which the settings of a rule stand in a group."""
-    return list(_defaults(rule))
+def _known(rule: Rule, name: str) -> bool:
+    """Whether a setting, by our name or by torch's, is one of the rule."""
+    return _field(rule, name) in adjustable(rule)
+
+
+def _fields(rule: Rule, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Settings of a group as the fields of the rule; those of other tools are left alone."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if _known(rule, name):
+            found[_field(rule, name)] = _plain(value)
+        elif name in ELSEWHERE and not _nothing(value):
+            raise BadSetting(
+                f"{where} sets {name}={value!r}, and {rule!r} has no such setting; it has "
+                f"{', '.join(_defaults(rule))}"
+            )
+    return found
 
 
 def _defaults(rule: Rule | None, clock: int = 0) -> dict[str, Any]:
@@ -327,10 +384,19 @@ def _at(value: Any, clock: int) -> Any:
     return value
 
 
+def _is_schedule(value: Any) -> bool:
+    """Whether a setting, or a number in it, is a function of the clock."""
+    return any(callable(v) for v in (value if isinstance(value, tuple | list) else (value,)))
+
+
 def _has_schedule(rule: Rule) -> bool:
-    """Whether a setting of the rule is a function of the clock."""
-    values = [v for part in parts_of_value(rule) for name, v in settings(part) if name in adjustable(part)]
-    return any(callable(v) for value in values for v in (value if isinstance(value, tuple) else (value,)))
+    """Whether a setting of the rule is a schedule."""
+    return any(
+        _is_schedule(v)
+        for part in parts_of_value(rule)
+        for name, v in settings(part)
+        if name in adjustable(part)
+    )
 
 
 def _field(rule: Rule, name: str) -> str:
@@ -389,7 +455,7 @@ def _in_order(saved: dict[str, Any], groups: Iterable[dict[str, Any]]) -> dict[s
                     f"the saved state is that of other parameters: {lost[0]!r} is on one side only"
                 )
             number = dict(zip(names, theirs["params"], strict=True))
-            theirs = theirs | {"params": [number[n] for n in wanted], "param_names": list(wanted)}  # noqa: PLW2901
+            theirs = theirs | {"params": [number[n] for n in wanted], "param_names": list(wanted)}  # noqa: PLW2901 what is kept
         new.append(theirs)
     return saved | {"param_groups": new + saved["param_groups"][len(new) :]}
 
@@ -398,5 +464,5 @@ def _asks_for_state_only(groups: list[dict[str, Any]], grads: list[Any]) -> bool
     """Whether this step is that of `torch.distributed.checkpoint`, which wants a state to load into: with
     rate 0 and gradients of zeros. Decay must not move the weights then.
     """
-    still = all(not _plain(group.get("lr", 1)) for group in groups)
+    still = all(not _plain(group.get("lr", 0)) for group in groups)
     return still and all(g is None or not bool(g.any()) for g in grads)
