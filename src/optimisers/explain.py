@@ -75,7 +75,7 @@ def explain(state: Any) -> Explanation:
     store, node, _ = parts(state)
     below = np.unique(np.array(node.leaves, np.int64))
     costs = [_cost(g, np.flatnonzero(np.isin(g.leaves, below)), store.engine) for g in store.groups]
-    return Explanation(tuple(c for c in costs if c.leaves), int(store.frozen[below].sum()), store.clock)
+    return Explanation(tuple(c for c in costs if c.leaves), int(store.frozen[below].sum()), int(store.clock))
 
 
 def _cost(group: Group, members: Any, engine: str | None) -> GroupCost:

@@ -110,6 +110,8 @@ class Leaf:
     __hash__ = None  # type: ignore[assignment] equal leaves may change
 
     def __repr__(self) -> str:
+        if unseen(self):
+            return "Leaf(...)"
         return f"Leaf({self.rule!r}, {_short(self.state)}{', frozen=True' if self.frozen else ''})"
 
     def __reduce__(self) -> Any:
@@ -195,7 +197,7 @@ class Branch:
     __hash__ = None  # type: ignore[assignment] equal leaves may change
 
     def __repr__(self) -> str:
-        return shown(self)
+        return f"<state with {self._held.arrays!r}>" if unseen(self) else shown(self)
 
     def __reduce__(self) -> Any:
         return handle, (self._store, self._node, self._path)
@@ -205,6 +207,19 @@ class Branch:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return handle(copy.deepcopy(self._store, memo), self._node, self._path)
+
+
+def opened_late(state: Leaf | Branch) -> Any:
+    """What a handle holds, not put together."""
+    return object.__getattribute__(state, "_held")
+
+
+def unseen(state: Leaf | Branch) -> bool:
+    """Whether a transform has put something else in place of the arrays: axes, shapes, populations."""
+    held = opened_late(state)
+    return isinstance(held, Pending) and not (
+        isinstance(held.structure, int) or held.structure.fits(held.arrays)
+    )
 
 
 def _below(here: Any, key: Any) -> Any:
@@ -229,6 +244,8 @@ def handle(store: Store, node: Node, path: KeyPath) -> Any:
     """The handle on one place: a Leaf, a Branch, or () where nothing trains; the same object each time for a
     leaf.
     """
+    if node.ways is not None and node.ways.bare and node.live:
+        node = node.live[0][1]
     if node.leaf >= 0:
         if store.shapes[node.leaf] is None:
             return ()
@@ -341,8 +358,12 @@ def thaw(state: Any, where: Where = None) -> Any:
 
 
 def _freeze(state: Any, where: Where, frozen: bool) -> None:
-    store = parts(state)[0]
-    store.frozen[leaves_of(state, where)] = frozen
+    store, leaves = parts(state)[0], leaves_of(state, where)
+    store.frozen[leaves] = frozen
+    for group in store.groups:
+        if not isinstance(group.numbers, np.ndarray):
+            # Their histories part at the next step. A structure that a compiler knows parts now, and once.
+            group.part(np.flatnonzero(np.isin(group.leaves, leaves)))
     store.changed()
 
 

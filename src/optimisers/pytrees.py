@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optimisers.arrays import jax as arrays
+from optimisers.engines.job import refuse, watches
 from optimisers.errors import TreeMismatch, UnknownField
 from optimisers.leaf import Branch, Leaf, opened
 from optimisers.store import Pending, Store, Structure
@@ -86,20 +88,47 @@ def _teach_flax() -> None:
 
     def to_dict(state: Any) -> dict[str, Any]:
         children, (structure, _) = _parts(state)
-        return {key.key: x for key, x in zip(_names(structure), children, strict=True)}
+        return dict(_by_name(structure, children))
 
     def from_dict(kind: type, target: Any, saved: dict[str, Any]) -> Any:
-        _, rest = _parts(target)
-        names = [key.key for key in _names(rest[0])]
-        if set(names) != set(saved):
-            lost = min(set(names) ^ set(saved))
+        children, rest = _parts(target)
+        found = {name: saved.get(name) for name, _ in _by_name(rest[0], children)}
+        lost = [n for n, v in found.items() if v is None and not n.startswith("setting:")]
+        lost += [name for name in saved if name not in found and not name.startswith("setting:")]
+        if lost:
             raise TreeMismatch(
-                f"the saved state is that of another model or rule: {lost!r} is on one side only"
+                f"the saved state is that of another model or rule: {lost[0]!r} is on one side only"
             )
-        return _unflatten(kind, rest, [jnp.asarray(saved[name]) for name in names])
+        return _unflatten(kind, rest, _from_names(rest[0], children, found))
 
     for kind in (Leaf, Branch):
         serialization.register_serialization_state(kind, to_dict, functools.partial(from_dict, kind))
+
+
+def _by_name(structure: Structure, children: Any) -> Any:
+    """(name, array) for everything in a state: arrays by path, settings and counters by their name."""
+    given = iter(children)
+    for g, group in enumerate(structure.store.groups):
+        for slot in group.program.slots:
+            at = ".".join(k for k in slot.path if isinstance(k, str)) or "state"
+            for leaf in group.leaves:
+                yield f"{structure.store.layout.paths[leaf]}:{at}", next(given)
+        table = next(given)
+        for j, name in enumerate(group.program.names):
+            kind = "setting" if j < group.program.hypers else "number"
+            yield f"{kind}:{g}:{name}", table[:, j]
+    yield "clock", next(given)
+
+
+def _from_names(structure: Structure, children: Any, found: dict[str, Any]) -> list[Any]:
+    """The children of a state from saved arrays by name; settings that were not saved stay as they are."""
+    saved = iter([(name, found[name], own) for name, own in _by_name(structure, children)])
+    out: list[Any] = []
+    for group in structure.store.groups:
+        out += [jnp.asarray(next(saved)[1]) for _ in range(len(group.program.slots) * len(group.leaves))]
+        columns = [next(saved) for _ in group.program.names]
+        out.append(jnp.stack([jnp.asarray(own if new is None else new) for _, new, own in columns], 1))
+    return [*out, jnp.asarray(next(saved)[1])]
 
 
 # -- steps ---------------------------------------------------------------------------------------------------
@@ -119,29 +148,44 @@ runners.append(sys.modules[__name__])
 class _Out:
     """What a jitted step gives: a store and new parameters; the store's structure is static."""
 
-    def __init__(self, store: Any, new: dict[int, Any]) -> None:
-        self.store, self.new = store, new
+    def __init__(self, store: Any, new: dict[int, Any], checks: Any, about: Any) -> None:
+        self.store, self.new, self.checks, self.about = store, new, checks, about
 
 
-def _out_parts(out: _Out) -> tuple[Any, Structure]:
+def _out_parts(out: _Out) -> tuple[Any, Any]:
     held, structure = _apart(out.store)
-    return (held, out.new), structure
+    return (held, out.new, out.checks), (structure, out.about)
 
 
-jax.tree_util.register_pytree_node(
-    _Out, _out_parts, lambda structure, children: _Out(Pending(structure, children[0]), children[1])
-)
+def _out_whole(static: Any, children: Any) -> _Out:
+    return _Out(Pending(static[0], children[0]), children[1], children[2], static[1])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _jitted(structure: Structure, node: Node, held: Any, xs: Any, orders: Any) -> Any:
-    return _Out(*evaluated(structure.filled(held), node, xs, orders))
+jax.tree_util.register_pytree_node(_Out, _out_parts, _out_whole)
+
+
+def _step(structure: Structure, node: Node, held: Any, xs: Any, orders: Any) -> Any:
+    notes: list[Any] = []
+    token = watches.set(notes)
+    try:
+        store, new = evaluated(structure.filled(held), node, xs, orders)
+    finally:
+        watches.reset(token)
+    checks = [found for found, _, _ in notes]
+    return _Out(store, new, checks, tuple((message, tuple(paths)) for _, message, paths in notes))
+
+
+_jitted = jax.jit(_step, static_argnums=(0, 1))
 
 
 def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store, dict[int, Any]]:
-    """(the store after a step, the new parameters by leaf), computed by one jitted function."""
-    structure = store.structure()
-    out = _jitted(structure, node, store.arrays(), list(xs), [list(o) for o in orders])
+    """(the store after a step, the new parameters by leaf), computed by one jitted function.
+
+    Raises DomainError, naming the leaf, where a check of a rule fails: nothing was handed out then.
+    """
+    out = _jitted(store.structure(), node, store.arrays(), list(xs), [list(o) for o in orders])
+    for (holds, *values), (message, paths) in zip(out.checks, out.about, strict=True):
+        refuse(np.asarray(holds), [np.asarray(v) for v in values], message, paths)
     return out.store.store(), out.new
 
 

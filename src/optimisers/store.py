@@ -429,6 +429,15 @@ class Structure:
         """(buffers, leaves) of every group."""
         return [(sum(map(_buffers, g.slots)), len(g.leaves)) for g in self.store.groups]
 
+    def fits(self, arrays: Sequence[Any]) -> bool:
+        """Whether these are arrays of the shapes that the structure knows, whose values may be looked at."""
+        shapes = [s for g in self.store.groups for s in _shapes_of(g)]
+        found = list(arrays)[:-1]
+        return len(found) == len(shapes) and all(
+            registry.isarray(a) and hasattr(a, "__array__") and tuple(a.shape) == s
+            for a, s in zip(found, shapes, strict=True)
+        )
+
     def filled(self, arrays: Sequence[Any]) -> Store:
         """The store that has these arrays."""
         given = iter(arrays)
@@ -467,6 +476,15 @@ class Pending:
 
 NUMBERED: list[Structure] = []
 """Structures by the number under which compiled graphs know them."""
+
+
+def _shapes_of(group: Group) -> list[tuple[int, ...]]:
+    """The shapes of the buffers of a group, and of its table."""
+    table = int(group.row.max(initial=-1)) + 1, len(group.program.names)
+    loose = [
+        p.places.shapes if isinstance(p, Loose) else [(n,) for n in p.places.lengths] for p in group.slots
+    ]
+    return [*(s for shapes in loose for s in shapes), table]
 
 
 def _hollow(group: Group) -> Group:

@@ -153,7 +153,7 @@ def update(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     for compiler in compilers:
         if compiler.looks():
             return compiler.update(state, model, _given(grads, "update"), more)
-    if hasattr(state, "stepped"):
+    if hasattr(type(state), "stepped"):
         return state.stepped(model, _given(grads, "update"))
     store, node, path = _opened(state, model)
     xs, orders = walked(node, path, model, (_given(grads, "update"), *more))
@@ -199,7 +199,7 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     Arrays that may not be written (read-only ones) are replaced in the model that is returned, and only
     there. If it raises, nothing has changed. Arguments and errors are those of `update`.
     """
-    if hasattr(state, "stepped"):
+    if hasattr(type(state), "stepped"):
         return state.stepped(model, _given(grads, "update_"))
     store, node, path = _opened(state, model)
     xs, orders = walked(node, path, model, (_given(grads, "update_"), *more))

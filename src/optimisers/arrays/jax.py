@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from optimisers.errors import BadSetting
+
 Array = jax.Array
 
 NAME = "jax"
@@ -140,9 +142,19 @@ def real_of(dtype: Any) -> Any:
 
 def full_like(x: Array, value: Any, *, real: bool = False, dtype: Any = None) -> Array:
     """An array like `x`, on its devices, shared out as it is."""
-    dtype = arithmetic(x.dtype) if dtype is None else jnp.dtype(dtype)
+    dtype = arithmetic(x.dtype) if dtype is None else _allowed(dtype)
     dtype = real_of(dtype) if real else dtype
     return jnp.full_like(x, value, dtype=dtype)
+
+
+def _allowed(dtype: Any) -> Any:
+    """An element type by its name; raises BadSetting for one that is switched off."""
+    if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+        raise BadSetting(
+            f"{jnp.dtype(dtype).name} was asked for, and 64 bits are switched off in JAX; write "
+            'jax.config.update("jax_enable_x64", True)'
+        )
+    return jnp.dtype(dtype)
 
 
 def widened(x: Array) -> Array:
@@ -183,7 +195,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def copied(x: Array, dtype: Any) -> Array:
     """A copy in this type, in a buffer of its own, so that both may be given away."""
-    return jnp.array(x, dtype, copy=True)
+    return jnp.array(x, _allowed(dtype), copy=True)
 
 
 def duplicate(x: Any) -> Any:

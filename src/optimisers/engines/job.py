@@ -2,6 +2,7 @@
 `Task`.
 """
 
+import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -216,18 +217,22 @@ class Task:
     def verify(self) -> None:
         """Raise DomainError, naming the leaf, for the first check of the rule that fails.
 
-        Where somebody follows the numbers, they are not looked at: what is not finite spreads.
+        Where somebody follows the numbers, they are not looked at, and what is not finite spreads; unless
+        somebody `watches`, who looks at them later.
         """
         if self.job.symbolic:
+            if (seen := watches.get()) is not None:
+                for condition, message, values in self.job.program.checks:
+                    found = [self.scalars.of_leaves(e) for e in (condition, *values)]
+                    seen.append(
+                        (found, message, [self.job.code(i, "grads") for i in range(len(self.job.row))])
+                    )
             return
         for condition, message, values in self.job.program.checks:
             holds = self.scalars.of_leaves(condition)
             if not np.all(holds):
-                leaf = int(np.argmin(holds))
-                shown = [self.scalars.of_leaves(v)[leaf] for v in values]
-                raise DomainError(
-                    f"{message.format(*(f'{v:g}' for v in shown))}, at {self.job.code(leaf, 'grads')}"
-                )
+                found = [self.scalars.of_leaves(v) for v in values]
+                refuse(holds, found, message, [self.job.code(i, "grads") for i in range(len(holds))])
 
     def branches(self) -> list[tuple[Any, Any]]:
         """(answers to the conditions of the program, the leaves where they are so); None for all leaves, and
@@ -250,6 +255,18 @@ class Task:
     def counters(self) -> tuple[list[Any], bool]:
         """The new counters, by row of numbers or by leaf."""
         return counters(self.scalars, self.job.program.new_counters)
+
+
+def refuse(holds: Any, values: list[Any], message: str, paths: Sequence[str]) -> None:
+    """Raise DomainError for the first leaf whose check does not hold, if there is one."""
+    if not np.all(holds):
+        leaf = int(np.argmin(holds))
+        shown = message.format(*(f"{v[leaf]:g}" for v in values))
+        raise DomainError(f"{shown}, at {paths[leaf]}")
+
+
+watches: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("watches", default=None)
+"""Where the checks of a symbolic step are noted: ([condition and values, of every leaf], message, paths)."""
 
 
 class Totals:

@@ -1,6 +1,6 @@
 """Rules as transformations of Optax, and transformations of Optax as rules for a whole model."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import optax
@@ -66,25 +66,39 @@ class WholeState:
         return f"WholeState({self.inner!r})"
 
     def stepped(self, model: Any, grads: Any, **extra: Any) -> Any:
-        """(state, model) after a step."""
+        """(state, model) after a step. `extra` goes to the transformation: for a line search `value`, `grad`
+        and `value_fn`, a loss of the model.
+        """
         root = self.layout.root
         xs = _by_leaf(root, gather(root, model, KeyPath()))
         slopes = _by_leaf(root, gather_gradients(root, grads, KeyPath()))
-        missing = [leaf for leaf, g in slopes.items() if g is None]
-        if missing:
-            raise TreeMismatch(
-                f"grads has None at {self.layout.paths[missing[0]]}; a transformation of Optax steps all "
-                "parameters at once: wrap it in optax.masked, or give zeros"
-            )
+        for leaf, g in slopes.items():
+            name = self.layout.paths[leaf].code("grads")
+            if g is None:
+                raise TreeMismatch(
+                    f"{name} is None; a transformation of Optax steps all parameters at once: wrap it in "
+                    "optax.masked, or give zeros"
+                )
+            if tuple(g.shape) != tuple(xs[leaf].shape):
+                raise TreeMismatch(
+                    f"gradient of shape {tuple(g.shape)} for parameters of shape {tuple(xs[leaf].shape)}, at "
+                    f"{name}"
+                )
         names = {leaf: str(self.layout.paths[leaf]) for leaf in xs}
-        steps: Any
-        steps, inner = self.rule.tx.update(
-            {names[i]: g for i, g in slopes.items()},
-            self.inner,
-            {names[i]: x for i, x in xs.items()},
-            **extra,
-        )
-        stepped: Any = optax.apply_updates({names[i]: x for i, x in xs.items()}, steps)
+        old = {names[i]: x for i, x in xs.items()}
+
+        def whole(named: dict[str, Any]) -> Any:
+            return rebuild(root, model, {i: named[name] for i, name in names.items()})
+
+        if "value_fn" in extra:
+            loss = extra["value_fn"]
+            extra["value_fn"] = lambda named, **more: loss(whole(named), **more)
+        if "grad" in extra:
+            given = _by_leaf(root, gather_gradients(root, extra["grad"], KeyPath()))
+            extra["grad"] = {names[i]: g for i, g in given.items()}
+        found: Any = self.rule.tx.update({names[i]: g for i, g in slopes.items()}, self.inner, old, **extra)
+        steps, inner = found
+        stepped = cast("dict[str, Any]", optax.apply_updates(old, steps))
         new = {i: stepped[name] for i, name in names.items()}
         return WholeState(self.rule, self.layout, inner), rebuild(root, model, new)
 
@@ -107,8 +121,9 @@ jax.tree_util.register_pytree_with_keys(
 class from_optax:  # noqa: N801 it is used as a function
     """A transformation of Optax as a rule for a whole model: `setup(from_optax(optax.lbfgs()), model)`.
 
-    `update(state, model, grads)` steps all parameters together; ties count once. It has no Leaf for each
-    array, so freeze and adjust do not apply: use Optax's own wrappers.
+    `update(state, model, grads)` steps all parameters together; ties count once. What needs more, such as the
+    line search of L-BFGS, is given to the state: `state.stepped(model, grads, value=v, grad=grads,
+    value_fn=loss)`. There is no Leaf for each array, so freeze and adjust do not apply: use Optax's wrappers.
     """
 
     def __init__(self, tx: Any) -> None:

@@ -27,7 +27,9 @@ class Container:
     gradients: Callable[[Any], dict[str, Any]] | None = None
     """The gradients that the container itself keeps, by name."""
     bare: bool = False
-    """Whether a gradient may stand in its place, instead of in one like it."""
+    """Whether it is but the wrapper of one array: then it is no key of a path, and a gradient may be bare."""
+    direct: bool = True
+    """Whether children may be read by item or attribute, past `read`."""
     write: Callable[[Any, dict[Any, Any]], Any] | None = None
     """Replaces children in the container itself, for a step in place; None where a new one is made."""
     value_and_grad: Callable[..., Any] | None = None

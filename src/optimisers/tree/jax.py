@@ -72,6 +72,6 @@ def _write(obj: Any, changes: dict[Any, Any]) -> Any:
     return obj
 
 
-PYTREE = Container(_keys, _read, _rebuild)
-PARAMETER = Container(_keys, _read, _rebuild, bare=True, write=_write)
-VARIABLE = Container(_keys, _read, _rebuild, trainable=())
+PYTREE = Container(_keys, _read, _rebuild, direct=False)
+PARAMETER = Container(_keys, _read, _rebuild, direct=False, bare=True, write=_write)
+VARIABLE = Container(_keys, _read, _rebuild, direct=False, trainable=())

@@ -56,13 +56,13 @@ class Node:
         return {k: v for k, v in vars(self).items() if k not in ("ways", "fetch", "pick", "names")}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        vars(self).update(kept, fetch=_fetcher(kept["live"]), pick=_picker(kept["live"]))
-        self.ways = None if self.kind is None else container_of(self.kind)
+        self.ways = None if kept["kind"] is None else container_of(kept["kind"])
+        vars(self).update(kept, fetch=_fetcher(self.ways, kept["live"]), pick=_picker(kept["live"]))
 
 
-def _fetcher(live: "tuple[tuple[Any, Node], ...]") -> Callable[[Any], Any] | None:
+def _fetcher(ways: Container | None, live: "tuple[tuple[Any, Node], ...]") -> Callable[[Any], Any] | None:
     """Reads all live children in one call, if all of them are leaves."""
-    if not live or any(c.leaf < 0 for _, c in live):
+    if not live or ways is None or not ways.direct or any(c.leaf < 0 for _, c in live):
         return None
     keys = [k for k, _ in live]
     get = attrgetter(*keys) if isinstance(keys[0], Attr) else itemgetter(*keys)
@@ -175,7 +175,7 @@ class _Survey:
                     )
         children: list[Node] = []
         for key, value in zip(keys, self.read(obj, ways, keys, path), strict=True):
-            below = KeyPath(path, key)
+            below = path if ways.bare else KeyPath(path, key)
             skipped = ways.trainable is not None and key not in ways.trainable
             listed = ways.trainable is not None and not skipped
             children.append(EMPTY if skipped else self.visit(value, below, listed=listed))
@@ -191,7 +191,7 @@ class _Survey:
             children=tuple(children),
             live=live,
             pick=_picker(live),
-            fetch=_fetcher(live),
+            fetch=_fetcher(ways, live),
             leaves=leaves,
         )
 
@@ -312,12 +312,17 @@ def _declared_float(obj: Any, key: Any) -> bool:
     return False
 
 
+def extended(node: Node, path: KeyPath, key: Any) -> KeyPath:
+    """The path of a child of a node; the wrapper of one array does not count."""
+    return path if node.ways is not None and node.ways.bare else KeyPath(path, key)
+
+
 def _leaf_paths(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
     """(path, leaf) for every place below a node."""
     if node.leaf >= 0:
         yield path, node.leaf
     for key, child in node.live:
-        yield from _leaf_paths(child, KeyPath(path, key))
+        yield from _leaf_paths(child, extended(node, path, key))
 
 
 # -- the walks of every step ---------------------------------------------------------------------------------
