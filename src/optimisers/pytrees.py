@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimisers.arrays import jax as arrays
+from optimisers.arrays.pack import Bundled
 from optimisers.engines.job import refuse, watches
 from optimisers.errors import TreeMismatch, UnknownField
 from optimisers.leaf import Branch, Leaf, opened
@@ -51,12 +52,24 @@ def _names(structure: Structure) -> list[Any]:
     if structure.names is None:
         store, found = structure.store, list[Any]()
         for g, group in enumerate(store.groups):
-            for slot in group.program.slots:
+            for slot, pack in zip(group.program.slots, group.slots, strict=True):
                 at = ".".join(map(str, slot.path))
-                found += [f"{store.layout.paths[leaf]}:{at}" for leaf in group.leaves]
+                found += [f"{name}:{at}" for name in _buffer_names(store, group, pack)]
             found.append(f"numbers:{g}")
         structure.names = [jax.tree_util.DictKey(name) for name in [*found, "clock"]]
     return structure.names
+
+
+def _buffer_names(store: Store, group: Any, pack: Any) -> list[str]:
+    """The path of the first array in every buffer of a pack."""
+    paths = [str(store.layout.paths[leaf]) for leaf in group.leaves]
+    if not isinstance(pack, Bundled):
+        return paths
+    first: dict[int, str] = {}
+    for path, b in zip(paths, pack.places.buffer.tolist(), strict=True):
+        first.setdefault(b, path)
+    many = np.bincount(pack.places.buffer)
+    return [f"{path}..." if n > 1 else path for path, n in zip(first.values(), many, strict=True)]
 
 
 def _unflatten(kind: type, rest: Any, children: Any) -> Any:
@@ -107,28 +120,30 @@ def _teach_flax() -> None:
 
 def _by_name(structure: Structure, children: Any) -> Any:
     """(name, array) for everything in a state: arrays by path, settings and counters by their name."""
-    given = iter(children)
-    for g, group in enumerate(structure.store.groups):
-        for slot in group.program.slots:
+    store = structure.filled(children)
+    for g, group in enumerate(store.groups):
+        for slot, pack in zip(group.program.slots, group.slots, strict=True):
             at = ".".join(k for k in slot.path if isinstance(k, str)) or "state"
-            for leaf in group.leaves:
-                yield f"{structure.store.layout.paths[leaf]}:{at}", next(given)
-        table = next(given)
+            for i, leaf in enumerate(group.leaves):
+                yield f"{store.layout.paths[leaf]}:{at}", pack[i]
         for j, name in enumerate(group.program.names):
             kind = "setting" if j < group.program.hypers else "number"
-            yield f"{kind}:{g}:{name}", table[:, j]
-    yield "clock", next(given)
+            yield f"{kind}:{g}:{name}", group.numbers[:, j]
+    yield "clock", store.clock
 
 
 def _from_names(structure: Structure, children: Any, found: dict[str, Any]) -> list[Any]:
     """The children of a state from saved arrays by name; settings that were not saved stay as they are."""
-    saved = iter([(name, found[name], own) for name, own in _by_name(structure, children)])
-    out: list[Any] = []
-    for group in structure.store.groups:
-        out += [jnp.asarray(next(saved)[1]) for _ in range(len(group.program.slots) * len(group.leaves))]
+    store = structure.filled(children)
+    saved = iter([(found[name], own) for name, own in _by_name(structure, children)])
+    for group in store.groups:
+        for pack in group.slots:
+            for i in range(len(group.leaves)):
+                pack.put(i, jnp.asarray(next(saved)[0]))
         columns = [next(saved) for _ in group.program.names]
-        out.append(jnp.stack([jnp.asarray(own if new is None else new) for _, new, own in columns], 1))
-    return [*out, jnp.asarray(next(saved)[1])]
+        group.numbers = jnp.stack([jnp.asarray(own if new is None else new) for new, own in columns], 1)
+    store.clock = jnp.asarray(next(saved)[0])
+    return store.arrays()
 
 
 # -- steps ---------------------------------------------------------------------------------------------------
@@ -205,7 +220,7 @@ def vmap_axes(state: Any, *names: str) -> Any:
     for group in structure.store.groups:
         has = {name.split("[")[0] for name in group.program.names[: group.program.hypers]}
         known |= has
-        axes += [None] * sum(len(p.places.shapes) for p in group.slots)
+        axes += [None] * sum(len(_buffer_names(structure.store, group, p)) for p in group.slots)
         axes.append(0 if has & set(names) else None)
     for name in names:
         if name not in known:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import registry
-from optimisers.arrays.pack import Indices, Loose, Pack, Places
+from optimisers.arrays.pack import Bundled, Indices, Loose, Pack, Places
 from optimisers.errors import BadState
 from optimisers.rule import Rule, needed
 from optimisers.trace.program import Program, flatten, form, trace, unflatten
@@ -39,11 +39,15 @@ class Shape:
     loose: bool
     """Whether its state arrays stand each for itself, since no address of theirs can be written."""
 
+    bundled: bool = False
+    """Whether small ones of them share a vector all the same."""
+
     @classmethod
-    def of(cls, x: Any) -> "Shape":
+    def of(cls, x: Any, engine: str | None = None) -> "Shape":
         library = registry.library(x)
         strides, loose = library.dense_strides(x), library.is_loose(x)
-        return cls(library.NAME, tuple(x.shape), strides, x.dtype, library.device(x), loose)
+        bundled = loose and engine is None and library.may_bundle(x)
+        return cls(library.NAME, tuple(x.shape), strides, x.dtype, library.device(x), loose, bundled)
 
     @property
     def library(self) -> Any:
@@ -481,10 +485,19 @@ NUMBERED: list[Structure] = []
 def _shapes_of(group: Group) -> list[tuple[int, ...]]:
     """The shapes of the buffers of a group, and of its table."""
     table = int(group.row.max(initial=-1)) + 1, len(group.program.names)
-    loose = [
-        p.places.shapes if isinstance(p, Loose) else [(n,) for n in p.places.lengths] for p in group.slots
-    ]
-    return [*(s for shapes in loose for s in shapes), table]
+    return [*(s for p in group.slots for s in _buffer_shapes(p)), table]
+
+
+def _buffer_shapes(pack: Pack) -> list[tuple[int, ...]]:
+    p = pack.places
+    if isinstance(pack, Loose) and not isinstance(pack, Bundled):
+        return list(p.shapes)
+    shapes: list[tuple[int, ...]] = [(n,) for n in p.lengths]
+    if isinstance(pack, Bundled):
+        for i, b in enumerate(p.buffer.tolist()):
+            if p.lengths[b] == p.sizes[i]:
+                shapes[b] = p.shapes[i]
+    return shapes
 
 
 def _hollow(group: Group) -> Group:
@@ -494,9 +507,8 @@ def _hollow(group: Group) -> Group:
 
 def _buffers(pack: Pack) -> int:
     """How many buffers a pack has."""
-    return (
-        int(pack.places.number.max(initial=-1)) + 1 if isinstance(pack, Loose) else len(pack.places.lengths)
-    )
+    loose = isinstance(pack, Loose) and not isinstance(pack, Bundled)
+    return len(pack.places.shapes) if loose else len(pack.places.lengths)
 
 
 def _slots_key(group: Group) -> Any:
@@ -523,6 +535,7 @@ def grouped(entries: Sequence[tuple[int, Rule, Any]], shapes: Sequence[Shape | N
             kind.library.NAME,
             kind.device,
             kind.loose,
+            kind.bundled,
         )
         if key not in programs:
             programs[key] = program_of(rule, state, kind)
@@ -556,6 +569,10 @@ def _group(items: list[tuple[int, Rule, Any]], program: Program, shapes: Sequenc
     for j, slot in enumerate(program.slots):
         arrays = [c[j] for c in columns]
         there = places if slot.shape is None else _places(first.library, arrays)
+        if first.bundled and slot.shape is None:
+            there = Places.bundled([k.shape for k in kinds], [k.strides for k in kinds])
+            packs.append(Bundled.of(first.library, first.device, there, arrays))
+            continue
         if first.loose:
             packs.append(Loose(first.name, arrays[0].dtype, first.device, there, arrays))
             continue

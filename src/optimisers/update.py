@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import registry
-from optimisers.engines.choose import task_for
-from optimisers.engines.interpret import Interpreter
+from optimisers.engines.choose import symbolic_task, task_for
 from optimisers.engines.job import Job, Result, Task, ready
 from optimisers.engines.rows import Rows, by_rows, sparse
 from optimisers.errors import BadState, FloatParameter, NoMatch, NoParameters, TreeMismatch
@@ -69,7 +68,7 @@ def setup(rule: Any, model: Any, *, engine: str | None = None) -> Any:
             stacklevel=2,
         )
     rules = _choose(rule, layout, arrays)
-    shapes = [None if r is None else Shape.of(x) for r, x in zip(rules, arrays, strict=True)]
+    shapes = [None if r is None else Shape.of(x, engine) for r, x in zip(rules, arrays, strict=True)]
     entries = [
         (i, r, started(r, x, layout.paths[i].code()))
         for i, (r, x) in enumerate(zip(rules, arrays, strict=True))
@@ -339,7 +338,7 @@ class _Step:
     def run(self) -> dict[int, Any]:
         """Take the step; the new parameters, by leaf, where they are other objects than the old."""
         tasks = [
-            (kind or (Interpreter if j.symbolic else task_for(g, self.store.engine, j.memo)))(j)
+            (kind or (symbolic_task(j.library) if j.symbolic else task_for(g, self.store.engine, j.memo)))(j)
             for g, _, j, kind in self.jobs
         ]
         with np.errstate(

@@ -58,6 +58,11 @@ def is_traced(x: Any) -> bool:
     return isinstance(x, Tracer)
 
 
+def may_bundle(x: Array) -> bool:
+    """Whether state of small arrays may share a vector: only what is whole, on one device."""
+    return not is_traced(x) and isinstance(x, jax.Array) and len(x.devices()) == 1
+
+
 def follows(xs: Sequence[Any], gradients: Sequence[Sequence[Any]], *, inplace: bool) -> bool:
     """A step is always made of arrays alone."""
     return True

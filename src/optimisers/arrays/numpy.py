@@ -50,6 +50,11 @@ def is_loose(x: Array) -> bool:
     return False
 
 
+def may_bundle(x: Array) -> bool:
+    """Whether state of small arrays may share a vector: only what is whole, on one device."""
+    return False
+
+
 def follows(xs: Sequence[Any], gradients: Sequence[Sequence[Any]], *, inplace: bool) -> bool:
     """Nobody differentiates what NumPy computes."""
     return False

@@ -20,6 +20,9 @@ LARGE = 1 << 15
 ALIGNED = 16
 """Arrays in a shared buffer start at multiples of this many elements."""
 
+BUNDLE = 16
+"""Small arrays in one bundle: XLA compiles longer concatenations slowly, and runs shorter ones slowly."""
+
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -55,6 +58,21 @@ class Places:
             lengths,
             np.arange(len(sizes)),
         )
+
+    @classmethod
+    def bundled(cls, shapes: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...]]) -> "Places":
+        """Small arrays in bundles of `BUNDLE` neighbours without gaps, large ones each in its own buffer."""
+        sizes = np.array([int(np.prod(s)) for s in shapes], np.int64)
+        buffer, offset = np.zeros(len(sizes), np.int64), np.zeros(len(sizes), np.int64)
+        lengths: list[int] = []
+        room = 0
+        for i, n in enumerate(sizes.tolist()):
+            if n >= LARGE or not room:
+                lengths.append(0)
+            room = 0 if n >= LARGE else BUNDLE - 1 if not room else room - 1
+            buffer[i], offset[i] = len(lengths) - 1, lengths[-1]
+            lengths[-1] += n
+        return cls(list(shapes), list(strides), sizes, buffer, offset, lengths, np.arange(len(sizes)))
 
     def pick(self, members: Indices) -> "Places":
         """Some of the arrays, where they lie."""
@@ -160,3 +178,44 @@ class Loose(Pack):
 
     def __getitem__(self, i: int) -> Any:
         return self.buffers[self.places.number[i]]
+
+
+class Bundled(Loose):
+    """Loose arrays, of which small ones share a vector: a step of a thousand has fewer to hand over."""
+
+    @classmethod
+    def of(cls, library: Any, device: str, places: Places, arrays: list[Any]) -> "Bundled":
+        """A pack of these arrays."""
+        return cls(library.NAME, arrays[0].dtype, device, places, places_filled(library, places, arrays))
+
+    def copy(self) -> "Bundled":
+        return Bundled(self.name, self.dtype, self.device, self.places, list(self.buffers))
+
+    def pick(self, places: Places) -> "Bundled":
+        return Bundled(self.name, self.dtype, self.device, places, self.buffers)
+
+    def loosened(self) -> "Bundled":
+        return self.copy()
+
+    def put(self, i: int, value: Any) -> None:
+        p, old = self.places, self[i]
+        new, at = self.library.rounded(old, value), int(p.offset[i])
+        if p.lengths[p.buffer[i]] != p.sizes[i]:
+            whole = self.buffers[p.buffer[i]]
+            new = self.library.placed(whole, slice(at, at + int(p.sizes[i])), new.reshape(-1))
+        self.buffers[p.buffer[i]] = new
+
+    def __getitem__(self, i: int) -> Any:
+        p = self.places
+        buffer, at = self.buffers[p.buffer[i]], int(p.offset[i])
+        if p.lengths[p.buffer[i]] == p.sizes[i]:
+            return buffer.reshape(p.shapes[i])
+        return buffer[at : at + int(p.sizes[i])].reshape(p.shapes[i])
+
+
+def places_filled(library: Any, places: Places, arrays: list[Any]) -> list[Any]:
+    """The buffers that hold these arrays: the array itself where it is alone, else a vector of its bundle."""
+    held: list[list[Any]] = [[] for _ in places.lengths]
+    for b, x in zip(places.buffer, arrays, strict=True):
+        held[b].append(x)
+    return [xs[0] if len(xs) == 1 else library.flattened(xs) for xs in held]

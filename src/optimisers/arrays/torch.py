@@ -81,6 +81,11 @@ def is_loose(x: Tensor) -> bool:
     )
 
 
+def may_bundle(x: Tensor) -> bool:
+    """Whether state of small arrays may share a vector: only what is whole, on one device."""
+    return False
+
+
 def follows(xs: Sequence[Any], gradients: Sequence[Sequence[Any]], *, inplace: bool) -> bool:
     """Whether autograd, a transform or the compiler follows what becomes of these: then a step is made of
     tensors alone, each written anew. What is written in place is not followed by autograd.

@@ -34,6 +34,20 @@ def fused() -> Any:
     return importlib.import_module("optimisers.engines.numba")
 
 
+SYMBOLIC = {"jax": "optimisers.engines.xla"}
+"""Array library -> the module with its own task for steps whose values nobody may look at."""
+
+
+@functools.cache
+def _symbolic(name: str) -> type[Task]:
+    return importlib.import_module(SYMBOLIC[name]).Xla if name in SYMBOLIC else interpret.Interpreter
+
+
+def symbolic_task(library: Any) -> type[Task]:
+    """What computes a step that somebody follows."""
+    return _symbolic(library.NAME)
+
+
 def choice_for(group: Group, wanted: str | None, memo: dict[str, Any]) -> Choice:
     """The engine for leaves of one group; remembered in `memo`."""
     if "engine" not in memo:

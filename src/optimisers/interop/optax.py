@@ -27,7 +27,7 @@ def as_optax(rule: Any) -> optax.GradientTransformationExtraArgs:
     """
 
     def init(params: Any) -> Any:
-        return setup(rule, _named(params)[0])
+        return setup(rule, _named(params)[0], engine="interpret")
 
     def change(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
         if params is None:
@@ -114,7 +114,7 @@ def _by_leaf(root: Any, values: Any) -> dict[int, Any]:
 jax.tree_util.register_pytree_with_keys(
     WholeState,
     lambda s: (((jax.tree_util.GetAttrKey("inner"), s.inner),), (s.rule, s.layout)),
-    lambda static, children: WholeState(static[0], static[1], children[0]),
+    lambda static, children: WholeState(static[0], static[1], next(iter(children))),
 )
 
 

@@ -79,6 +79,16 @@ class Scalars:
         found = self.library.WORDS["sum"](self.of_leaves(e))
         return float(found) if self.library is host else found
 
+    def symbols(self, scalars: tuple[Expr, ...]) -> tuple[Any, Any]:
+        """The same as `table`, in arrays of the library."""
+        found = [self.get(e) for e in scalars]
+        leafy = any(self.of_leaf[id(e)] for e in scalars)
+        if leafy:
+            found = [self.spread(v, e) for v, e in zip(found, scalars, strict=True)]
+        rows = len(self.row) if leafy else len(self.numbers)
+        row = np.arange(rows) if leafy else self.row
+        return (self.library.columns(found, rows) if found else self.numbers[:, :0]), row
+
     def table(self, scalars: tuple[Expr, ...]) -> tuple[Table, Any]:
         """(values, row of each leaf): the scalar table of a pass, one column a node; a row a history or a
         leaf.

@@ -438,6 +438,13 @@ def _refuse_frozen(node: Node, grads: Any, path: KeyPath) -> None:
             raise TreeMismatch(NOT_TRAINED.format(path.code("grads"), repr(str(key))))
 
 
+def _stands(node: Node, name: str) -> bool:
+    """Whether a name is that of something in the model, or may be: only frozen places are known by name."""
+    return "." in name or any(
+        child.frozen and str(k) == name for k, child in zip(node.keys, node.children, strict=True)
+    )
+
+
 NOT_TRAINED = (
     "{} has a gradient for {}, which the state does not train; it was no trainable parameter at `setup`"
 )
@@ -468,7 +475,7 @@ def _by_name(node: Node, grads: Mapping[Any, Any], path: KeyPath) -> list[Any] |
         return None
     known = set(node.names)
     for key, value in grads.items():
-        if key not in known and value is not None:
+        if key not in known and value is not None and _stands(node, str(key)):
             raise TreeMismatch(NOT_TRAINED.format(path.code("grads"), repr(key)))
     there = {leaf for leaf, name in zip(node.leaves, node.names, strict=True) if name in grads}
     for leaf, name in zip(node.leaves, node.names, strict=True):

@@ -1,0 +1,322 @@
+"""Steps of JAX: a pass over all leaves as few operations of XLA, or as one call of the CPU kernel in place.
+
+The pass is evaluated bundle by bundle: sixteen small leaves are one vector, large leaves stand alone. On the
+CPU, where Numba and a known interface of XLA are there, the same kernel that serves NumPy and PyTorch runs
+instead, at the addresses of XLA's buffers; other devices, `vmap` and `grad` take the evaluation.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optimisers.arrays import jax as library
+from optimisers.arrays.pack import Bundled, Indices, Loose
+from optimisers.engines import ffi, numba
+from optimisers.engines.interpret import Interpreter
+from optimisers.engines.job import Result
+from optimisers.engines.kernels import Unprintable, columns
+from optimisers.trace.phases import Pass, number_of, store_pass
+from optimisers.trace.program import Program
+
+CALL = 64
+"""Leaves of one call of the kernel: more compile slowly, fewer run slowly."""
+
+
+class Xla(Interpreter):
+    """Leaves of one group whose arrays are replaced."""
+
+    def prepare(self) -> None:
+        p = store_pass(self.job.program, None)
+        self.whole = p is not None and self.takes(p)
+        if not self.whole:
+            super().prepare()
+            return
+        assert p is not None
+        job = self.job
+        self.results: list[Any] = list(job.x)
+        table, row = self.scalars.symbols(p.scalars)
+        for units in _calls(self.units()):
+            self.call(p, table, row, units)
+
+    def takes(self, p: Pass) -> bool:
+        """Whether a pass can be evaluated element by element on whole bundles of this job."""
+        job = self.job
+        slots = all(s.shape is None for s in job.program.slots)
+        whole = all(len(pack) == len(set(pack.places.number.tolist())) == _held(pack) for pack in job.slots)
+        return slots and whole and not p.free
+
+    def units(self) -> list[list[int]]:
+        """The leaves of each bundle, in order; without state small leaves are bundled the same way."""
+        bundles = [pack for pack in self.job.slots if isinstance(pack, Bundled)]
+        if not bundles:
+            return [[i] for i in range(len(self.job.row))]
+        found: dict[int, list[int]] = {}
+        for i, b in enumerate(bundles[0].places.buffer.tolist()):
+            found.setdefault(b, []).append(i)
+        return list(found.values())
+
+    def call(self, p: Pass, table: Any, row: Indices, units: list[list[int]]) -> None:
+        """Step the leaves of some bundles."""
+        job = self.job
+        leaves = [i for unit in units for i in unit]
+        names = list(p.loads)
+        stored = [name for name, _ in p.stores]
+        held = {name: self.held(name, units, leaves) for name in dict.fromkeys([*names, *stored])}
+        given = [a for name in names for a in held[name]]
+        shape = [len(held[name]) for name in names]
+        kinds = tuple((name, [(a.shape, a.dtype) for a in held[name]]) for name in stored)
+        plain = functools.partial(
+            _evaluated, job.program, p, job.wide, names, shape, kinds, row, units, leaves
+        )
+        out = self.fast(p, table, row, units, leaves, held, plain)([table, *given])
+        at = 0
+        for name, like in kinds:
+            self.keep(name, out[at : at + len(like)], units, leaves)
+            at += len(like)
+
+    def held(self, name: str, units: list[list[int]], leaves: list[int]) -> list[Any]:
+        """The arrays behind a name: parameters and gradients leaf by leaf, state by buffer."""
+        job = self.job
+        if name == "x":
+            return [job.x[i] for i in leaves]
+        if name.startswith("d"):
+            return [job.grads[number_of(name)][i] for i in leaves]
+        pack = job.slots[number_of(name)]
+        return [pack.buffers[_buffer(pack, unit[0])] for unit in units]
+
+    def keep(self, name: str, new: Sequence[Any], units: list[list[int]], leaves: list[int]) -> None:
+        """Note new arrays."""
+        if name == "x":
+            for i, x in zip(leaves, new, strict=True):
+                self.results[i] = x
+            return
+        pack = self.job.out[number_of(name)]
+        for unit, a in zip(units, new, strict=True):
+            pack.buffers[_buffer(pack, unit[0])] = a
+
+    def fast(
+        self,
+        p: Pass,
+        table: Any,
+        row: Indices,
+        units: list[list[int]],
+        leaves: list[int],
+        held: Any,
+        plain: Any,
+    ) -> Any:
+        """The kernel where there is one, else the evaluation."""
+        job = self.job
+        source = _source(
+            job.program, p, library.type_name(job.dtype), _gradient(job.grads, leaves, job.dtype)
+        )
+        bundled = all(isinstance(pack, Bundled) for pack in job.slots)
+        if source is None or not bundled or not ffi.available():
+            return plain
+        names = columns(p, inplace=True)
+        inputs = list(p.loads)
+        where, count = dict[str, int](), 0
+        for name in inputs:
+            where[name] = count
+            count += len(held[name])
+        stored = [name for name, _ in p.stores]
+        outputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for name in stored for a in held[name]]
+        first_out, n = dict[str, int](), 0
+        for name in stored:
+            first_out[name] = n
+            n += len(held[name])
+        aliases = {
+            where[name] + k: first_out[name] + k
+            for name in stored
+            if name in where
+            for k in range(len(held[name]))
+        }
+        places = np.zeros((len(names), len(leaves), 2), np.int64)
+        position = {i: k for k, i in enumerate(leaves)}
+        for c, name in enumerate(names):
+            base = where[name] if name in where else count + first_out[name]
+            for u, unit in enumerate(units):
+                for i in unit:
+                    k = position[i]
+                    if name == "x" or name.startswith("d"):
+                        places[c, k, 0] = base + k
+                    else:
+                        pack = job.slots[number_of(name)]
+                        places[c, k] = base + u, int(pack.places.offset[i]) * pack.dtype.itemsize
+        sizes = np.asarray(job.sizes)[leaves]
+        launch = functools.partial(
+            _launched, source, outputs, aliases, places, np.asarray(row)[leaves], sizes
+        )
+        return ffi.with_fallback(launch, plain)
+
+    def commit(self) -> Result:
+        if not self.whole:
+            return super().commit()
+        return Result(self.results, *self.counters())
+
+
+def _launched(
+    source: str, outputs: Any, aliases: Any, places: Any, row: Any, sizes: Any, given: Any
+) -> list[Any]:
+    table, *arrays = given
+    return ffi.launch(
+        source, arrays, outputs=outputs, aliases=aliases, table=table, places=places, row=row, sizes=sizes
+    )
+
+
+def _held(pack: Any) -> int:
+    """How many arrays the buffers of a pack hold, if it is the whole of it."""
+    if isinstance(pack, Bundled):
+        whole = int(sum(pack.places.lengths)) == int(pack.places.sizes.sum())
+        return len(pack) if whole else -1
+    return len(pack.buffers) if isinstance(pack, Loose) else -1
+
+
+def _buffer(pack: Any, leaf: int) -> int:
+    return int(pack.places.buffer[leaf] if isinstance(pack, Bundled) else pack.places.number[leaf])
+
+
+def _calls(units: list[list[int]]) -> list[list[list[int]]]:
+    """Bundles, so many at a time as one call takes."""
+    calls: list[list[list[int]]] = []
+    size = 0
+    for unit in units:
+        if not calls or size + len(unit) > CALL:
+            calls.append([])
+            size = 0
+        calls[-1].append(unit)
+        size += len(unit)
+    return calls
+
+
+def _gradient(grads: Any, leaves: list[int], dtype: Any) -> str:
+    """The element type of the gradients of some leaves; empty if they differ."""
+    kinds = {library.type_name(g[i].dtype) for g in grads for i in leaves}
+    return kinds.pop() if len(kinds) == 1 else "" if kinds else library.type_name(dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _source(program: Program, p: Pass, dtype: str, gradient: str) -> str | None:
+    """The kernel of a pass in place; None where there is none."""
+    if numba.refusal(program, "numpy", "cpu", dtype) is not None or not gradient:
+        return None
+    if ("complex" in gradient) != ("complex" in dtype):
+        return None
+    try:
+        return numba.sources(program, p, numba.kinds_of(program, p, dtype, gradient), dtype, inplace=True)
+    except (Unprintable, KeyError):
+        return None
+
+
+# -- the same in operations of XLA ---------------------------------------------------------------------------
+
+
+def _evaluated(
+    program: Program,
+    p: Pass,
+    wide: Any,
+    names: list[str],
+    counts: list[int],
+    kinds: Any,
+    row: Indices,
+    units: list[list[int]],
+    leaves: list[int],
+    given: list[Any],
+) -> list[Any]:
+    """What a pass stores, from the scalar table and the arrays it reads."""
+    table, *arrays = given
+    it = iter(arrays)
+    held = {name: [next(it) for _ in range(n)] for name, n in zip(names, counts, strict=True)}
+    position = {i: k for k, i in enumerate(leaves)}
+    found: dict[str, list[Any]] = {name: [] for name, _ in kinds}
+    like = dict(kinds)
+    for u, unit in enumerate(units):
+        at = [position[i] for i in unit]
+        together = len({int(row[i]) for i in unit}) == 1
+        parts = [at] if together else [[k] for k in at]
+        pieces: dict[str, list[Any]] = {name: [] for name, _ in kinds}
+        shapes = (
+            [held["x"][k].shape if "x" in held else dict(kinds)["x"][k][0] for k in at] if len(at) > 1 else []
+        )
+        start = 0
+        for part in parts:
+            inputs = {
+                name: _part(name, held[name], u, part, start, shapes, at, len(at) > 1) for name in names
+            }
+            values = _pass(program, p, wide, inputs, table[int(row[leaves[part[0]]])])
+            for name, _ in kinds:
+                pieces[name].append(values[name])
+            start += sum(int(np.prod(shapes[at.index(k)])) for k in part) if shapes else 0
+        for name, _ in kinds:
+            vector = pieces[name][0] if len(pieces[name]) == 1 else jnp.concatenate(pieces[name])
+            if name != "x":
+                shape, dtype = like[name][u]
+                found[name].append(_rounded(vector, shape, dtype))
+                continue
+            begin = 0
+            for k in at:
+                shape, dtype = like[name][k]
+                n = int(np.prod(shape))
+                piece = vector if len(at) == 1 else vector[begin : begin + n]
+                found[name].append(_rounded(piece, shape, dtype))
+                begin += n
+    return [a for name, _ in kinds for a in found[name]]
+
+
+def _rounded(x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    x = jnp.asarray(x).astype(dtype)
+    return x.reshape(shape) if x.size == int(np.prod(shape)) else jnp.broadcast_to(x, shape)
+
+
+def _part(
+    name: str,
+    held: list[Any],
+    unit: int,
+    part: list[int],
+    start: int,
+    shapes: list[Any],
+    at: list[int],
+    bundle: bool,
+) -> Any:
+    """What a pass reads for some leaves of one bundle: a vector, or the array of the only leaf."""
+    if name == "x" or name.startswith("d"):
+        return jnp.concatenate([held[k].reshape(-1) for k in part]) if bundle else held[part[0]]
+    if not bundle:
+        return held[unit]
+    length = sum(int(np.prod(shapes[at.index(k)])) for k in part)
+    return held[unit] if len(part) == len(at) else held[unit][start : start + length]
+
+
+def _pass(program: Program, p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any) -> dict[str, Any]:
+    """The values that a pass stores, in the type of the arithmetic."""
+    real = library.real_of(wide)
+    values: dict[int, Any] = {}
+    for j, e in enumerate(p.scalars):
+        values[id(e)] = scalars[j] != 0 if e.type == "bool" else scalars[j].astype(real)
+
+    def operand(e: Any, *, number: bool = False) -> Any:
+        if e.op == "const" and e.domain == "scalar":
+            value = e.value
+            return (
+                value
+                if e.type == "bool" and not number
+                else jnp.asarray(value, wide if e.type == "complex" else real)
+            )
+        value = values[id(e)]
+        return value.astype(real) if number and e.type == "bool" else value
+
+    steers = frozenset({"logical_and", "logical_or", "logical_not"})
+    for e in p.body:
+        if e.op == "input":
+            values[id(e)] = inputs[e.value].astype(wide if e.type == "complex" else real)
+            continue
+        args = [
+            operand(a, number=e.op not in steers and not (e.op == "where" and (i == 0 or e.type == "bool")))
+            for i, a in enumerate(e.args)
+        ]
+        values[id(e)] = library.WORDS[e.op](*args, **dict(e.options))
+    del program
+    return {name: operand(e, number=True) for name, e in p.stores}
