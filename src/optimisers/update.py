@@ -330,6 +330,7 @@ class _Step:
             inplace=self.inplace,
             symbolic=self.symbolic,
             device=group.kind.device,
+            bundled=group.kind.bundled,
             code=lambda i, root: paths[leaves[i]].code(root),
             memo=memo,
         )

@@ -86,8 +86,8 @@ def type_name(dtype: Any) -> str:
 
 
 def device(x: Array) -> str:
-    """The platform; arrays of one group may live on other devices of it."""
-    return "jax"
+    """Whether it is one; arrays that are shared out over several are stepped apart from others."""
+    return "one device" if may_bundle(x) else "several devices"
 
 
 def memory(x: Array) -> Any:

@@ -53,6 +53,8 @@ class Job:
     written.
     """
     device: str
+    bundled: bool
+    """Whether the arrays are whole, on one device, and small state shares a vector."""
     code: Callable[[int, str], str]
     """Leaf number here, root -> its path as code, for messages."""
     memo: dict[str, Any]

@@ -6,7 +6,7 @@ instead, at the addresses of XLA's buffers; other devices, `vmap` and `grad` tak
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,8 @@ from optimisers.engines import ffi, numba
 from optimisers.engines.interpret import Interpreter
 from optimisers.engines.job import Result
 from optimisers.engines.kernels import Unprintable, columns
-from optimisers.trace.phases import Pass, number_of, store_pass
+from optimisers.trace.expr import Expr
+from optimisers.trace.phases import Pass, number_of, reduce_pass, store_pass
 from optimisers.trace.program import Program
 
 CALL = 64
@@ -69,9 +70,7 @@ class Xla(Interpreter):
         given = [a for name in names for a in held[name]]
         shape = [len(held[name]) for name in names]
         kinds = tuple((name, [(a.shape, a.dtype) for a in held[name]]) for name in stored)
-        plain = functools.partial(
-            _evaluated, job.program, p, job.wide, names, shape, kinds, row, units, leaves
-        )
+        plain = functools.partial(_evaluated, p, job.wide, names, shape, kinds, row, units, leaves)
         out = self.fast(p, table, row, units, leaves, held, plain)([table, *given])
         at = 0
         for name, like in kinds:
@@ -113,44 +112,73 @@ class Xla(Interpreter):
         source = _source(
             job.program, p, library.type_name(job.dtype), _gradient(job.grads, leaves, job.dtype)
         )
-        bundled = all(isinstance(pack, Bundled) for pack in job.slots)
-        if source is None or not bundled or not ffi.available():
+        if source is None or not job.bundled or not ffi.available():
             return plain
-        names = columns(p, inplace=True)
-        inputs = list(p.loads)
-        where, count = dict[str, int](), 0
-        for name in inputs:
-            where[name] = count
-            count += len(held[name])
-        stored = [name for name, _ in p.stores]
-        outputs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for name in stored for a in held[name]]
-        first_out, n = dict[str, int](), 0
-        for name in stored:
-            first_out[name] = n
-            n += len(held[name])
+        first, count = _firsts({name: len(held[name]) for name in p.loads}, 0)
+        stored = {name: len(held[name]) for name, _ in p.stores}
+        written, _ = _firsts(stored, 0)
         aliases = {
-            where[name] + k: first_out[name] + k
+            first[name] + k: written[name] + k
             for name in stored
-            if name in where
-            for k in range(len(held[name]))
+            if name in first
+            for k in range(stored[name])
         }
-        places = np.zeros((len(names), len(leaves), 2), np.int64)
+        base = {name: first.get(name, count + written.get(name, 0)) for name in columns(p, inplace=True)}
+        options = {
+            "outputs": [jax.ShapeDtypeStruct(a.shape, a.dtype) for name in stored for a in held[name]],
+            "aliases": aliases,
+            "places": self.places(base, units, leaves),
+            "row": np.asarray(row)[leaves],
+            "sizes": np.asarray(job.sizes)[leaves],
+        }
+        return ffi.with_fallback(functools.partial(_launched, source, options), plain)
+
+    def places(self, base: dict[str, int], units: list[list[int]], leaves: list[int]) -> Any:
+        """(buffer, byte offset) of every array of a kernel for every leaf; `base`: the first buffer of each."""
+        found = np.zeros((len(base), len(leaves), 2), np.int64)
         position = {i: k for k, i in enumerate(leaves)}
-        for c, name in enumerate(names):
-            base = where[name] if name in where else count + first_out[name]
+        for c, (name, first) in enumerate(base.items()):
+            if name == "x" or name.startswith("d"):
+                found[c, :, 0] = first + np.arange(len(leaves))
+                continue
+            pack = self.job.slots[number_of(name)]
             for u, unit in enumerate(units):
-                for i in unit:
-                    k = position[i]
-                    if name == "x" or name.startswith("d"):
-                        places[c, k, 0] = base + k
-                    else:
-                        pack = job.slots[number_of(name)]
-                        places[c, k] = base + u, int(pack.places.offset[i]) * pack.dtype.itemsize
-        sizes = np.asarray(job.sizes)[leaves]
-        launch = functools.partial(
-            _launched, source, outputs, aliases, places, np.asarray(row)[leaves], sizes
-        )
-        return ffi.with_fallback(launch, plain)
+                at = [position[i] for i in unit]
+                found[c, at, 0] = first + u
+                found[c, at, 1] = pack.places.offset[unit] * pack.dtype.itemsize
+        return found
+
+    def reduce(self, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
+        """Reductions of whole arrays in one call of the kernel, for all leaves; others as ever."""
+        p = reduce_pass(self.job.program, level, wanted)
+        job = self.job
+        chosen = [r for r, w in zip(self.stages[level].reductions, wanted, strict=True) if w]
+        leaves = list(range(len(job.row)))
+        gradient = _gradient(job.grads, leaves, job.dtype)
+        source = None if p is None else _source(job.program, p, library.type_name(job.dtype), gradient)
+        if source is None or p is None or len(p.reductions) != len(chosen) or not self.takes(p):
+            return super().reduce(level, wanted)
+        if not job.bundled or not ffi.available():
+            return super().reduce(level, wanted)
+        units = self.units()
+        held = {name: self.held(name, units, leaves) for name in p.loads}
+        table, row = self.scalars.symbols(p.scalars)
+        first, _ = _firsts({name: len(held[name]) for name in p.loads}, 0)
+        ops = [r.op for r in p.reductions]
+        options = {
+            "outputs": [],
+            "aliases": {},
+            "places": self.places({name: first[name] for name in columns(p, inplace=True)}, units, leaves),
+            "row": np.asarray(row),
+            "sizes": np.asarray(job.sizes),
+            "sums": len(ops),
+            "ops": ops,
+        }
+        counts = [len(held[name]) for name in p.loads]
+        plain = functools.partial(_reduced, p, job.wide, list(p.loads), counts, row, units)
+        fast = functools.partial(_launched, source, options)
+        (sums,) = ffi.with_fallback(fast, plain)([table, *(a for name in p.loads for a in held[name])])
+        return dict(zip(p.reductions, sums, strict=True))
 
     def commit(self) -> Result:
         if not self.whole:
@@ -158,13 +186,18 @@ class Xla(Interpreter):
         return Result(self.results, *self.counters())
 
 
-def _launched(
-    source: str, outputs: Any, aliases: Any, places: Any, row: Any, sizes: Any, given: Any
-) -> list[Any]:
+def _launched(source: str, options: dict[str, Any], given: Any) -> list[Any]:
     table, *arrays = given
-    return ffi.launch(
-        source, arrays, outputs=outputs, aliases=aliases, table=table, places=places, row=row, sizes=sizes
-    )
+    return ffi.launch(source, arrays, table=table, **options)
+
+
+def _firsts(counts: dict[str, int], at: int) -> tuple[dict[str, int], int]:
+    """(the number of the first buffer of each name, how many there are)."""
+    first: dict[str, int] = {}
+    for name, n in counts.items():
+        first[name] = at
+        at += n
+    return first, at
 
 
 def _held(pack: Any) -> int:
@@ -215,7 +248,6 @@ def _source(program: Program, p: Pass, dtype: str, gradient: str) -> str | None:
 
 
 def _evaluated(
-    program: Program,
     p: Pass,
     wide: Any,
     names: list[str],
@@ -246,7 +278,7 @@ def _evaluated(
             inputs = {
                 name: _part(name, held[name], u, part, start, shapes, at, len(at) > 1) for name in names
             }
-            values = _pass(program, p, wide, inputs, table[int(row[leaves[part[0]]])])
+            values = _pass(p, wide, inputs, table[int(row[leaves[part[0]]])])
             for name, _ in kinds:
                 pieces[name].append(values[name])
             start += sum(int(np.prod(shapes[at.index(k)])) for k in part) if shapes else 0
@@ -264,6 +296,38 @@ def _evaluated(
                 found[name].append(_rounded(piece, shape, dtype))
                 begin += n
     return [a for name, _ in kinds for a in found[name]]
+
+
+def _reduced(
+    p: Pass,
+    wide: Any,
+    names: list[str],
+    counts: list[int],
+    row: Indices,
+    units: list[list[int]],
+    given: list[Any],
+) -> list[Any]:
+    """The reductions of a pass for every leaf, in operations of XLA."""
+    table, *arrays = given
+    it = iter(arrays)
+    held = {name: [next(it) for _ in range(n)] for name, n in zip(names, counts, strict=True)}
+    found: list[list[Any]] = [[] for _ in p.reductions]
+    kind = jax.dtypes.canonicalize_dtype(np.float64)
+    for u, unit in enumerate(units):
+        start = 0
+        for i in unit:
+            size = held["x"][i].size if "x" in held else held["dx"][i].size
+            inputs = {
+                name: held[name][i]
+                if name == "x" or name.startswith("d")
+                else held[name][u].reshape(-1)[start : start + size].reshape(held["dx"][i].shape)
+                for name in names
+            }
+            start += size
+            values = _values(p, wide, inputs, table[int(row[i])])
+            for out, r in zip(found, p.reductions, strict=True):
+                out.append(jnp.asarray(library.WORDS[r.op](values(r.args[0], number=True)), kind))
+    return [jnp.stack([jnp.stack(column) for column in found])]
 
 
 def _rounded(x: Any, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -290,8 +354,14 @@ def _part(
     return held[unit] if len(part) == len(at) else held[unit][start : start + length]
 
 
-def _pass(program: Program, p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any) -> dict[str, Any]:
+def _pass(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any) -> dict[str, Any]:
     """The values that a pass stores, in the type of the arithmetic."""
+    values = _values(p, wide, inputs, scalars)
+    return {name: values(e, number=True) for name, e in p.stores}
+
+
+def _values(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any) -> Callable[..., Any]:
+    """The value of every node of a pass, from its inputs and its row of scalars."""
     real = library.real_of(wide)
     values: dict[int, Any] = {}
     for j, e in enumerate(p.scalars):
@@ -299,24 +369,19 @@ def _pass(program: Program, p: Pass, wide: Any, inputs: dict[str, Any], scalars:
 
     def operand(e: Any, *, number: bool = False) -> Any:
         if e.op == "const" and e.domain == "scalar":
-            value = e.value
-            return (
-                value
-                if e.type == "bool" and not number
-                else jnp.asarray(value, wide if e.type == "complex" else real)
-            )
+            kind = wide if e.type == "complex" else real
+            return e.value if e.type == "bool" and not number else jnp.asarray(e.value, kind)
         value = values[id(e)]
         return value.astype(real) if number and e.type == "bool" else value
 
-    steers = frozenset({"logical_and", "logical_or", "logical_not"})
     for e in p.body:
         if e.op == "input":
             values[id(e)] = inputs[e.value].astype(wide if e.type == "complex" else real)
             continue
+        steers = e.op.startswith("logical")
         args = [
-            operand(a, number=e.op not in steers and not (e.op == "where" and (i == 0 or e.type == "bool")))
+            operand(a, number=not steers and not (e.op == "where" and (i == 0 or e.type == "bool")))
             for i, a in enumerate(e.args)
         ]
         values[id(e)] = library.WORDS[e.op](*args, **dict(e.options))
-    del program
-    return {name: operand(e, number=True) for name, e in p.stores}
+    return operand
