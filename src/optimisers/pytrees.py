@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimisers.arrays import jax as arrays
+from optimisers.arrays import registry
 from optimisers.arrays.pack import Bundled
 from optimisers.engines.job import refuse, watches
 from optimisers.errors import TreeMismatch, UnknownField
 from optimisers.leaf import Branch, Leaf, opened
 from optimisers.store import Pending, Store, Structure
+from optimisers.tree.path import KeyPath
 from optimisers.tree.walk import Node, find
 from optimisers.update import evaluated, runners
 
@@ -74,11 +76,27 @@ def _buffer_names(store: Store, group: Any, pack: Any) -> list[str]:
 
 def _unflatten(kind: type, rest: Any, children: Any) -> Any:
     structure, path = rest
+    node = _located(structure, path)
+    pending = Pending(structure, tuple(children))
+    return Leaf(pending, node) if kind is Leaf else Branch(pending, node, path)
+
+
+def _located(structure: Structure, path: KeyPath) -> Node:
+    """The node at a path of the layout that a structure knows."""
     node = structure.store.layout.root
     for key in path:
         node = find(node, key) or node
-    pending = Pending(structure, tuple(children))
-    return Leaf(pending, node) if kind is Leaf else Branch(pending, node, path)
+    return node
+
+
+def _path_of(root: Node, wanted: Node, path: KeyPath = KeyPath()) -> KeyPath:  # noqa: B008 it is a value
+    """The path to a node of a layout."""
+    if root is wanted or (root.leaf >= 0 and root.leaf == wanted.leaf):
+        return path
+    for key, child in root.live:
+        if child is wanted or set(wanted.leaves) <= set(child.leaves):
+            return _path_of(child, wanted, KeyPath(path, key))
+    return path
 
 
 for _kind in (Leaf, Branch):
@@ -179,8 +197,8 @@ def _out_whole(static: Any, children: Any) -> _Out:
 jax.tree_util.register_pytree_node(_Out, _out_parts, _out_whole)
 
 
-def _step(structure: Structure, node: Node, held: Any, xs: Any, orders: Any) -> Any:
-    notes: list[Any] = []
+def _step(structure: Structure, path: KeyPath, held: Any, xs: Any, orders: Any) -> Any:
+    node, notes = _located(structure, path), list[Any]()
     token = watches.set(notes)
     try:
         store, new = evaluated(structure.filled(held), node, xs, orders)
@@ -198,10 +216,15 @@ def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store
 
     Raises DomainError, naming the leaf, where a check of a rule fails: nothing was handed out then.
     """
-    out = _jitted(store.structure(), node, store.arrays(), list(xs), [list(o) for o in orders])
+    if any(g is not None and registry.module_of(type(g)) is not arrays for o in orders for g in o):
+        return evaluated(store, node, xs, orders)  # it says what is wrong
+    structure = store.structure()
+    out = _jitted(
+        structure, _path_of(store.layout.root, node), store.arrays(), list(xs), [list(o) for o in orders]
+    )
     for (holds, *values), (message, paths) in zip(out.checks, out.about, strict=True):
         refuse(np.asarray(holds), [np.asarray(v) for v in values], message, paths)
-    return out.store.store(), out.new
+    return (out.store.store() if isinstance(out.store, Pending) else out.store), out.new
 
 
 # -- populations ---------------------------------------------------------------------------------------------

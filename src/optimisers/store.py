@@ -18,6 +18,7 @@ from optimisers.arrays import registry
 from optimisers.arrays.pack import Bundled, Indices, Loose, Pack, Places
 from optimisers.errors import BadState
 from optimisers.rule import Rule, needed
+from optimisers.trace.expr import Expr, cuts, order
 from optimisers.trace.program import Program, flatten, form, trace, unflatten
 from optimisers.tree.walk import Layout
 from optimisers.value import fill, numbers, skeleton
@@ -75,7 +76,8 @@ class Group:
     slots: tuple[Pack, ...]
     types: tuple[type, ...]
     """Python types of the counters, for those who look."""
-    numbers: Table
+    numbers: Any
+    """The table of numbers, float64 on the host or in the library of who follows it."""
     row: Indices
     shared: bool = False
     """Whether another store may hold the same arrays: then they are copied before they are written."""
@@ -593,10 +595,18 @@ def _group(items: list[tuple[int, Rule, Any]], program: Program, shapes: Sequenc
         numbers=table_of(rows),
         row=np.arange(len(items)),
     )
-    group.join()
+    if first.library.HOST_NUMBERS or not any(map(depends_on_leaf, program.new_counters)):
+        group.join()
     if not first.library.HOST_NUMBERS and isinstance(group.numbers, np.ndarray):
         group.numbers = first.library.table(group.numbers)
     return group
+
+
+def depends_on_leaf(e: Expr) -> bool:
+    """Whether a counter comes to differ from leaf to leaf: then each has a row of numbers at once, where
+    a change of structure compiles anew.
+    """
+    return any(cuts(node) or node.op == "size" for node in order([e]))
 
 
 def table_of(rows: list[list[Any]]) -> Any:

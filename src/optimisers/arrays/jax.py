@@ -21,6 +21,9 @@ HOST_NUMBERS = False
 REPLACES = True
 """Whether arrays cannot be written, so that a step in place replaces them."""
 
+SORTS = True
+"""Whether the library hands dicts on with their keys sorted."""
+
 
 # -- what an array is ----------------------------------------------------------------------------------------
 
@@ -59,8 +62,10 @@ def is_traced(x: Any) -> bool:
 
 
 def may_bundle(x: Array) -> bool:
-    """Whether state of small arrays may share a vector: only what is whole, on one device."""
-    return not is_traced(x) and isinstance(x, jax.Array) and len(x.devices()) == 1
+    """Whether state of small arrays may share a vector: only what is whole, on one device; of what is traced,
+    nobody knows.
+    """
+    return is_traced(x) or isinstance(x, jax.ShapeDtypeStruct) or len(x.devices()) == 1
 
 
 def follows(xs: Sequence[Any], gradients: Sequence[Sequence[Any]], *, inplace: bool) -> bool:
@@ -149,6 +154,8 @@ def full_like(x: Array, value: Any, *, real: bool = False, dtype: Any = None) ->
     """An array like `x`, on its devices, shared out as it is."""
     dtype = arithmetic(x.dtype) if dtype is None else _allowed(dtype)
     dtype = real_of(dtype) if real else dtype
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return stand_in(x.shape, dtype)
     return jnp.full_like(x, value, dtype=dtype)
 
 
@@ -200,6 +207,8 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def copied(x: Array, dtype: Any) -> Array:
     """A copy in this type, in a buffer of its own, so that both may be given away."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return stand_in(x.shape, _allowed(dtype))
     return jnp.array(x, _allowed(dtype), copy=True)
 
 
@@ -214,6 +223,8 @@ def dense(x: Array) -> Array:
 
 def flattened(arrays: list[Array]) -> Array:
     """All elements in one vector, in the type to which those of the arrays promote."""
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays):
+        return stand_in((sum(map(size, arrays)),), jnp.result_type(*(x.dtype for x in arrays)))
     return jnp.concatenate([jnp.ravel(x) for x in arrays]) if arrays else jnp.zeros(0, bool)
 
 

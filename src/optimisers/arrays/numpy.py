@@ -15,6 +15,9 @@ HOST_NUMBERS = True
 REPLACES = False
 """Whether arrays cannot be written, so that a step in place replaces them."""
 
+SORTS = False
+"""Whether the library hands dicts on with their keys sorted."""
+
 
 # -- what an array is ----------------------------------------------------------------------------------------
 

@@ -23,6 +23,9 @@ HOST_NUMBERS = True
 REPLACES = False
 """Whether arrays cannot be written, so that a step in place replaces them."""
 
+SORTS = False
+"""Whether the library hands dicts on with their keys sorted."""
+
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Types whose elements lie in one storage, as their strides say."""
 

@@ -95,6 +95,7 @@ class Interpreter(Task):
 
     def __init__(self, job: Job) -> None:
         leaves = range(len(job.row))
+        job = dataclasses.replace(job, shapes=[job.local_shape(i) for i in leaves]) if job.symbolic else job
         x = [job.checked_x(i) for i in leaves]
         grads = tuple([job.checked_gradient(order, i) for i in leaves] for order in range(len(job.grads)))
         super().__init__(dataclasses.replace(job, x=x, grads=grads))

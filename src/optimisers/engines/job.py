@@ -67,6 +67,17 @@ class Job:
             self.library.arithmetic(self.dtype), [s.dtype for s in self.program.slots]
         )
 
+    def local_shape(self, i: int) -> tuple[int, ...]:
+        """The shape of a leaf as a symbolic step sees it: inside a map over shards parameters and state are
+        smaller than `setup` saw.
+        """
+        x, seen = self.x[i], self.shapes[i]
+        loose = [
+            pack[i] for pack in self.slots if pack.places.shapes[i] == seen and len(pack.buffers) == len(pack)
+        ]
+        local = tuple(getattr(x, "shape", seen))
+        return local if loose and all(tuple(a.shape) == local for a in loose) else seen
+
     def checked_x(self, i: int) -> Any:
         """The parameters of a leaf; raises TreeMismatch unless they are of the kind that `setup` saw."""
         x, name = self.x[i], self.code(i, "model")

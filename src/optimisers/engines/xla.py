@@ -134,7 +134,7 @@ class Xla(Interpreter):
         return ffi.with_fallback(functools.partial(_launched, source, options), plain)
 
     def places(self, base: dict[str, int], units: list[list[int]], leaves: list[int]) -> Any:
-        """(buffer, byte offset) of every array of a kernel for every leaf; `base`: the first buffer of each."""
+        """(buffer, byte offset) of the arrays of a kernel for every leaf; `base`: first buffer of each."""
         found = np.zeros((len(base), len(leaves), 2), np.int64)
         position = {i: k for k, i in enumerate(leaves)}
         for c, (name, first) in enumerate(base.items()):

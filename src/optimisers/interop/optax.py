@@ -1,5 +1,7 @@
 """Rules as transformations of Optax, and transformations of Optax as rules for a whole model."""
 
+import functools
+import operator
 from typing import Any, cast
 
 import jax
@@ -71,7 +73,7 @@ class WholeState:
         """
         root = self.layout.root
         xs = _by_leaf(root, gather(root, model, KeyPath()))
-        slopes = _by_leaf(root, gather_gradients(root, grads, KeyPath()))
+        slopes = _summed(root, gather_gradients(root, grads, KeyPath()))
         for leaf, g in slopes.items():
             name = self.layout.paths[leaf].code("grads")
             if g is None:
@@ -94,7 +96,7 @@ class WholeState:
             loss = extra["value_fn"]
             extra["value_fn"] = lambda named, **more: loss(whole(named), **more)
         if "grad" in extra:
-            given = _by_leaf(root, gather_gradients(root, extra["grad"], KeyPath()))
+            given = _summed(root, gather_gradients(root, extra["grad"], KeyPath()))
             extra["grad"] = {names[i]: g for i, g in given.items()}
         found: Any = self.rule.tx.update({names[i]: g for i, g in slopes.items()}, self.inner, old, **extra)
         steps, inner = found
@@ -111,10 +113,34 @@ def _by_leaf(root: Any, values: Any) -> dict[int, Any]:
     return found
 
 
+def _summed(root: Any, grads: Any) -> dict[int, Any]:
+    """The gradient of every leaf, summed over its places; the same object at several counts once."""
+    places: dict[int, list[Any]] = {}
+    for leaf, g in zip(root.leaves, grads, strict=True):
+        seen = places.setdefault(leaf, [])
+        if g is not None and all(g is not other for other in seen):
+            seen.append(g)
+    return {leaf: functools.reduce(operator.add, gs) if gs else None for leaf, gs in places.items()}
+
+
+class _Static:
+    """What of a state is no array; equal for one transformation over models that are walked alike."""
+
+    def __init__(self, rule: "from_optax", layout: Any) -> None:
+        self.rule, self.layout = rule, layout
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, _Static) and self.rule.tx is other.rule.tx
+        return same and self.layout.key == other.layout.key
+
+    def __hash__(self) -> int:
+        return hash((id(self.rule.tx), self.layout.key))
+
+
 jax.tree_util.register_pytree_with_keys(
     WholeState,
-    lambda s: (((jax.tree_util.GetAttrKey("inner"), s.inner),), (s.rule, s.layout)),
-    lambda static, children: WholeState(static[0], static[1], next(iter(children))),
+    lambda s: (((jax.tree_util.GetAttrKey("inner"), s.inner),), _Static(s.rule, s.layout)),
+    lambda static, children: WholeState(static.rule, static.layout, next(iter(children))),
 )
 
 

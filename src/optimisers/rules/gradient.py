@@ -135,4 +135,4 @@ class ClipGlobalNorm(Rule):
 
 def shrink(omega: Any, size: Any) -> Any:
     """The factor that brings a norm of `size` down to omega, where it is larger; 1 for a norm of 0."""
-    return where(size == 0, 1, minimum(omega / size, 1))
+    return where(size == 0, 1, minimum(omega / where(size == 0, 1, size), 1))

@@ -5,6 +5,7 @@ same array at several places (the same memory: one object, equal views of it, or
 with several places.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,8 @@ class Node:
     """The leaves below, in the order of the walk, one entry a place."""
     frozen: bool = False
     """Whether a parameter stands here that did not want to be trained."""
+    again: bool = False
+    """Whether all leaves below were met before: their gradients may stand there alone."""
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -120,7 +123,12 @@ def survey(model: Any) -> tuple[Layout, list[Any]]:
 
 
 class _Survey:
-    def __init__(self) -> None:
+    """The first walk; `ordered` where the array library hands dicts on with sorted keys: one model has
+    one order.
+    """
+
+    def __init__(self, *, ordered: bool = False) -> None:
+        self.ordered = ordered
         self.arrays: list[Any] = []
         self.places: list[list[KeyPath]] = []
         self.known: dict[Any, int] = {}
@@ -135,6 +143,8 @@ class _Survey:
                 f"the model is the Python number {model!r}; write np.array({model!r}) to train it"
             )
         root = self.visit(model, KeyPath(), listed=False)
+        if self.arrays and not self.ordered and all(registry.library(x).SORTS for x in self.arrays):
+            return _Survey(ordered=True).run(model)
         self.refuse_overlaps()
         return Layout(root, [p[0] for p in self.places], self.places, self.floats), self.arrays
 
@@ -166,6 +176,9 @@ class _Survey:
 
     def branch(self, obj: Any, ways: Container, path: KeyPath) -> Node:
         keys = ways.keys(obj)
+        if self.ordered and isinstance(obj, dict):
+            with contextlib.suppress(TypeError):
+                keys = tuple(sorted(keys))
         if ways.trainable is not None:
             for name in ways.trainable:
                 if name not in keys:
@@ -193,6 +206,7 @@ class _Survey:
             pick=_picker(live),
             fetch=_fetcher(ways, live),
             leaves=leaves,
+            again=bool(live) and all(c.again for _, c in live),
         )
 
     @staticmethod
@@ -222,7 +236,7 @@ class _Survey:
                 f"of {first.dtype}; train one of them"
             )
         self.places[number].append(path)
-        return Node(leaf=number, axes=library.axes_between(first, x), leaves=(number,))
+        return Node(leaf=number, axes=library.axes_between(first, x), leaves=(number,), again=True)
 
     def seen_again(self, node: Node, path: KeyPath) -> Node:
         """A container met before: the same node, so that it is shared in the rebuilt model too."""
@@ -415,7 +429,7 @@ def gather_gradients(node: Node, grads: Any, path: KeyPath) -> Any:
         named = _by_name(node, grads, path)
         if named is not None:
             return named
-    found = loose(grads, node.keys, tuple(k for k, _ in node.live))
+    found = loose(grads, node.keys, tuple(k for k, c in node.live if not c.again or _has(grads, k)))
     if isinstance(found, str):
         live = [str(k) for k, _ in node.live]
         raise TreeMismatch(
@@ -425,8 +439,17 @@ def gather_gradients(node: Node, grads: Any, path: KeyPath) -> Any:
     _refuse_frozen(node, grads, path)
     out: list[Any] = []
     for key, child in node.live:
-        out.extend(gather_gradients(child, found[key], KeyPath(path, key)))
+        out.extend(gather_gradients(child, found.get(key), extended(node, path, key)))
     return out
+
+
+def _has(grads: Any, key: Any) -> bool:
+    """Whether gradients have something under a key."""
+    return (
+        key in grads
+        if isinstance(grads, Mapping)
+        else isinstance(grads, list | tuple) or hasattr(grads, str(key))
+    )
 
 
 def _refuse_frozen(node: Node, grads: Any, path: KeyPath) -> None:
