@@ -288,3 +288,130 @@ def test_a_deep_copy_of_a_module_and_its_state_train_alike() -> None:
     opt.update_(twin_state, twin, opt.gradients(twin))
     for a, b in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+# -- modules that hold each other, compiled modules ----------------------------------------------------------
+
+
+class Aliased(nn.Module):
+    """A module that reaches its parts by a list, an attribute and a bound method beside its children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+        self.order = [self.a, {"b": self.b}]
+        self.__dict__["call"] = self.c.forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(torch.tanh(self.order[1]["b"](torch.tanh(self.order[0](x)))))
+
+
+def aliased() -> nn.Module:
+    torch.manual_seed(0)
+    return Aliased()
+
+
+def losses(module: nn.Module, step: Any, count: int = 4) -> list[float]:
+    x = torch.linspace(-1, 1, 24).reshape(8, 3)
+    state = opt.setup(opt.Descent(0.1), module)
+    found: list[float] = []
+    for _ in range(count):
+        value, grads = opt.value_and_grad(lambda m: (m(x) - 1).square().mean(), module)
+        state, module = step(state, module, grads)
+        found.append(value.item())
+    return found
+
+
+def test_a_new_module_computes_with_its_own_weights_however_it_reaches_them() -> None:
+    wanted = losses(aliased(), opt.update_)
+    assert wanted == sorted(wanted, reverse=True)
+    assert losses(aliased(), opt.update) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "compile"])
+def test_a_compiled_module_computes_with_its_own_weights(how: str) -> None:
+    def made() -> nn.Module:
+        torch._dynamo.reset()
+        module = aliased()
+        if how == "torch.compile":
+            return torch.compile(module, backend="eager")
+        module.compile(backend="eager")
+        return module
+
+    assert losses(made(), opt.update) == pytest.approx(losses(aliased(), opt.update_), rel=1e-5)
+
+
+def test_a_forward_that_holds_the_old_module_is_refused() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    old = module[0].forward
+    module[0].forward = lambda x: old(x) * 2
+    with pytest.raises(opt.BadState, match=r"Linear has a forward of its own.*write update_"):
+        losses(module, opt.update)
+
+
+def in_place(state: Any, model: Any, grads: Any) -> Any:
+    return opt.update_(state, model, grads)
+
+
+@pytest.mark.parametrize("kind", ["a dict", "a module"])
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_a_step_in_place_runs_beside_a_compiled_graph(kind: str) -> None:
+    torch._dynamo.reset()
+    net = nn.Linear(2, 2, bias=False)
+    model: Any = net if kind == "a module" else {"weight": net.weight}
+    before = net.weight.detach().clone()
+    state, grads = opt.setup(opt.Descent(0.5), model), {"weight": torch.ones(2, 2)}
+    compiled = torch.compile(in_place, backend="eager")
+    for i in range(3):
+        compiled(state, model, grads)
+        torch.testing.assert_close(net.weight.detach(), before - 0.5 * (i + 1))
+
+
+def test_what_is_frozen_or_adjusted_comes_back_from_a_file() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    ours = opt.TorchOptimizer(net, opt.Adam(0.01))
+    net(torch.ones(1, 2)).sum().backward()
+    ours.step()
+    opt.freeze_(ours.tree["0.weight"])
+    opt.adjust_(ours.tree["1.weight"], 0.5)
+    again = opt.TorchOptimizer(torch.compile(net, backend="eager"), opt.Adam(0.01))
+    again.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert [leaf.frozen for leaf in map(again.tree.__getitem__, again.parameters)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert again.tree["1.weight"].rule.eta == 0.5
+    assert again.tree["1.bias"].rule.eta == 0.01
+
+
+def test_a_schedule_that_ends_where_it_starts_goes_on_from_a_file() -> None:
+    def made() -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        net = nn.Linear(2, 2)
+        return net, opt.TorchOptimizer(net, opt.Adam(opt.Cosine(0.01, 50, warmup=5)))
+
+    net, ours = made()
+    other, again = made()
+    for i in range(6):
+        if i == 3:
+            other.load_state_dict(net.state_dict())
+            again.load_state_dict(copy.deepcopy(ours.state_dict()))
+        for n, o in ((net, ours), (other, again)):
+            o.zero_grad()
+            n(torch.ones(1, 2)).square().sum().backward()
+            o.step()
+    assert again.param_groups[0]["lr"] == ours.param_groups[0]["lr"]
+    torch.testing.assert_close(other.weight, net.weight, rtol=0, atol=0)
+
+
+def test_exact_masters_bear_weights_that_are_set_to_zero() -> None:
+    x = torch.full((4,), 0.3, dtype=torch.bfloat16)
+    state = opt.setup(opt.MixedPrecision(opt.Adam(0.01), split=True), x)
+    for sign in (1.0, 1.0, -1.0, 1.0):
+        state, x = opt.update_(state, x, torch.full((4,), sign, dtype=torch.bfloat16))
+        x.zero_()
+    opt.update_(state, x, torch.ones(4, dtype=torch.bfloat16))
+    assert x.isfinite().all()
+    assert (x.abs() < 0.02).all()

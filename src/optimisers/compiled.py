@@ -17,10 +17,11 @@ import torch
 import torch.utils._pytree as pytree
 
 from optimisers.arrays import torch as tensors
-from optimisers.errors import BadState, TreeMismatch
+from optimisers.errors import BadState
 from optimisers.leaf import Branch, Leaf
 from optimisers.store import NUMBERED, Pending, Store, Structure
 from optimisers.update import compilers, stepped
+from optimisers.update import update as eager
 
 _numbers: dict[Structure, int] = {}
 
@@ -56,8 +57,19 @@ def _numbered(store: Store) -> tuple[int, int]:
 _apart: dict[int, int] = {}
 
 
+@torch.compiler.disable(
+    reason="setup and update_ work on addresses and run beside the graph; write update for a step inside it, "
+    "and give dict(module.named_parameters()) instead of a module"
+)
+def aside(function: Any, *args: Any, **options: Any) -> Any:
+    """Call a function beside the graph: a break, where breaks are allowed, else an error of the compiler."""
+    return function(*args, **options)
+
+
 def update(state: Any, model: Any, grads: Any, more: Any) -> Any:
-    """`update` as the compiler sees it: for nests of dicts, lists, tuples and NamedTuples."""
+    """`update` as the compiler sees it: for nests of dicts, lists, tuples and NamedTuples; other models, such
+    as modules, are stepped beside the graph.
+    """
     if not isinstance(state, Branch | Leaf) or more:
         raise BadState("inside torch.compile, update takes (state, model, grads)")
     held, node = state._held, state._node
@@ -76,11 +88,7 @@ def update(state: Any, model: Any, grads: Any, more: Any) -> Any:
     leaves, form = pytree.tree_flatten(model)
     at = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and _inexact(x)]
     if len(at) != len(node.leaves):
-        raise TreeMismatch(
-            "inside torch.compile, update takes models that are nests of dicts, lists, tuples and "
-            "NamedTuples of tensors, as `setup` saw them: instead of a module give "
-            "dict(module.named_parameters())"
-        )
+        return aside(eager, state, model, grads)
     slopes = pytree.tree_leaves(grads)
     slopes = [g for g in slopes if g is None or isinstance(g, torch.Tensor)]
     if len(slopes) == len(leaves):

@@ -272,6 +272,8 @@ def parts(state: Any) -> tuple[Store, Node, KeyPath]:
             "a state was wanted and () came: nothing is trained there; a state is what `setup(rule, model)` "
             "returns, or a part of it"
         )
+    if isinstance(getattr(state, "tree", None), Leaf | Branch):
+        raise BadState(f"a state was wanted and a {type(state).__name__} came; its state is its `tree`")
     raise BadState(
         f"a state was wanted and a {type(state).__name__} came; a state is what `setup(rule, model)` "
         "returns, or a part of it"

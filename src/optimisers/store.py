@@ -370,6 +370,9 @@ class Store:
                 members = np.flatnonzero(group.row == r)
                 rule = new(group.rule_of(int(members[0])))
                 if skeleton(rule) == skeleton(group.rule):
+                    followed = [v for v in numbers(rule) if not registry.library(v).is_fixed(v)]
+                    if followed and isinstance(group.numbers, np.ndarray):
+                        group.numbers = registry.library(followed[0]).table(group.numbers)
                     library = registry.library(group.numbers)
                     at = (r, slice(0, group.program.hypers))
                     group.numbers = library.placed(group.numbers, at, numbers(rule))

@@ -38,20 +38,10 @@ def setup(rule: Any, model: Any, *, engine: str | None = None) -> Any:
     Raises BadState if rule and model are mixed up, NoMatch for a glob that matches nothing or a parameter
     that no glob matches, TraceError for a rule that cannot be traced. Warns if there is nothing to train.
     """
-    if isinstance(model, Leaf | Branch):
-        raise BadState("setup was given a state where the model goes; write setup(rule, model)")
-    if isinstance(model, Rule):
-        raise BadState(f"setup was given the rule {model!r} where the model goes; write setup(rule, model)")
-    if isinstance(model, type):
-        name = model.__name__
-        raise BadState(
-            f"setup was given the class {name} where the model goes; write setup(rule, {name}(...))"
-        )
-    if isinstance(model, Generator):
-        raise BadState(
-            "setup was given a generator where the model goes; write setup(rule, module), or a list of "
-            "tensors"
-        )
+    for compiler in compilers:
+        if compiler.looks():
+            return compiler.aside(setup, rule, model, engine=engine)
+    _refuse_model(model)
     if not isinstance(rule, type) and hasattr(rule, "setup"):
         return rule.setup(model)
     layout, arrays = survey(model)
@@ -80,6 +70,24 @@ def setup(rule: Any, model: Any, *, engine: str | None = None) -> Any:
     for name in {kind.name for kind in shapes if kind is not None} & COMPILED.keys():
         importlib.import_module(COMPILED[name]).known(store)
     return handle(store, layout.root, KeyPath())
+
+
+def _refuse_model(model: Any) -> None:
+    """Raise BadState for what is no model."""
+    if isinstance(model, Leaf | Branch):
+        raise BadState("setup was given a state where the model goes; write setup(rule, model)")
+    if isinstance(model, Rule):
+        raise BadState(f"setup was given the rule {model!r} where the model goes; write setup(rule, model)")
+    if isinstance(model, type):
+        name = model.__name__
+        raise BadState(
+            f"setup was given the class {name} where the model goes; write setup(rule, {name}(...))"
+        )
+    if isinstance(model, Generator):
+        raise BadState(
+            "setup was given a generator where the model goes; write setup(rule, module), or a list of "
+            "tensors"
+        )
 
 
 COMPILED = {"torch": "optimisers.compiled", "jax": "optimisers.pytrees"}
@@ -198,6 +206,9 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     Arrays that may not be written (read-only ones) are replaced in the model that is returned, and only
     there. If it raises, nothing has changed. Arguments and errors are those of `update`.
     """
+    for compiler in compilers:
+        if compiler.looks():
+            return compiler.aside(update_, state, model, grads, *more)
     if hasattr(type(state), "stepped"):
         return state.stepped(model, _given(grads, "update_"))
     store, node, path = _opened(state, model)

@@ -3,7 +3,18 @@
 from typing import Any, ClassVar, NamedTuple
 
 from optimisers.errors import BadSetting
-from optimisers.ops import Becomes, copy, high_bits, join_bits, landing, low_bits, typed_zeros_like, under
+from optimisers.ops import (
+    Becomes,
+    abs_,
+    copy,
+    high_bits,
+    join_bits,
+    landing,
+    low_bits,
+    typed_zeros_like,
+    under,
+    where,
+)
 from optimisers.rule import Rule, static, stepped
 
 
@@ -66,7 +77,7 @@ class MixedPrecision(Rule):
         return SplitState(typed_zeros_like(x, "int16"), self.rule.init(master))
 
     def apply(self, state: Any, x: Any, dx: Any, *more: Any) -> Any:
-        master = join_bits(x, state.low) if self.split else state.master
+        master = join_bits(x, fitting(x, state.low)) if self.split else state.master
         inner, step = stepped(self.rule, state.inner, master, dx, more)
         if step is None:
             return (SplitState(state.low, inner) if self.split else MasterState(master, inner)), None
@@ -79,3 +90,11 @@ class MixedPrecision(Rule):
     def __repr__(self) -> str:
         dtype = "" if self.dtype == "float32" else f"{self.dtype!r}, "
         return f"MixedPrecision({dtype}{self.rule!r}{', split=True' if self.split else ''})"
+
+
+def fitting(high: Any, low: Any) -> Any:
+    """The low bits of a master; 0 where somebody has written a weight to which they cannot belong: nothing is
+    rounded up to 0, or beyond infinity, and their bits together would be no number.
+    """
+    zero, infinite = (high == 0) & (low < 0), (abs_(high) == float("inf")) & (low > 0)
+    return where(zero | infinite, 0.0, low)

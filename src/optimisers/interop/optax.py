@@ -130,8 +130,9 @@ class _Static:
         self.rule, self.layout = rule, layout
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, _Static) and self.rule.tx is other.rule.tx
-        return same and self.layout.key == other.layout.key
+        if not isinstance(other, _Static) or self.rule.tx is not other.rule.tx:
+            return False
+        return self.layout.key == other.layout.key
 
     def __hash__(self) -> int:
         return hash((id(self.rule.tx), self.layout.key))

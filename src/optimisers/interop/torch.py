@@ -18,7 +18,7 @@ from optimisers.rules.descent import Momentum, Nesterov
 from optimisers.trace.program import flatten, unflatten
 from optimisers.tree.path import KeyPath, matches
 from optimisers.update import setup, update_
-from optimisers.value import ELSEWHERE, adjustable, adjusted, refuse_unknown, settings
+from optimisers.value import ELSEWHERE, adjustable, adjusted, fill, numbers, refuse_unknown, settings
 from optimisers.value import parts as parts_of_value
 
 __all__ = ["TorchOptimizer"]
@@ -57,7 +57,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         self._kept: dict[Any, tuple[Any, bool]] = {}
         self._forget()
         if isinstance(params, torch.nn.Module):
-            params = params.named_parameters()
+            wrapped = isinstance(params, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel)
+            inner: torch.nn.Module = params.module if wrapped else params
+            params = [(name.replace("_orig_mod.", ""), p) for name, p in inner.named_parameters()]
         self._rule: Rule | None = None
         self._given: list[Any] | None = None
         if isinstance(rule, Mapping):
@@ -84,7 +86,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         self._model: dict[str, Any] = {}
         self._known: list[Any] = []
         self._untrained: list[int] = []
+        self._published = 0
         self._leaf_of: dict[Any, int] = {}
+        self._rule_of: dict[Any, Any] = {}
 
     # -- groups --
 
@@ -128,6 +132,7 @@ class TorchOptimizer(torch.optim.Optimizer):
                 self._rules[n] = rule = adjusted(rule, changes)  # noqa: PLW2901 it goes on as the new one
                 self._scheduled[n] = _has_schedule(rule)
                 store.change(leaves, lambda old, changes=changes: adjusted(old, changes))
+                self._rule_of.update(dict.fromkeys(group["params"], rule))
             if now != seen or self._scheduled[n]:
                 meant = _defaults(rule, store.clock).items()
                 group.update({k: v for k, v in meant if k not in group or v != _plain(group[k])})
@@ -171,7 +176,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         """
         return (
             self._tree is not None
-            and len(self.state) == len(self._leaf_of)
+            and len(self.state) == self._published
             and len(given) == len(self._known)
             and all(map(operator.is_, given, self._known))
         )
@@ -216,12 +221,17 @@ class TorchOptimizer(torch.optim.Optimizer):
                 if self.state.get(p):
                     self._adopt(store, leaf, self.state[p])
             store.changed()
+        everyone = set(given)
         for p in list(self.state):
-            if p not in leaf_of:
+            if p not in everyone:
                 del self.state[p]
         self._tree, self._model, self._known, self._leaf_of = tree, model, list(given), leaf_of
+        self._rule_of = {
+            p: r for g, r in zip(self.param_groups, self._rules, strict=True) for p in g["params"]
+        }
         self._untrained = [i for i, p in enumerate(given) if p not in leaf_of and rules[i] is not None]
         self._publish(leaf_of)
+        self._published = len(self.state)
 
     def _stop(self) -> None:
         """Forget the tree; what it has learnt stays in `state`, what was frozen or adjusted in it is kept."""
@@ -253,6 +263,11 @@ class TorchOptimizer(torch.optim.Optimizer):
             for path, value in flatten(group.state_of(i)):
                 tensor = registry.isarray(value)
                 shown[_key(path)] = value if tensor else torch.tensor(float(value), dtype=torch.float64)
+            own, common = numbers(group.rule_of(i)), numbers(self._rule_of[p])
+            if own != common:
+                shown["settings"] = torch.tensor(own, dtype=torch.float64)
+            if store.frozen[self._leaf_of[p]]:
+                shown["frozen"] = torch.tensor(1.0)
             self.state[p] = shown
 
     @staticmethod
@@ -261,8 +276,8 @@ class TorchOptimizer(torch.optim.Optimizer):
         group, i = store.where(leaf)
         old, name = group.state_of(i), str(store.layout.paths[leaf])
         entries = [(_key(path), value) for path, value in flatten(old)]
-        known = {key for key, _ in entries} | {"step"}
-        if not known >= set(saved) or len(set(saved) | {"step"}) < len(known):
+        known, extra = {key for key, _ in entries}, {"step", "settings", "frozen"}
+        if set(saved) - extra != known:
             raise TreeMismatch(
                 f"the state of {name!r} has {', '.join(map(repr, saved))}; {group.rule_of(i)!r} keeps "
                 f"{', '.join(repr(k) for k, _ in entries)}; load the state of the same rule"
@@ -281,6 +296,10 @@ class TorchOptimizer(torch.optim.Optimizer):
                 )
         store.assign(leaf, unflatten(old, iter(new)))
         store.clock = max(store.clock, int(saved.get("step", 0)))
+        store.frozen[leaf] |= bool(saved.get("frozen", 0))
+        if "settings" in saved:
+            own = [float(v) for v in saved["settings"]]
+            store.change([leaf], lambda rule: fill(rule, iter(own)))
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all parameters by number, and the groups, as torch saves them."""
@@ -300,9 +319,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         try:
             super().load_state_dict(_in_order(state_dict, self.param_groups))
             loaded = given[0]
-            numbers = [n for group in loaded["param_groups"] for n in group["params"]]
+            order = [n for group in loaded["param_groups"] for n in group["params"]]
             self.state.clear()
-            for n, p in zip(numbers, self._parameters(), strict=True):
+            for n, p in zip(order, self._parameters(), strict=True):
                 if n in loaded["state"]:
                     self.state[p] = dict(loaded["state"][n])
             self._forget()
@@ -321,9 +340,13 @@ class TorchOptimizer(torch.optim.Optimizer):
         rule, seen, group = self._rules[n], self._seen[n], self.param_groups[n]
         if rule is None or not self._scheduled[n]:
             return seen
-        now, later = _defaults(rule), _defaults(rule, 1 << 20)
-        moving = {k for k in now if now[k] != later[k]}
-        return {k: _plain(group[k]) if k in moving else v for k, v in seen.items()}
+        moving = {
+            name
+            for part in parts_of_value(rule)
+            for name, value in settings(part)
+            if name in adjustable(part) and _is_schedule(value)
+        }
+        return {k: _plain(group[k]) if _field(rule, k) in moving else v for k, v in seen.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         self._keep()

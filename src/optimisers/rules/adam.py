@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from optimisers.ops import abs2, abs_, ema, maximum, real_zeros_like, sqrt, where, zeros_like
+from optimisers.ops import abs2, abs_, ema, full_like, maximum, real_zeros_like, sqrt, where, zeros_like
 from optimisers.rule import Rule, in_unit_interval, not_negative, one_of, static
 
 
@@ -229,7 +229,10 @@ class AMSGrad(Rule):
     def init(self, x: Any) -> Any:
         start = self.epsilon if self.variant == "julia" else 0.0
         return AMSGradState(
-            zeros_like(x) + start, real_zeros_like(x) + start, real_zeros_like(x) + start, (0.0, 0.0)
+            full_like(x, start),
+            full_like(real_zeros_like(x), start),
+            full_like(real_zeros_like(x), start),
+            (0.0, 0.0),
         )
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:

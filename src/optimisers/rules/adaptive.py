@@ -134,9 +134,7 @@ class AdaGrad(Rule):
         one_of(self, "variant", "julia", "torch")
 
     def init(self, x: Any) -> Any:
-        return AdaGradState(
-            real_zeros_like(x) + self.epsilon if self.variant == "julia" else real_zeros_like(x)
-        )
+        return AdaGradState(full_like(real_zeros_like(x), self.epsilon if self.variant == "julia" else 0))
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
         a = state.sum + abs2(dx)

@@ -32,6 +32,8 @@ class Container:
     """Whether children may be read by item or attribute, past `read`."""
     write: Callable[[Any, dict[Any, Any]], Any] | None = None
     """Replaces children in the container itself, for a step in place; None where a new one is made."""
+    relink: Callable[[list[tuple[Any, Any]]], None] | None = None
+    """Told all (old, new) containers of a rebuilt model, to replace what else they hold of each other."""
     value_and_grad: Callable[..., Any] | None = None
     """Value and gradients of a loss: of (loss, container, arguments, has_aux)."""
 

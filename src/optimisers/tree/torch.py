@@ -3,16 +3,21 @@
 # PyTorch answers some questions only in private.
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 
+import functools
 import operator
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.func import functional_call
 
 from optimisers.arrays import torch as arrays
+from optimisers.errors import BadState
 from optimisers.tree.children import Container
 from optimisers.tree.path import Attr
 
@@ -46,8 +51,13 @@ OWNED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 def _rebuild(module: Any, changes: dict[Any, Any]) -> Any:
     """A new instance of the same class with other parameters or modules; buffers are shared, hooks kept."""
+    if isinstance(module, OptimizedModule):  # a compiled module holds its forward by the old one
+        inner = changes.get("_orig_mod", module._orig_mod)
+        return OptimizedModule(inner, module.dynamo_ctx)
     new = object.__new__(type(module))
     held = vars(module).copy()
+    if held.get("_compiled_call_impl") is not None:
+        held["_compiled_call_impl"] = None
     for name, value in held.items():
         if name in OWNED or (name.startswith("_") and "hook" in name and isinstance(value, dict)):
             held[name] = value.copy()
@@ -55,10 +65,56 @@ def _rebuild(module: Any, changes: dict[Any, Any]) -> Any:
     for key, value in changes.items():
         name = str(key)
         (new._parameters if name in new._parameters else new._modules)[name] = value
-    flat = held.get("_flat_weights_names")
-    if flat is not None:  # recurrent layers keep a list of their weights beside the dict
-        vars(new)["_flat_weights"] = [new._parameters.get(name) for name in flat]
     return new
+
+
+def _relink(pairs: list[tuple[Any, Any]]) -> None:
+    """Let new modules hold new ones wherever the old ones held old ones: in lists beside the registered
+    modules, as other attributes, in bound methods.
+    """
+    new_of: dict[int, Any] = {}
+    for old, new in pairs:
+        new_of[id(old)] = new
+        for name, p in getattr(old, "_parameters", {}).items():
+            new_of[id(p)] = new._parameters[name]
+    for old, new in pairs:
+        if isinstance(new, OptimizedModule):  # it was made by its own constructor
+            continue
+        for name, value in list(vars(new).items()):
+            if name in OWNED:
+                continue
+            if name == "forward" and isinstance(value, FunctionType):
+                raise BadState(
+                    f"a {type(old).__name__} has a forward of its own, a function that may hold the old "
+                    "module; write update_, or patch the class"
+                )
+            found = _relinked(value, new_of)
+            if found is not value:
+                vars(new)[name] = found
+
+
+def _relinked(value: Any, new_of: dict[int, Any], depth: int = 4) -> Any:
+    """A value that holds new modules and parameters in place of old ones; itself if it holds none."""
+    if id(value) in new_of and value is not None:
+        return new_of[id(value)]
+    if isinstance(value, MethodType):
+        owner = new_of.get(id(value.__self__))
+        return value if owner is None else MethodType(value.__func__, owner)
+    return value if depth == 0 else _relinked_inside(value, new_of, depth - 1)
+
+
+def _relinked_inside(value: Any, new_of: dict[int, Any], depth: int) -> Any:
+    """The same for what holds others."""
+    if isinstance(value, functools.partial):
+        parts: Any = _relinked([value.func, list(value.args), value.keywords], new_of, depth)
+        return functools.partial(parts[0], *parts[1], **parts[2])
+    if type(value) in (list, tuple):
+        items = [_relinked(v, new_of, depth) for v in value]
+        return type(value)(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
+    if type(value) in (dict, OrderedDict):
+        inner = {k: _relinked(v, new_of, depth) for k, v in value.items()}
+        return type(value)(inner) if any(inner[k] is not v for k, v in value.items()) else value
+    return value
 
 
 class Route:
@@ -207,9 +263,19 @@ def value_and_grad(loss: Callable[..., Any], module: Any, args: Any, has_aux: bo
         for name, b in buffers.items():
             if not torch.equal(b, changed[name]):
                 b.copy_(changed[name])
-    return ((value, aux) if has_aux else value), grads
+    seen = {id(every[i]): name for name, i in zip(grads, first, strict=True)}
+    named = {
+        way.names[i]: grads[seen[id(every[i])]] if id(every[i]) in seen else None for i in way.firsts(every)
+    }
+    return ((value, aux) if has_aux else value), named
 
 
 MODULE = Container(
-    _keys, _read, _rebuild, gather=parameters, gradients=gradients, value_and_grad=value_and_grad
+    _keys,
+    _read,
+    _rebuild,
+    relink=_relink,
+    gather=parameters,
+    gradients=gradients,
+    value_and_grad=value_and_grad,
 )

@@ -49,6 +49,8 @@ class Node:
     """Whether a parameter stands here that did not want to be trained."""
     again: bool = False
     """Whether all leaves below were met before: their gradients may stand there alone."""
+    first: "Node | None" = None
+    """The node of the same container where it was met first."""
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -239,10 +241,10 @@ class _Survey:
         return Node(leaf=number, axes=library.axes_between(first, x), leaves=(number,), again=True)
 
     def seen_again(self, node: Node, path: KeyPath) -> Node:
-        """A container met before: the same node, so that it is shared in the rebuilt model too."""
+        """A container met before: a node that knows the first, so that the rebuilt model shares it too."""
         for below, leaf in _leaf_paths(node, path):
             self.places[leaf].append(below)
-        return node
+        return dataclasses.replace(node, again=True, first=node.first or node)
 
     def refuse_hidden(self, obj: Any, path: KeyPath, *, listed: bool) -> None:
         if listed and isinstance(obj, float | complex):
@@ -461,13 +463,6 @@ def _refuse_frozen(node: Node, grads: Any, path: KeyPath) -> None:
             raise TreeMismatch(NOT_TRAINED.format(path.code("grads"), repr(str(key))))
 
 
-def _stands(node: Node, name: str) -> bool:
-    """Whether a name is that of something in the model, or may be: only frozen places are known by name."""
-    return "." in name or any(
-        child.frozen and str(k) == name for k, child in zip(node.keys, node.children, strict=True)
-    )
-
-
 NOT_TRAINED = (
     "{} has a gradient for {}, which the state does not train; it was no trainable parameter at `setup`"
 )
@@ -493,12 +488,14 @@ def _by_name(node: Node, grads: Mapping[Any, Any], path: KeyPath) -> list[Any] |
             return [grads[name] for name in node.names]
         except KeyError:
             pass
+    if any(k in grads for k, c in node.live if c.leaf < 0):
+        return None
     dotted = any("." in name for name in node.names) or (node.ways is not None and node.ways.gradients)
     if not dotted or not any(name in grads for name in node.names):
         return None
     known = set(node.names)
     for key, value in grads.items():
-        if key not in known and value is not None and _stands(node, str(key)):
+        if key not in known and value is not None:
             raise TreeMismatch(NOT_TRAINED.format(path.code("grads"), repr(key)))
     there = {leaf for leaf, name in zip(node.leaves, node.names, strict=True) if name in grads}
     for leaf, name in zip(node.leaves, node.names, strict=True):
@@ -536,16 +533,27 @@ def rebuild(
 
     With `inplace`, containers that can be written are.
     """
+    if memo is None:
+        memo = {}
+        result = rebuild(node, model, new, memo, inplace=inplace)
+        for relink, pairs in _by_relink(memo).items():
+            relink(pairs)
+        return result
     if node.leaf >= 0:
         x = new.get(node.leaf)
         if x is None:
             return model
         return x if node.axes is None else registry.library(x).permuted(x, node.axes)
-    memo = {} if memo is None else memo
-    if id(node) in memo:
-        return memo[id(node)]
+    here = id(node.first or node)
+    if here not in memo:
+        memo[here] = _rebuilt(node, model, new, memo, inplace=inplace)
+    return memo[here]
+
+
+def _rebuilt(node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any], *, inplace: bool) -> Any:
+    """A container with the leaves in `new` replaced."""
+    assert node.ways is not None
     changes: dict[Any, Any] = {}
-    values: dict[Any, Any] = {}
     if node.pick is not None:
         try:
             changes = node.pick(new)
@@ -553,15 +561,23 @@ def rebuild(
             changes = {key: new[c.leaf] for key, c in node.live if c.leaf in new}
     else:
         for key, child, value in model_children(node, model, KeyPath(), "setup"):
-            values[key] = value
             if any(i in new for i in child.leaves):
-                changes[key] = rebuild(child, value, new, memo, inplace=inplace)
-    assert node.ways is not None
+                made = rebuild(child, value, new, memo, inplace=inplace)
+                if made is not value or not inplace:
+                    changes[key] = made
     change = node.ways.write if inplace and node.ways.write is not None else node.ways.rebuild
-    if inplace:
-        changes = {k: v for k, v in changes.items() if v is not values.get(k)}
-    memo[id(node)] = result = change(model, changes) if changes else model
+    result = change(model, changes) if changes else model
+    if result is not model and node.ways.relink is not None:
+        memo.setdefault(-1, []).append((node.ways.relink, model, result))
     return result
+
+
+def _by_relink(memo: dict[int, Any]) -> dict[Any, list[tuple[Any, Any]]]:
+    """The (old, new) containers that may hold each other elsewhere than among their children."""
+    found: dict[Any, list[tuple[Any, Any]]] = {}
+    for relink, old, made in memo.get(-1, ()):
+        found.setdefault(relink, []).append((old, made))
+    return found
 
 
 def find(node: Node, key: Any) -> Node | None:
