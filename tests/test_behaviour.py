@@ -57,13 +57,10 @@ UNTESTED = {
     42: "there are no lazy gradients here; a transposed tie takes every gradient (see 64)",
     59: "None is the only way to say that there is no gradient",
     68: "ties of immutable arrays need no help here: read-only arrays are objects with identity",
-    72: "moving a state to another device comes with the array libraries that have devices",
     75: "an old form of `trainable` that Julia still accepts with a warning",
     76: "advice, not behaviour",
     124: "a method for rules that keep their rate elsewhere; here every field goes by its name",
     126: "an old name of a setting that Julia still accepts",
-    150: "in which type derivatives are added is the business of the library that differentiates",
-    153: "devices come with the array libraries that have them",
     171: "there are no pairs of a model and its gradient that could stand deep in a model",
     177: "there is nothing to wrap: the settings of every rule are numbers of the step (see 174)",
     178: "for the same reason `setup` wraps nothing",
@@ -687,6 +684,20 @@ def test_freezing_or_adjusting_one_place_of_a_tie_does_so_at_all() -> None:
     adjust_(state.b, 0.5)
     assert state.b.frozen
     assert state.a.rule == Descent(0.5)
+
+
+def test_a_state_is_moved_to_a_device_with_its_ties() -> None:
+    """72. As a pytree of JAX; moves of a Leaf break them there."""
+    import jax
+
+    x = jax.numpy.asarray([1.0, 2.0])
+    model = {"a": x, "b": x}
+    state = jax.device_put(setup(Momentum(0.1), model), jax.devices()[0])
+    assert state["a"] is state["b"]
+
+    state, model = update(state, model, {"a": x, "b": 2 * x})
+    assert model["a"] is model["b"]
+    np.testing.assert_allclose(model["a"], [0.7, 1.4], rtol=1e-6)
 
 
 def test_one_gradient_object_at_both_places_of_a_tie_counts_once() -> None:

@@ -38,6 +38,10 @@ def test_lbfgs_fits_the_sine() -> None:
     assert example("02_lbfgs").main() < 1e-4
 
 
+def test_a_solver_for_whole_vectors_fits_the_sine() -> None:
+    assert example("05_whole_vector").main() < 1e-6
+
+
 def test_the_gradient_by_hand_is_that_of_finite_differences() -> None:
     module = example("02_lbfgs")
     rng = np.random.default_rng(1)

@@ -454,6 +454,117 @@ def test_the_second_derivatives_of_the_way_back() -> None:
     np.testing.assert_array_equal(got, [8, 16, 24, 0, 0, 0])
 
 
+# -- derivatives by those who take them ----------------------------------------------------------------------
+
+
+class Library(NamedTuple):
+    """A library that differentiates functions of one array."""
+
+    name: str
+    array: Callable[[Any, str], Any]
+    grad: Callable[[Any], Any]
+
+
+def of_jax() -> Library:
+    jax = pytest.importorskip("jax")
+    return Library("jax", jax.numpy.asarray, jax.grad)
+
+
+def of_torch() -> Library:
+    torch = pytest.importorskip("torch")
+    return Library("torch", lambda x, kind: torch.tensor(x, dtype=getattr(torch, kind)), torch.func.grad)
+
+
+by_libraries = pytest.mark.parametrize("library", [of_jax, of_torch], ids=["jax", "torch"])
+
+
+def plain(x: Any) -> Any:
+    return np.asarray(x, np.float64)
+
+
+@by_libraries
+def test_libraries_differentiate_the_vector(library: Callable[[], Library]) -> None:
+    """146, 152. The tie moves as one; second derivatives make no warning."""
+    lib = library()
+    x = lib.array([1.0, 2.0, 3.0], "float32")
+
+    def model(x: Any) -> Any:
+        return {"a": x, "b": [x], "c": 2 * x, "n": lib.array([1, 2], "int32")}
+
+    np.testing.assert_array_equal(lib.grad(lambda x: destructure(model(x))[0][0])(x), [1, 0, 0])
+    np.testing.assert_array_equal(lib.grad(lambda x: destructure(model(x))[0].sum())(x), [3, 3, 3])
+
+    def squares(x: Any) -> Any:
+        return (destructure(model(x))[0] ** 2).sum()
+
+    np.testing.assert_array_equal(lib.grad(lambda x: (lib.grad(squares)(x) ** 2).sum())(x), [200, 400, 600])
+
+
+@by_libraries
+def test_libraries_differentiate_the_way_back(library: Callable[[], Library]) -> None:
+    """147, 148, 149, 152. Places of a tie are added; what is not used has zeros; second ones do not fail."""
+    lib = library()
+    x = lib.array([1.0, 2.0, 3.0], "float32")
+    flat, re = destructure({"x": x, "y": x, "z": lib.array([4.0, 5.0, 6.0], "float32")})
+
+    def mixed(v: Any) -> Any:
+        m = re(v)
+        return m["x"][0] + 2 * m["y"][1] + 3 * m["z"][2]
+
+    def partly(v: Any) -> Any:
+        return (re(v)["x"] ** 2).sum()
+
+    np.testing.assert_array_equal(lib.grad(mixed)(flat), [1, 2, 0, 0, 0, 3])
+    np.testing.assert_array_equal(lib.grad(partly)(flat), [2, 4, 6, 0, 0, 0])
+    second = lib.grad(lambda v: (lib.grad(partly)(v) ** 2).sum())(flat)
+    np.testing.assert_array_equal(second, [8, 16, 24, 0, 0, 0])
+
+
+@by_libraries
+def test_derivatives_of_the_vector_have_its_type_and_those_of_an_array_its_own(
+    library: Callable[[], Library],
+) -> None:
+    """150. Whatever is added: here float16, float32 and complex numbers."""
+    lib = library()
+    h, f, c = (lib.array([1.0], kind) for kind in ("float16", "float32", "complex64"))
+    flat, re = destructure([h, f])
+    assert str(flat.dtype).endswith("float32")
+    assert lib.grad(lambda v: (re(v)[0] * re(v)[1]).sum())(flat).dtype == f.dtype
+
+    for x, others in ((h, [f]), (f, [h]), (f, [c])):
+        slope = lib.grad(lambda x, others=others: (abs(destructure([x, *others])[0]) ** 2).sum())(x)
+        assert slope.dtype == x.dtype
+        np.testing.assert_allclose(plain(slope), [2], rtol=1e-3)
+
+
+def test_the_vector_lies_where_the_arrays_lie() -> None:
+    """153. On any device; this one stores nothing."""
+    torch = pytest.importorskip("torch")
+    flat, re = destructure({"a": torch.ones(2, device="meta"), "b": torch.ones(3, 1, device="meta")})
+    assert flat.device.type == "meta"
+    assert flat.shape == (5,)
+    assert {x.device.type for x in re(flat).values()} == {"meta"}
+
+
+@by_libraries
+def test_libraries_differentiate_a_penalty_on_the_trainables(library: Callable[[], Library]) -> None:
+    """157, 158, 160. Of one array at two places made inside, counted once; twice over; by one path."""
+    lib = library()
+    x, w = lib.array([1.0, 2.0, 3.0], "float32"), lib.array([[1.0, 2.0], [3.0, 4.0]], "float32")
+
+    def penalty(model: Any) -> Any:
+        return sum((a**2).sum() for a in trainables(model))
+
+    def by_path(x: Any) -> Any:
+        _, first = trainables({"x": x, "n": 3}, path=True)[0]
+        return (first**2).sum()
+
+    np.testing.assert_array_equal(lib.grad(lambda x: penalty({"x": x, "y": x}))(x), [2, 4, 6])
+    twice = lib.grad(lambda w: penalty([lib.grad(lambda w: penalty({"w": w}))(w)]))(w)
+    np.testing.assert_array_equal(twice, [[8, 16], [24, 32]])
+    np.testing.assert_array_equal(lib.grad(by_path)(x), [2, 4, 6])
+
+
 # -- trainables ----------------------------------------------------------------------------------------------
 
 

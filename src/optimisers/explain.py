@@ -82,7 +82,7 @@ def _cost(group: Group, members: Any, engine: str | None) -> GroupCost:
     library, dtype, program = group.kind.library, group.kind.dtype, group.program
     name = library.type_name(dtype)
     choice = choice_for(group, engine, group.memo)
-    if choice.reason:
+    if choice.reason and choice.name != "xla":
         words = [e for e in order(program.roots) if e.args and e.domain != "scalar"]
         passes = len(words)
         moved = sum(1 + sum(a.domain != "scalar" for a in e.args) for e in words) * dtype.itemsize

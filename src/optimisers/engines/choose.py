@@ -39,13 +39,13 @@ SYMBOLIC = {"jax": "optimisers.engines.xla"}
 
 
 @functools.cache
-def _symbolic(name: str) -> type[Task]:
-    return importlib.import_module(SYMBOLIC[name]).Xla if name in SYMBOLIC else interpret.Interpreter
+def _symbolic(name: str) -> Any:
+    return importlib.import_module(SYMBOLIC[name])
 
 
 def symbolic_task(library: Any) -> type[Task]:
     """What computes a step that somebody follows."""
-    return _symbolic(library.NAME)
+    return _symbolic(library.NAME).Xla if library.NAME in SYMBOLIC else interpret.Interpreter
 
 
 def choice_for(group: Group, wanted: str | None, memo: dict[str, Any]) -> Choice:
@@ -65,6 +65,10 @@ def _choose(group: Group, wanted: str | None) -> Choice:
     if wanted == interpret.NAME:
         return Choice(interpret.NAME, interpret.Interpreter, "asked for")
     kind = group.kind
+    if kind.name in SYMBOLIC:
+        module = _symbolic(kind.name)
+        why = module.refusal(group)
+        return Choice(module.NAME if why else fused().NAME, module.Xla, why or "")
     reason = "state in arrays that each stand for themselves" if group.loose or kind.loose else None
     reason = reason or fused().refusal(
         group.program, kind.name, kind.device, kind.library.type_name(kind.dtype)

@@ -19,12 +19,31 @@ from optimisers.engines import ffi, numba
 from optimisers.engines.interpret import Interpreter
 from optimisers.engines.job import Result
 from optimisers.engines.kernels import Unprintable, columns
+from optimisers.store import Group
 from optimisers.trace.expr import Expr
 from optimisers.trace.phases import Pass, number_of, reduce_pass, store_pass
 from optimisers.trace.program import Program
 
 CALL = 64
 """Leaves of one call of the kernel: more compile slowly, fewer run slowly."""
+
+
+NAME = "xla"
+
+
+def refusal(group: Group) -> str | None:
+    """Why the CPU kernel does not step a group; None if it does."""
+    p = store_pass(group.program, None)
+    if p is None or p.free or any(s.shape is not None for s in group.program.slots):
+        return "values of another shape than the parameters"
+    name = library.type_name(group.kind.dtype)
+    if _source(group.program, p, name, name) is None:
+        return numba.refusal(group.program, "numpy", "cpu", name) or "no kernel"
+    if not group.kind.bundled:
+        return "arrays on several devices, or asked for"
+    if jax.default_backend() != "cpu":
+        return f"arrays on {jax.default_backend()}"
+    return None if ffi.available() else "Numba or a known interface of XLA is not there"
 
 
 class Xla(Interpreter):
