@@ -6,7 +6,6 @@ instead, at the addresses of XLA's buffers; other devices, `vmap` and `grad` tak
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -375,7 +374,7 @@ def _part(
 
 
 def _pass_of_ragged(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any) -> dict[str, Any]:
-    """The same for an array of three axes or more, as a vector: XLA's CPU loops are slow over short last axes,
+    """The same for an array of three axes or more, as a vector: on the CPU, XLA loops slowly over short axes,
     and a branch keeps it from undoing the reshape.
     """
     shape = next(iter(inputs.values())).shape
