@@ -1623,3 +1623,41 @@ def test_jax_is_not_imported_for_models_of_numpy() -> None:
         "assert not {'jax', 'optax', 'flax', 'equinox'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+# -- what a review has found ---------------------------------------------------------------------------------
+
+
+class NormOfState(opt.Rule):
+    """Reduces its state and the parameters, but not the gradient."""
+
+    def init(self, x: Any) -> Any:
+        return opt.zeros_like(x)
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return state + dx, dx / (opt.norm(state + x) + 1.0)
+
+
+def test_a_reduction_that_reads_no_gradient_is_mapped_and_differentiated() -> None:
+    def stepped(scale: Any, engine: str | None = None) -> Any:
+        model = {"w": jnp.arange(1.0, 4.0), "b": jnp.ones(2)}
+        state = opt.setup(NormOfState(), model, engine=engine)
+        for _ in range(2):
+            state, model = opt.update(state, model, jax.tree.map(lambda x: x * scale, model))
+        return model["w"].sum() + model["b"].sum()
+
+    scales = jnp.array([0.1, 0.5])
+    wanted = [float(stepped(s, "interpret")) for s in scales]
+    np.testing.assert_allclose(jax.vmap(stepped)(scales), wanted, rtol=1e-6)
+    slopes = jax.vmap(jax.grad(stepped))(scales)
+    central = [(stepped(s + 1e-2) - stepped(s - 1e-2)) / 2e-2 for s in scales]
+    np.testing.assert_allclose(slopes, central, rtol=1e-2)
+
+
+def test_arrays_that_were_untied_are_refused() -> None:
+    shared = jnp.zeros(3)
+    model = {"a": shared, "b": shared}
+    state = opt.setup(opt.Descent(0.1), model)
+    model["b"] = jnp.full(3, 7.0)
+    with pytest.raises(opt.TreeMismatch, match="were one array at `setup` and are not now"):
+        opt.update(state, model, model)

@@ -23,7 +23,7 @@ from optimisers.leaf import Branch, Leaf, opened
 from optimisers.store import Pending, Store, Structure
 from optimisers.tree.path import KeyPath
 from optimisers.tree.walk import Node, find
-from optimisers.update import evaluated, runners
+from optimisers.update import evaluated, refuse_untied, runners
 
 # pyright: reportPrivateUsage=false
 
@@ -218,6 +218,7 @@ def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store
     """
     if any(g is not None and registry.module_of(type(g)) is not arrays for o in orders for g in o):
         return evaluated(store, node, xs, orders)  # it says what is wrong
+    refuse_untied(store, node, xs)
     structure = store.structure()
     out = _jitted(
         structure, _path_of(store.layout.root, node), store.arrays(), list(xs), [list(o) for o in orders]

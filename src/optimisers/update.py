@@ -491,6 +491,15 @@ def _still_tied(first: Any, other: Any, places: list[KeyPath]) -> None:
         )
 
 
+def refuse_untied(store: Store, node: Node, xs: Sequence[Any]) -> None:
+    """Raise TreeMismatch where places that were one array at `setup` are not now."""
+    plan = _plan(store, node)
+    for n, places in plan.ties.items():
+        views = [_turned(xs[place], axes) for place, axes in places]
+        for other in views[1:]:
+            _still_tied(views[0], other, store.layout.places[plan.leaves[n]])
+
+
 def _sum_of_places(grads: Sequence[tuple[Any, Any]], paths: list[KeyPath]) -> Any:
     """The gradient of a tied leaf: the sum of those that are there; None if there is none."""
     found: list[Any] = []

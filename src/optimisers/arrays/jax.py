@@ -115,8 +115,12 @@ def shares(x: Any, others: list[Array]) -> bool:
 
 
 def same_array(a: Array, b: Array) -> bool:
-    """Whether two arrays may be taken for one: inside a transform ties cannot be seen, so `setup` counts."""
-    return a.shape == b.shape and a.dtype == b.dtype
+    """Whether two arrays may be taken for one: those that hold the same. In a transform nobody can see it,
+    and what `setup` saw counts.
+    """
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return is_traced(a) or is_traced(b) or bool(jnp.array_equal(a, b, equal_nan=is_inexact(a)))
 
 
 def axes_between(first: Array, other: Array) -> tuple[int, ...] | None:

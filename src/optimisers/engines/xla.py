@@ -89,7 +89,9 @@ class Xla(Interpreter):
         given = [a for name in names for a in held[name]]
         shape = [len(held[name]) for name in names]
         kinds = tuple((name, [(a.shape, a.dtype) for a in held[name]]) for name in stored)
-        plain = functools.partial(_evaluated, p, job.wide, names, shape, kinds, row, units, leaves)
+        plain = functools.partial(
+            _evaluated, p, job.wide, names, shape, kinds, row, units, leaves, job.shapes
+        )
         out = self.fast(p, table, row, units, leaves, held, plain)([table, *given])
         at = 0
         for name, like in kinds:
@@ -194,7 +196,7 @@ class Xla(Interpreter):
             "ops": ops,
         }
         counts = [len(held[name]) for name in p.loads]
-        plain = functools.partial(_reduced, p, job.wide, list(p.loads), counts, row, units)
+        plain = functools.partial(_reduced, p, job.wide, list(p.loads), counts, row, units, job.shapes)
         fast = functools.partial(_launched, source, options)
         (sums,) = ffi.with_fallback(fast, plain)([table, *(a for name in p.loads for a in held[name])])
         return dict(zip(p.reductions, sums, strict=True))
@@ -275,6 +277,7 @@ def _evaluated(
     row: Indices,
     units: list[list[int]],
     leaves: list[int],
+    every: list[tuple[int, ...]],
     given: list[Any],
 ) -> list[Any]:
     """What a pass stores, from the scalar table and the arrays it reads."""
@@ -289,9 +292,7 @@ def _evaluated(
         together = len({int(row[i]) for i in unit}) == 1
         parts = [at] if together else [[k] for k in at]
         pieces: dict[str, list[Any]] = {name: [] for name, _ in kinds}
-        shapes = (
-            [held["x"][k].shape if "x" in held else dict(kinds)["x"][k][0] for k in at] if len(at) > 1 else []
-        )
+        shapes = [every[leaves[k]] for k in at] if len(at) > 1 else []
         start = 0
         for part in parts:
             inputs = {
@@ -324,6 +325,7 @@ def _reduced(
     counts: list[int],
     row: Indices,
     units: list[list[int]],
+    every: list[tuple[int, ...]],
     given: list[Any],
 ) -> list[Any]:
     """The reductions of a pass for every leaf, in operations of XLA."""
@@ -335,11 +337,11 @@ def _reduced(
     for u, unit in enumerate(units):
         start = 0
         for i in unit:
-            size = held["x"][i].size if "x" in held else held["dx"][i].size
+            size = int(np.prod(every[i]))
             inputs = {
                 name: held[name][i]
                 if name == "x" or name.startswith("d")
-                else held[name][u].reshape(-1)[start : start + size].reshape(held["dx"][i].shape)
+                else held[name][u].reshape(-1)[start : start + size].reshape(every[i])
                 for name in names
             }
             start += size
