@@ -253,6 +253,26 @@ def like(x: Array, new: Array) -> Array:
     return new
 
 
+def varying(x: Any) -> frozenset[Any]:
+    """The axes of a `shard_map` along which an array is known to vary."""
+    kind = jax.typeof(x)
+    found: Any = getattr(getattr(kind, "manual_axis_type", None), "varying", None)
+    return getattr(kind, "vma", frozenset[Any]()) if found is None else found  # its name before JAX 0.10
+
+
+def is_part(x: Array) -> bool:
+    """Whether this is one device's part of a larger array."""
+    return bool(varying(x))
+
+
+def across(op: str, value: Any, x: Array) -> Any:
+    """A reduction over all parts of an array that a `shard_map` has shared out: over the axes along which it
+    is known to vary.
+    """
+    axes = tuple(varying(x))
+    return {"sum": jax.lax.psum, "max": jax.lax.pmax, "min": jax.lax.pmin}[op](value, axes) if axes else value
+
+
 def touched(arrays: Sequence[Array]) -> None:
     """Nothing was written."""
 

@@ -325,6 +325,16 @@ def like(x: Array, new: Array) -> Array:
     return new
 
 
+def is_part(x: Array) -> bool:
+    """Whether this is one device's part of a larger array."""
+    return False
+
+
+def across(op: str, value: Any, x: Array) -> Any:
+    """A reduction of a whole array: no part of it lies elsewhere."""
+    return value
+
+
 def touched(arrays: Sequence[Array]) -> None:
     """Nobody wants to know that these were written."""
 

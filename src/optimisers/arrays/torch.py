@@ -423,6 +423,16 @@ def value_and_grad(function: Callable[[Any], Any], arrays: Any, has_aux: bool) -
     return ((value, aux) if has_aux else value), grads
 
 
+def is_part(x: Tensor) -> bool:
+    """Whether this is one part of a larger tensor; distributed ones are whole to those who ask."""
+    return False
+
+
+def across(op: str, value: Any, x: Tensor) -> Any:
+    """A reduction of a whole tensor; distributed ones reduce over their parts themselves."""
+    return value
+
+
 def touched(arrays: Sequence[Tensor]) -> None:
     """Tell autograd that these were written, so that it notices if it had saved what stood there."""
     torch.autograd.graph.increment_version(arrays)

@@ -211,15 +211,9 @@ def checked(places: Indices, row: Indices, sizes: Indices, buffers: Sequence[Any
 
 def varying(arrays: Sequence[Any]) -> frozenset[Any]:
     """The axes of `shard_map` along which any of these arrays differs from device to device."""
-    return frozenset[Any]().union(*(_axes(a) for a in arrays))
+    from optimisers.arrays.jax import varying as axes_of
 
-
-def _axes(array: Any) -> frozenset[Any]:
-    import jax
-
-    kind = jax.typeof(array)
-    found: Any = getattr(getattr(kind, "manual_axis_type", None), "varying", None)
-    return getattr(kind, "vma", frozenset[Any]()) if found is None else found  # its name before JAX 0.10
+    return frozenset[Any]().union(*(axes_of(a) for a in arrays))
 
 
 def varied(arrays: Sequence[Any]) -> list[Any]:
@@ -227,7 +221,7 @@ def varied(arrays: Sequence[Any]) -> list[Any]:
     import jax
 
     axes = varying(arrays)
-    missing = [tuple(sorted(axes - _axes(a))) for a in arrays]
+    missing = [tuple(sorted(axes - varying([a]))) for a in arrays]
     return [jax.lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True)]
 
 

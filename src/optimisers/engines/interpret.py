@@ -109,7 +109,8 @@ class Interpreter(Task):
             arrays, others = Values(self, leaf, exact), Values(self, leaf)
             for r in chosen:
                 values = arrays if r.args[0].domain == "array" else others
-                found[r].append(library.WORDS[r.op](values.get(r.args[0])))
+                value = library.WORDS[r.op](values.get(r.args[0]))
+                found[r].append(library.across(r.op, value, self.job.x[leaf]))
         if self.job.symbolic:
             return {r: library.stacked(v) for r, v in found.items()}
         kinds = {r: complex if r.type == "complex" else float for r in chosen}

@@ -72,11 +72,11 @@ class Job:
         smaller than `setup` saw.
         """
         x, seen = self.x[i], self.shapes[i]
-        loose = [
-            pack[i] for pack in self.slots if pack.places.shapes[i] == seen and len(pack.buffers) == len(pack)
-        ]
         local = tuple(getattr(x, "shape", seen))
-        return local if loose and all(tuple(a.shape) == local for a in loose) else seen
+        if local == seen or not registry.isarray(x) or not self.library.is_part(x):
+            return seen
+        state = [p[i] for p in self.slots if p.places.shapes[i] == seen and len(p.buffers) == len(p)]
+        return local if all(tuple(a.shape) == local for a in state) else seen
 
     def checked_x(self, i: int) -> Any:
         """The parameters of a leaf; raises TreeMismatch unless they are of the kind that `setup` saw."""
