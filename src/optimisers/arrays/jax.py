@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from optimisers.arrays.layout import contiguous_strides
 from optimisers.errors import BadSetting
 
 Array = jax.Array
@@ -198,15 +199,6 @@ def seen(x: Array, *, read_only: bool) -> Array:
 
 def dense_strides(x: Array) -> tuple[int, ...]:
     return contiguous_strides(tuple(x.shape))
-
-
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    out: list[int] = []
-    step = 1
-    for n in reversed(shape):
-        out.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(out))
 
 
 def copied(x: Array, dtype: Any) -> Array:

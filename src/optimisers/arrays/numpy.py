@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from optimisers.arrays.layout import contiguous_strides, permutation
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 NAME = "numpy"
@@ -135,15 +137,7 @@ def axes_between(first: Array, other: Array) -> tuple[int, ...] | None:
     """The permutation with `first.transpose(p)` laid out like `other`, for two views of one memory; None if
     equal.
     """
-    if first.shape == other.shape and first.strides == other.strides:
-        return None
-    left = list(range(first.ndim))
-    found: list[int] = []
-    for stride, n in zip(other.strides, other.shape, strict=True):
-        axis = next(a for a in left if first.shape[a] == n and (n == 1 or first.strides[a] == stride))
-        left.remove(axis)
-        found.append(axis)
-    return tuple(found)
+    return permutation(first.shape, first.strides, other.shape, other.strides)
 
 
 def permuted(x: Array, axes: tuple[int, ...]) -> Array:
@@ -221,15 +215,6 @@ def dense_strides(x: Array) -> tuple[int, ...]:
     if x.flags.c_contiguous:
         return contiguous_strides(x.shape)
     return tuple(s // x.itemsize for s in np.empty_like(x, subok=False).strides)
-
-
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    out: list[int] = []
-    step = 1
-    for n in reversed(shape):
-        out.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(out))
 
 
 def copied(x: Array, dtype: Any) -> Array:

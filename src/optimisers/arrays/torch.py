@@ -13,6 +13,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch._C import _functorch as functorch
 
+from optimisers.arrays.layout import contiguous_strides, permutation
+
 Tensor = torch.Tensor
 
 NAME = "torch"
@@ -189,15 +191,9 @@ def axes_between(first: Tensor, other: Tensor) -> tuple[int, ...] | None:
     """The permutation with `first.permute(p)` laid out like `other`, for two views of one memory; None if
     equal.
     """
-    if first is other or (first.shape == other.shape and first.stride() == other.stride()):
+    if first is other:
         return None
-    left = list(range(first.ndim))
-    found: list[int] = []
-    for stride, n in zip(other.stride(), other.shape, strict=True):
-        axis = next(a for a in left if first.shape[a] == n and (n == 1 or first.stride(a) == stride))
-        left.remove(axis)
-        found.append(axis)
-    return tuple(found)
+    return permutation(tuple(first.shape), first.stride(), tuple(other.shape), other.stride())
 
 
 def permuted(x: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -284,15 +280,6 @@ def dense_strides(x: Tensor) -> tuple[int, ...]:
     if is_loose(x) or x.is_contiguous():
         return contiguous_strides(tuple(x.shape))
     return tuple(torch.empty_like(x, device="meta", memory_format=torch.preserve_format).stride())
-
-
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    out: list[int] = []
-    step = 1
-    for n in reversed(shape):
-        out.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(out))
 
 
 def copied(x: Tensor, dtype: Any) -> Tensor:

@@ -213,9 +213,9 @@ from numba import njit
 from optimisers.engines.support import peek32, peek64
 
 
-@njit("i8(i8, i8[::1], i8, i8, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], i8[::1])",
+@njit("i8(i8, i8[::1], i8, i8, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1])",
       error_model="numpy", cache=True)
-def look(items, where, dtype, itemsize, contiguous, begin, shape, stride, at, misfit):
+def look(items, where, dtype, itemsize, begin, shape, stride, at, misfit):
     count = 0
     for k in range(at.size):
         tensor = peek64(items + 8 * k)
@@ -261,7 +261,6 @@ def look_at_torch() -> Any:
             table,
             codes[dtype],
             dtype.itemsize,
-            form.contiguous,
             form.begin,
             form.shape,
             form.stride,

@@ -27,7 +27,6 @@ from optimisers.trace.program import Program
 CALL = 64
 """Leaves of one call of the kernel: more compile slowly, fewer run slowly."""
 
-
 NAME = "xla"
 
 
@@ -135,9 +134,9 @@ class Xla(Interpreter):
         )
         if source is None or not job.bundled or not ffi.available():
             return plain
-        first, count = _firsts({name: len(held[name]) for name in p.loads}, 0)
+        first, count = _firsts({name: len(held[name]) for name in p.loads})
         stored = {name: len(held[name]) for name, _ in p.stores}
-        written, _ = _firsts(stored, 0)
+        written, _ = _firsts(stored)
         aliases = {
             first[name] + k: written[name] + k
             for name in stored
@@ -184,7 +183,7 @@ class Xla(Interpreter):
         units = self.units()
         held = {name: self.held(name, units, leaves) for name in p.loads}
         table, row = self.scalars.symbols(p.scalars)
-        first, _ = _firsts({name: len(held[name]) for name in p.loads}, 0)
+        first, _ = _firsts({name: len(held[name]) for name in p.loads})
         ops = [r.op for r in p.reductions]
         options = {
             "outputs": [],
@@ -212,9 +211,10 @@ def _launched(source: str, options: dict[str, Any], given: Any) -> list[Any]:
     return ffi.launch(source, arrays, table=table, **options)
 
 
-def _firsts(counts: dict[str, int], at: int) -> tuple[dict[str, int], int]:
+def _firsts(counts: dict[str, int]) -> tuple[dict[str, int], int]:
     """(the number of the first buffer of each name, how many there are)."""
     first: dict[str, int] = {}
+    at = 0
     for name, n in counts.items():
         first[name] = at
         at += n
@@ -268,6 +268,13 @@ def _source(program: Program, p: Pass, dtype: str, gradient: str) -> str | None:
 # -- the same in operations of XLA ---------------------------------------------------------------------------
 
 
+def _unpacked(names: list[str], counts: list[int], given: list[Any]) -> tuple[Any, dict[str, list[Any]]]:
+    """(the scalar table, the arrays behind each name) of what a call is given in one list."""
+    table, *arrays = given
+    it = iter(arrays)
+    return table, {name: [next(it) for _ in range(n)] for name, n in zip(names, counts, strict=True)}
+
+
 def _evaluated(
     p: Pass,
     wide: Any,
@@ -281,9 +288,7 @@ def _evaluated(
     given: list[Any],
 ) -> list[Any]:
     """What a pass stores, from the scalar table and the arrays it reads."""
-    table, *arrays = given
-    it = iter(arrays)
-    held = {name: [next(it) for _ in range(n)] for name, n in zip(names, counts, strict=True)}
+    table, held = _unpacked(names, counts, given)
     position = {i: k for k, i in enumerate(leaves)}
     found: dict[str, list[Any]] = {name: [] for name, _ in kinds}
     like = dict(kinds)
@@ -329,9 +334,7 @@ def _reduced(
     given: list[Any],
 ) -> list[Any]:
     """The reductions of a pass for every leaf, in operations of XLA."""
-    table, *arrays = given
-    it = iter(arrays)
-    held = {name: [next(it) for _ in range(n)] for name, n in zip(names, counts, strict=True)}
+    table, held = _unpacked(names, counts, given)
     found: list[list[Any]] = [[] for _ in p.reductions]
     kind = jax.dtypes.canonicalize_dtype(np.float64)
     for u, unit in enumerate(units):

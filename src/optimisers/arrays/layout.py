@@ -1,0 +1,26 @@
+"""How do elements lie in memory? Asked of shapes and strides alone, whatever the library."""
+
+Axes = tuple[int, ...]
+
+
+def contiguous_strides(shape: Axes) -> Axes:
+    """The strides, in elements, of an array whose last axis is the fastest."""
+    out: list[int] = []
+    step = 1
+    for n in reversed(shape):
+        out.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(out))
+
+
+def permutation(shape: Axes, strides: Axes, other_shape: Axes, other_strides: Axes) -> Axes | None:
+    """The order of the axes of one view that gives another of the same memory; None if they are equal."""
+    if shape == other_shape and strides == other_strides:
+        return None
+    left = list(range(len(shape)))
+    found: list[int] = []
+    for stride, n in zip(other_strides, other_shape, strict=True):
+        axis = next(a for a in left if shape[a] == n and (n == 1 or strides[a] == stride))
+        left.remove(axis)
+        found.append(axis)
+    return tuple(found)
