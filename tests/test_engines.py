@@ -862,9 +862,9 @@ def test_the_compiled_look_sees_what_python_sees() -> None:
         arrays.append(forms[rng.integers(len(forms))])
     asked = shapes * 12
     strides = [library.contiguous_strides(s) for s in asked]
-    form = addresses.Form("numpy", asked, strides, [True] * len(asked))
+    form = addresses.Form("numpy", "cpu", asked, strides, [True] * len(asked))
 
-    assert addresses.look_at_numpy() is not None
+    assert addresses.look_at_numpy("cpu") is not None
     for write in (False, True):
         for given in (arrays, tuple(arrays)):
             tables = np.empty(len(arrays), np.int64), np.empty(len(arrays), np.int64)

@@ -321,7 +321,7 @@ def a_number_for_a_glob() -> None:
     setup({3: Adam()}, model())
 
 
-@answers(BadSetting, "engine='cuda'; it takes 'numba' or 'interpret', or None to choose")
+@answers(BadSetting, "engine='cuda'; it takes 'numba', 'triton', 'interpret', or None to choose")
 def an_unknown_engine() -> None:
     setup(Adam(), model(), engine="cuda")
 

@@ -76,6 +76,10 @@ def update(state: Any, model: Any, grads: Any, more: Any) -> Any:
     if isinstance(held, Pending):
         number, apart, arrays = held.structure, held.structure, held.arrays
     else:
+        if held.number is None:
+            raise BadState(
+                "a capturable state is for CUDA graphs; inside torch.compile, write setup without capturable"
+            )
         number, apart = held.number
         arrays = [
             *[

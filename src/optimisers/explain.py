@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays.registry import isnumeric
-from optimisers.engines.choose import choice_for, fused
-from optimisers.errors import BadState
+from optimisers.engines import choose, fused
+from optimisers.engines.kernels import Unprintable, legend
+from optimisers.errors import BadSetting, BadState
 from optimisers.leaf import parts
 from optimisers.rule import Rule
 from optimisers.store import Group, Shape, grouped, started
@@ -81,15 +82,15 @@ def explain(state: Any) -> Explanation:
 def _cost(group: Group, members: Any, engine: str | None) -> GroupCost:
     library, dtype, program = group.kind.library, group.kind.dtype, group.program
     name = library.type_name(dtype)
-    choice = choice_for(group, engine, group.memo)
+    choice = choose.choice_for(group, engine, group.memo)
     if choice.reason and choice.name != "xla":
         words = [e for e in order(program.roots) if e.args and e.domain != "scalar"]
         passes = len(words)
         moved = sum(1 + sum(a.domain != "scalar" for a in e.args) for e in words) * dtype.itemsize
     else:
-        fused_passes = fused().sample_passes(program)
+        fused_passes = fused.sample_passes(program)
         passes = len(fused_passes)
-        moved = sum(fused().traffic(program, p, name, dtype.itemsize) for p in fused_passes)
+        moved = sum(fused.traffic(program, p, name, dtype.itemsize) for p in fused_passes)
     rows = len(np.unique(group.row[members]))
     return GroupCost(
         rule=program.title if rows == 1 and len(members) == len(group.leaves) else type(group.rule).__name__,
@@ -105,12 +106,16 @@ def _cost(group: Group, members: Any, engine: str | None) -> GroupCost:
     )
 
 
-def kernel(rule: Rule, dtype: Any = "float32", *, inplace: bool = True) -> str:
-    """The generated source of a rule's kernels for parameters of this type, one module after the other.
+def kernel(rule: Rule, dtype: Any = "float32", *, inplace: bool = True, engine: str = "numba") -> str:
+    """The generated source of a rule's kernels for parameters of this type, one module after the other:
+    those of the CPU, or with `engine="triton"` those of CUDA devices.
 
     Raises TraceError if the rule cannot be traced, BadState if it is no rule or cannot be printed as a
-    kernel.
+    kernel, BadSetting for another engine.
     """
+    if engine not in choose.FUSED:
+        names = " or ".join(map(repr, choose.FUSED))
+        raise BadSetting(f"kernel was given engine={engine!r}; it takes {names}")
     if not isinstance(rule, Rule):
         raise BadState(f"kernel takes a rule, such as Adam(); {rule!r} was given")
     x = np.zeros(2, dtype)
@@ -121,11 +126,12 @@ def kernel(rule: Rule, dtype: Any = "float32", *, inplace: bool = True) -> str:
     shape = Shape.of(x)
     (group,) = grouped([(0, rule, started(rule, x, "x"))], [shape])
     name = shape.library.type_name(shape.dtype)
+    printed = choose.fused(engine).printed
     try:
         texts = [
-            fused().shown(group.program, p, name, inplace=inplace)
-            for p in fused().sample_passes(group.program)
+            legend(p) + printed(group.program, p, name, inplace=inplace)
+            for p in fused.sample_passes(group.program)
         ]
-    except fused().Unprintable as reason:
+    except Unprintable as reason:
         raise BadState(f"{rule!r} has no kernel for {name}: {reason}") from reason
     return "\n\n".join(texts)

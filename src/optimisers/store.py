@@ -6,10 +6,11 @@ always stepped together share a row; one that is adjusted, frozen or skipped get
 part.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,13 +43,19 @@ class Shape:
 
     bundled: bool = False
     """Whether small ones of them share a vector all the same."""
+    capturable: bool = False
+    """Whether the numbers of its state live on its device, at an address that stays, each leaf's in a row of
+    their own: a graph that was captured reads and writes them there.
+    """
 
     @classmethod
-    def of(cls, x: Any, engine: str | None = None) -> "Shape":
+    def of(cls, x: Any, engine: str | None = None, *, capturable: bool = False) -> "Shape":
         library = registry.library(x)
         strides, loose = library.dense_strides(x), library.is_loose(x)
         bundled = loose and engine is None and library.may_bundle(x)
-        return cls(library.NAME, tuple(x.shape), strides, x.dtype, library.device(x), loose, bundled)
+        return cls(
+            library.NAME, tuple(x.shape), strides, x.dtype, library.device(x), loose, bundled, capturable
+        )
 
     @property
     def library(self) -> Any:
@@ -124,7 +131,7 @@ class Group:
 
     def settle(self) -> None:
         """Bring the table of numbers to the host, once nobody follows what becomes of it."""
-        if not isinstance(self.numbers, np.ndarray):
+        if not isinstance(self.numbers, np.ndarray) and not self.kind.capturable:
             library = registry.library(self.numbers)
             if library.HOST_NUMBERS and library.is_fixed(self.numbers):
                 self.numbers = np.array(library.to_numpy(self.numbers), np.float64)
@@ -195,28 +202,44 @@ class Group:
 
         Numbers that somebody follows are not compared.
         """
-        if not isinstance(self.numbers, np.ndarray):
+        if not isinstance(self.numbers, np.ndarray) or self.kind.capturable:
             return
         used, row = np.unique(self.row, return_inverse=True)
         table, which = np.unique(self.numbers[used], axis=0, return_inverse=True)
         self.numbers, self.row = table, which.ravel()[row.ravel()]
 
+    @contextlib.contextmanager
+    def at_hand(self) -> Generator[None]:
+        """The table of numbers on the host, to look at and to change, where it lives on a device: what was
+        changed is written there at the end, to the address where it is.
+        """
+        there = self.numbers
+        if not self.kind.capturable or isinstance(there, np.ndarray):
+            yield
+            return
+        here = self.kind.library.to_numpy(there)
+        self.numbers = here.copy()
+        try:
+            yield
+            if not np.array_equal(self.numbers, here, equal_nan=True):
+                self.kind.library.assign(there, self.kind.library.on_device(self.numbers, self.kind.device))
+        finally:
+            self.numbers = there
+
     def rule_of(self, i: int) -> Rule:
         """The rule of leaf i of this group."""
         like = numbers(self.rule)
-        given = [_as(type(old), v) for old, v in zip(like, self.numbers[self.row[i]], strict=False)]
+        with self.at_hand():
+            given = [_as(type(old), v) for old, v in zip(like, self.numbers[self.row[i]], strict=False)]
         return fill(self.rule, iter(given))
 
     def state_of(self, i: int) -> Any:
         """The state of leaf i: arrays are views (read-only where other stores share them), numbers are
         copies.
         """
-        counters = iter(
-            [
-                _as(t, v)
-                for t, v in zip(self.types, self.numbers[self.row[i], self.program.hypers :], strict=True)
-            ]
-        )
+        with self.at_hand():
+            found = self.numbers[self.row[i], self.program.hypers :]
+        counters = iter([_as(t, v) for t, v in zip(self.types, found, strict=True)])
         arrays = iter([pack.library.seen(pack[i], read_only=self.shared) for pack in self.slots])
         leaves = [
             next(arrays) if registry.isarray(v) else next(counters) for _, v in flatten(self.program.template)
@@ -283,9 +306,30 @@ class Store:
         """A store with the same state, to be changed apart from this one; arrays are copied when they are
         written.
         """
+        groups = [g.fork() for g in self.groups]
         return dataclasses.replace(
-            self, groups=[g.fork() for g in self.groups], frozen=self.frozen.copy(), handles={}
+            self, groups=groups, frozen=self.frozen.copy(), clock=self.own_clock(), handles={}
         )
+
+    @property
+    def capturable(self) -> bool:
+        """Whether clock and numbers live on a device."""
+        return any(kind is not None and kind.capturable for kind in self.shapes)
+
+    def own_clock(self) -> Any:
+        """The clock, to be changed apart from this one."""
+        return duplicated(self.clock) if self.capturable else self.clock
+
+    def tick(self, skipped: Any = None) -> None:
+        """Count an update; on a device, none where `skipped` is not 0."""
+        self.clock = registry.library(self.clock).ticked(self.clock, skipped)
+
+    def wind(self, clock: int) -> None:
+        """Set the clock to this, if it says less."""
+        if not self.capturable:
+            self.clock = max(self.clock, clock)
+        elif int(self.clock) < clock:
+            registry.library(self.clock).assign(self.clock, clock)
 
     def arrays(self) -> list[Any]:
         """Everything that a step may change, in the order that a structure knows: state, numbers, clock."""
@@ -315,18 +359,22 @@ class Store:
         """Bring numbers to the host that nobody follows any more."""
         for group in self.groups:
             group.settle()
-        if not isinstance(self.clock, int):
+        if not isinstance(self.clock, int) and not self.capturable:
             library = registry.library(self.clock)
             if library.HOST_NUMBERS and library.is_fixed(self.clock):
                 self.clock = int(self.clock)
 
     def on_host(self) -> bool:
         """Whether no number of the state is followed by somebody."""
+        if self.capturable:
+            return all(registry.library(g.numbers).is_fixed(g.numbers) for g in self.groups)
         return isinstance(self.clock, int) and all(isinstance(g.numbers, np.ndarray) for g in self.groups)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Store":
         groups = [g.duplicate() for g in self.groups]
-        return dataclasses.replace(self, groups=groups, frozen=self.frozen.copy(), handles={})
+        return dataclasses.replace(
+            self, groups=groups, frozen=self.frozen.copy(), clock=self.own_clock(), handles={}
+        )
 
     def successor(self, groups: list[Group]) -> "Store":
         """The store after a step, with groups of the same leaves."""
@@ -354,7 +402,8 @@ class Store:
             pack.put(i, value)
         counters = list(itertools.compress(values, map(operator.not_, kinds)))
         at = (group.row[i], slice(group.program.hypers, None))
-        group.numbers = registry.library(group.numbers).placed(group.numbers, at, counters)
+        with group.at_hand():
+            group.numbers = registry.library(group.numbers).placed(group.numbers, at, counters)
         self.changed()
 
     def change(self, leaves: Iterable[int], new: Callable[[Rule], Rule]) -> None:
@@ -366,22 +415,32 @@ class Store:
             if not mask.any():
                 continue
             group.part(np.flatnonzero(mask))
-            for r in np.unique(group.row[mask]):
-                members = np.flatnonzero(group.row == r)
-                rule = new(group.rule_of(int(members[0])))
-                if skeleton(rule) == skeleton(group.rule):
-                    followed = [v for v in numbers(rule) if not registry.library(v).is_fixed(v)]
-                    if followed and isinstance(group.numbers, np.ndarray):
-                        group.numbers = registry.library(followed[0]).table(group.numbers)
-                    library = registry.library(group.numbers)
-                    at = (r, slice(0, group.program.hypers))
-                    group.numbers = library.placed(group.numbers, at, numbers(rule))
-                else:
-                    moved += [(int(group.leaves[i]), rule, group.state_of(int(i))) for i in members]
+            with group.at_hand():
+                moved += self.change_group(group, mask, new)
             group.join()
         if moved:
             self.move(moved)
         self.changed()
+
+    @staticmethod
+    def change_group(group: Group, mask: Any, new: Callable[[Rule], Rule]) -> list[tuple[int, Rule, Any]]:
+        """Change the rules of some leaves of a group; (leaf, rule, state) of those that no longer belong
+        there.
+        """
+        moved: list[tuple[int, Rule, Any]] = []
+        for r in np.unique(group.row[mask]):
+            members = np.flatnonzero(group.row == r)
+            rule = new(group.rule_of(int(members[0])))
+            if skeleton(rule) == skeleton(group.rule):
+                followed = [v for v in numbers(rule) if not registry.library(v).is_fixed(v)]
+                if followed and isinstance(group.numbers, np.ndarray):
+                    group.numbers = registry.library(followed[0]).table(group.numbers)
+                library = registry.library(group.numbers)
+                at = (r, slice(0, group.program.hypers))
+                group.numbers = library.placed(group.numbers, at, numbers(rule))
+            else:
+                moved += [(int(group.leaves[i]), rule, group.state_of(int(i))) for i in members]
+        return moved
 
     def move(self, moved: Sequence[tuple[int, Rule, Any]]) -> None:
         """Give leaves rules of another structure, or states of another form: they change group."""
@@ -541,6 +600,7 @@ def grouped(entries: Sequence[tuple[int, Rule, Any]], shapes: Sequence[Shape | N
             kind.device,
             kind.loose,
             kind.bundled,
+            kind.capturable,
         )
         if key not in programs:
             programs[key] = program_of(rule, state, kind)
@@ -598,7 +658,9 @@ def _group(items: list[tuple[int, Rule, Any]], program: Program, shapes: Sequenc
         numbers=table_of(rows),
         row=np.arange(len(items)),
     )
-    if first.library.HOST_NUMBERS or not any(map(depends_on_leaf, program.new_counters)):
+    if first.capturable:
+        group.numbers = first.library.on_device(np.asarray(group.numbers, np.float64), first.device)
+    elif first.library.HOST_NUMBERS or not any(map(depends_on_leaf, program.new_counters)):
         group.join()
     if not first.library.HOST_NUMBERS and isinstance(group.numbers, np.ndarray):
         group.numbers = first.library.table(group.numbers)

@@ -18,29 +18,34 @@ from optimisers.arrays import registry
 from optimisers.engines.choose import symbolic_task, task_for
 from optimisers.engines.job import Job, Result, Task, ready
 from optimisers.engines.rows import Rows, by_rows, sparse
-from optimisers.errors import BadState, FloatParameter, NoMatch, NoParameters, TreeMismatch
+from optimisers.errors import BadSetting, BadState, FloatParameter, NoMatch, NoParameters, TreeMismatch
 from optimisers.leaf import Branch, Leaf, handle, listed, parts
 from optimisers.rule import Rule
 from optimisers.store import Group, Shape, Store, grouped, started
+from optimisers.trace.phases import store_pass
 from optimisers.tree.path import KeyPath, matches
 from optimisers.tree.walk import Layout, Node, gather, gather_gradients, rebuild, survey
 
 # -- setup ---------------------------------------------------------------------------------------------------
 
 
-def setup(rule: Any, model: Any, *, engine: str | None = None) -> Any:
+def setup(rule: Any, model: Any, *, engine: str | None = None, capturable: bool = False) -> Any:
     """The state that trains `model` by `rule`: a tree with the model's structure and a Leaf for each array.
 
     `rule` is a rule; or a dict {glob: rule}, where the first glob that matches a path wins; or a function
     (path, array) -> rule. A rule of None trains nothing there. `engine="interpret"` computes every step with
-    the array library's own functions instead of fused kernels.
+    the array library's own functions instead of fused kernels. `capturable=True`, for tensors on one CUDA
+    device, keeps the clock and all numbers of the state there: then a CUDA graph may hold a step, and what is
+    adjusted between its replays counts from the next one on; checks of the rules are left out, since nobody
+    waits for them.
 
     Raises BadState if rule and model are mixed up, NoMatch for a glob that matches nothing or a parameter
-    that no glob matches, TraceError for a rule that cannot be traced. Warns if there is nothing to train.
+    that no glob matches, TraceError for a rule that cannot be traced, BadSetting for an engine that cannot
+    step the model, or a model that cannot be captured. Warns if there is nothing to train.
     """
     for compiler in compilers:
         if compiler.looks():
-            return compiler.aside(setup, rule, model, engine=engine)
+            return compiler.aside(setup, rule, model, engine=engine, capturable=capturable)
     _refuse_model(model)
     if not isinstance(rule, type) and hasattr(rule, "setup"):
         return rule.setup(model)
@@ -58,18 +63,33 @@ def setup(rule: Any, model: Any, *, engine: str | None = None) -> Any:
             stacklevel=2,
         )
     rules = _choose(rule, layout, arrays)
-    shapes = [None if r is None else Shape.of(x, engine) for r, x in zip(rules, arrays, strict=True)]
+    shapes = [
+        None if r is None else Shape.of(x, engine, capturable=capturable)
+        for r, x in zip(rules, arrays, strict=True)
+    ]
     entries = [
         (i, r, started(r, x, layout.paths[i].code()))
         for i, (r, x) in enumerate(zip(rules, arrays, strict=True))
         if r is not None
     ]
-    store = Store(layout, shapes, grouped(entries, shapes), np.zeros(len(arrays), bool), engine=engine)
+    clock = _clock_on_device(shapes) if capturable else 0
+    store = Store(
+        layout, shapes, grouped(entries, shapes), np.zeros(len(arrays), bool), clock=clock, engine=engine
+    )
     for group in store.groups:
         task_for(group, engine, group.memo)
-    for name in {kind.name for kind in shapes if kind is not None} & COMPILED.keys():
+    for name in set() if capturable else {kind.name for kind in shapes if kind is not None} & COMPILED.keys():
         importlib.import_module(COMPILED[name]).known(store)
     return handle(store, layout.root, KeyPath())
+
+
+def _clock_on_device(shapes: Sequence[Shape | None]) -> Any:
+    """A clock of 0 where the parameters are; raises BadSetting unless all are on one device that has one."""
+    found = {(k.name, k.device) for k in shapes if k is not None}
+    if len(found) != 1 or not (library := registry.named(next(iter(found))[0])).CAPTURABLE:
+        where = ", ".join(f"{name} on {device}" for name, device in sorted(found)) or "nothing"
+        raise BadSetting(f"capturable=True takes tensors of torch on one CUDA device; this model has {where}")
+    return library.on_device(np.zeros(()), next(iter(found))[1])
 
 
 def _refuse_model(model: Any) -> None:
@@ -221,6 +241,28 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     return state, rebuild(node, model, new, inplace=True) if new else model
 
 
+def update_scaled(state: Any, model: Any, grads: Any, scaling: tuple[Any, Any]) -> None:
+    """A step in place whose gradients are divided by a number first, and which is none where another is not
+    0: both on the device, where they stay. For states that say `takes_scaling`.
+    """
+    store, node, path = parts(state)
+    xs, orders = walked(node, path, model, (grads,))
+    _Step(store, node, xs, orders, inplace=True, scaling=scaling).run()
+
+
+def takes_scaling(state: Any) -> bool:
+    """Whether a step of this state may depend on numbers on the device alone."""
+    store = parts(state)[0]
+    whole = all(slot.shape is None for g in store.groups for slot in g.program.slots)
+    return store.capturable and whole and not any(map(free, store.groups))
+
+
+def free(group: Group) -> bool:
+    """Whether a step computes values of another shape than the parameters."""
+    p = store_pass(group.program, None)
+    return p is not None and bool(p.free)
+
+
 def _opened(state: Any, model: Any) -> tuple[Store, Node, KeyPath]:
     if isinstance(model, Leaf | Branch):
         raise BadState("the second argument is a state; the order is update(state, model, grads)")
@@ -254,8 +296,9 @@ class _Step:
         orders: list[Sequence[Any]],
         *,
         inplace: bool,
+        scaling: tuple[Any, Any] | None = None,
     ) -> None:
-        self.store, self.inplace = store, inplace
+        self.store, self.inplace, self.scaling = store, inplace, scaling
         store.settle()
         self.targets: dict[int, Group] = {}
         plan = _plan(store, node)
@@ -342,6 +385,8 @@ class _Step:
             symbolic=self.symbolic,
             device=group.kind.device,
             bundled=group.kind.bundled,
+            capturable=group.kind.capturable,
+            scaling=self.scaling,
             code=lambda i, root: paths[leaves[i]].code(root),
             memo=memo,
         )
@@ -370,7 +415,7 @@ class _Step:
                 leaves = (target.leaves if members is None else target.leaves[members]).tolist()
                 new.update({i: x for i, x, was in zip(leaves, result.x, job.x, strict=True) if x is not was})
         if self.inplace:
-            self.store.clock += 1
+            self.store.tick(None if self.scaling is None else self.scaling[1])
             self.store.changed()
         return new
 

@@ -20,6 +20,9 @@ REPLACES = False
 SORTS = False
 """Whether the library hands dicts on with their keys sorted."""
 
+CAPTURABLE = False
+"""Whether the numbers of a state may live on a device, for graphs that are captured."""
+
 
 # -- what an array is ----------------------------------------------------------------------------------------
 
@@ -123,8 +126,8 @@ def is_contiguous(x: Array) -> bool:
     return x.flags.c_contiguous
 
 
-def is_dense_memory(x: Array, *, write: bool) -> bool:
-    """Whether kernels may use the array where it lies, if its layout is the right one."""
+def is_dense_memory(x: Array, where: str, *, write: bool) -> bool:
+    """Whether kernels on a device may use the array where it lies, if its layout is the right one."""
     return type(x) is np.ndarray and x.dtype.isnative and x.flags.aligned and (x.flags.writeable or not write)
 
 
@@ -227,7 +230,7 @@ def duplicate(x: Any) -> Any:
     return x.copy() if isinstance(x, np.ndarray) else x
 
 
-def fresh(shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None) -> Array:
+def fresh(shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None, device: str) -> Array:
     """An array not yet written, with these dense strides (in elements); None for contiguous ones."""
     if strides is None:
         return np.empty(shape, dtype)
@@ -235,9 +238,9 @@ def fresh(shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None) -
     return np.empty([shape[a] for a in axes], dtype).transpose(np.argsort(axes))
 
 
-def laid_out(x: Any, dtype: Any, strides: tuple[int, ...] | None) -> Array:
+def laid_out(x: Any, dtype: Any, strides: tuple[int, ...] | None, device: str) -> Array:
     """A copy of `x` in this type with these dense strides (in elements); None for contiguous ones."""
-    new = fresh(np.shape(x), dtype, strides)
+    new = fresh(np.shape(x), dtype, strides, device)
     np.copyto(new, x, casting="unsafe")
     return new
 
@@ -364,6 +367,16 @@ def table(rows: Any) -> Array:
 def constant(values: Any, beside: Array) -> Any:
     """Numbers of the host beside a table of them."""
     return float(values) if isinstance(values, int) else values
+
+
+def on_device(numbers: Any, device: str) -> Any:
+    """Numbers of the host stay there."""
+    return numbers
+
+
+def ticked(clock: Any, skipped: Any) -> Any:
+    """A clock after an update."""
+    return clock + 1
 
 
 def stacked(values: Sequence[Any]) -> Array:

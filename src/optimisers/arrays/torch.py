@@ -3,6 +3,7 @@
 # PyTorch answers some questions only in private.
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 
+import contextlib
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -27,6 +28,9 @@ REPLACES = False
 
 SORTS = False
 """Whether the library hands dicts on with their keys sorted."""
+
+CAPTURABLE = True
+"""Whether the numbers of a state may live on a device, for graphs that are captured."""
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Types whose elements lie in one storage, as their strides say."""
@@ -177,9 +181,9 @@ def is_contiguous(x: Tensor) -> bool:
     return x.is_contiguous()
 
 
-def is_dense_memory(x: Tensor, *, write: bool) -> bool:
-    """Whether kernels may use the tensor where it lies, if its layout is the right one."""
-    return not is_loose(x) and x.device.type == "cpu" and x.data_ptr() % x.itemsize == 0
+def is_dense_memory(x: Tensor, where: str, *, write: bool) -> bool:
+    """Whether kernels on a device may use the tensor where it lies, if its layout is the right one."""
+    return not is_loose(x) and device(x) == where and x.data_ptr() % x.itemsize == 0
 
 
 def same_array(a: Tensor, b: Tensor) -> bool:
@@ -292,18 +296,18 @@ def duplicate(x: Any) -> Any:
     return x.clone() if isinstance(x, Tensor) else x
 
 
-def fresh(shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None) -> Tensor:
+def fresh(shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None, device: str) -> Tensor:
     """A tensor not yet written, with these dense strides (in elements); None for contiguous ones."""
     if strides is None:
-        return torch.empty(shape, dtype=dtype)
-    return torch.empty_strided(shape, strides, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
-def laid_out(x: Any, dtype: Any, strides: tuple[int, ...] | None) -> Tensor:
+def laid_out(x: Any, dtype: Any, strides: tuple[int, ...] | None, device: str) -> Tensor:
     """A copy of `x` in this type with these dense strides (in elements); None for contiguous ones."""
     if not isinstance(x, Tensor):
-        return torch.as_tensor(x, dtype=dtype)
-    return fresh(tuple(x.shape), dtype, strides).copy_(x.detach())
+        return torch.as_tensor(x, dtype=dtype, device=device)
+    return fresh(tuple(x.shape), dtype, strides, device).copy_(x.detach())
 
 
 def dense(x: Tensor) -> Tensor:
@@ -471,6 +475,22 @@ def table(rows: Any) -> Tensor:
 def constant(values: Any, beside: Tensor) -> Any:
     """A vector of the host beside a table of numbers."""
     return torch.as_tensor(values, dtype=beside.dtype, device=beside.device)
+
+
+def on_device(numbers: Any, device: str) -> Tensor:
+    """Numbers of the host as a tensor on a device."""
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+def on_stream(device: Any) -> Any:
+    """The stream on which torch works, as the place of launches: it is the present one."""
+    return contextlib.nullcontext()
+
+
+def ticked(clock: Any, skipped: Any) -> Any:
+    """A clock after an update, the same tensor; as it was where `skipped` is not 0."""
+    with torch.no_grad():
+        return clock.add_(1 if skipped is None else (skipped.reshape(()) == 0))
 
 
 def stacked(values: Sequence[Tensor]) -> Tensor:

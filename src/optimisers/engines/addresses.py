@@ -12,7 +12,7 @@ import ctypes
 import functools
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,14 +31,18 @@ SPAN = 1 << 14
 class Chunks:
     """The chunk table for leaves of these sizes, and the spans of chunks that threads claim."""
 
-    def __init__(self, sizes: Indices) -> None:
-        pieces = -(-sizes // CHUNK)
+    def __init__(self, sizes: Indices, chunk: int = CHUNK) -> None:
+        pieces = -(-sizes // chunk)
         leaf = np.repeat(np.arange(len(sizes)), pieces)
-        first = (np.arange(len(leaf)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * CHUNK
-        length = np.minimum(CHUNK, sizes[leaf] - first)
+        first = (np.arange(len(leaf)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * chunk
+        length = np.minimum(chunk, sizes[leaf] - first)
         self.leaf: Indices = leaf
         self.table: Indices = np.stack([leaf, first, length], axis=1).astype(np.int64)
+        self.begin: Indices = np.concatenate([[0], np.cumsum(pieces)]).astype(np.int64)
+        """Of each leaf: its first chunk; then how many there are."""
         self.elements = int(sizes.sum())
+        self.placed: dict[Any, Any] = {}
+        """What engines have made of these tables elsewhere."""
         group = (np.cumsum(length) - length) // SPAN
         self.spans: Indices = np.append(np.flatnonzero(np.diff(group, prepend=-1)), len(leaf)).astype(
             np.int64
@@ -49,7 +53,7 @@ class Scratch(threading.local):
     """Small tables that every step needs again; each thread has its own."""
 
     def __init__(self) -> None:
-        self.arrays: dict[str, Any] = {}
+        self.arrays: dict[Any, Any] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
         """An array to be filled; the one of the last call by this name, if it has this shape."""
@@ -58,6 +62,12 @@ class Scratch(threading.local):
             found = self.arrays[name] = np.empty(shape, dtype)
         return found
 
+    def kept(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What `make` made when this was first asked for."""
+        if name not in self.arrays:
+            self.arrays[name] = make()
+        return self.arrays[name]
+
 
 class Form:
     """Shapes and strides of a list of arrays of one library, as tables for the compiled look."""
@@ -65,11 +75,13 @@ class Form:
     def __init__(
         self,
         library: str,
+        device: str,
         shapes: list[tuple[int, ...]],
         strides: list[tuple[int, ...]],
         contiguous: list[bool],
     ) -> None:
-        self.library, self.shapes, self.strides, self.flat = library, shapes, strides, contiguous
+        self.library, self.device = library, device
+        self.shapes, self.strides, self.flat = shapes, strides, contiguous
         self.contiguous = np.array(contiguous, np.int64)
         self.begin = np.concatenate([[0], np.cumsum([len(s) for s in shapes])]).astype(np.int64)
         self.shape = np.array([n for s in shapes for n in s], np.int64)
@@ -81,7 +93,7 @@ class Form:
         """(the address of each array, the numbers of those that are not as expected: their address means
         nothing).
         """
-        look = LOOKS[self.library]()
+        look = LOOKS[self.library](self.device) if self.library in LOOKS else None
         if look is None or type(arrays) not in (list, tuple):
             return self.asked(arrays, dtype, write=write)
         count = look(self, _items(arrays), dtype, at, misfit, write=write)
@@ -98,7 +110,9 @@ class Form:
 
     def fits(self, i: int, a: Any, dtype: Any, *, write: bool) -> bool:
         library = registry.named(self.library)
-        if registry.module_of(type(a)) is not library or not library.is_dense_memory(a, write=write):
+        if registry.module_of(type(a)) is not library or not library.is_dense_memory(
+            a, self.device, write=write
+        ):
             return False
         shape, strides = library.layout(a)
         wanted = tuple(s * dtype.itemsize for s in self.strides[i])
@@ -168,7 +182,7 @@ def _agrees(look: Any, form: Form, arrays: list[Any], dtype: Any) -> bool:
 
 
 @functools.cache
-def look_at_numpy() -> Any:
+def look_at_numpy(device: str) -> Any:
     """The compiled look at arrays of NumPy, if it agrees with Python on a handful; else None."""
     if not _looks_work():
         return None
@@ -201,7 +215,7 @@ def look_at_numpy() -> Any:
     shapes = [(2, 3)] * 5 + [(), (1, 3)]
     strides = [(3, 1)] * 5 + [(), (3, 1)]
     arrays[4].flags.writeable = False
-    form = Form("numpy", shapes, strides, [True] * 7)
+    form = Form("numpy", device, shapes, strides, [True] * 7)
     return look if _agrees(look, form, arrays, np.dtype(np.float32)) else None
 
 
@@ -224,7 +238,7 @@ def look(items, where, dtype, itemsize, begin, shape, stride, at, misfit):
         if fits:
             impl = peek64(tensor + where[2])
             ndim = begin[k + 1] - begin[k]
-            fits = (peek64(impl + where[3]) == where[4] and (peek32(impl + where[5]) & 0xFFFF) == dtype
+            fits = (peek64(impl + where[3]) == where[4] and (peek32(impl + where[5]) & where[12]) == dtype
                     and peek64(impl + where[6]) == ndim)
             if fits:
                 sizes, strides = impl + where[7], impl + where[8]
@@ -246,11 +260,11 @@ def look(items, where, dtype, itemsize, begin, shape, stride, at, misfit):
 
 
 @functools.cache
-def look_at_torch() -> Any:
-    """The compiled look at plain tensors on the CPU, if it agrees with Python on a handful; else None."""
+def look_at_torch(device: str) -> Any:
+    """The compiled look at plain tensors on a device, if it agrees with Python on a handful; else None."""
     import torch
 
-    if not _looks_work() or (where := _inside_tensors(torch)) is None:
+    if not _looks_work() or (where := _inside_tensors(torch, device)) is None:
         return None
     compiled = cache.load(LOOK_TORCH).look
     table, codes = where
@@ -268,36 +282,39 @@ def look_at_torch() -> Any:
             misfit,
         )
 
-    plain = torch.zeros(2, 3)
-    deep = torch.zeros(1, 2, 1, 3, 1, 2, 2)
+    zeros = functools.partial(torch.zeros, device=device)
+    deep = zeros(1, 2, 1, 3, 1, 2, 2)
+    elsewhere = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu", "meta"]
     arrays = [
-        plain,
-        torch.nn.Parameter(torch.zeros(2, 3)),
-        torch.zeros(3, 2).T,
-        torch.zeros(2, 3, dtype=torch.float64),
-        torch.zeros(4, 3)[::2],
-        torch.zeros(4, 3)[1:3],
-        torch.zeros(3, 3),
-        torch.zeros(()),
-        torch.zeros(5)[3],
+        zeros(2, 3),
+        torch.nn.Parameter(zeros(2, 3)),
+        zeros(3, 2).T,
+        zeros(2, 3, dtype=torch.float64),
+        zeros(4, 3)[::2],
+        zeros(4, 3)[1:3],
+        zeros(3, 3),
+        zeros(()),
+        zeros(5)[3],
         deep,
-        torch.zeros(2, 3, dtype=torch.complex64).imag,
-        torch.zeros(2, 3).to_sparse(),
-        torch.zeros(2, 3, device="meta"),
+        zeros(2, 3, dtype=torch.complex64).imag,
+        zeros(2, 3).to_sparse(),
+        *(torch.zeros(2, 3, device=other) for other in elsewhere if other != device),
     ]
-    shapes = [(2, 3)] * 7 + [(), (), tuple(deep.shape)] + [(2, 3)] * 3
-    strides = [(3, 1)] * 7 + [(), (), deep.stride()] + [(3, 1)] * 3
-    form = Form("torch", shapes, strides, [True] * len(arrays))
+    shapes = [(2, 3)] * 7 + [(), (), tuple(deep.shape)] + [(2, 3)] * (len(arrays) - 10)
+    strides = [(3, 1)] * 7 + [(), (), deep.stride()] + [(3, 1)] * (len(arrays) - 10)
+    form = Form("torch", device, shapes, strides, [True] * len(arrays))
     return look if _agrees(look, form, arrays, torch.float32) else None
 
 
-def _inside_tensors(torch: Any) -> Any:
+def _inside_tensors(torch: Any, device: str) -> Any:
     """(where a plain tensor keeps what, the code of every element type): found by looking at tensors whose
     contents are known; None if something is not where it could be expected.
     """
-    base = torch.zeros(4000)
+    zeros = functools.partial(torch.zeros, device=device)
+    base = zeros(4000)
+    whole = 0xFFFF if device == "cpu" else 0xFFFFFFFF  # behind the type stands the device
     probe = base.as_strided((3, 5, 7), (701, 103, 2), 13)
-    other = torch.zeros((3, 5, 7), dtype=torch.float64)
+    other = zeros((3, 5, 7), dtype=torch.float64)
 
     def words(at: int, count: int) -> list[int]:
         return list((ctypes.c_int64 * count).from_address(at))
@@ -310,8 +327,8 @@ def _inside_tensors(torch: Any) -> Any:
         impl = words(probe._cdata, 26)
         storage = probe.untyped_storage()
         of_sizes = first(impl, [3, 3, 5, 7])
-        sparse = words(torch.zeros(2, 3).to_sparse()._cdata, 26)
-        plain = words(torch.zeros(2, 3)._cdata, 26)
+        sparse = words(zeros(2, 3).to_sparse()._cdata, 26)
+        plain = words(zeros(2, 3)._cdata, 26)
         double = words(other._cdata, 26)
         of_offset = first(impl, [13, 105])  # the offset, then how many elements there are
         of_type = next(
@@ -327,7 +344,7 @@ def _inside_tensors(torch: Any) -> Any:
         codes: dict[Any, int] = {}
         for name in ("float16", "bfloat16", "float32", "float64", "complex64", "complex128", "int16"):
             dtype = getattr(torch, name)
-            codes[dtype] = words(torch.zeros(1, dtype=dtype)._cdata, 26)[of_type // 8] & 0xFFFF
+            codes[dtype] = words(zeros(1, dtype=dtype)._cdata, 26)[of_type // 8] & whole
         table = [
             id(torch.Tensor),
             id(torch.nn.Parameter),
@@ -341,6 +358,7 @@ def _inside_tensors(torch: Any) -> Any:
             first(impl, [storage._cdata]),
             first(words(storage._cdata, 8), [storage.data_ptr()]),
             of_offset,
+            whole,
         ]
     except (StopIteration, AttributeError):
         return None

@@ -23,15 +23,18 @@ class Choice:
     """Why it is not a faster one; empty if it is the fastest."""
 
 
-NAMES = ("numba", interpret.NAME)
+FUSED = {"numba": "optimisers.engines.numba", "triton": "optimisers.engines.triton"}
+"""Fused engine -> its module."""
+
+NAMES = (*FUSED, interpret.NAME)
 
 
 @functools.cache
-def fused() -> Any:
-    """The module of the fused engine, imported when the first state is made: `import optimisers` stays
+def fused(name: str) -> Any:
+    """The module of a fused engine, imported when the first state is made: `import optimisers` stays
     light.
     """
-    return importlib.import_module("optimisers.engines.numba")
+    return importlib.import_module(FUSED[name])
 
 
 SYMBOLIC = {"jax": "optimisers.engines.xla"}
@@ -60,21 +63,32 @@ def task_for(group: Group, wanted: str | None, memo: dict[str, Any]) -> type[Tas
 
 
 def _choose(group: Group, wanted: str | None) -> Choice:
-    if wanted not in (None, *NAMES):
-        raise BadSetting(f"engine={wanted!r}; it takes {' or '.join(map(repr, NAMES))}, or None to choose")
-    if wanted == interpret.NAME:
-        return Choice(interpret.NAME, interpret.Interpreter, "asked for")
     kind = group.kind
+    if wanted not in (None, *NAMES):
+        raise BadSetting(f"engine={wanted!r}; it takes {', '.join(map(repr, NAMES))}, or None to choose")
+    if wanted == interpret.NAME and not kind.capturable:
+        return Choice(interpret.NAME, interpret.Interpreter, "asked for")
     if kind.name in SYMBOLIC:
         module = _symbolic(kind.name)
         why = module.refusal(group)
-        return Choice(module.NAME if why else fused().NAME, module.Xla, why or "")
-    reason = "state in arrays that each stand for themselves" if group.loose or kind.loose else None
-    reason = reason or fused().refusal(
-        group.program, kind.name, kind.device, kind.library.type_name(kind.dtype)
-    )
-    if reason is None:
-        return Choice(fused().NAME, fused().Fused, "")
+        return Choice(module.NAME if why else "numba", module.Xla, why or "")
+    name = wanted or ("triton" if kind.device.startswith("cuda") or kind.capturable else "numba")
+    reason = _refusal(group, name)
+    if not reason:
+        return Choice(name, fused(name).Fused, "")
+    if kind.capturable:
+        raise BadSetting(f"capturable=True is for kernels on a CUDA device: {reason}")
     if wanted is not None:
-        raise BadSetting(f"engine='numba' cannot run this model: {reason}")
+        raise BadSetting(f"engine={wanted!r} cannot run this model: {reason}")
     return Choice(interpret.NAME, interpret.Interpreter, reason)
+
+
+def _refusal(group: Group, name: str) -> str:
+    """Why an engine does not take a group; empty if it does."""
+    kind = group.kind
+    if kind.capturable and name != "triton":
+        return f"engine={name!r}"
+    if group.loose or kind.loose:
+        return "state in arrays that each stand for themselves"
+    why = fused(name).refusal(group.program, kind.name, kind.device, kind.library.type_name(kind.dtype))
+    return why or ""

@@ -5,6 +5,7 @@
 import contextvars
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,6 +56,12 @@ class Job:
     device: str
     bundled: bool
     """Whether the arrays are whole, on one device, and small state shares a vector."""
+    capturable: bool
+    """Whether the numbers of the state live on the device, so that the host knows none of them."""
+    scaling: Any
+    """(what every gradient is divided by, whether the step is skipped), as arrays on the device; None for 1
+    and no.
+    """
     code: Callable[[int, str], str]
     """Leaf number here, root -> its path as code, for messages."""
     memo: dict[str, Any]
@@ -189,6 +196,15 @@ class Task:
 
     # -- what all engines share --
 
+    @property
+    def blind(self) -> bool:
+        """Whether no value may be looked at."""
+        return self.job.symbolic or self.job.capturable
+
+    def received(self, total: Any) -> Any:
+        """A total, as this engine takes it."""
+        return total if self.job.symbolic else _on_host(total)
+
     def advance(self, totals: "Totals") -> bool:
         """Go on as far as the totals known allow; whether anything moved."""
         moved = False
@@ -203,10 +219,10 @@ class Task:
                     totals.give(t, self.scalars.sum(t.args[0]))
                 self.reduced = moved = True
             known = [totals.known(t) for t in stage.totals]
-            if None in known:
+            if any(value is None for value in known):
                 break
             for t, value in zip(stage.totals, known, strict=True):
-                self.scalars.put(t, value, of_leaf=False)
+                self.scalars.put(t, self.received(value), of_leaf=False)
             self.level, self.reduced, moved = self.level + 1, False, True
         return moved
 
@@ -214,7 +230,7 @@ class Task:
         """Whether a reduction counts for any leaf: under a condition that holds for none, its pass is left
         out.
         """
-        if not reduction.guard or self.job.symbolic:
+        if not reduction.guard or self.blind:
             return True
         return bool(np.all([self.scalars.of_leaves(g) for g in reduction.guard], axis=0).any())
 
@@ -241,6 +257,8 @@ class Task:
                         (found, message, [self.job.code(i, "grads") for i in range(len(self.job.row))])
                     )
             return
+        if self.blind:
+            return
         for condition, message, values in self.job.program.checks:
             holds = self.scalars.of_leaves(condition)
             if not np.all(holds):
@@ -252,7 +270,7 @@ class Task:
         for answers that nobody may look at.
         """
         guards = self.job.program.guards
-        if self.job.symbolic:
+        if self.blind:
             return [(None, None)]
         if not guards:
             return [((), None)]
@@ -288,6 +306,7 @@ class Totals:
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
+        self.symbolic = any(task.job.symbolic for task in tasks)
         self.askers: dict[str, int] = {}
         for task in tasks:
             for stage in task.stages:
@@ -300,7 +319,16 @@ class Totals:
 
     def known(self, total: Expr) -> Any:
         key = total_key(total)
-        return sum(self.parts[key]) if len(self.parts[key]) == self.askers[key] else None
+        parts = self.parts.get(key, [])
+        if len(parts) < self.askers[key]:
+            return None
+        if len({str(getattr(part, "device", "host")) for part in parts}) > 1 and not self.symbolic:
+            parts = [_on_host(part) for part in parts]
+        return functools.reduce(operator.add, parts)
+
+
+def _on_host(value: Any) -> Any:
+    return registry.library(value).to_host(value) if registry.isarray(value) else value
 
 
 def ready(tasks: Sequence[Task]) -> None:

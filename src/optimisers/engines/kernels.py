@@ -8,10 +8,10 @@ table of addresses.
 import functools
 import hashlib
 import keyword
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 from optimisers.trace.expr import Expr, show
 from optimisers.trace.phases import Pass
@@ -154,13 +154,82 @@ compiles it.
 # -- one kernel ----------------------------------------------------------------------------------------------
 
 
-class _Printer:
-    def __init__(
-        self, p: Pass, kinds: dict[str, str], arithmetic: str, labels: dict[str, str], *, inplace: bool
-    ) -> None:
-        self.p, self.kinds, self.real, self.labels, self.inplace = p, kinds, arithmetic, labels, inplace
+class Maths:
+    """Nodes of a graph as text; a kernel language says how it writes words and numbers."""
+
+    words: ClassVar[dict[str, Callable[..., str]]] = REAL
+    reserved: ClassVar[frozenset[str]] = frozenset()
+    """Names that the text around the maths uses itself."""
+
+    def __init__(self, arithmetic: str) -> None:
+        self.real = arithmetic
         self.names: dict[int, str] = {}
-        self.taken = {
+        self.taken = set(self.reserved)
+
+    def literal(self, text: str) -> str:
+        """A number of the host."""
+        return self.cast(text.replace("inf", "math.inf").replace("nan", "math.nan"), self.real)
+
+    def cast(self, text: str, kind: str) -> str:
+        """A number in another type."""
+        return f"{kind}({text})"
+
+    def name(self, wish: str) -> str:
+        text = re.sub(r"\W", "_", wish).strip("_") or "t"
+        text = f"_{text}" if text[0].isdigit() else text
+        n = 0
+        name = text
+        while name in self.taken or keyword.iskeyword(name):
+            n += 1
+            name = f"{text}{n}"
+        self.taken.add(name)
+        return name
+
+    def converted(self, text: str, have: str, want: str, kind: str) -> str:
+        """A number from one arithmetic type in another."""
+        if have == want:
+            return text
+        if kind == "complex":
+            return f"{'complex64' if want == 'float32' else 'complex128'}({text})"
+        return self.cast(text, want)
+
+    def atom(self, e: Expr, *, number: bool = False) -> str:
+        """A node as an operand; `number` turns conditions into 0 and 1."""
+        if e.op == "const" and e.domain == "scalar":
+            if e.type == "complex":
+                raise Unprintable("a complex number beside the arrays")
+            if e.type == "bool":
+                return self.literal(str(int(e.value))) if number else str(e.value)
+            return self.literal(repr(float(e.value)))
+        text = self.names[id(e)]
+        return self.cast(text, self.real) if number and e.type == "bool" else text
+
+    def word(self, e: Expr) -> str:
+        if e.op.startswith("logical"):
+            args = [self.atom(a) if a.type == "bool" else f"({self.atom(a)} != 0)" for a in e.args]
+        else:
+            args = [self.atom(a, number=not (e.op == "where" and i == 0)) for i, a in enumerate(e.args)]
+        types = ["real" if a.type == "bool" else a.type for a in e.args]
+        if e.op == "where":
+            if e.type == "bool":
+                args = [self.atom(a) for a in e.args]
+            elif e.type == "complex":
+                args[1:] = [
+                    a if t == "complex" else f"complex_of({a}, {self.real}(0))"
+                    for a, t in zip(args[1:], types[1:], strict=True)
+                ]
+        if "complex" in types:
+            return _complex(e.op, args, types)
+        if e.op not in self.words:
+            raise Unprintable(e.op)
+        return self.words[e.op](*args)
+
+
+class Printer(Maths):
+    """The text of a kernel of one pass."""
+
+    reserved = frozenset(
+        {
             "i",
             "n",
             "k",
@@ -188,18 +257,14 @@ class _Printer:
             "max",
             "min",
         }
-        self.arrays = columns(p, inplace=inplace)
+    )
 
-    def name(self, wish: str) -> str:
-        text = re.sub(r"\W", "_", wish).strip("_") or "t"
-        text = f"_{text}" if text[0].isdigit() else text
-        n = 0
-        name = text
-        while name in self.taken or keyword.iskeyword(name):
-            n += 1
-            name = f"{text}{n}"
-        self.taken.add(name)
-        return name
+    def __init__(
+        self, p: Pass, kinds: dict[str, str], arithmetic: str, labels: dict[str, str], *, inplace: bool
+    ) -> None:
+        super().__init__(arithmetic)
+        self.p, self.kinds, self.labels, self.inplace = p, kinds, labels, inplace
+        self.arrays = columns(p, inplace=inplace)
 
     def text(self, title: str) -> tuple[str, str]:
         """(docstring of the module, definitions)."""
@@ -255,7 +320,7 @@ class _Printer:
             name = self.names[id(e)] = self.name(f"c{j}")
             if e.type == "complex":
                 raise Unprintable("a complex number beside the arrays")
-            value = f"table[h, {j}] != 0" if e.type == "bool" else f"{self.real}(table[h, {j}])"
+            value = f"table[h, {j}] != 0" if e.type == "bool" else self.cast(f"table[h, {j}]", self.real)
             lines.append(f"{name} = {value}")
         at: dict[str, str] = {}
         for j, a in enumerate(self.arrays):
@@ -278,18 +343,30 @@ class _Printer:
             lines.append(f"partial[{j}, c] = {total if r.op == 'sum' else f'unrank({total})'}")
         return lines
 
+    def load(self, array: str, at: str) -> str:
+        """An element of an array, in the type of its arithmetic."""
+        return f"load_{self.names_of(array)}({at}, i)"
+
+    def store(self, array: str, at: str, value: str) -> str:
+        """The line that stores an element, given in the type of its arithmetic."""
+        return f"store_{self.names_of(array)}({at}, i, {value})"
+
+    def counted(self, op: str, value: str) -> str:
+        """An element, as a reduction takes it."""
+        return value
+
     def element(self, at: dict[str, str], sums: list[str]) -> list[str]:
         p, lines = self.p, list[str]()
         for j, e in enumerate(p.free):
             self.names[id(e)] = self.name("free")
-            text = f"load_f{j}({at[f'f{j}']}, i)"
+            text = self.load(f"f{j}", at[f"f{j}"])
             kind = ARITHMETIC[self.kinds[f"f{j}"]]
             text = f"{text} != 0" if e.type == "bool" else self.converted(text, kind, self.real, e.type)
             lines.append(f"{self.names[id(e)]} = {text}")
         for e in p.body:
             if e.op == "input":
                 name = self.names[id(e)] = self.name(self.names_of(e.value))
-                text = f"load_{self.names_of(e.value)}({at[e.value]}, i)"
+                text = self.load(e.value, at[e.value])
                 lines.append(
                     f"{name} = {self.converted(text, ARITHMETIC[self.kinds[e.value]], self.real, e.type)}"
                 )
@@ -298,8 +375,8 @@ class _Printer:
                 name = self.names[id(e)] = self.name("t")
                 lines.append(f"{name} = {text}")
         for r, total in zip(p.reductions, sums, strict=True):
-            value = self.atom(r.args[0], number=True)
-            lines.append(f"{total} = {REAL[r.op](total, value)}")
+            value = self.counted(r.op, self.atom(r.args[0], number=True))
+            lines.append(f"{total} = {self.words[r.op](total, value)}")
         for slot, e in p.stores:
             array = slot if slot in at and self.stored_through(slot) else f"new {slot}"
             value, kind = self.atom(e, number=True), self.kinds[array]
@@ -308,54 +385,8 @@ class _Printer:
             value = self.converted(
                 value, self.real, ARITHMETIC[kind], "complex" if kind.startswith("complex") else ""
             )
-            lines.append(f"store_{self.names_of(array)}({at[array]}, i, {value})")
+            lines.append(self.store(array, at[array], value))
         return lines
-
-    @staticmethod
-    def converted(text: str, have: str, want: str, kind: str) -> str:
-        """A number from one arithmetic type in another."""
-        if have == want:
-            return text
-        if kind == "complex":
-            return f"{'complex64' if want == 'float32' else 'complex128'}({text})"
-        return f"{want}({text})"
-
-    def atom(self, e: Expr, *, number: bool = False) -> str:
-        """A node as an operand; `number` turns conditions into 0 and 1."""
-        if e.op == "const" and e.domain == "scalar":
-            if e.type == "complex":
-                raise Unprintable("a complex number beside the arrays")
-            if e.type == "bool":
-                return f"{self.real}({int(e.value)})" if number else str(e.value)
-            value = float(e.value)
-            text = (
-                repr(value)
-                if math.isfinite(value)
-                else repr(value).replace("inf", "math.inf").replace("nan", "math.nan")
-            )
-            return f"{self.real}({text})"
-        text = self.names[id(e)]
-        return f"{self.real}({text})" if number and e.type == "bool" else text
-
-    def word(self, e: Expr) -> str:
-        if e.op.startswith("logical"):
-            args = [self.atom(a) if a.type == "bool" else f"({self.atom(a)} != 0)" for a in e.args]
-        else:
-            args = [self.atom(a, number=not (e.op == "where" and i == 0)) for i, a in enumerate(e.args)]
-        types = ["real" if a.type == "bool" else a.type for a in e.args]
-        if e.op == "where":
-            if e.type == "bool":
-                args = [self.atom(a) for a in e.args]
-            elif e.type == "complex":
-                args[1:] = [
-                    a if t == "complex" else f"complex_of({a}, {self.real}(0))"
-                    for a, t in zip(args[1:], types[1:], strict=True)
-                ]
-        if "complex" in types:
-            return _complex(e.op, args, types)
-        if e.op not in REAL:
-            raise Unprintable(e.op)
-        return REAL[e.op](*args)
 
 
 def columns(p: Pass, *, inplace: bool) -> list[str]:
@@ -385,7 +416,7 @@ def source(
     `kinds` has the element type of every array in `columns`, `labels` their names for the reader. Raises
     Unprintable.
     """
-    about, body = _Printer(p, kinds, arithmetic, labels, inplace=inplace).text(title)
+    about, body = Printer(p, kinds, arithmetic, labels, inplace=inplace).text(title)
     return (
         f"{about}import math\n\nimport numpy\nfrom numba import njit\n"
         "from numpy import complex64, complex128, float32, float64\n\n"

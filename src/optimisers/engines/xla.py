@@ -15,7 +15,7 @@ import numpy as np
 
 from optimisers.arrays import jax as library
 from optimisers.arrays.pack import Bundled, Indices, Loose
-from optimisers.engines import ffi, numba
+from optimisers.engines import ffi, fused, numba
 from optimisers.engines.interpret import Interpreter
 from optimisers.engines.job import Result
 from optimisers.engines.kernels import Unprintable, columns
@@ -260,7 +260,7 @@ def _source(program: Program, p: Pass, dtype: str, gradient: str) -> str | None:
     if ("complex" in gradient) != ("complex" in dtype):
         return None
     try:
-        return numba.sources(program, p, numba.kinds_of(program, p, dtype, gradient), dtype, inplace=True)
+        return numba.sources(program, p, fused.kinds_of(program, p, dtype, gradient), dtype, inplace=True)
     except (Unprintable, KeyError):
         return None
 

@@ -1,0 +1,483 @@
+"""The CUDA engine: one launch per pass for all leaves of a group, whatever their number.
+
+Tables of addresses, chunks and numbers lie on the device and go over when they change, in one asynchronous
+copy. What depends on a reduction is computed there too, so that clipping waits for nobody; only what the host
+must know, such as whether a check of a rule holds, is fetched. A `capturable` state has all its numbers on
+the device: then nothing is fetched, and a CUDA graph may hold the step.
+
+Under TRITON_INTERPRET=1 it serves tensors on the CPU, by Triton's interpreter: slow, and for tests.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from optimisers.arrays.pack import Indices
+from optimisers.engines import cache, kernels, triton_kernels
+from optimisers.engines.addresses import Chunks
+from optimisers.engines.fused import Addressed, arithmetic_of, kinds_of, labels_of, printable, titled
+from optimisers.engines.job import Job, Result
+from optimisers.trace.evaluate import Scalars, below
+from optimisers.trace.expr import Expr, cuts
+from optimisers.trace.phases import Pass
+from optimisers.trace.program import Program
+
+NAME = "triton"
+
+LIBRARIES = ("torch", "cupy")
+"""Array libraries whose arrays lie at addresses of the device."""
+
+CHUNK = 4096
+"""Elements of one chunk, which one program of a launch steps: small enough that the last ones to finish do
+not keep the device waiting, large enough that looking up tables costs nothing.
+"""
+
+BLOCK = 1024
+"""Elements that a program holds in registers."""
+
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+"""How Triton compiles a pass; products and sums may become one operation, as on the CPU."""
+
+LANES = 128
+"""Leaves whose scalars one program computes."""
+
+
+# -- which groups it takes -----------------------------------------------------------------------------------
+
+
+def refusal(program: Program, library: str, device: str, dtype: str) -> str | None:
+    """Why this engine does not take a group; None if it does."""
+    if library not in LIBRARIES:
+        return f"arrays of {library}"
+    if not device.startswith("cuda") and not (device == "cpu" and library == "torch" and interpreted()):
+        return f"arrays on {device}"
+    if dtype not in kernels.ARITHMETIC or "complex" in dtype:
+        return f"element type {dtype}"
+    if not available():
+        return "Triton is not installed; write pip install triton"
+    return printable(program, dtype, printed)
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@functools.cache
+def available() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def printed(program: Program, p: Pass, dtype: str, *, inplace: bool) -> str:
+    """The source of one pass for gradients of the type of the parameters; raises Unprintable."""
+    return sources(program, p, kinds_of(program, p, dtype, dtype), dtype, inplace=inplace)
+
+
+def sources(
+    program: Program, p: Pass, kinds: dict[str, str], dtype: str, *, inplace: bool, scaled: bool = False
+) -> str:
+    """The source of one pass; raises Unprintable."""
+    real, title = arithmetic_of(program, dtype, p), titled(p, dtype, inplace=inplace)
+    return triton_kernels.source(p, kinds, real, labels_of(program), title, inplace=inplace, scaled=scaled)
+
+
+# -- the task ------------------------------------------------------------------------------------------------
+
+
+class Fused(Addressed):
+    """Leaves of one group, on their way through kernels on their device."""
+
+    chunk = CHUNK
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.device = torch.device(job.device)
+        self.scalars: Far = Far(job, self.scratch, self.chunks, self.device)
+
+    # -- passes --
+
+    def reductions(self, p: Pass) -> list[Any]:
+        held = self.scratch.kept(
+            ("partial", id(p)), lambda: self.empty(len(p.reductions), max(1, len(self.chunks.leaf)))
+        )
+        self.launch(p, self.chunks, None, {}, held)
+        return [Partial(r.op, row) for r, row in zip(p.reductions, held, strict=True)]
+
+    def empty(self, *shape: int) -> Any:
+        return torch.empty(shape, dtype=torch.float64, device=self.device)
+
+    def launch(self, p: Pass, chunks: Chunks, members: Any, new: dict[str, Indices], *partial: Any) -> None:
+        far = self.scalars.far(p.scalars)
+        counters = self.job.program.new_counters if self.blind and not p.reductions else ()
+        with on(self.job.library, self.device):
+            if far or counters:
+                on_device = self.scalars.columns(p.scalars, counters)
+                table, row = None, np.arange(len(self.job.row))
+            else:
+                on_device = None
+                table, row = self.scalars.table(p.scalars)
+            rows, row = self.addressed(p, members, new, row)
+            if not len(chunks.leaf):
+                return
+            sheet = self.sheet(p, members, table, rows, row)
+            scaling = self.job.scaling or ()
+            self.kernel(p)[(len(chunks.leaf),)](
+                placed(chunks, "table", self.device),
+                sheet.addresses,
+                sheet.aligned,
+                sheet.table if on_device is None else on_device,
+                sheet.row,
+                len(row),
+                *scaling,
+                *partial,
+                BLOCK=BLOCK,
+                **OPTIONS,
+            )
+
+    def sheet(self, p: Pass, members: Any, table: Any, rows: list[Indices], row: Indices) -> "Sheet":
+        """The tables of a launch, on the device."""
+        size = 0 if table is None else table.size
+        key = ("sheet", id(p), None if members is None else members.tobytes(), size, len(rows), len(row))
+        made = functools.partial(Sheet, self.device, size, len(rows), len(row))
+        sheet = self.scratch.kept(key, made)
+        spare = ("spare", *key)
+        if capturing(self.device):  # the graph reads these tables whenever it is replayed: they are its own
+            sheet = self.scratch.arrays.pop(spare, None) or made()
+            self.job.memo.setdefault("captured", []).append(sheet)
+        elif self.job.capturable and self.device.type == "cuda":
+            self.scratch.kept(spare, lambda: made().spare())
+        sheet.send(table, rows, row)
+        return sheet
+
+    def kernel(self, p: Pass) -> Any:
+        names = (self.job.library.type_name(t) for t in (self.job.dtype, self.gradient))
+        return kernel_of(
+            self.job.program, p, *names, inplace=self.job.inplace, scaled=self.job.scaling is not None
+        )
+
+    # -- what the host must know --
+
+    def verify(self) -> None:
+        if not self.blind:
+            self.scalars.fetch([condition for condition, _, _ in self.job.program.checks])
+        super().verify()
+
+    def branches(self) -> list[tuple[Any, Any]]:
+        if not self.blind:
+            self.scalars.fetch(self.job.program.guards)
+        return super().branches()
+
+    def counters(self) -> tuple[list[Any], bool]:
+        """The new counters; those of a capturable state stay on the device, where they are stored already."""
+        if self.blind:
+            return [], False
+        self.scalars.fetch(self.job.program.new_counters)
+        return super().counters()
+
+    def received(self, total: Any) -> Any:
+        return total
+
+    def commit(self) -> Result:
+        if self.blind and self.plan and self.plan[0][0] is None:
+            with on(self.job.library, self.device):
+                self.scalars.columns((), self.job.program.new_counters)
+        return super().commit()
+
+
+@functools.lru_cache(maxsize=4096)
+def kernel_of(program: Program, p: Pass, dtype: str, gradient: str, *, inplace: bool, scaled: bool) -> Any:
+    """The kernel of a pass; Triton compiles it when it is first launched."""
+    kinds = kinds_of(program, p, dtype, gradient)
+    return cache.load(sources(program, p, kinds, dtype, inplace=inplace, scaled=scaled)).kernel
+
+
+# -- numbers on the device -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """A reduction of every chunk, on the device."""
+
+    op: str
+    values: Any
+
+
+class Far(Scalars):
+    """The scalars of a step, some of which are known on the device only: reductions, totals, and the numbers
+    of a capturable state. They are fetched when the host asks for them.
+    """
+
+    def __init__(self, job: Job, scratch: Any, chunks: Chunks, device: Any) -> None:
+        super().__init__(job.numbers, job.row, job.sizes, job.clock)
+        self.job, self.scratch, self.chunks, self.device = job, scratch, chunks, device
+        self.partials: dict[int, Partial] = {}
+        self.totals: dict[int, Any] = {}
+        self.memo: dict[int, bool] = {}
+
+    def put(self, e: Expr, value: Any, *, of_leaf: bool) -> None:
+        self.memo.clear()
+        if isinstance(value, Partial):
+            self.partials[id(e)] = value
+        elif isinstance(value, torch.Tensor):
+            self.totals[id(e)] = value
+        else:
+            super().put(e, value, of_leaf=of_leaf)
+
+    def is_far(self, e: Expr) -> bool:
+        """Whether the host does not know what a node depends on."""
+        if id(e) not in self.memo:
+            self.memo[id(e)] = id(e) not in self.values and any(
+                id(n) in self.partials
+                or id(n) in self.totals
+                or (self.job.capturable and n.op in ("number", "clock"))
+                for n in below(e)
+            )
+        return self.memo[id(e)]
+
+    def far(self, wanted: Sequence[Expr]) -> bool:
+        """Whether one of some nodes is such; most rules know all from the host."""
+        if not (self.partials or self.totals or self.job.capturable):
+            return False
+        return any(self.is_far(e) for e in wanted)
+
+    def get(self, e: Expr) -> Any:
+        self.fetch([e])
+        return super().get(e)
+
+    def of_leaves(self, e: Expr) -> Any:
+        if self.job.capturable and self.is_far(e):
+            found = self.columns([e])[:, 0]
+            return found != 0 if e.type == "bool" else found
+        return super().of_leaves(e)
+
+    def fetch(self, wanted: Sequence[Expr]) -> None:
+        """Bring nodes to the host: it waits until the device has computed them."""
+        if not self.far(wanted):
+            return
+        apart = [e for e in dict.fromkeys(wanted) if self.is_far(e)]
+        with on(self.job.library, self.device):
+            found = self.columns(apart).cpu().numpy()
+        for e, column in zip(apart, found.T, strict=True):
+            super().put(e, column != 0 if e.type == "bool" else column.copy(), of_leaf=True)
+        self.memo.clear()
+
+    def sum(self, e: Expr) -> Any:
+        """The sum over the leaves, on the device if the host does not know what is summed."""
+        if not self.far([e]):
+            return super().sum(e)
+        out = self.kept("total", e, 1)
+        with on(self.job.library, self.device):
+            known = self.partials.get(id(e))
+            if known is not None and known.op == "sum" and len(self.chunks.leaf):
+                support().add_up[(1,)](known.values, len(self.chunks.leaf), out, BLOCK=1024, num_warps=8)
+            else:
+                self.run([e], (), out, total=True)
+        return out[0]
+
+    def columns(self, wanted: Sequence[Expr], counters: Sequence[Expr] = ()) -> Any:
+        """A table on the device: a row for every leaf, a column for every node; new counters are stored."""
+        shape = (len(self.row), max(1, len(wanted)))
+        out = torch.empty(shape, dtype=torch.float64, device=self.device)
+        if len(self.row):
+            self.run(wanted, counters, out, total=False)
+        return out
+
+    def kept(self, what: str, e: Expr, n: int) -> Any:
+        """A vector on the device that is there again at the next step."""
+        return self.scratch.kept(
+            (what, id(e)), lambda: torch.empty(n, dtype=torch.float64, device=self.device)
+        )
+
+    def run(self, wanted: Sequence[Expr], counters: Sequence[Expr], out: Any, *, total: bool) -> None:
+        """Compute scalars by one launch."""
+        key = ("scalars", total, *map(id, wanted), None, *map(id, counters), None)
+        key = (
+            (*key, *self.partials, None, *self.totals, None, *self.values) if not self.job.capturable else key
+        )
+        kernel, near, vectors, totals = self.scratch.kept(
+            key, lambda: self.kernel(wanted, counters, total=total)
+        )
+        device, leaves = self.device, len(self.row)
+        found: Any = zero(device)
+        if self.job.capturable:
+            table, row, clock = self.numbers, self.fixed("row", self.row), self.clock
+            found = self.job.scaling[1] if self.job.scaling else found
+        else:
+            host, rows = self.table(near)
+            sheet = self.scratch.kept(("near", key, host.shape), lambda: Sheet(device, host.size, 0, leaves))
+            sheet.send(host, [], rows)
+            table, row, clock = sheet.table, sheet.row, found
+        sizes = self.fixed("sizes", self.sizes)
+        held = [self.gathered(e) for e in vectors]
+        sums = [self.totals[id(e)] for e in totals]
+        grid = 1 if total else -(-leaves // LANES)
+        kernel[(grid,)](table, row, sizes, clock, found, out, *held, *sums, leaves, LANES=LANES, num_warps=4)
+
+    def kernel(self, wanted: Sequence[Expr], counters: Sequence[Expr], *, total: bool) -> Any:
+        """(kernel, the nodes that the host gives it, reductions, totals) for some scalars."""
+        inputs: list[tuple[Expr, str]] = []
+        near: list[Expr] = []
+        vectors: list[Expr] = []
+        totals: list[Expr] = []
+        seen: set[int] = set()
+        stack = [*wanted, *counters]
+        while stack:
+            e = stack.pop()
+            if id(e) in seen or e.op == "const":
+                continue
+            seen.add(id(e))
+            if id(e) in self.partials:
+                vectors.append(e)
+                inputs.append((e, f"vector {len(vectors) - 1}"))
+            elif id(e) in self.totals:
+                totals.append(e)
+                inputs.append((e, f"total {len(totals) - 1}"))
+            elif e.op == "size":
+                inputs.append((e, "size"))
+            elif self.job.capturable and e.op in ("number", "clock"):
+                inputs.append((e, "clock" if e.op == "clock" else f"number {e.value}"))
+            elif not self.job.capturable and not self.is_far(e):
+                near.append(e)
+                inputs.append((e, f"number {len(near) - 1}"))
+            else:
+                assert not cuts(e), "a reduction that nobody has computed"
+                stack.extend(e.args)
+        width = len(self.job.program.names) if self.job.capturable else max(1, len(near))
+        text = triton_kernels.scalar_source(
+            wanted, counters, inputs, width, self.job.program.hypers, total=total
+        )
+        return cache.load(text).kernel, tuple(near), vectors, totals
+
+    def gathered(self, e: Expr) -> Any:
+        """A reduction of every leaf, from those of its chunks."""
+        known, out = self.partials[id(e)], self.kept("gathered", e, len(self.row))
+        begin = placed(self.chunks, "begin", self.device)
+        support().gather[(len(self.row),)](known.values, begin, out, OP=known.op, BLOCK=128, num_warps=4)
+        return out
+
+    def fixed(self, name: str, values: Indices) -> Any:
+        """A vector of the host on the device; it goes over when it changes."""
+        held = self.scratch.kept(("fixed", name, len(values)), lambda: Fixed(self.device, len(values)))
+        return held.of(values)
+
+
+# -- tables on the device ------------------------------------------------------------------------------------
+
+
+class Sheet:
+    """What one launch is told: a table of scalars in float64, addresses, row of each leaf and whether its
+    arrays are aligned; in one buffer, so that one copy brings all.
+    """
+
+    def __init__(self, device: Any, numbers: int, columns: int, leaves: int) -> None:
+        self.numbers, self.leaves, self.columns = numbers + numbers % 2, leaves, columns
+        room = leaves + leaves % 2
+        parts = [self.numbers, columns * room, room, room]
+        self.host = np.zeros(max(1, sum(parts)), np.int64)
+        self.sent: Any = None
+        self.memory = torch.empty(len(self.host), dtype=torch.int64, device=device)
+        self.staged: Any = None
+        at = np.cumsum([0, *parts]).tolist()
+        views = [self.memory[a:b] for a, b in itertools.pairwise(at)]
+        self.table, (self.addresses, self.row, self.aligned) = views[0].view(torch.float64), views[1:]
+        table, addresses, row, aligned = (self.host[a:b] for a, b in itertools.pairwise(at))
+        self.to_table = table.view(np.float64)[:numbers]
+        self.to_addresses = addresses[: columns * leaves].reshape(columns, leaves)
+        self.to_row, self.to_aligned = row[:leaves], aligned[:leaves]
+
+    def spare(self) -> "Sheet":
+        """This sheet with memory to copy from: while a graph is captured, none can be had."""
+        self.staged = torch.empty(len(self.host), dtype=torch.int64, pin_memory=True)
+        return self
+
+    def send(self, table: Any, rows: Sequence[Indices], row: Any) -> None:
+        """Bring over what has changed."""
+        if table is not None:
+            self.to_table[:] = table.reshape(-1)
+        for to, given in zip(self.to_addresses, rows, strict=True):
+            to[:] = given
+        self.to_row[:] = row
+        sent, n = self.sent, self.numbers
+        moved = sent is None or not np.array_equal(self.host[n:], sent[n:])
+        if moved and rows:
+            self.to_aligned[:] = (np.bitwise_or.reduce(self.to_addresses, axis=0) & 15) == 0
+        count = len(self.host) if moved else n
+        if sent is None or not np.array_equal(self.host[:count], sent[:count]):
+            copy_over(self.memory, self.host, count, self.staged)
+            self.sent = self.host.copy()
+
+
+class Fixed:
+    """A vector of whole numbers of the host, and what the device has of it."""
+
+    def __init__(self, device: Any, n: int) -> None:
+        self.memory = torch.empty(max(1, n), dtype=torch.int64, device=device)
+        self.sent: Any = None
+
+    def of(self, values: Indices) -> Any:
+        if self.sent is None or not np.array_equal(self.sent, values):
+            self.sent = np.array(values, np.int64)
+            copy_over(self.memory, self.sent, len(self.sent), None)
+        return self.memory
+
+
+def copy_over(memory: Any, host: Any, count: int, staged: Any) -> None:
+    """Copy the first words of a vector to the device, without waiting."""
+    if memory.device.type == "cpu":
+        memory.numpy()[:count] = host[:count]
+        return
+    if staged is None:
+        staged = torch.empty(count, dtype=torch.int64, pin_memory=True)
+    staged.numpy()[:count] = host[:count]
+    memory[:count].copy_(staged[:count], non_blocking=True)
+
+
+def placed(chunks: Chunks, name: str, device: Any) -> Any:
+    """A table of chunks on a device."""
+    key = (name, str(device))
+    if key not in chunks.placed:
+        memory = torch.from_numpy(np.ascontiguousarray(getattr(chunks, name)).reshape(-1))
+        chunks.placed[key] = memory.to(device, copy=True)
+    return chunks.placed[key]
+
+
+@functools.cache
+def zero(device: Any) -> Any:
+    return torch.zeros(1, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def support() -> Any:
+    """Kernels written by hand; their module needs Triton."""
+    from optimisers.engines import triton_support
+
+    return triton_support
+
+
+def capturing(device: Any) -> bool:
+    """Whether what is launched now is noted in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@contextlib.contextmanager
+def _entered(library: Any, device: Any) -> Any:
+    with torch.cuda.device(device), library.on_stream(device):
+        yield
+
+
+def on(library: Any, device: Any) -> Any:
+    """The device, and the stream on which an array library works there, as the place of launches."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    if library.NAME == "torch" and torch.cuda.current_device() == device.index:
+        return contextlib.nullcontext()
+    return _entered(library, device)

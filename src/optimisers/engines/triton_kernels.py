@@ -1,0 +1,330 @@
+"""A pass -> the source of a Triton kernel over all leaves of a group; scalars -> the source of one that
+computes them on the device.
+
+One launch walks the same tables as the CPU kernel does: a program takes one chunk (leaf, start, length),
+loads the numbers of its leaf, then goes through the chunk block by block. Where all arrays of a leaf begin at
+multiples of 16 bytes, whole blocks are read and written 16 bytes at a time; what is left takes masks.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from optimisers.engines.kernels import ARITHMETIC, BYTES, REAL, Maths, Printer, Unprintable
+from optimisers.trace.expr import Expr, order
+from optimisers.trace.phases import Pass
+
+
+def _text(template: str) -> Callable[..., str]:
+    return template.format
+
+
+WORDS: dict[str, Callable[..., str]] = REAL | {
+    "power": _text("power({0}, {1})"),
+    "logical_not": _text("({0} == 0)"),
+    "divide": _text("divide({0}, {1})"),
+    "sqrt": _text("root({0})"),
+    "exp": _text("exp({0})"),
+    "expm1": _text("expm1({0})"),
+    "log": _text("log({0})"),
+    "log1p": _text("log1p({0})"),
+    "sin": _text("sin({0})"),
+    "cos": _text("cos({0})"),
+    "tanh": _text("tanh({0})"),
+    "arctan": _text("arctan({0})"),
+    "floor": _text("tl.floor({0})"),
+    "ceil": _text("tl.ceil({0})"),
+    "sign": _text("tl.where({0} > 0, 1, tl.where({0} < 0, -1, {0}))"),
+    "abs": _text("tl.abs({0})"),
+    "imag": _text("{0} * 0"),
+    "maximum": _text("tl.where(({0} > {1}) | ({0} != {0}), {0}, {1})"),
+    "minimum": _text("tl.where(({0} < {1}) | ({0} != {0}), {0}, {1})"),
+    "where": _text("tl.where({0}, {1}, {2})"),
+    "sum": _text("{0} + {1}"),
+    "max": _text("larger({0}, {1})"),
+    "min": _text("smaller({0}, {1})"),
+}
+"""Words on real numbers, where Triton does not write them as Python does. The reductions at the end take the
+value so far first.
+"""
+
+IDENTITY = {"sum": "0", "max": "-inf", "min": "inf"}
+"""What a reduction of nothing is."""
+
+
+class _Written(Maths):
+    """Maths in the words of Triton."""
+
+    words: ClassVar[dict[str, Callable[..., str]]] = WORDS
+
+    def literal(self, text: str) -> str:
+        number = f'float("{text}")' if "inf" in text or "nan" in text else text
+        return f"tl.full([], {number}, tl.{self.real})"
+
+    def cast(self, text: str, kind: str) -> str:
+        return f"({text}).to(tl.{kind})"
+
+
+class _Kernel(_Written, Printer):
+    """The text of a kernel of one pass."""
+
+    reserved = Printer.reserved | {
+        *("tl", "triton", "load", "store", "aligned", "whole", "leaves", "chunk", "full", "live", "scale"),
+        *(
+            "found",
+            "SPAN",
+            "BLOCK",
+            "block",
+            "kernel",
+            "wide",
+            "larger",
+            "smaller",
+            "power",
+            "divide",
+            "root",
+        ),
+        *("exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "arctan", "float", "range"),
+    }
+
+    def __init__(
+        self,
+        p: Pass,
+        kinds: dict[str, str],
+        arithmetic: str,
+        labels: dict[str, str],
+        *,
+        inplace: bool,
+        scaled: bool,
+    ) -> None:
+        super().__init__(p, kinds, arithmetic, labels, inplace=inplace)
+        self.scaled = scaled
+
+    def load(self, array: str, at: str) -> str:
+        kind = ARITHMETIC[self.kinds[array]]
+        text = self.cast(f"load({at}, i, n, full)", kind)
+        return f"divide({text}, scale.to(tl.{kind}))" if self.scaled and array.startswith("d") else text
+
+    def store(self, array: str, at: str, value: str) -> str:
+        kind = self.kinds[array]
+        kept = f"bfloat16_of({value})" if kind == "bfloat16" else f"({value}).to(tl.{kind})"
+        return f"store({at}, i, n, {kept}, full)"
+
+    def source(self, title: str) -> str:
+        """The text of the module."""
+        p = self.p
+        if any(self.kinds[a].startswith("complex") for a in self.arrays):
+            raise Unprintable("complex numbers")
+        lines = ["c = tl.program_id(0)", "k = tl.load(chunks + 3 * c)", "first = tl.load(chunks + 3 * c + 1)"]
+        lines.append("n = tl.load(chunks + 3 * c + 2)")
+        if self.scaled:
+            lines.append("scale = tl.load(scale_at)")
+            lines += [] if p.reductions else ["n = tl.where(tl.load(found) != 0, 0, n)"]
+        scalars = self.scalars(lines)
+        at = self.places(lines)
+        sums = [self.name(f"{r.op}_of") for r in p.reductions]
+        for r, total in zip(p.reductions, sums, strict=True):
+            if r.type == "complex":
+                raise Unprintable("a sum of complex numbers")
+            lines.append(f'{total} = tl.full([BLOCK], float("{IDENTITY[r.op]}"), tl.float64)')
+        inner = ["i = s + tl.arange(0, BLOCK)", *self.element(at, sums)]
+        inner += [f"return {', '.join(sums)}"] if sums else []
+        lines.append("whole = tl.where(tl.load(aligned + k) != 0, n // BLOCK * BLOCK, 0)")
+        more = [*scalars, *(["scale"] if self.scaled else []), *sums]
+        for start, end, prefix, full in (("0", "whole", "wide_", True), ("whole", "n", "", False)):
+            call = f"block({', '.join(['s', 'n', *(prefix + a for a in at.values()), *more])}, BLOCK, {full})"
+            lines.append(f"for s in range({start}, {end}, BLOCK):")
+            lines.append(f"    {', '.join(sums)} = {call}" if sums else f"    {call}")
+        for j, (r, total) in enumerate(zip(p.reductions, sums, strict=True)):
+            lines.append(f"tl.store(partial + {j} * tl.num_programs(0) + c, {r.op}_over({total}))")
+        arguments = ["chunks", "addresses", "aligned", "table", "row", "leaves"]
+        arguments += [*(["scale_at", "found"] if self.scaled else []), *(["partial"] if p.reductions else [])]
+        of_block = ["s", "n", *at.values(), *more, "BLOCK: tl.constexpr", "full: tl.constexpr"]
+        head = [f"{self.names_of(a)}: {self.kinds[a]}" for a in self.arrays]
+        return _module(
+            f"{title}\n\nAddresses, in order: {', '.join(head)}.",
+            [
+                "@triton.jit",
+                f"def block({', '.join(of_block)}):",
+                *("    " + line for line in inner),
+                "",
+                "",
+                '@triton.jit(do_not_specialize=["leaves"])',
+                f"def kernel({', '.join([*arguments, 'BLOCK: tl.constexpr'])}):",
+                *("    " + line for line in lines),
+            ],
+        )
+
+    def scalars(self, lines: list[str]) -> list[str]:
+        """Names of the scalars of the leaf; lines that load them."""
+        names: list[str] = []
+        if self.p.scalars:
+            lines.append("h = tl.load(row + k)")
+        for j, e in enumerate(self.p.scalars):
+            if e.type == "complex":
+                raise Unprintable("a complex number beside the arrays")
+            name = self.names[id(e)] = self.name(f"c{j}")
+            value = f"tl.load(table + {len(self.p.scalars)} * h + {j})"
+            lines.append(
+                f"{name} = {value} != 0" if e.type == "bool" else f"{name} = {self.cast(value, self.real)}"
+            )
+            names.append(name)
+        return names
+
+    def places(self, lines: list[str]) -> dict[str, str]:
+        """Name of the pointer to each array; lines that make it, and one that is known to be aligned."""
+        at: dict[str, str] = {}
+        for j, a in enumerate(self.arrays):
+            name = at[a] = self.name(f"at_{self.names_of(a)}")
+            pointer = f"tl.pointer_type(tl.{self.kinds[a]})"
+            lines.append(f"{name} = tl.load(addresses + {j} * leaves + k) + {BYTES[self.kinds[a]]} * first")
+            lines.append(f"wide_{name} = tl.multiple_of({name}.to({pointer}), 16)")
+            lines.append(f"{name} = {name}.to({pointer})")
+        return at
+
+    def counted(self, op: str, value: str) -> str:
+        return f'live({self.cast(value, "float64")}, i, n, float("{IDENTITY[op]}"), full)'
+
+
+def source(
+    p: Pass,
+    kinds: dict[str, str],
+    arithmetic: str,
+    labels: dict[str, str],
+    title: str,
+    *,
+    inplace: bool,
+    scaled: bool = False,
+) -> str:
+    """The module text of one pass; arguments as those of `kernels.source`.
+
+    `scaled` kernels divide every gradient by a number on the device, and store nothing where another one is
+    not 0. Raises Unprintable.
+    """
+    return _Kernel(p, kinds, arithmetic, labels, inplace=inplace, scaled=scaled).source(title)
+
+
+# -- scalars -------------------------------------------------------------------------------------------------
+
+
+class _Scalars(_Written):
+    """The text of a kernel that computes scalars of every leaf, in float64."""
+
+    reserved = _Kernel.reserved | {
+        "table",
+        "row",
+        "sizes",
+        "clock",
+        "out",
+        "at",
+        "on",
+        "go",
+        "sum_of",
+        "LANES",
+    }
+
+    def lines(self, wanted: Sequence[Expr], given: dict[int, str]) -> list[str]:
+        """The values of nodes from those that are given by id, as text."""
+        lines: list[str] = []
+        above = order(wanted, given)
+        known = [e for e in (*wanted, *(a for e in above for a in e.args)) if id(e) in given]
+        for e in [*dict.fromkeys(known), *above]:
+            if e.op == "const":
+                continue
+            if e.type == "complex":
+                raise Unprintable("a complex number beside the arrays")
+            name = self.name("t")
+            text = given.get(id(e)) or (self.atom(e.args[0]) if e.op == "scheduled" else self.word(e))
+            lines.append(
+                f"{name} = {text} != 0" if id(e) in given and e.type == "bool" else f"{name} = {text}"
+            )
+            self.names[id(e)] = name
+        return lines
+
+
+def scalar_source(
+    wanted: Sequence[Expr],
+    counters: Sequence[Expr],
+    inputs: Sequence[tuple[Expr, str]],
+    width: int,
+    hypers: int,
+    *,
+    total: bool,
+) -> str:
+    """The module text that computes scalar nodes for every leaf.
+
+    `inputs` says for every known node where it stands: "number j" in a table of `width` columns, "vector j" a
+    value for every leaf, "total j" one for all, "size", "clock". New `counters` are written back into the
+    table, from column `hypers` on. With `total` the only value wanted is summed over all leaves, by one
+    program. Raises Unprintable.
+    """
+    maths = _Scalars("float64")
+    given: dict[int, str] = {}
+    for e, where in inputs:
+        what, _, j = where.partition(" ")
+        given[id(e)] = {
+            "number": f"tl.load(table + {width} * h + {j}, mask=on, other=0)",
+            "vector": f"tl.load(vector{j} + k, mask=on, other=0)",
+            "total": f"tl.load(total{j}) + tl.zeros([LANES], tl.float64)",
+            "size": "tl.load(sizes + k, mask=on, other=0).to(tl.float64)",
+            "clock": "tl.load(clock).to(tl.float64) + tl.zeros([LANES], tl.float64)",
+        }[what]
+    body = ["k = at + tl.arange(0, LANES)", "on = k < leaves", "h = tl.load(row + k, mask=on, other=0)"]
+    body += maths.lines([*wanted, *counters], given)
+    values = [f"{maths.atom(e, number=True)} + tl.zeros([LANES], tl.float64)" for e in wanted]
+    if total:
+        body.append(f"sum_of += tl.where(on, {values[0]}, 0)")
+        body = [
+            "sum_of = tl.zeros([LANES], tl.float64)",
+            "for at in range(0, leaves, LANES):",
+            *("    " + line for line in body),
+            "tl.store(out, tl.sum(sum_of))",
+        ]
+    else:
+        body.insert(0, "at = tl.program_id(0) * LANES")
+        body += [
+            f"tl.store(out + {max(1, len(values))} * k + {j}, {v}, mask=on)" for j, v in enumerate(values)
+        ]
+        if counters:
+            body.append("go = k < tl.where(tl.load(found) != 0, 0, leaves)")
+        body += [
+            f"tl.store(table + {width} * h + {hypers + j}, {maths.atom(e, number=True)}, mask=go)"
+            for j, e in enumerate(counters)
+        ]
+    places = [
+        where.replace(" ", "")
+        for what in ("vector", "total")
+        for _, where in inputs
+        if where.startswith(what)
+    ]
+    arguments = ", ".join(["table, row, sizes, clock, found, out", *places, "leaves, LANES: tl.constexpr"])
+    return _module(
+        "Scalars of every leaf.",
+        [
+            '@triton.jit(do_not_specialize=["leaves"])',
+            f"def kernel({arguments}):",
+            *("    " + line for line in body),
+        ],
+    )
+
+
+# -- modules -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _support_hash() -> str:
+    """Tells kernels compiled against other functions apart."""
+    return hashlib.sha256(Path(__file__).with_name("triton_support.py").read_bytes()).hexdigest()[:12]
+
+
+def _module(about: str, lines: list[str]) -> str:
+    return (
+        f'"""{about}\n"""\nimport triton\nimport triton.language as tl\n\n'
+        "from optimisers.engines.triton_support import (\n    arctan, bfloat16_of, cos, divide, exp, expm1, "
+        "high_bits, join_bits, larger, live, load, log,\n    log1p, low_bits, max_over, min_over, power, root, "
+        "sin, smaller, store, sum_over, tanh,\n)\n\n"
+        f"# functions {_support_hash()}\n\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )

@@ -1,0 +1,199 @@
+"""What the text of Triton kernels calls: loads and stores, precise words, and reductions over one block.
+
+Under TRITON_INTERPRET=1, which must be set before Triton is imported, the same kernels run on the CPU, by
+NumPy: there the functions of NVIDIA's libdevice are NumPy's own.
+"""
+
+# The language of kernels has the grammar of Python, not its types.
+# pyright: basic
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRETED = bool(knobs.runtime.interpret)
+"""Whether kernels of this process run on the CPU."""
+
+
+def _word(name: str, on_host: Callable[..., Any]) -> Any:
+    """A function of libdevice, precise to a unit or two in the last place."""
+    if not INTERPRETED:
+        from triton.language.extra import libdevice
+
+        return getattr(libdevice, name)
+    from triton.runtime.interpreter import TensorHandle
+
+    def word(*args: Any) -> Any:
+        found = on_host(*(a.handle.data for a in args))
+        like = max(args, key=lambda a: len(a.shape))
+        return tl.core.tensor(TensorHandle(found.astype(like.handle.data.dtype), like.dtype), like.type)
+
+    return word
+
+
+exp = _word("exp", np.exp)
+expm1 = _word("expm1", np.expm1)
+log = _word("log", np.log)
+log1p = _word("log1p", np.log1p)
+sin = _word("sin", np.sin)
+cos = _word("cos", np.cos)
+tanh = _word("tanh", np.tanh)
+arctan = _word("atan", np.arctan)
+power = _word("pow", np.power)
+
+
+# -- arrays --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load(at, i, n, full: tl.constexpr):
+    """Elements i of an array; those from n on are not read."""
+    if full:
+        return tl.load(at + i)
+    else:
+        return tl.load(at + i, mask=i < n, other=0)
+
+
+@triton.jit
+def store(at, i, n, value, full: tl.constexpr):
+    """Write elements i of an array; those from n on are not written."""
+    if full:
+        tl.store(at + i, value)
+    else:
+        tl.store(at + i, value, mask=i < n)
+
+
+@triton.jit
+def live(value, i, n, other, full: tl.constexpr):
+    """Values of elements; `other` for those from n on."""
+    if full:
+        return value
+    else:
+        return tl.where(i < n, value, other)
+
+
+@triton.jit
+def bfloat16_of(x):
+    """float32 as bfloat16, to the nearest, halves to even: Triton's interpreter would cut it off."""
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    kept = tl.where(x != x, 0x7FC0, rounded).to(tl.int16)
+    return kept.to(tl.bfloat16, bitcast=True)
+
+
+# -- precise words -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def divide(a, b):
+    """The quotient, rounded to nearest; `/` of float32 is off by two units."""
+    if a.dtype == tl.float32:
+        return tl.math.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def root(x):
+    """The square root, rounded to nearest."""
+    if x.dtype == tl.float32:
+        return tl.math.sqrt_rn(x)
+    else:
+        return tl.math.sqrt(x)
+
+
+@triton.jit
+def larger(a, b):
+    """The larger number; NaN if one of them is."""
+    return tl.where((a > b) | (a != a), a, b)
+
+
+@triton.jit
+def smaller(a, b):
+    """The smaller number; NaN if one of them is."""
+    return tl.where((a < b) | (a != a), a, b)
+
+
+@triton.jit
+def join_bits(high, low):
+    return (high.to(tl.int32, bitcast=True) + low.to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _rounded_bits(x):
+    return (x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000
+
+
+@triton.jit
+def high_bits(x):
+    """The nearest bfloat16, halves up, as a float32."""
+    return tl.where(x != x, float("nan"), _rounded_bits(x).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def low_bits(x):
+    """What `high_bits` leaves, as a whole number."""
+    return tl.where(x != x, 0.0, (x.to(tl.int32, bitcast=True) - _rounded_bits(x)).to(tl.float32))
+
+
+# -- reductions ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sum_over(values):
+    """The sum over a block, always by the same tree."""
+    return tl.sum(values)
+
+
+@triton.jit
+def max_over(values):
+    """The maximum over a block; NaN if one is."""
+    known = tl.max(tl.where(values != values, float("-inf"), values))
+    return tl.where(tl.max((values != values).to(tl.int32)) != 0, float("nan"), known)
+
+
+@triton.jit
+def min_over(values):
+    """The minimum over a block; NaN if one is."""
+    known = tl.min(tl.where(values != values, float("inf"), values))
+    return tl.where(tl.max((values != values).to(tl.int32)) != 0, float("nan"), known)
+
+
+@triton.jit
+def gather(partial, begin, out, OP: tl.constexpr, BLOCK: tl.constexpr):
+    """The reduction of every leaf from those of its chunks, always in the same order; a program takes one
+    leaf.
+    """
+    k = tl.program_id(0)
+    start, end = tl.load(begin + k), tl.load(begin + k + 1)
+    none = 0.0 if OP == "sum" else float("-inf") if OP == "max" else float("inf")
+    found = tl.full([BLOCK], none, tl.float64)
+    for s in range(start, end, BLOCK):
+        i = s + tl.arange(0, BLOCK)
+        value = tl.load(partial + i, mask=i < end, other=none)
+        if OP == "sum":
+            found += value
+        elif OP == "max":
+            found = larger(found, value)
+        else:
+            found = smaller(found, value)
+    if OP == "sum":
+        tl.store(out + k, sum_over(found))
+    elif OP == "max":
+        tl.store(out + k, max_over(found))
+    else:
+        tl.store(out + k, min_over(found))
+
+
+@triton.jit(do_not_specialize=["count"])
+def add_up(partial, count, out, BLOCK: tl.constexpr):
+    """The sum over all chunks, always in the same order; one program."""
+    found = tl.zeros([BLOCK], tl.float64)
+    for s in range(0, count, BLOCK):
+        i = s + tl.arange(0, BLOCK)
+        found += tl.load(partial + i, mask=i < count, other=0)
+    tl.store(out, tl.sum(found))
