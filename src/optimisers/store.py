@@ -280,6 +280,8 @@ class Store:
     index_of: Indices = dataclasses.field(init=False)
     handles: dict[Any, Any] = dataclasses.field(default_factory=dict[Any, Any])
     plans: dict[int, Any] = dataclasses.field(init=False)
+    capturable: bool = dataclasses.field(init=False)
+    """Whether clock and numbers live on a device."""
     known: Any = None
     """The structure found last, and what it depends on."""
     numbered: Callable[["Store"], Any] | None = None
@@ -288,6 +290,7 @@ class Store:
     """What `numbered` said last."""
 
     def __post_init__(self) -> None:
+        self.capturable = any(kind is not None and kind.capturable for kind in self.shapes)
         self.index()
 
     def index(self) -> None:
@@ -310,11 +313,6 @@ class Store:
         return dataclasses.replace(
             self, groups=groups, frozen=self.frozen.copy(), clock=self.own_clock(), handles={}
         )
-
-    @property
-    def capturable(self) -> bool:
-        """Whether clock and numbers live on a device."""
-        return any(kind is not None and kind.capturable for kind in self.shapes)
 
     def own_clock(self) -> Any:
         """The clock, to be changed apart from this one."""

@@ -6,7 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
+import operator
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -420,6 +423,10 @@ class _Step:
         return new
 
 
+_signals: Any = sys.modules.get("_signal", signal)
+"""Without the names that `signal` makes of numbers: they take longer than a launch."""
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Generator[None]:
     """Hold back Ctrl-C while a step is stored: half a step would be worse than a late interrupt."""
@@ -427,15 +434,15 @@ def uninterrupted() -> Generator[None]:
         yield
         return
     caught: list[Any] = []
-    before = signal.getsignal(signal.SIGINT)
+    before = _signals.getsignal(signal.SIGINT)
     if before is None:
         yield
         return
-    signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    _signals.signal(signal.SIGINT, lambda *args: caught.append(args))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        _signals.signal(signal.SIGINT, before)
         if caught and callable(before):
             before(*caught[0])
 
@@ -515,7 +522,8 @@ def _places(node: Node) -> Iterator[tuple[int, Any]]:
 
 def _active(store: Store, plan: _Plan, orders: list[Sequence[Any]]) -> Any:
     """Which leaves are stepped, as a mask; None for all: those that are not frozen and have a gradient."""
-    missing = [n for n, g in enumerate(orders[0]) if g is None]
+    some = any(map(operator.is_, orders[0], itertools.repeat(None)))
+    missing = [n for n, g in enumerate(orders[0]) if g is None] if some else []
     frozen = store.frozen[plan.numbers]
     if not missing and not frozen.any():
         return None

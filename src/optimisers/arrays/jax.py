@@ -1,5 +1,6 @@
 """Arrays of JAX: they cannot be written, and inside a transform nobody knows their values."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,9 @@ REPLACES = True
 
 SORTS = True
 """Whether the library hands dicts on with their keys sorted."""
+
+CAPTURABLE = False
+"""Whether the numbers of a state may live on a device, for graphs that are captured."""
 
 
 # -- what an array is ----------------------------------------------------------------------------------------
@@ -321,6 +325,26 @@ def table(rows: Any) -> Array:
 def constant(values: Any, beside: Array) -> Any:
     """A vector of the host beside a table of numbers."""
     return jnp.asarray(values, beside.dtype)
+
+
+def on_device(numbers: Any, device: str) -> Any:
+    """Numbers of the host as an array on the device of JAX."""
+    return jnp.asarray(numbers)
+
+
+def capturing(device: str) -> bool:
+    """Whether what is launched now is noted in a graph, to be replayed."""
+    return False
+
+
+def on_stream(device: Any) -> Any:
+    """The stream on which the library works, as the place of launches: JAX keeps it to itself."""
+    return contextlib.nullcontext()
+
+
+def ticked(clock: Any, skipped: Any) -> Any:
+    """A clock after an update."""
+    return clock + 1
 
 
 def stacked(values: Sequence[Array]) -> Array:

@@ -1,5 +1,6 @@
 """NumPy arrays, including those of the half-precision types of ml_dtypes."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -372,6 +373,16 @@ def constant(values: Any, beside: Array) -> Any:
 def on_device(numbers: Any, device: str) -> Any:
     """Numbers of the host stay there."""
     return numbers
+
+
+def capturing(device: str) -> bool:
+    """Whether what is launched now is noted in a graph, to be replayed."""
+    return False
+
+
+def on_stream(device: Any) -> Any:
+    """The stream on which the library works, as the place of launches: there is none."""
+    return contextlib.nullcontext()
 
 
 def ticked(clock: Any, skipped: Any) -> Any:

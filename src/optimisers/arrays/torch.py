@@ -482,6 +482,11 @@ def on_device(numbers: Any, device: str) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
+def capturing(device: str) -> bool:
+    """Whether what is launched on a device now is noted in a graph, to be replayed."""
+    return device.startswith("cuda") and torch.cuda.is_current_stream_capturing()
+
+
 def on_stream(device: Any) -> Any:
     """The stream on which torch works, as the place of launches: it is the present one."""
     return contextlib.nullcontext()

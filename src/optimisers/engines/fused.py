@@ -7,6 +7,7 @@ is used where it lies.
 """
 
 import functools
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -266,13 +267,22 @@ class Addressed(Task):
         """Copy gradients that lie where this step writes: `{"a": model["b"], "b": model["a"]}` is a
         gradient.
         """
+        if not len(begin):
+            return
+        was = self.job.memo.get("apart")
+        if was is not None and was[0] is begin and all(map(np.array_equal, was[1], self.dx_at)):
+            return
         size = self.job.sizes * self.gradient.itemsize
-        for n, at in enumerate(self.dx_at if len(begin) else ()):
+        apart = True
+        for n, at in enumerate(self.dx_at):
             before = np.searchsorted(begin, at + size) - 1
             for i in np.flatnonzero((end[before] > at) & (before >= 0) & (self.job.sizes > 0)).tolist():
                 arrays = self.dx[n] = list(self.dx[n])
                 arrays[i] = self.job.library.laid_out(arrays[i], self.gradient, *self.layout(i))
                 at[i] = self.job.library.address(arrays[i])
+                apart = False
+        if apart:
+            self.job.memo["apart"] = begin, [at.copy() for at in self.dx_at]
 
     def written(self) -> tuple[Indices, Indices]:
         """(begin, end) of the memory of parameters and state, sorted; remembered while it stays where it is.
@@ -280,10 +290,13 @@ class Addressed(Task):
         Raises TreeMismatch for parameters that share memory: they would be stepped one after the other.
         """
         job = self.job
-        buffers = [b for p in job.slots for b in p.buffers]
-        state_at = np.array([job.library.address(b) for b in buffers], np.int64)
         known = job.memo.get("written")
-        if known is None or not (np.array_equal(known[0], self.x_at) and np.array_equal(known[3], state_at)):
+        where = [p.addresses for p in job.slots]
+        if known is None or not (
+            np.array_equal(known[0], self.x_at) and all(map(operator.is_, known[3], where))
+        ):
+            buffers = [b for p in job.slots for b in p.buffers]
+            state_at = np.array([job.library.address(b) for b in buffers], np.int64)
             at = np.concatenate([self.x_at, state_at])
             size = np.concatenate(
                 [job.sizes * job.dtype.itemsize, np.array([b.nbytes for b in buffers], np.int64)]
@@ -294,7 +307,7 @@ class Addressed(Task):
             clash = np.flatnonzero(begin[1:] < end[:-1])
             if len(clash):
                 self.refuse_overlap(*by[clash[0] : clash[0] + 2].tolist())
-            known = job.memo["written"] = (self.x_at.copy(), begin, end, state_at)
+            known = job.memo["written"] = (self.x_at.copy(), begin, end, where)
         if self.x is job.x:
             return known[1], known[2]
         home = [job.library.bounds(old) for old, new in zip(job.x, self.x, strict=True) if new is not old]

@@ -14,7 +14,7 @@ import numpy as np
 from optimisers.arrays import numpy as host
 from optimisers.arrays import registry
 from optimisers.arrays.pack import Indices, Pack
-from optimisers.errors import DomainError, TraceError, TreeMismatch
+from optimisers.errors import BadState, DomainError, TraceError, TreeMismatch
 from optimisers.rule import Rule
 from optimisers.trace.evaluate import Scalars, counters
 from optimisers.trace.expr import Expr
@@ -162,6 +162,11 @@ class Task:
     """
 
     def __init__(self, job: Job) -> None:
+        if not job.capturable and job.library.capturing(job.device):
+            raise BadState(
+                "a CUDA graph would replay this step with the numbers of today; write setup(rule, model, "
+                "capturable=True)"
+            )
         self.job = job
         numbers, words = job.numbers, host
         if job.symbolic:

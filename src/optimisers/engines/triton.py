@@ -25,6 +25,7 @@ from optimisers.engines import cache, kernels, triton_kernels
 from optimisers.engines.addresses import Chunks
 from optimisers.engines.fused import Addressed, arithmetic_of, kinds_of, labels_of, printable, titled
 from optimisers.engines.job import Job, Result
+from optimisers.errors import BadState
 from optimisers.trace.evaluate import Scalars, below
 from optimisers.trace.expr import Expr, cuts
 from optimisers.trace.phases import Pass
@@ -128,6 +129,11 @@ class Fused(Addressed):
             rows, row = self.addressed(p, members, new, row)
             if not len(chunks.leaf):
                 return
+            if capturing(self.device) and not chunks.placed:
+                raise BadState(
+                    "a CUDA graph is captured of a step that has not run before; take one before the capture, "
+                    "with gradients for the same arrays"
+                )
             sheet = self.sheet(p, members, table, rows, row)
             scaling = self.job.scaling or ()
             self.kernel(p)[(len(chunks.leaf),)](
@@ -250,7 +256,8 @@ class Far(Scalars):
         return any(self.is_far(e) for e in wanted)
 
     def get(self, e: Expr) -> Any:
-        self.fetch([e])
+        if id(e) not in self.values:
+            self.fetch([e])
         return super().get(e)
 
     def of_leaves(self, e: Expr) -> Any:
@@ -406,14 +413,15 @@ class Sheet:
         for to, given in zip(self.to_addresses, rows, strict=True):
             to[:] = given
         self.to_row[:] = row
-        sent, n = self.sent, self.numbers
-        moved = sent is None or not np.array_equal(self.host[n:], sent[n:])
-        if moved and rows:
-            self.to_aligned[:] = (np.bitwise_or.reduce(self.to_addresses, axis=0) & 15) == 0
-        count = len(self.host) if moved else n
-        if sent is None or not np.array_equal(self.host[:count], sent[:count]):
-            copy_over(self.memory, self.host, count, self.staged)
-            self.sent = self.host.copy()
+        host, sent, n = self.host, self.sent, self.numbers
+        if sent is None or (host[n:] != sent[n:]).any():
+            if rows:
+                self.to_aligned[:] = (np.bitwise_or.reduce(self.to_addresses, axis=0) & 15) == 0
+            copy_over(self.memory, host, len(host), self.staged)
+            self.sent = host.copy()
+        elif (host[:n] != sent[:n]).any():
+            copy_over(self.memory, host, n, self.staged)
+            sent[:n] = host[:n]
 
 
 class Fixed:

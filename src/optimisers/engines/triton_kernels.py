@@ -324,7 +324,5 @@ def _module(about: str, lines: list[str]) -> str:
         "from optimisers.engines.triton_support import (\n    arctan, bfloat16_of, cos, divide, exp, expm1, "
         "high_bits, join_bits, larger, live, load, log,\n    log1p, low_bits, max_over, min_over, power, root, "
         "sin, smaller, store, sum_over, tanh,\n)\n\n"
-        f"# functions {_support_hash()}\n\n\n"
-        + "\n".join(lines)
-        + "\n"
+        f"# functions {_support_hash()}\n\n\n" + "\n".join(lines) + "\n"
     )

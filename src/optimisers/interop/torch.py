@@ -17,7 +17,7 @@ from optimisers.rule import Rule
 from optimisers.rules.descent import Momentum, Nesterov
 from optimisers.trace.program import flatten, unflatten
 from optimisers.tree.path import KeyPath, matches
-from optimisers.update import setup, update_
+from optimisers.update import setup, takes_scaling, update_, update_scaled
 from optimisers.value import ELSEWHERE, adjustable, adjusted, fill, numbers, refuse_unknown, settings
 from optimisers.value import parts as parts_of_value
 
@@ -43,14 +43,26 @@ class TorchOptimizer(torch.optim.Optimizer):
     Whatever of these is changed counts from the next step on, and nothing is compiled for it. `tree` is the
     state as `setup` gives it, with a Leaf for each name: freeze, thaw and look at it there.
 
+    `capturable=True`, for parameters on one CUDA device, keeps clock and numbers there: a CUDA graph may hold
+    the step, and a GradScaler makes it divide and skip without waiting for the device. A graph that is
+    replayed does not look at the groups: write `read_groups()` after a scheduler has changed them.
+
     Raises BadSetting for settings that the rule does not have, TreeMismatch for a loaded state that does not
     fit, and what `update_` raises.
     """
 
     _step_supports_amp_scaling = True
 
-    def __init__(self, params: Any, rule: Any, *, engine: str | None = None, **settings: Any) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        params: Any,
+        rule: Any,
+        *,
+        engine: str | None = None,
+        capturable: bool = False,
+        **settings: Any,
+    ) -> None:
+        self._engine, self._capturable = engine, capturable
         self._rules: list[Rule | None] = []
         self._seen: list[dict[str, Any]] = []
         self._scheduled: list[bool] = []
@@ -119,8 +131,16 @@ class TorchOptimizer(torch.optim.Optimizer):
         """The settings of a group as they stand, by key."""
         return {} if rule is None else {key: _plain(group[key]) for key in _defaults(rule) if key in group}
 
+    def read_groups(self) -> None:
+        """Take over what schedulers and users have changed in the groups since the last step, as `step`
+        does.
+        """
+        if not self._is_ready(self._parameters()):
+            self._start()
+        if self._leaf_of:
+            self._read_groups()
+
     def _read_groups(self) -> None:
-        """Take over what schedulers and users have changed in the groups since the last step."""
         store = parts(self._tree)[0]
         for n, (group, rule, seen) in enumerate(zip(self.param_groups, self._rules, self._seen, strict=True)):
             if rule is None:
@@ -133,7 +153,7 @@ class TorchOptimizer(torch.optim.Optimizer):
                 self._scheduled[n] = _has_schedule(rule)
                 store.change(leaves, lambda old, changes=changes: adjusted(old, changes))
                 self._rule_of.update(dict.fromkeys(group["params"], rule))
-            if now != seen or self._scheduled[n]:
+            if now != seen or (self._scheduled[n] and not self._capturable):
                 meant = _defaults(rule, store.clock).items()
                 group.update({k: v for k, v in meant if k not in group or v != _plain(group[k])})
                 self._seen[n] = self._shown(group, rule)
@@ -158,12 +178,20 @@ class TorchOptimizer(torch.optim.Optimizer):
             if closure is None and untouched and _asks_for_state_only(self.param_groups, grads):
                 return loss
         found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if not self._leaf_of or (found is not None and found.item()):
+        if not self._leaf_of:
+            return loss
+        slopes = dict(zip(self._model, grads, strict=True))
+        if found is not None and self._capturable and takes_scaling(self._tree):
+            self._read_groups()
+            scale = torch.ones_like(found) if scale is None else scale
+            update_scaled(self._tree, self._model, slopes, (scale, found))
+            return loss
+        if found is not None and found.item():
             return loss
         if scale is not None:
             torch._foreach_mul_([g for g in grads if g is not None], 1 / scale.item())
         self._read_groups()
-        update_(self._tree, self._model, dict(zip(self._model, grads, strict=True)))
+        update_(self._tree, self._model, slopes)
         return loss
 
     def _parameters(self) -> list[Any]:
@@ -184,10 +212,7 @@ class TorchOptimizer(torch.optim.Optimizer):
     @property
     def tree(self) -> Any:
         """The state as `setup` gives it: a Leaf for each parameter, by its name."""
-        if not self._is_ready(self._parameters()):
-            self._start()
-        if self._leaf_of:
-            self._read_groups()
+        self.read_groups()
         return self._tree
 
     @property
@@ -209,7 +234,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         rule_of = dict(zip(names, rules, strict=True))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tree = setup(lambda path, _: rule_of[str(path[0])], model, engine=self._engine)
+            tree = setup(
+                lambda path, _: rule_of[str(path[0])], model, engine=self._engine, capturable=self._capturable
+            )
         leaf_of: dict[Any, int] = {}
         if tree != ():
             store, node, _ = parts(tree)
@@ -295,7 +322,7 @@ class TorchOptimizer(torch.optim.Optimizer):
                     f"{tuple(value.shape)}"
                 )
         store.assign(leaf, unflatten(old, iter(new)))
-        store.clock = max(store.clock, int(saved.get("step", 0)))
+        store.wind(int(saved.get("step", 0)))
         store.frozen[leaf] |= bool(saved.get("frozen", 0))
         if "settings" in saved:
             own = [float(v) for v in saved["settings"]]
@@ -350,7 +377,7 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._keep()
-        kept = ("_engine", "_rules", "_given", "_rule", "_seen", "_scheduled", "_kept")
+        kept = ("_engine", "_capturable", "_rules", "_given", "_rule", "_seen", "_scheduled", "_kept")
         return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ they are known.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,18 @@ class Scalars:
     def put(self, e: Expr, value: Any, *, of_leaf: bool) -> None:
         """Say what a reduction (a value for each leaf) or a total (one for all) came to."""
         self.values[id(e)], self.of_leaf[id(e)] = value, of_leaf
+
+    def ahead(self, wanted: Sequence[Expr]) -> None:
+        """Compute at one stroke those nodes that depend on nothing but numbers of the host and the clock."""
+        if self.library is not host or not isinstance(self.numbers, np.ndarray):
+            return
+        plain = tuple(e for e in wanted if id(e) not in self.values and is_plain(e))
+        if len(plain) > 1:
+            single = len(self.numbers) == 1
+            columns = self.numbers[0] if single else self.numbers.T
+            clock = self.library.constant(self.clock, self.numbers)
+            for e, value in zip(plain, written_out(plain, single)(columns, clock), strict=True):
+                self.values[id(e)], self.of_leaf[id(e)] = value, False
 
     def get(self, e: Expr) -> Any:
         """The value of a scalar node: an array over rows, over leaves, or a number for all."""
@@ -93,7 +106,9 @@ class Scalars:
         """(values, row of each leaf): the scalar table of a pass, one column a node; a row a history or a
         leaf.
         """
-        found = [self.get(e) for e in scalars]
+        self.ahead(scalars)
+        known = self.values
+        found = [known[id(e)] if id(e) in known else self.get(e) for e in scalars]
         if any(self.of_leaf[id(e)] for e in scalars):
             found = [self.spread(v, e) for v, e in zip(found, scalars, strict=True)]
             rows, row = len(self.row), np.arange(len(self.row))
@@ -113,9 +128,65 @@ def below(e: Expr) -> tuple[Expr, ...]:
     return tuple(order([e], given=True))
 
 
+@functools.lru_cache(maxsize=8192)
+def is_plain(e: Expr) -> bool:
+    """Whether a scalar node is made of numbers of a rule and the clock alone."""
+    return not any(cuts(n) or n.op in ("size", "total") for n in below(e))
+
+
+_OPERATORS = {
+    "add": "+",
+    "subtract": "-",
+    "multiply": "*",
+    "divide": "/",
+    "less": "<",
+    "less_equal": "<=",
+    "greater": ">",
+    "greater_equal": ">=",
+    "equal": "==",
+    "not_equal": "!=",
+}
+
+
+@functools.lru_cache(maxsize=1024)
+def written_out(wanted: tuple[Expr, ...], single: bool) -> Callable[[Any, Any], tuple[Any, ...]]:
+    """A function (columns of numbers, clock) -> the values of plain nodes, without a look at the graph.
+
+    `single` ones take the numbers of the only row.
+    """
+    known: dict[str, Any] = {}
+    names: dict[int, str] = {}
+    lines: list[str] = []
+    for i, e in enumerate(order(wanted)):
+        args = [names[id(a)] for a in e.args]
+        name = names[id(e)] = f"v{i}"
+        if e.op == "const":
+            known[name] = e.value
+            continue
+        if e.op == "number":
+            text = f"columns[{e.value}]"
+        elif e.op == "clock":
+            text = "clock"
+        elif e.op == "scheduled":
+            text = args[0]
+        elif e.op in _OPERATORS:
+            text = f"{args[0]} {_OPERATORS[e.op]} {args[1]}"
+        elif e.op == "where" and single:
+            text = f"{args[1]} if {args[0]} else {args[2]}"
+        else:
+            known[f"word_{e.op}"] = host.WORDS[e.op]
+            text = f"word_{e.op}({', '.join(args)})"
+        lines.append(f"    {name} = {text}\n")
+    answer = "".join(f"{names[id(e)]}, " for e in wanted)
+    exec(f"def values(columns, clock):\n{''.join(lines)}    return ({answer})\n", known)  # noqa: S102 made here
+    return known["values"]
+
+
 def counters(values: Scalars, new: tuple[Expr, ...]) -> tuple[list[Any], bool]:
     """The new counters of a step, and whether they differ from leaf to leaf."""
-    found = [values.get(e) for e in new]
+    values.ahead(new)
+    known = values.values
+    found = [known[id(e)] if id(e) in known else values.get(e) for e in new]
     leafy = any(values.of_leaf[id(e)] for e in new)
     if leafy:
         found = [values.spread(v, e) for v, e in zip(found, new, strict=True)]
