@@ -478,8 +478,9 @@ def constant(values: Any, beside: Tensor) -> Any:
 
 
 def on_device(numbers: Any, device: str) -> Tensor:
-    """Numbers of the host as a tensor on a device."""
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
+    """Numbers as a tensor of float64 on a device."""
+    held = numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.float64)
+    return held.to(device.partition(" ")[0])  # behind a distributed one stands how it is shared out
 
 
 def capturing(device: str) -> bool:

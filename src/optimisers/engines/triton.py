@@ -153,7 +153,7 @@ class Fused(Addressed):
         """The tables of a launch, on the device."""
         size = 0 if table is None else table.size
         key = ("sheet", id(p), None if members is None else members.tobytes(), size, len(rows), len(row))
-        made = functools.partial(Sheet, self.device, size, len(rows), len(row))
+        made = functools.partial(Sheet, self.device, size, len(rows), len(row), p)
         sheet = self.scratch.kept(key, made)
         spare = ("spare", *key)
         if capturing(self.device):  # the graph reads these tables whenever it is replayed: they are its own
@@ -227,21 +227,28 @@ class Far(Scalars):
         self.job, self.scratch, self.chunks, self.device = job, scratch, chunks, device
         self.partials: dict[int, Partial] = {}
         self.totals: dict[int, Any] = {}
-        self.memo: dict[int, bool] = {}
+        self.put_here: list[int] = []
+        self.learn()
 
     def put(self, e: Expr, value: Any, *, of_leaf: bool) -> None:
-        self.memo.clear()
         if isinstance(value, Partial):
             self.partials[id(e)] = value
         elif isinstance(value, torch.Tensor):
             self.totals[id(e)] = value
         else:
+            self.put_here.append(id(e))
             super().put(e, value, of_leaf=of_leaf)
+        self.learn()
+
+    def learn(self) -> None:
+        """Take note that more is known; every step comes to know the same."""
+        self.stage = (tuple(self.partials), tuple(self.totals), tuple(self.put_here))
+        self.memo: dict[int, bool] = self.scratch.kept(("far", self.stage), dict)
 
     def is_far(self, e: Expr) -> bool:
         """Whether the host does not know what a node depends on."""
         if id(e) not in self.memo:
-            self.memo[id(e)] = id(e) not in self.values and any(
+            self.memo[id(e)] = id(e) not in self.put_here and any(
                 id(n) in self.partials
                 or id(n) in self.totals
                 or (self.job.capturable and n.op in ("number", "clock"))
@@ -274,8 +281,7 @@ class Far(Scalars):
         with on(self.job.library, self.device):
             found = self.columns(apart).cpu().numpy()
         for e, column in zip(apart, found.T, strict=True):
-            super().put(e, column != 0 if e.type == "bool" else column.copy(), of_leaf=True)
-        self.memo.clear()
+            self.put(e, column != 0 if e.type == "bool" else column.copy(), of_leaf=True)
 
     def sum(self, e: Expr) -> Any:
         """The sum over the leaves, on the device if the host does not know what is summed."""
@@ -306,12 +312,9 @@ class Far(Scalars):
 
     def run(self, wanted: Sequence[Expr], counters: Sequence[Expr], out: Any, *, total: bool) -> None:
         """Compute scalars by one launch."""
-        key = ("scalars", total, *map(id, wanted), None, *map(id, counters), None)
-        key = (
-            (*key, *self.partials, None, *self.totals, None, *self.values) if not self.job.capturable else key
-        )
-        kernel, near, vectors, totals = self.scratch.kept(
-            key, lambda: self.kernel(wanted, counters, total=total)
+        key = ("scalars", total, self.stage, *map(id, wanted), None, *map(id, counters))
+        kernel, near, vectors, totals, _ = self.scratch.kept(
+            key, lambda: (*self.kernel(wanted, counters, total=total), (wanted, counters))
         )
         device, leaves = self.device, len(self.row)
         found: Any = zero(device)
@@ -362,7 +365,7 @@ class Far(Scalars):
         text = triton_kernels.scalar_source(
             wanted, counters, inputs, width, self.job.program.hypers, total=total
         )
-        return cache.load(text).kernel, tuple(near), vectors, totals
+        return cache.load(text).kernel, tuple(near), tuple(vectors), tuple(totals)
 
     def gathered(self, e: Expr) -> Any:
         """A reduction of every leaf, from those of its chunks."""
@@ -385,7 +388,8 @@ class Sheet:
     arrays are aligned; in one buffer, so that one copy brings all.
     """
 
-    def __init__(self, device: Any, numbers: int, columns: int, leaves: int) -> None:
+    def __init__(self, device: Any, numbers: int, columns: int, leaves: int, owner: Any = None) -> None:
+        self.owner = owner
         self.numbers, self.leaves, self.columns = numbers + numbers % 2, leaves, columns
         room = leaves + leaves % 2
         parts = [self.numbers, columns * room, room, room]
