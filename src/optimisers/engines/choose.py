@@ -48,6 +48,15 @@ def symbolic_task(library: Any) -> type[Task]:
     return _symbolic(library.NAME).Xla if library.NAME in SYMBOLIC else interpret.Interpreter
 
 
+OWN = {"cupy": "optimisers.engines.fusion"}
+"""Array library -> the module that steps its arrays with the library's own compiler."""
+
+
+@functools.cache
+def _own(name: str) -> Any:
+    return importlib.import_module(OWN[name])
+
+
 def choice_for(group: Group, wanted: str | None, memo: dict[str, Any]) -> Choice:
     """The engine for leaves of one group; remembered in `memo`."""
     if "engine" not in memo:
@@ -69,6 +78,14 @@ def _choose(group: Group, wanted: str | None) -> Choice:
         module = _symbolic(kind.name)
         why = module.refusal(group)
         return Choice(module.NAME if why else fused().NAME, module.Xla, why or "")
+    if kind.name in OWN and wanted is None:
+        module = _own(kind.name)
+        why = module.refusal(group)
+        return (
+            Choice(interpret.NAME, interpret.Interpreter, why)
+            if why
+            else Choice(module.NAME, module.Fusion, "")
+        )
     reason = "state in arrays that each stand for themselves" if group.loose or kind.loose else None
     reason = reason or fused().refusal(
         group.program, kind.name, kind.device, kind.library.type_name(kind.dtype)
