@@ -435,7 +435,9 @@ class Store:
                     group.numbers = registry.library(followed[0]).table(group.numbers)
                 library = registry.library(group.numbers)
                 at = (r, slice(0, group.program.hypers))
-                group.numbers = library.placed(group.numbers, at, numbers(rule))
+                on_host = isinstance(group.numbers, np.ndarray)
+                given = [float(v) if on_host else v for v in numbers(rule)]
+                group.numbers = library.placed(group.numbers, at, given)
             else:
                 moved += [(int(group.leaves[i]), rule, group.state_of(int(i))) for i in members]
         return moved

@@ -572,7 +572,8 @@ def _sum_of_places(grads: Sequence[tuple[Any, Any]], paths: list[KeyPath]) -> An
             )
     if len(found) <= 1:
         return found[0] if found else None
-    return functools.reduce(lambda a, b: a + b, (registry.library(g).widened(g) for g in found))
+    add = registry.library(found[0]).WORDS["add"]  # which knows on which device
+    return functools.reduce(add, (registry.library(g).widened(g) for g in found))
 
 
 def _memo(group: Group, members: Any) -> dict[str, Any]:

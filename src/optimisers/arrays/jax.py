@@ -1,6 +1,5 @@
 """Arrays of JAX: they cannot be written, and inside a transform nobody knows their values."""
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -337,9 +336,9 @@ def capturing(device: str) -> bool:
     return False
 
 
-def on_stream(device: Any) -> Any:
-    """The stream on which the library works, as the place of launches: JAX keeps it to itself."""
-    return contextlib.nullcontext()
+def stream(device: str) -> int | None:
+    """The handle of the stream on which arrays of a device are computed; None for that of PyTorch."""
+    return None
 
 
 def ticked(clock: Any, skipped: Any) -> Any:

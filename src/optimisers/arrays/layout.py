@@ -24,3 +24,20 @@ def permutation(shape: Axes, strides: Axes, other_shape: Axes, other_strides: Ax
         left.remove(axis)
         found.append(axis)
     return tuple(found)
+
+
+def dense_like(shape: Axes, strides: Axes) -> Axes:
+    """The strides, in elements, of a dense array whose axes lie in the same order as those of another."""
+    order = sorted(range(len(shape)), key=lambda a: -abs(strides[a]))
+    dense = contiguous_strides(tuple(shape[a] for a in order))
+    return tuple(dense[order.index(a)] for a in range(len(shape)))
+
+
+def overlaps_itself(shape: Axes, strides: Axes) -> bool:
+    """Whether two elements share one place, as in a broadcast view."""
+    return 0 not in shape and any(s == 0 and n > 1 for s, n in zip(strides, shape, strict=True))
+
+
+def axes_in_memory(shape: Axes, strides: Axes) -> tuple[tuple[int, int], ...]:
+    """The sorted (stride, size) of the axes: equal for transposed views of one memory."""
+    return tuple(sorted((s, n) for s, n in zip(strides, shape, strict=True) if n != 1))

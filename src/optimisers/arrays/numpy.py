@@ -1,12 +1,12 @@
 """NumPy arrays, including those of the half-precision types of ml_dtypes."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from optimisers.arrays.layout import contiguous_strides, permutation
+from optimisers.arrays import numpylike
+from optimisers.arrays.layout import axes_in_memory, contiguous_strides, overlaps_itself, permutation
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -51,7 +51,7 @@ def is_writable(x: Array) -> bool:
     """Read-only arrays are not, and neither are those in which two elements share one place (broadcast
     views).
     """
-    return x.flags.writeable and not _overlaps_itself(x)
+    return x.flags.writeable and not overlaps_itself(x.shape, x.strides)
 
 
 def is_loose(x: Array) -> bool:
@@ -78,10 +78,6 @@ def size(x: Array) -> int:
     return x.size
 
 
-def _overlaps_itself(x: Array) -> bool:
-    return x.size > 0 and any(s == 0 and n > 1 for s, n in zip(x.strides, x.shape, strict=True))
-
-
 def dtype_name(x: Array) -> str:
     return type_name(x.dtype)
 
@@ -99,8 +95,7 @@ def memory(x: Array) -> tuple[int, int, tuple[tuple[int, int], ...]]:
     """(address, bytes per element, sorted (stride, size) of the axes): equal for an array and its transposed
     views.
     """
-    axes = sorted((s, n) for s, n in zip(x.strides, x.shape, strict=True) if n != 1)
-    return address(x), x.itemsize, tuple(axes)
+    return address(x), x.itemsize, axes_in_memory(x.shape, x.strides)
 
 
 def address(x: Array) -> int:
@@ -380,9 +375,9 @@ def capturing(device: str) -> bool:
     return False
 
 
-def on_stream(device: Any) -> Any:
-    """The stream on which the library works, as the place of launches: there is none."""
-    return contextlib.nullcontext()
+def stream(device: str) -> int | None:
+    """The handle of the stream on which arrays of a device are computed; None for that of PyTorch."""
+    return None
 
 
 def ticked(clock: Any, skipped: Any) -> Any:
@@ -413,95 +408,4 @@ def placed(x: Array, index: Any, values: Any) -> Array:
 
 # -- the words -----------------------------------------------------------------------------------------------
 
-
-def _abs2(x: Any) -> Any:
-    return x.real * x.real + x.imag * x.imag if np.iscomplexobj(x) else x * x
-
-
-def _bits(x: Any) -> Any:
-    return np.asarray(x, np.float32).view(np.int32)
-
-
-def _join_bits(high: Any, low: Any) -> Any:
-    return (_bits(high) + np.asarray(low).astype(np.int32)).view(np.float32)
-
-
-def _high_bits(x: Any) -> Any:
-    rounded = ((_bits(x) + np.int32(0x8000)) & np.int32(-0x10000)).view(np.float32)
-    return np.where(np.isnan(x), np.float32(np.nan), rounded)
-
-
-def _low_bits(x: Any) -> Any:
-    return np.where(np.isnan(x), np.float32(0), (_bits(x) - _bits(_high_bits(x))).astype(np.float32))
-
-
-def _where(condition: Any, a: Any, b: Any) -> Any:
-    return np.where(condition, a, b)
-
-
-def _sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
-    """Whole sums are taken in float64 at least, as the fused kernels take them."""
-    if axis is None and not keepdims:
-        x = np.asanyarray(x)
-        return np.sum(x, dtype=np.result_type(x.dtype if x.dtype.kind in "fc" else np.float64, np.float64))
-    return np.sum(x, axis=axis, keepdims=keepdims)
-
-
-def _extreme(reduce: Callable[..., Any], empty: float) -> Callable[..., Any]:
-    def word(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
-        if axis is None and not keepdims and np.size(x) == 0:
-            return np.asanyarray(x).dtype.type(empty)
-        return reduce(x, axis=axis, keepdims=keepdims)
-
-    return word
-
-
-WORDS: dict[str, Callable[..., Any]] = {
-    "add": np.add,
-    "subtract": np.subtract,
-    "multiply": np.multiply,
-    "divide": np.divide,
-    "power": np.power,
-    "negative": np.negative,
-    "less": np.less,
-    "less_equal": np.less_equal,
-    "greater": np.greater,
-    "greater_equal": np.greater_equal,
-    "equal": np.equal,
-    "not_equal": np.not_equal,
-    "logical_and": np.logical_and,
-    "logical_or": np.logical_or,
-    "logical_not": np.logical_not,
-    "sqrt": np.sqrt,
-    "exp": np.exp,
-    "expm1": np.expm1,
-    "log": np.log,
-    "log1p": np.log1p,
-    "sin": np.sin,
-    "cos": np.cos,
-    "tanh": np.tanh,
-    "arctan": np.arctan,
-    "floor": np.floor,
-    "ceil": np.ceil,
-    "sign": np.sign,
-    "abs": np.abs,
-    "abs2": _abs2,
-    "real": np.real,
-    "imag": np.imag,
-    "conj": np.conj,
-    "isfinite": np.isfinite,
-    "isnan": np.isnan,
-    "maximum": np.maximum,
-    "minimum": np.minimum,
-    "where": _where,
-    "join_bits": _join_bits,
-    "high_bits": _high_bits,
-    "low_bits": _low_bits,
-    "sum": _sum,
-    "max": _extreme(np.max, -np.inf),
-    "min": _extreme(np.min, np.inf),
-    "matmul": np.matmul,
-    "transpose": lambda x: np.swapaxes(x, -1, -2),
-    "reshape": np.reshape,
-    "call": lambda function, *args: function(*args),
-}
+WORDS: dict[str, Callable[..., Any]] = numpylike.words(np)

@@ -11,6 +11,7 @@ LIBRARIES = {
     "torch": "optimisers.arrays.torch",
     "jax": "optimisers.arrays.jax",
     "jaxlib": "optimisers.arrays.jax",
+    "cupy": "optimisers.arrays.cupy",
 }
 """Top-level package of an array type -> the module here that speaks for it."""
 

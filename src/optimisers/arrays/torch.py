@@ -3,7 +3,6 @@
 # PyTorch answers some questions only in private.
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 
-import contextlib
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -488,9 +487,9 @@ def capturing(device: str) -> bool:
     return device.startswith("cuda") and torch.cuda.is_current_stream_capturing()
 
 
-def on_stream(device: Any) -> Any:
-    """The stream on which torch works, as the place of launches: it is the present one."""
-    return contextlib.nullcontext()
+def stream(device: str) -> int | None:
+    """The handle of the stream on which arrays of a device are computed; None for that of PyTorch."""
+    return None
 
 
 def ticked(clock: Any, skipped: Any) -> Any:

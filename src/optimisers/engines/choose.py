@@ -5,6 +5,7 @@
 import dataclasses
 import functools
 import importlib
+import importlib.util
 from typing import Any
 
 from optimisers.engines import interpret
@@ -51,6 +52,15 @@ def symbolic_task(library: Any) -> type[Task]:
     return _symbolic(library.NAME).Xla if library.NAME in SYMBOLIC else interpret.Interpreter
 
 
+OWN = {"cupy": "optimisers.engines.fusion"}
+"""Array library -> the module that steps its arrays with the library's own compiler."""
+
+
+@functools.cache
+def _own(name: str) -> Any:
+    return importlib.import_module(OWN[name])
+
+
 def choice_for(group: Group, wanted: str | None, memo: dict[str, Any]) -> Choice:
     """The engine for leaves of one group; remembered in `memo`."""
     if "engine" not in memo:
@@ -78,6 +88,11 @@ def _choose(group: Group, wanted: str | None) -> Choice:
         return Choice(name, fused(name).Fused, "")
     if kind.capturable:
         raise BadSetting(f"capturable=True is for kernels on a CUDA device: {reason}")
+    if kind.name in OWN and wanted is None:
+        module = _own(kind.name)
+        reason = module.refusal(group) or ""
+        if not reason:
+            return Choice(module.NAME, module.Fusion, "")
     if wanted is not None:
         raise BadSetting(f"engine={wanted!r} cannot run this model: {reason}")
     return Choice(interpret.NAME, interpret.Interpreter, reason)
@@ -90,5 +105,7 @@ def _refusal(group: Group, name: str) -> str:
         return f"engine={name!r}"
     if group.loose or kind.loose:
         return "state in arrays that each stand for themselves"
+    if name == "triton" and importlib.util.find_spec("torch") is None:
+        return "Triton is driven through PyTorch, which is not installed"
     why = fused(name).refusal(group.program, kind.name, kind.device, kind.library.type_name(kind.dtype))
     return why or ""

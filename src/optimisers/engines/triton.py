@@ -58,7 +58,7 @@ def refusal(program: Program, library: str, device: str, dtype: str) -> str | No
     """Why this engine does not take a group; None if it does."""
     if library not in LIBRARIES:
         return f"arrays of {library}"
-    if not device.startswith("cuda") and not (device == "cpu" and library == "torch" and interpreted()):
+    if not reaches(device):
         return f"arrays on {device}"
     if dtype not in kernels.ARITHMETIC or "complex" in dtype:
         return f"element type {dtype}"
@@ -70,6 +70,16 @@ def refusal(program: Program, library: str, device: str, dtype: str) -> str | No
 def interpreted() -> bool:
     """Whether Triton's kernels run on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def reaches(device: str) -> bool:
+    """Whether kernels of this process run where these arrays are."""
+    return device == "cpu" if interpreted() else device.startswith("cuda") and torch.cuda.is_available()
+
+
+def home(device: str) -> Any:
+    """Where the tables of a device are."""
+    return torch.device(device)
 
 
 @functools.cache
@@ -101,7 +111,7 @@ class Fused(Addressed):
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        self.device = torch.device(job.device)
+        self.device = home(job.device)
         self.scalars: Far = Far(job, self.scratch, self.chunks, self.device)
 
     # -- passes --
@@ -129,10 +139,10 @@ class Fused(Addressed):
             rows, row = self.addressed(p, members, new, row)
             if not len(chunks.leaf):
                 return
-            if capturing(self.device) and not chunks.placed:
+            if capturing(self.job) and not chunks.placed:
                 raise BadState(
-                    "a CUDA graph is captured of a step that has not run before; take one before the capture, "
-                    "with gradients for the same arrays"
+                    "a CUDA graph is captured of a step that has not run before; take one before the "
+                    "capture, with gradients for the same arrays"
                 )
             sheet = self.sheet(p, members, table, rows, row)
             scaling = self.job.scaling or ()
@@ -156,7 +166,7 @@ class Fused(Addressed):
         made = functools.partial(Sheet, self.device, size, len(rows), len(row), p)
         sheet = self.scratch.kept(key, made)
         spare = ("spare", *key)
-        if capturing(self.device):  # the graph reads these tables whenever it is replayed: they are its own
+        if capturing(self.job):  # the graph reads these tables whenever it is replayed: they are its own
             sheet = self.scratch.arrays.pop(spare, None) or made()
             self.job.memo.setdefault("captured", []).append(sheet)
         elif self.job.capturable and self.device.type == "cuda":
@@ -475,14 +485,14 @@ def support() -> Any:
     return triton_support
 
 
-def capturing(device: Any) -> bool:
-    """Whether what is launched now is noted in a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def capturing(job: Job) -> bool:
+    """Whether what is launched now is noted in a graph, to be replayed."""
+    return job.library.capturing(job.device)
 
 
 @contextlib.contextmanager
-def _entered(library: Any, device: Any) -> Any:
-    with torch.cuda.device(device), library.on_stream(device):
+def _entered(device: Any, stream: Any) -> Any:
+    with torch.cuda.device(device), torch.cuda.stream(stream):
         yield
 
 
@@ -490,6 +500,10 @@ def on(library: Any, device: Any) -> Any:
     """The device, and the stream on which an array library works there, as the place of launches."""
     if device.type == "cpu":
         return contextlib.nullcontext()
-    if library.NAME == "torch" and torch.cuda.current_device() == device.index:
+    handle = library.stream(str(device))
+    if handle is not None and handle != torch.cuda.current_stream(device).cuda_stream:
+        stream = torch.cuda.ExternalStream(handle, device) if handle else torch.cuda.default_stream(device)
+        return _entered(device, stream)
+    if torch.cuda.current_device() == device.index:
         return contextlib.nullcontext()
-    return _entered(library, device)
+    return torch.cuda.device(device)

@@ -8,6 +8,7 @@ multiples of 16 bytes, whole blocks are read and written 16 bytes at a time; wha
 
 import functools
 import hashlib
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -38,7 +39,7 @@ WORDS: dict[str, Callable[..., str]] = REAL | {
     "ceil": _text("tl.ceil({0})"),
     "sign": _text("tl.where({0} > 0, 1, tl.where({0} < 0, -1, {0}))"),
     "abs": _text("tl.abs({0})"),
-    "imag": _text("{0} * 0"),
+    "imag": _text("tl.zeros_like({0})"),
     "maximum": _text("tl.where(({0} > {1}) | ({0} != {0}), {0}, {1})"),
     "minimum": _text("tl.where(({0} < {1}) | ({0} != {0}), {0}, {1})"),
     "where": _text("tl.where({0}, {1}, {2})"),
@@ -52,6 +53,14 @@ value so far first.
 
 IDENTITY = {"sum": "0", "max": "-inf", "min": "inf"}
 """What a reduction of nothing is."""
+
+
+CALLED = (
+    *("arctan", "bfloat16_of", "cos", "divide", "exp", "expm1", "high_bits", "join_bits", "larger", "live"),
+    *("load", "log", "log1p", "low_bits", "max_over", "min_over", "power", "root", "sin", "smaller", "store"),
+    *("sum_over", "tanh", "widened"),
+)
+"""What kernels call beside Triton's own words."""
 
 
 class _Written(Maths):
@@ -103,7 +112,8 @@ class _Kernel(_Written, Printer):
 
     def load(self, array: str, at: str) -> str:
         kind = ARITHMETIC[self.kinds[array]]
-        text = self.cast(f"load({at}, i, n, full)", kind)
+        text = f"load({at}, i, n, full)"
+        text = f"widened({text})" if self.kinds[array] == "bfloat16" else self.cast(text, kind)
         return f"divide({text}, scale.to(tl.{kind}))" if self.scaled and array.startswith("d") else text
 
     def store(self, array: str, at: str, value: str) -> str:
@@ -319,10 +329,10 @@ def _support_hash() -> str:
 
 
 def _module(about: str, lines: list[str]) -> str:
+    called = textwrap.fill(", ".join(CALLED), 100, initial_indent="    ", subsequent_indent="    ")
+    body = "\n".join(lines)
     return (
         f'"""{about}\n"""\nimport triton\nimport triton.language as tl\n\n'
-        "from optimisers.engines.triton_support import (\n    arctan, bfloat16_of, cos, divide, exp, expm1, "
-        "high_bits, join_bits, larger, live, load, log,\n    log1p, low_bits, max_over, min_over, power, root, "
-        "sin, smaller, store, sum_over, tanh,\n)\n\n"
-        f"# functions {_support_hash()}\n\n\n" + "\n".join(lines) + "\n"
+        f"from optimisers.engines.triton_support import (\n{called},\n)\n\n"
+        f"# functions {_support_hash()}\n\n\n{body}\n"
     )

@@ -5,7 +5,7 @@ NumPy: there the functions of NVIDIA's libdevice are NumPy's own.
 """
 
 # The language of kernels has the grammar of Python, not its types.
-# pyright: basic
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportOperatorIssue=false
 
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +74,12 @@ def live(value, i, n, other, full: tl.constexpr):
         return value
     else:
         return tl.where(i < n, value, other)
+
+
+@triton.jit
+def widened(x):
+    """bfloat16 as float32; Triton's interpreter would lose the smallest numbers."""
+    return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -1,0 +1,105 @@
+"""The words of a library whose functions have the names and signatures of NumPy's: NumPy itself, and CuPy."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+def _abs2(xp: Any, x: Any) -> Any:
+    if not xp.iscomplexobj(x):
+        return x * x
+    re, im = xp.real(x), xp.imag(x)
+    return re * re + im * im
+
+
+def _bits(xp: Any, x: Any) -> Any:
+    return xp.asarray(x, np.float32).view(np.int32)
+
+
+def _join_bits(xp: Any, high: Any, low: Any) -> Any:
+    return (_bits(xp, high) + xp.asarray(low).astype(np.int32)).view(np.float32)
+
+
+def _high_bits(xp: Any, x: Any) -> Any:
+    rounded = ((_bits(xp, x) + np.int32(0x8000)) & np.int32(-0x10000)).view(np.float32)
+    return xp.where(xp.isnan(x), np.float32(np.nan), rounded)
+
+
+def _low_bits(xp: Any, x: Any) -> Any:
+    low = (_bits(xp, x) - _bits(xp, _high_bits(xp, x))).astype(np.float32)
+    return xp.where(xp.isnan(x), np.float32(0), low)
+
+
+def _sum(xp: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    """Whole sums are taken in float64 at least, as the fused kernels take them."""
+    if axis is None and not keepdims:
+        x = xp.asanyarray(x)
+        kind = np.result_type(x.dtype if x.dtype.kind in "fc" else np.float64, np.float64)
+        return xp.sum(x, dtype=kind)
+    return xp.sum(x, axis=axis, keepdims=keepdims)
+
+
+def _extreme(xp: Any, name: str, empty: float) -> Callable[..., Any]:
+    reduce = getattr(xp, name)
+
+    def word(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+        if axis is None and not keepdims and xp.size(x) == 0:
+            return xp.asanyarray(x).dtype.type(empty)
+        return reduce(x, axis=axis, keepdims=keepdims)
+
+    return word
+
+
+def words(xp: Any) -> dict[str, Callable[..., Any]]:
+    """The words, said with the functions of `xp`."""
+    return {
+        "add": xp.add,
+        "subtract": xp.subtract,
+        "multiply": xp.multiply,
+        "divide": xp.divide,
+        "power": xp.power,
+        "negative": xp.negative,
+        "less": xp.less,
+        "less_equal": xp.less_equal,
+        "greater": xp.greater,
+        "greater_equal": xp.greater_equal,
+        "equal": xp.equal,
+        "not_equal": xp.not_equal,
+        "logical_and": xp.logical_and,
+        "logical_or": xp.logical_or,
+        "logical_not": xp.logical_not,
+        "sqrt": xp.sqrt,
+        "exp": xp.exp,
+        "expm1": xp.expm1,
+        "log": xp.log,
+        "log1p": xp.log1p,
+        "sin": xp.sin,
+        "cos": xp.cos,
+        "tanh": xp.tanh,
+        "arctan": xp.arctan,
+        "floor": xp.floor,
+        "ceil": xp.ceil,
+        "sign": xp.sign,
+        "abs": xp.abs,
+        "abs2": functools.partial(_abs2, xp),
+        "real": xp.real,
+        "imag": xp.imag,
+        "conj": xp.conj,
+        "isfinite": xp.isfinite,
+        "isnan": xp.isnan,
+        "maximum": xp.maximum,
+        "minimum": xp.minimum,
+        "where": xp.where,
+        "join_bits": functools.partial(_join_bits, xp),
+        "high_bits": functools.partial(_high_bits, xp),
+        "low_bits": functools.partial(_low_bits, xp),
+        "sum": functools.partial(_sum, xp),
+        "max": _extreme(xp, "max", -np.inf),
+        "min": _extreme(xp, "min", np.inf),
+        "matmul": xp.matmul,
+        "transpose": lambda x: xp.swapaxes(x, -1, -2),
+        "reshape": xp.reshape,
+        "call": lambda function, *args: function(*args),
+    }

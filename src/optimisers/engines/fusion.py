@@ -1,0 +1,253 @@
+"""Steps of CuPy: a pass over one leaf is one kernel, which CuPy fuses from its own functions.
+
+`cupy.fuse` follows a pass once for each element type and number of axes and compiles what it saw. Scalars are
+arguments of the kernel, so a rate that changes compiles nothing. What a pass reads is widened first; what it
+stores is rounded once, into the arrays that it is given, at the end.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from optimisers import ops
+from optimisers.arrays import cupy as library
+from optimisers.arrays.pack import Indices
+from optimisers.engines.interpret import Interpreter, input_of
+from optimisers.engines.job import Result
+from optimisers.store import Group
+from optimisers.trace.expr import Expr
+from optimisers.trace.phases import Pass, number_of, outputs, reduce_pass, store_pass
+
+NAME = "cupy.fuse"
+
+cp = library.cp
+
+_OF_BITS = ("join_bits", "high_bits", "low_bits")
+
+WORDS = {
+    name: library.ON_DEVICE[name]
+    for name, word in ops.WORDS.items()
+    if word.family == "elementwise" and name not in _OF_BITS
+}
+"""The words that CuPy fuses: it looks at no bits, and does not change shapes."""
+
+TYPES = frozenset({"float16", "float32", "float64", "complex64", "complex128"})
+"""The element types that CuPy fuses."""
+
+
+# -- which groups it takes -----------------------------------------------------------------------------------
+
+
+def refusal(group: Group) -> str | None:
+    """Why CuPy does not fuse the steps of a group; None if it does."""
+    program = group.program
+    p = store_pass(program, (True,) * len(program.guards))
+    if any(s.shape is not None for s in program.slots):
+        return "values of another shape than the parameters"
+    kinds = [library.type_name(group.kind.dtype), *(s.dtype for s in program.slots)]
+    odd = next((kind for kind in kinds if kind not in TYPES), None)
+    if odd is not None:
+        return f"element type {odd}"
+    return None if p is None else unfused(p)
+
+
+def unfused(p: Pass) -> str | None:
+    """Why CuPy does not fuse a pass; None if it does."""
+    if p.free:
+        return "values of another shape than the parameters"
+    odd = next((e.op for e in p.body if e.op != "input" and e.op not in WORDS), None)
+    return None if odd is None else f"the word {odd}"
+
+
+# -- a pass as a function ------------------------------------------------------------------------------------
+
+
+def evaluated(p: Pass, wide: Any, arrays: Sequence[Any], scalars: Sequence[Any]) -> Callable[[Expr], Any]:
+    """The value of a node of a pass, from its arrays and scalars, or from what stands for them."""
+    real = library.real_of(wide)
+    values: dict[int, Any] = dict(zip(map(id, p.scalars), scalars, strict=True))
+    given = dict(zip(p.loads, arrays, strict=True))
+
+    def operand(e: Expr, *, number: bool = True) -> Any:
+        if e.op == "const" and e.domain == "scalar":
+            flag = e.type == "bool" and not number
+            return library.number(e.value, np.bool_ if flag else wide if e.type == "complex" else real)
+        return values[id(e)].astype(real) if number and e.type == "bool" else values[id(e)]
+
+    for e in p.body:
+        if e.op == "input":
+            # Always a copy, though in registers: what is read may be written before its value is stored.
+            values[id(e)] = given[e.value].astype(wide if e.type == "complex" else real)
+            continue
+        steers = e.op.startswith("logical")
+        args = [
+            operand(a, number=not steers and not (e.op == "where" and (i == 0 or e.type == "bool")))
+            for i, a in enumerate(e.args)
+        ]
+        values[id(e)] = WORDS[e.op](*args)
+    return operand
+
+
+@functools.lru_cache(maxsize=4096)
+def storing(p: Pass, wide: Any, apart: tuple[str, ...]) -> Any:
+    """The kernel of a pass that stores: it takes the arrays that are read, those that are written `apart`
+    from them, and the scalars; other stores go where the array of their name was read.
+    """
+
+    def step(*args: Any) -> None:
+        arrays, others, scalars = _parts(args, len(p.loads), len(apart))
+        value = evaluated(p, wide, arrays, scalars)
+        new = [(name, value(e)) for name, e in p.stores]
+        targets = dict(zip((*p.loads, *apart), (*arrays, *others), strict=True))
+        for name, v in new:
+            targets[name][...] = v
+
+    return cp.fuse(kernel_name="optimisers_step")(step)
+
+
+@functools.lru_cache(maxsize=4096)
+def reducing(p: Pass, wide: Any) -> Any:
+    """The kernel of a pass that reduces: the new arrays whose sums or extremes are wanted."""
+
+    def terms(*args: Any) -> Any:
+        arrays, _, scalars = _parts(args, len(p.loads), 0)
+        value = evaluated(p, wide, arrays, scalars)
+        return tuple(value(r.args[0]) for r in p.reductions)
+
+    return cp.fuse(kernel_name="optimisers_terms")(terms)
+
+
+def _parts(args: Sequence[Any], reads: int, apart: int) -> tuple[Any, Any, Any]:
+    return args[:reads], args[reads : reads + apart], args[reads + apart :]
+
+
+# -- the task ------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def tried(kernel: Any, arrays: tuple[tuple[Any, int], ...], scalars: tuple[type, ...], device: int) -> None:
+    """Run a kernel once on arrays of one element: it is compiled, or cannot be."""
+    with cp.cuda.Device(device):
+        kernel(*(cp.ones((1,) * ndim, dtype) for dtype, ndim in arrays), *(kind(1) for kind in scalars))
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """A kernel and what it is given, for one leaf."""
+
+    leaf: int
+    p: Pass
+    kernel: Any
+    arrays: list[Any]
+    """Those that the pass reads, then those that are only written."""
+    scalars: list[Any]
+    x: Any
+    """The new parameters; None if they stay."""
+
+    def launch(self) -> None:
+        with self.arrays[0].device:
+            self.kernel(*self.arrays, *self.scalars)
+
+
+class Fusion(Interpreter):
+    """Leaves of one group, each stepped by one kernel where a pass is element by element."""
+
+    def reduce(self, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
+        """CuPy's own sums over what one kernel makes of each leaf: a sum that is fused with it would keep one
+        block of threads busy, and no more.
+        """
+        p = reduce_pass(self.job.program, level, wanted)
+        if p is None or len(p.reductions) != sum(wanted) or not p.loads or not self.takes(p):
+            return super().reduce(level, wanted)
+        job = self.job
+        wide = library.promoted(job.wide, ["float64"]) if p.exact else job.wide
+        kernel, scalars = reducing(p, wide), self.columns(p, wide)
+        found: list[list[Any]] = []
+        for leaf in range(len(job.row)):
+            arrays = [input_of(job, leaf, name) for name in p.loads]
+            with arrays[0].device:
+                terms = kernel(*arrays, *(c[leaf] for c in scalars))
+            found.append([library.WORDS[r.op](t) for r, t in zip(p.reductions, terms, strict=True)])
+        return {
+            r: np.array([library.to_host(v[i]) for v in found], complex if r.type == "complex" else float)
+            for i, r in enumerate(p.reductions)
+        }
+
+    def takes(self, p: Pass) -> bool:
+        """Whether CuPy fuses a pass over the arrays of this job."""
+        kinds = {a.dtype for g in self.job.grads for a in g}
+        return unfused(p) is None and all(d.kind in "biu" or library.type_name(d) in TYPES for d in kinds)
+
+    def columns(self, p: Pass, wide: Any) -> list[Any]:
+        """The scalars of a pass, each for all leaves, in the type of the arithmetic."""
+        kinds = {"bool": np.bool_, "complex": wide}
+        real = library.real_of(wide)
+        return [library.number(self.scalars.of_leaves(e), kinds.get(e.type, real)) for e in p.scalars]
+
+    def prepare(self) -> None:
+        """Make the new arrays and try every new kernel, since both may raise, before anything is written."""
+        job = self.job
+        self.new: dict[int, tuple[Any, list[Any]]] = {}
+        self.calls: list[Call] = []
+        for holds, members in self.branches():
+            leaves = list(range(len(job.row))) if members is None else members.tolist()
+            p, out = store_pass(job.program, holds), outputs(job.program, holds)
+            if p is None or not self.takes(p):
+                self.new |= {i: self.leaf_outputs(i, out.x, out.slots) for i in leaves}
+                continue
+            scalars = self.columns(p, job.wide)
+            self.calls += [self.call(p, i, [c[i] for c in scalars]) for i in leaves]
+        for c in self.calls:
+            tried(
+                c.kernel,
+                tuple((a.dtype, a.ndim) for a in c.arrays),
+                tuple(type(v) for v in c.scalars),
+                c.arrays[0].device.id,
+            )
+
+    def call(self, p: Pass, leaf: int, scalars: list[Any]) -> Call:
+        """The kernel of a leaf, with its arrays: those of the state are written in place where that is asked
+        for, and so are parameters that may be written.
+        """
+        job = self.job
+        read = {name: input_of(job, leaf, name) for name in p.loads}
+        apart: dict[str, Any] = {}
+        x = None
+        for name, _ in p.stores:
+            if name == "x":
+                x = job.x[leaf]
+                if not job.inplace or not library.is_writable(x):
+                    with x.device:
+                        x = apart[name] = cp.empty_like(x)
+                elif name not in read:
+                    apart[name] = x
+            elif not job.inplace or name not in read:
+                apart[name] = job.out[number_of(name)][leaf]
+        kernel = storing(p, job.wide, tuple(apart))
+        return Call(leaf, p, kernel, [*read.values(), *apart.values()], scalars, x)
+
+    def separate(self, begin: Indices, end: Indices) -> None:
+        """Copy what is read, and not written by the same kernel, where this step writes."""
+        for c in self.calls:
+            for k, name in enumerate(c.p.loads):
+                if name.startswith("s") or c.arrays[k] is c.x:
+                    continue
+                low, high = library.bounds(c.arrays[k])
+                before = int(np.searchsorted(begin, high)) - 1
+                if low < high and before >= 0 and end[before] > low:
+                    c.arrays[k] = library.duplicate(c.arrays[k])
+
+    def commit(self) -> Result:
+        job = self.job
+        for c in self.calls:
+            c.launch()
+            stored = {name for name, _ in c.p.stores}
+            for slot, pack, old in zip(job.program.slots, job.out, job.slots, strict=True):
+                if slot.name not in stored and pack is not old:
+                    pack.put(c.leaf, old[c.leaf])
+        result = super().commit()
+        new = {c.leaf: c.x for c in self.calls if c.x is not None}
+        return dataclasses.replace(result, x=[new.get(i, x) for i, x in enumerate(result.x)])
