@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import os
 import platform
@@ -16,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +25,7 @@ import optimisers as opt
 from optimisers.engines import cache, threads
 
 NEEDED = ("optimisers", "numpy", "numba", "platformdirs")
-OPTIONAL = ("matplotlib", "rich", "scikit-learn", "ml_dtypes", "attrs", "torch", "jax", "cupy")
+OPTIONAL = ("matplotlib", "rich", "scikit-learn", "ml_dtypes", "attrs", "torch", "triton", "jax", "cupy")
 
 SAME = 4
 """Units in the last place by which two engines may differ."""
@@ -126,7 +128,8 @@ def show(rule: str) -> int:
 
 def doctor() -> int:
     """Check this machine: versions, cache, threads, and whether the fused engine works."""
-    works, step = fused_step()
+    works, step = fused_step("numba")
+    works_there, step_there = cuda_step()
     for name, found in {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         **{name: version(name) for name in NEEDED},
@@ -135,9 +138,10 @@ def doctor() -> int:
         "threads": f"{threads.available()}, alone below {threads.SERIAL_BELOW:,} elements",
         "kernel cache": described(cache.directory()),
         "fused engine": step,
+        "CUDA engine": step_there,
     }.items():
         print(f"{name:<14}{found}")
-    return 0 if works else 1
+    return 0 if works and works_there else 1
 
 
 def version(distribution: str) -> str:
@@ -164,19 +168,32 @@ def described(directory: Path) -> str:
     return f"{directory}, mode {mode:o}{owner}"
 
 
-def fused_step() -> tuple[bool, str]:
-    """Whether one fused step equals the interpreter's, and a sentence on it."""
+def cuda_step() -> tuple[bool, str]:
+    """The same on a CUDA device, where PyTorch is installed and reaches one."""
+    if importlib.util.find_spec("torch") is None:
+        return True, "PyTorch is not installed"
+    torch: Any = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        return True, "PyTorch reaches no CUDA device"
+    works, step = fused_step("triton", lambda a: torch.from_numpy(a).cuda(), lambda x: x.cpu().numpy())
+    return works, f"{torch.cuda.get_device_name()}: {step}"
+
+
+def fused_step(engine: str, put: Any = np.asarray, fetch: Any = np.asarray) -> tuple[bool, str]:
+    """Whether one fused step equals the interpreter's, and a sentence on it; `put` and `fetch` bring arrays
+    there and back.
+    """
     rng = np.random.default_rng(0)
-    x, dx = rng.standard_normal((2, 1000)).astype(np.float32)
+    x, dx = (put(a) for a in rng.standard_normal((2, 1000)).astype(np.float32))
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            fused = opt.update(opt.setup(opt.Adam(), x, engine="numba"), x, dx)[1]
+            fused = fetch(opt.update(opt.setup(opt.Adam(), x, engine=engine), x, dx)[1])
         except Exception as error:  # noqa: BLE001 whatever is wrong is what was asked for
             return False, f"fails: {type(error).__name__}: {error}"
     seconds = time.perf_counter() - start
-    plain = opt.update(opt.setup(opt.Adam(), x, engine="interpret"), x, dx)[1]
+    plain = fetch(opt.update(opt.setup(opt.Adam(), x, engine="interpret"), x, dx)[1])
     ulps = float(np.max(np.abs(fused - plain) / np.spacing(np.abs(plain))))
     works = ulps <= SAME
     said = "".join(f"\n{'':<14}warning: {w.message}" for w in caught)

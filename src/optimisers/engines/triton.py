@@ -238,6 +238,7 @@ class Far(Scalars):
         self.partials: dict[int, Partial] = {}
         self.totals: dict[int, Any] = {}
         self.put_here: list[int] = []
+        self.shown: dict[int, Any] = {}
         self.learn()
 
     def put(self, e: Expr, value: Any, *, of_leaf: bool) -> None:
@@ -278,10 +279,13 @@ class Far(Scalars):
         return super().get(e)
 
     def of_leaves(self, e: Expr) -> Any:
-        if self.job.capturable and self.is_far(e):
-            found = self.columns([e])[:, 0]
-            return found != 0 if e.type == "bool" else found
-        return super().of_leaves(e)
+        if not self.job.capturable or not self.is_far(e):
+            return super().of_leaves(e)
+        if id(e) not in self.shown:
+            with on(self.job.library, self.device):
+                found = self.columns([e])[:, 0]
+            self.shown[id(e)] = found != 0 if e.type == "bool" else found
+        return self.shown[id(e)]
 
     def fetch(self, wanted: Sequence[Expr]) -> None:
         """Bring nodes to the host: it waits until the device has computed them."""

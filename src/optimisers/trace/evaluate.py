@@ -114,7 +114,7 @@ class Scalars:
             rows, row = len(self.row), np.arange(len(self.row))
         else:
             rows, row = len(self.numbers), self.row
-        out = np.empty((rows, max(1, len(scalars))))
+        out = np.empty((rows, len(scalars))) if scalars else np.zeros((rows, 1))
         for i, v in enumerate(found):
             out[:, i] = v
         return out, row
