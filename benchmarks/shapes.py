@@ -29,20 +29,39 @@ def resnet18() -> Iterator[Shape]:
 
 def gpt2() -> Iterator[Shape]:
     """The 148 parameters of GPT-2 small: 124.4 million numbers."""
-    width = 768
-    yield from [(50257, width), (1024, width)]
-    for _ in range(12):
+    yield from transformer(layers=12, width=768, positions=1024)
+
+
+def xl() -> Iterator[Shape]:
+    """The 292 parameters of a transformer of the size of GPT-3 XL: 1.3 billion numbers."""
+    yield from transformer(layers=24, width=2048, positions=2048)
+
+
+def transformer(layers: int, width: int, positions: int) -> Iterator[Shape]:
+    """A network for text as GPT-2 is built, its output tied to its input."""
+    yield from [(50257, width), (positions, width)]
+    for _ in range(layers):
         yield from [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
         yield from [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
     yield from [(width,), (width,)]
 
 
+def tiny() -> Iterator[Shape]:
+    """Six arrays, to try a benchmark on."""
+    yield from [(32, 32), (64,), (3, 4, 5), (1,), (1030,), (8, 130)]
+
+
 MODELS = {"small": small, "resnet18": resnet18, "gpt2": gpt2}
+"""What fits any machine."""
+
+ALL = MODELS | {"xl": xl, "tiny": tiny}
 
 TITLES = {
     "small": "1000 arrays of 32 x 32",
     "resnet18": "ResNet-18, 62 arrays",
     "gpt2": "GPT-2 small, 148 arrays",
+    "xl": "a transformer of 1.3 B, 292 arrays",
+    "tiny": "6 arrays",
 }
 
 
@@ -53,7 +72,7 @@ def arrays(name: str, seed: int) -> dict[str, np.ndarray]:
     """
     rng = np.random.default_rng(seed)
     out: dict[str, np.ndarray] = {}
-    for i, shape in enumerate(MODELS[name]()):
+    for i, shape in enumerate(ALL[name]()):
         out[f"p{i}"] = rng.random(shape, np.float32)
         out[f"p{i}"] *= np.float32(0.01)
     return out
@@ -61,4 +80,4 @@ def arrays(name: str, seed: int) -> dict[str, np.ndarray]:
 
 def count(name: str) -> int:
     """How many numbers a model has."""
-    return sum(math.prod(s) for s in MODELS[name]())
+    return sum(math.prod(s) for s in ALL[name]())

@@ -282,6 +282,8 @@ class Store:
     plans: dict[int, Any] = dataclasses.field(init=False)
     capturable: bool = dataclasses.field(init=False)
     """Whether clock and numbers live on a device."""
+    retired: list[Group] = dataclasses.field(default_factory=list[Group])
+    """Groups that took no further part: a graph that was captured may still write into their arrays."""
     known: Any = None
     """The structure found last, and what it depends on."""
     numbered: Callable[["Store"], Any] | None = None
@@ -455,6 +457,8 @@ class Store:
                 ]
         touched = {leaf for leaf, _, _ in entries}
         kept = [g for g in self.groups if not touched & set(map(int, g.leaves))]
+        if self.capturable:
+            self.retired += [g for g in self.groups if g not in kept]
         self.groups = kept + grouped(sorted(entries, key=lambda e: e[0]), self.shapes)
         self.index()
         self.changed()

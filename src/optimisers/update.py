@@ -328,7 +328,8 @@ class _Step:
         group = self.store.groups[g]
         if not len(taken):
             return []
-        if group.kind.name == "numpy" or self.symbolic or len(orders) > 1 or not by_rows(group.rule):
+        whole = group.kind.name == "numpy" or self.symbolic or self.store.capturable
+        if whole or len(orders) > 1 or not by_rows(group.rule):
             return [(members, taken, None)]
         touched = np.array(sparse([orders[0][i] for i in taken]), bool)
         if not touched.any():

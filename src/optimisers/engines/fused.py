@@ -98,6 +98,10 @@ _RESERVED = re.compile(r"x$|dx\d*$|[sf]\d+$|new_")
 # -- the task ------------------------------------------------------------------------------------------------
 
 
+PATTERNS = 16
+"""How many parts of a group that took branches of their own are remembered."""
+
+
 class Addressed(Task):
     """Leaves of one group, on their way through kernels that find their arrays at addresses.
 
@@ -161,6 +165,16 @@ class Addressed(Task):
     def layout(self, leaf: int) -> tuple[tuple[int, ...] | None, str]:
         """(the strides of a leaf's arrays, None where they are contiguous; their device)."""
         return None if self.form.contiguous[leaf] else self.job.strides[leaf], self.job.device
+
+    def chunks_of(self, members: Any) -> Chunks:
+        """The chunk table of some leaves, kept for the patterns seen last."""
+        patterns = self.scratch.kept("patterns", dict)
+        key = members.tobytes()
+        if key not in patterns:
+            if len(patterns) >= PATTERNS:
+                patterns.pop(next(iter(patterns)))
+            patterns[key] = Chunks(self.job.sizes[members], self.chunk)
+        return patterns[key]
 
     # -- what an engine says --
 
@@ -334,7 +348,7 @@ class Addressed(Task):
             if p is not None:
                 self.launch(
                     p,
-                    self.chunks if members is None else Chunks(job.sizes[members], self.chunk),
+                    self.chunks if members is None else self.chunks_of(members),
                     members,
                     new,
                 )

@@ -161,10 +161,11 @@ class Fused(Addressed):
 
     def sheet(self, p: Pass, members: Any, table: Any, rows: list[Indices], row: Indices) -> "Sheet":
         """The tables of a launch, on the device."""
-        size = 0 if table is None else table.size
-        key = ("sheet", id(p), None if members is None else members.tobytes(), size, len(rows), len(row))
+        size = 0 if table is None or not p.scalars else table.size
+        key = ("sheet", id(p), size, len(rows), len(row))
         made = functools.partial(Sheet, self.device, size, len(rows), len(row), p)
-        sheet = self.scratch.kept(key, made)
+        held = self.scratch.arrays if members is None else self.chunks_of(members).placed
+        sheet = held[key] = held.get(key) or made()
         spare = ("spare", *key)
         if capturing(self.job):  # the graph reads these tables whenever it is replayed: they are its own
             sheet = self.scratch.arrays.pop(spare, None) or made()
@@ -426,7 +427,7 @@ class Sheet:
 
     def send(self, table: Any, rows: Sequence[Indices], row: Any) -> None:
         """Bring over what has changed."""
-        if table is not None:
+        if len(self.to_table):
             self.to_table[:] = table.reshape(-1)
         for to, given in zip(self.to_addresses, rows, strict=True):
             to[:] = given
