@@ -29,7 +29,7 @@ import torch
 import optimisers as opt
 from benchmarks import shapes
 from benchmarks.numpy_engine import child, peak_rss, show, verdict
-from benchmarks.timing import Timings, interleaved
+from benchmarks.timing import Timings, interleaved, judged
 
 ETA, BETA, LAM, EPSILON = 1e-3, (0.9, 0.999), 0.01, 1e-8
 DECAY, NORM, RHO = 0.001, 1.0, 0.999
@@ -500,14 +500,11 @@ def targets(key: str, name: str, found: Found) -> list[list[str]]:
     def line(way: str, least: float, peer: str | None = None) -> list[str]:
         ratios = found.faster(way, peer)
         than = peer or f"the best peer, {found.best(found.timings.median)}"
-        met = verdict(min(ratios), least, least=True)
-        if met == "missed" and max(ratios) >= least:
-            met = "met by medians" if ratios[0] >= least else "met by minima"
         return [
             f"{name}: {found.row.title}: {way}, times as fast as {than}; each after {found.order}",
             f"{ratios[0]:.2f}, {ratios[1]:.2f}",
             f">= {least:g}",
-            met,
+            judged(*ratios, least),
         ]
 
     if key == "adamw" and name == "small":
