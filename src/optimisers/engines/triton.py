@@ -47,6 +47,9 @@ BLOCK = 1024
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 """How Triton compiles a pass; products and sums may become one operation, as on the CPU."""
 
+EXACT = {"num_warps": 4, "enable_fp_fusion": False}
+"""How it compiles scalars: as the host computes them."""
+
 LANES = 128
 """Leaves whose scalars one program computes."""
 
@@ -306,7 +309,9 @@ class Far(Scalars):
         with on(self.job.library, self.device):
             known = self.partials.get(id(e))
             if known is not None and known.op == "sum" and len(self.chunks.leaf):
-                support().add_up[(1,)](known.values, len(self.chunks.leaf), out, BLOCK=1024, num_warps=8)
+                support().add_up[(1,)](
+                    known.values, len(self.chunks.leaf), out, BLOCK=8192, **EXACT | {"num_warps": 16}
+                )
             else:
                 self.run([e], (), out, total=True)
         return out[0]
@@ -345,7 +350,7 @@ class Far(Scalars):
         held = [self.gathered(e) for e in vectors]
         sums = [self.totals[id(e)] for e in totals]
         grid = 1 if total else -(-leaves // LANES)
-        kernel[(grid,)](table, row, sizes, clock, found, out, *held, *sums, leaves, LANES=LANES, num_warps=4)
+        kernel[(grid,)](table, row, sizes, clock, found, out, *held, *sums, leaves, LANES=LANES, **EXACT)
 
     def kernel(self, wanted: Sequence[Expr], counters: Sequence[Expr], *, total: bool) -> Any:
         """(kernel, the nodes that the host gives it, reductions, totals) for some scalars."""
@@ -386,7 +391,7 @@ class Far(Scalars):
         """A reduction of every leaf, from those of its chunks."""
         known, out = self.partials[id(e)], self.kept("gathered", e, len(self.row))
         begin = placed(self.chunks, "begin", self.device)
-        support().gather[(len(self.row),)](known.values, begin, out, OP=known.op, BLOCK=128, num_warps=4)
+        support().gather[(len(self.row),)](known.values, begin, out, OP=known.op, BLOCK=1024, **EXACT)
         return out
 
     def fixed(self, name: str, values: Indices) -> Any:
