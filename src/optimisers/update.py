@@ -329,7 +329,9 @@ class _Step:
         if not len(taken):
             return []
         whole = group.kind.name == "numpy" or self.symbolic or self.store.capturable
-        if whole or len(orders) > 1 or not by_rows(group.rule):
+        if "by rows" not in group.memo:
+            group.memo["by rows"] = by_rows(group.rule)
+        if whole or len(orders) > 1 or not group.memo["by rows"]:
             return [(members, taken, None)]
         touched = np.array(sparse([orders[0][i] for i in taken]), bool)
         if not touched.any():

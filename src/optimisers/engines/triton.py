@@ -44,6 +44,9 @@ not keep the device waiting, large enough that looking up tables costs nothing.
 BLOCK = 1024
 """Elements that a program holds in registers."""
 
+TAIL = 256
+"""The same where elements are taken one by one, each at an address of its own."""
+
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 """How Triton compiles a pass; products and sums may become one operation, as on the CPU."""
 
@@ -133,11 +136,11 @@ class Fused(Addressed):
         far = self.scalars.far(p.scalars)
         counters = self.job.program.new_counters if self.blind and not p.reductions else ()
         with on(self.job.library, self.device):
+            on_device, table, row = None, None, self.job.row
             if far or counters:
                 on_device = self.scalars.columns(p.scalars, counters)
-                table, row = None, np.arange(len(self.job.row))
-            else:
-                on_device = None
+                row = np.arange(len(row))
+            elif p.scalars:
                 table, row = self.scalars.table(p.scalars)
             rows, row = self.addressed(p, members, new, row)
             if not len(chunks.leaf):
@@ -159,12 +162,13 @@ class Fused(Addressed):
                 *scaling,
                 *partial,
                 BLOCK=BLOCK,
+                TAIL=TAIL,
                 **OPTIONS,
             )
 
     def sheet(self, p: Pass, members: Any, table: Any, rows: list[Indices], row: Indices) -> "Sheet":
         """The tables of a launch, on the device."""
-        size = 0 if table is None or not p.scalars else table.size
+        size = 0 if table is None else table.size
         key = ("sheet", id(p), size, len(rows), len(row))
         made = functools.partial(Sheet, self.device, size, len(rows), len(row), p)
         held = self.scratch.arrays if members is None else self.chunks_of(members).placed

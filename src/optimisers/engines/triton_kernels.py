@@ -85,6 +85,7 @@ class _Kernel(_Written, Printer):
             "found",
             "SPAN",
             "BLOCK",
+            "TAIL",
             "block",
             "kernel",
             "wide",
@@ -138,19 +139,26 @@ class _Kernel(_Written, Printer):
             if r.type == "complex":
                 raise Unprintable("a sum of complex numbers")
             lines.append(f'{total} = tl.full([BLOCK], float("{IDENTITY[r.op]}"), tl.float64)')
+            lines.append(f'rest_{total} = tl.full([TAIL], float("{IDENTITY[r.op]}"), tl.float64)')
         inner = ["i = s + tl.arange(0, BLOCK)", *self.element(at, sums)]
         inner += [f"return {', '.join(sums)}"] if sums else []
         lines.append("whole = tl.where(tl.load(aligned + k) != 0, n // BLOCK * BLOCK, 0)")
-        more = [*scalars, *(["scale"] if self.scaled else []), *sums]
-        for start, end, prefix, full in (("0", "whole", "wide_", True), ("whole", "n", "", False)):
-            call = f"block({', '.join(['s', 'n', *(prefix + a for a in at.values()), *more])}, BLOCK, {full})"
-            lines.append(f"for s in range({start}, {end}, BLOCK):")
-            lines.append(f"    {', '.join(sums)} = {call}" if sums else f"    {call}")
+        more = [*scalars, *(["scale"] if self.scaled else [])]
+        for bounds, size, wide, rest in (
+            ("0, whole", "BLOCK", "wide_", ""),
+            ("whole, n", "TAIL", "", "rest_"),
+        ):
+            kept = [rest + total for total in sums]
+            given = ["s", "n", *(wide + a for a in at.values()), *more, *kept, size, str(bool(wide))]
+            call = f"block({', '.join(given)})"
+            lines.append(f"for s in range({bounds}, {size}):")
+            lines.append(f"    {', '.join(kept)} = {call}" if sums else f"    {call}")
         for j, (r, total) in enumerate(zip(p.reductions, sums, strict=True)):
-            lines.append(f"tl.store(partial + {j} * tl.num_programs(0) + c, {r.op}_over({total}))")
+            value = self.words[r.op](f"{r.op}_over({total})", f"{r.op}_over(rest_{total})")
+            lines.append(f"tl.store(partial + {j} * tl.num_programs(0) + c, {value})")
         arguments = ["chunks", "addresses", "aligned", "table", "row", "leaves"]
         arguments += [*(["scale_at", "found"] if self.scaled else []), *(["partial"] if p.reductions else [])]
-        of_block = ["s", "n", *at.values(), *more, "BLOCK: tl.constexpr", "full: tl.constexpr"]
+        of_block = ["s", "n", *at.values(), *more, *sums, "BLOCK: tl.constexpr", "full: tl.constexpr"]
         head = [f"{self.names_of(a)}: {self.kinds[a]}" for a in self.arrays]
         return _module(
             f"{title}\n\nAddresses, in order: {', '.join(head)}.",
@@ -161,7 +169,7 @@ class _Kernel(_Written, Printer):
                 "",
                 "",
                 '@triton.jit(do_not_specialize=["leaves"])',
-                f"def kernel({', '.join([*arguments, 'BLOCK: tl.constexpr'])}):",
+                f"def kernel({', '.join([*arguments, 'BLOCK: tl.constexpr', 'TAIL: tl.constexpr'])}):",
                 *("    " + line for line in lines),
             ],
         )

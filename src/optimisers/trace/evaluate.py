@@ -36,7 +36,7 @@ class Scalars:
 
     def ahead(self, wanted: Sequence[Expr]) -> None:
         """Compute at one stroke those nodes that depend on nothing but numbers of the host and the clock."""
-        if self.library is not host or not isinstance(self.numbers, np.ndarray):
+        if len(wanted) < 2 or self.library is not host or not isinstance(self.numbers, np.ndarray):
             return
         plain = tuple(e for e in wanted if id(e) not in self.values and is_plain(e))
         if len(plain) > 1:

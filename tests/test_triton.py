@@ -1,0 +1,1292 @@
+"""The kernels for CUDA against the interpreter: every rule, every word, and numbers that live on the device.
+
+Without a device Triton's interpreter runs them, and NumPy says what NVIDIA's libdevice says on a device; with
+TRITON_INTERPRET=0 they run on the device.
+"""
+
+import copy
+import functools
+import itertools
+import math
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import optimisers as opt
+from optimisers.engines import cache, triton_support
+from optimisers.engines import triton as engine
+from optimisers.leaf import parts
+from optimisers.update import takes_scaling, update_scaled
+from tests import test_engines as words
+from tests.table import REAL, TABLE, LongestSeen, Row, dtype_of, numbers
+from tests.table import name as of_row
+from tests.test_golden import PRESENT, REDUCING, array_of, names_of, rule_of, title_of
+from tests.test_laws import bits, close, leaves, numbers_in
+from tests.test_torch import array, misaligned, number_of, tensor, turned, with_gaps
+
+DEVICE = "cpu" if triton_support.INTERPRETED else "cuda"
+
+Model = list[torch.Tensor]
+
+every_row = pytest.mark.parametrize("row", TABLE, ids=of_row)
+capturable_or_not = pytest.mark.parametrize("capturable", [False, True], ids=["on the host", "capturable"])
+both_updates = pytest.mark.parametrize("step", [opt.update, opt.update_], ids=lambda f: f.__name__)
+
+ROWS_AND_DTYPES = pytest.mark.parametrize(
+    ("row", "dtype"),
+    [
+        pytest.param(row, dtype, id=f"{row.name}-{dtype}")
+        for row in TABLE
+        for dtype in REAL
+        if row.takes(dtype)
+    ],
+)
+
+
+# -- what the tests share ------------------------------------------------------------------------------------
+
+
+def on_device(a: Any) -> torch.Tensor:
+    """A copy of an array of NumPy where the kernels run."""
+    return tensor(a).to(DEVICE)
+
+
+def on_host(t: torch.Tensor) -> Any:
+    """A copy of a tensor as an array of NumPy."""
+    return array(t.detach().cpu())
+
+
+def shifted(t: torch.Tensor) -> torch.Tensor:
+    """The same values one element behind a border of 16 bytes."""
+    return t.new_zeros(t.numel() + 1)[1:].view(t.shape).copy_(t)
+
+
+def channels_last(t: torch.Tensor) -> torch.Tensor:
+    return t.clone(memory_format=torch.channels_last)
+
+
+Places = tuple[tuple[tuple[int, ...], Callable[[torch.Tensor], torch.Tensor]], ...]
+
+PLACES: Places = (
+    ((), torch.clone),
+    ((0, 2), torch.clone),
+    ((2, 3, 2, 2), channels_last),
+    ((7,), shifted),
+    ((engine.BLOCK + 13,), torch.clone),
+)
+"""Shapes of a model, and how its tensors lie: one goes over a whole block and a bit, one may not be read 16
+bytes at a time.
+"""
+
+MATRICES: Places = (
+    ((3, 4), turned),
+    ((1, 7), shifted),
+    ((5, 5), torch.clone),
+    ((3, engine.BLOCK // 2), torch.clone),
+)
+
+
+def model_of(places: Places, dtype: str, seed: int = 0) -> Model:
+    """Random parameters or gradients."""
+    rng = np.random.default_rng(seed)
+    return [lay(on_device(numbers(rng, shape, dtype))) for shape, lay in places]
+
+
+def of_cpu(t: Any) -> Any:
+    """The same for the interpreter of rules, in memory of its own."""
+    return t.detach().cpu().clone() if isinstance(t, torch.Tensor) else t
+
+
+def snapshot(state: Any, model: Any) -> Any:
+    """All that a step may change, by its bytes."""
+    inside = [
+        (repr(leaf.rule), leaf.frozen, [bits(number_of(of_cpu(v))) for v in numbers_in(leaf.state)])
+        for leaf in leaves(state)
+    ]
+    tensors = model.values() if isinstance(model, dict) else model
+    return float(parts(state)[0].clock), inside, [bits(on_host(x)) for x in tensors]
+
+
+def assert_close(got: tuple[Any, Any], wanted: tuple[Any, Any], dtype: str) -> None:
+    """(state, model) of two engines: double precision to 1e-12, else as near as engines are to each other."""
+
+    def near(a: Any, b: Any, kind: str) -> None:
+        a, b = number_of(of_cpu(a)), number_of(of_cpu(b))
+
+        assert a.dtype == b.dtype
+        if b.dtype == np.float64:
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+        else:
+            np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+            assert close(np.nan_to_num(a), np.nan_to_num(b), kind), (a, b)
+
+    (state, model), (other, expected) = got, wanted
+    pairs = zip(model.values(), expected.values(), strict=True) if isinstance(model, dict) else None
+    for x, y in pairs or zip(model, expected, strict=True):
+        near(x, y, dtype)
+    for leaf, like in zip(leaves(state), leaves(other), strict=True):
+        assert (leaf.rule, leaf.frozen) == (like.rule, like.frozen)
+        for a, b in zip(numbers_in(leaf.state), numbers_in(like.state), strict=True):
+            near(a, b, "float32")
+    assert opt.explain(state).clock == opt.explain(other).clock
+
+
+# -- which engine --------------------------------------------------------------------------------------------
+
+
+def test_triton_was_imported_after_it_was_decided_who_runs_kernels() -> None:
+    assert engine.interpreted() == triton_support.INTERPRETED
+    assert (os.environ["TRITON_INTERPRET"] == "1") == triton_support.INTERPRETED
+
+
+def test_kernels_print_every_word_of_real_numbers() -> None:
+    assert set(engine.triton_kernels.WORDS) >= {*words.ELEMENTWISE, *words.REDUCE}
+
+
+@every_row
+def test_every_real_rule_can_be_stepped_by_it(row: Row) -> None:
+    for dtype in REAL:
+        if row.takes(dtype):
+            state = opt.setup(row.rule, model_of(MATRICES[:1], dtype), engine="triton")
+
+            assert [(g.engine, g.passes) for g in opt.explain(state).groups] == [("triton", row.passes)]
+
+
+WITHOUT = """
+import sys
+import torch
+import optimisers as opt
+opt.setup(opt.Adam(), torch.ones(3))
+assert "optimisers.engines.triton" not in sys.modules, "imported for nothing"
+try:
+    opt.setup(opt.Adam(), torch.ones(3), engine="triton")
+except opt.BadSetting as error:
+    print(error)
+try:
+    opt.setup(opt.Adam(), torch.ones(3), capturable=True)
+except opt.BadSetting as error:
+    print(error)
+"""
+
+
+def test_without_the_interpreter_tensors_on_the_cpu_are_refused() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT], env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == [
+        "engine='triton' cannot run this model: arrays on cpu",
+        "capturable=True is for kernels on a CUDA device: arrays on cpu",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (np.ones(3), "arrays of numpy"),
+        (torch.ones(3, dtype=torch.complex64, device=DEVICE), "element type complex64"),
+        (torch.ones(3, device="meta"), "state in arrays that each stand for themselves"),
+    ],
+    ids=["NumPy", "complex", "meta"],
+)
+def test_what_it_cannot_run_is_refused(model: Any, reason: str) -> None:
+    with pytest.raises(opt.BadSetting) as error:
+        opt.setup(opt.Adam(), model, engine="triton")
+
+    assert str(error.value) == f"engine='triton' cannot run this model: {reason}"
+
+
+CAPTURABLE_TAKES = "capturable=True takes tensors of torch on one CUDA device; this model has "
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "text"),
+    [
+        (np.ones(3), {}, CAPTURABLE_TAKES + "numpy on cpu"),
+        ([np.ones(3), torch.ones(3)], {}, CAPTURABLE_TAKES + "numpy on cpu, torch on cpu"),
+        (
+            [torch.ones(3), torch.ones(3, device="meta")],
+            {},
+            CAPTURABLE_TAKES + "torch on cpu, torch on meta",
+        ),
+        (
+            torch.ones(3, device=DEVICE),
+            {"engine": "numba"},
+            "capturable=True is for kernels on a CUDA device: engine='numba'",
+        ),
+        (
+            torch.ones(3, device=DEVICE),
+            {"engine": "interpret"},
+            "capturable=True is for kernels on a CUDA device: engine='interpret'",
+        ),
+        (
+            torch.ones(3, dtype=torch.complex64, device=DEVICE),
+            {},
+            "capturable=True is for kernels on a CUDA device: element type complex64",
+        ),
+    ],
+    ids=["NumPy", "two libraries", "two devices", "numba", "interpret", "complex"],
+)
+def test_what_cannot_be_captured_is_refused(model: Any, settings: Any, text: str) -> None:
+    with pytest.raises(opt.BadSetting) as error:
+        opt.setup(opt.Adam(), model, capturable=True, **settings)
+
+    assert str(error.value) == text
+
+
+def test_a_model_without_arrays_cannot_be_captured() -> None:
+    with (
+        pytest.warns(opt.NoParameters),
+        pytest.raises(opt.BadSetting) as error,
+    ):
+        opt.setup(opt.Adam(), {}, capturable=True)
+
+    assert str(error.value) == CAPTURABLE_TAKES + "nothing"
+
+
+# -- every rule ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def rows() -> dict[str, Row]:
+    return {row.name: row for row in TABLE}
+
+
+@functools.cache
+def run(name: str, dtype: str, engine: str, step: str = "update_", *, capturable: bool = False) -> Any:
+    """(state, model) after some steps by the rule of a row."""
+    row = rows()[name]
+    places = MATRICES if row.matrix else PLACES
+    steps = 4 if dtype == row.single else 2
+    fit = of_cpu if engine == "interpret" else torch.Tensor.detach
+    model = [fit(x) for x in model_of(places, dtype)]
+    state = opt.setup(row.rule, model, engine=engine, capturable=capturable)
+    for n in range(steps):
+        grads = [fit(g) for g in model_of(places, dtype, 100 + n)]
+        state, model = getattr(opt, step)(state, model, grads)
+    return state, model
+
+
+@ROWS_AND_DTYPES
+def test_every_rule_is_stepped_as_the_interpreter_steps_it(row: Row, dtype: str) -> None:
+    got, wanted = run(row.name, dtype, "triton"), run(row.name, dtype, "interpret")
+    assert_close(got, wanted, dtype)
+    if dtype == "float64":
+        assert repr(got[0]) == repr(wanted[0])
+
+
+@every_row
+def test_numbers_on_the_device_give_the_same_steps(row: Row) -> None:
+    """To the last bit where NumPy computes both; the host and a device may differ by a unit."""
+    dtype = row.single
+    got, wanted = run(row.name, dtype, "triton", capturable=True), run(row.name, dtype, "triton")
+    if triton_support.INTERPRETED:
+        assert snapshot(*got) == snapshot(*wanted)
+        assert repr(got[0]) == repr(wanted[0])
+    assert_close(got, wanted, dtype)
+
+
+@every_row
+def test_update_equals_update_in_place_exactly(row: Row) -> None:
+    pure, inplace = (run(row.name, row.single, "triton", step) for step in ("update", "update_"))
+
+    assert snapshot(*pure) == snapshot(*inplace)
+
+
+LONG: Places = (
+    ((2 * engine.CHUNK + 77,), torch.clone),
+    ((2,), torch.clone),
+    ((engine.CHUNK + engine.BLOCK,), shifted),
+)
+"""Several chunks with an odd end, a short leaf between them, and one that ends with a block."""
+
+
+def long_of(row: Row) -> Places:
+    """The same as matrices, for rules that take these alone."""
+    return tuple(((3, -(-s[0] // 3)), lay) for s, lay in LONG) if row.matrix else LONG
+
+
+@every_row
+def test_leaves_of_several_chunks_are_stepped_from_end_to_end(row: Row) -> None:
+    model, grads = (model_of(long_of(row), row.single, seed) for seed in (0, 1))
+    found = []
+    for name in ("triton", "interpret"):
+        xs, gs = ([of_cpu(t) for t in ts] if name == "interpret" else ts for ts in (model, grads))
+        state, new = opt.update(opt.setup(row.rule, xs, engine=name), xs, gs)
+        found.append((state, new))
+    assert_close(*found, row.single)
+
+
+@pytest.mark.parametrize("dtype", REAL)
+def test_a_step_gives_the_same_bits_every_time(dtype: str) -> None:
+    """Reductions are always added up in the same order."""
+    rule = opt.Chain(opt.ClipGlobalNorm(0.5), opt.ClipNorm(0.3), opt.AdamW(0.1))
+    model, grads = (model_of(LONG, dtype, seed) for seed in (0, 1))
+    found = []
+    for _ in range(2):
+        state = opt.setup(rule, model, engine="triton")
+        found.append(snapshot(*opt.update(state, model, grads)))
+
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("row", [r for r in PRESENT if not r["dtype"].startswith("complex")], ids=title_of)
+def test_double_precision_walks_the_golden_path(row: dict[str, Any]) -> None:
+    tolerance = 1e-10 if REDUCING & set(names_of(row)) else 1e-12
+    x = on_device(array_of(row["x"], row["dtype"]))
+    state = opt.setup(rule_of(row), x, engine="triton")
+    for n, (gradient, wanted) in enumerate(zip(row["gradients"], row["path"], strict=True)):
+        state, x = opt.update_(state, x, on_device(array_of(gradient, row["dtype"])))
+        np.testing.assert_allclose(
+            on_host(x), array_of(wanted, row["dtype"]), tolerance, tolerance, err_msg=f"after step {n + 1}"
+        )
+
+
+# -- words, one by one ---------------------------------------------------------------------------------------
+
+
+def said(rule: opt.Rule, x: Any, dx: Any) -> Any:
+    """The state that a rule keeps after one step, as arrays of NumPy."""
+    state = words.said(rule, on_device(x), on_device(dx), "triton")
+    return {k: on_host(v) for k, v in state.items()} if isinstance(state, dict) else state
+
+
+@functools.cache
+def all_said(dtype: str) -> dict[str, Any]:
+    """What every word makes of the samples: one kernel says them all."""
+    return said(words.Says(words.words_of(dtype)), *words.pairs(dtype))
+
+
+@words.each_word(*REAL)
+def test_a_kernel_says_a_word_as_numpy_does(name: str, dtype: str) -> None:
+    words.agree(all_said(dtype)[name], words.all_said("interpret", dtype)[name], words.ULPS.get(name, 2))
+
+
+def test_the_two_halves_of_a_float32_are_all_of_it() -> None:
+    found, nan = (
+        said(words.Says(("join_bits", "high_bits", "low_bits")), words.BITS, words.BITS),
+        np.isnan(words.BITS),
+    )
+    wanted = words.said(words.Says(("high_bits", "low_bits")), words.BITS, words.BITS, "interpret")
+    np.testing.assert_array_equal(found["join_bits"].view(np.uint32)[~nan], words.BITS.view(np.uint32)[~nan])
+    np.testing.assert_array_equal(found["high_bits"], wanted["high_bits"])
+    np.testing.assert_array_equal(found["low_bits"], wanted["low_bits"])
+
+    assert np.isnan(found["join_bits"][nan]).all()
+
+
+@pytest.mark.parametrize("dtype", REAL)
+@pytest.mark.parametrize("name", words.REDUCE)
+def test_a_kernel_reduces_as_numpy_does(name: str, dtype: str) -> None:
+    arrays = [np.array(v, float).astype(dtype_of(dtype)) for v in words.SUMS.values()]
+    empty = {"sum": 0.0, "max": -math.inf, "min": math.inf}[name]
+    with np.errstate(all="ignore"):
+        wanted = [float(getattr(np, name)(a.astype(float))) if a.size else empty for a in arrays]
+    for capturable in (False, True):
+        model = [on_device(a) for a in arrays]
+        state = opt.setup(words.Reduces(name), model, engine="triton", capturable=capturable)
+        state, _ = opt.update(state, model, model)
+        np.testing.assert_allclose([leaf.state[0] for leaf in state], wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", words.REDUCE)
+def test_a_reduction_sees_every_element_of_a_long_array(name: str) -> None:
+    """The one element that counts stands at a border of blocks or chunks, in one leaf after the other."""
+    n = 2 * engine.CHUNK + 77
+    borders = (0, engine.BLOCK, engine.CHUNK, 2 * engine.CHUNK)
+    spots = [*borders, *(b - 1 for b in borders[1:]), n - 1]
+    value = -3.0 if name == "min" else 3.0
+    model = [on_device(np.zeros(n, np.float32)) for _ in spots]
+    for x, spot in zip(model, spots, strict=True):
+        x[spot] = value
+    state, _ = opt.update_(opt.setup(words.Reduces(name), model, engine="triton"), model, model)
+
+    assert [leaf.state[0] for leaf in state] == [value] * len(spots)
+
+
+@pytest.mark.parametrize("name", words.REDUCE)
+@pytest.mark.parametrize(
+    "special",
+    [
+        {9: math.nan},
+        {8000: math.nan},
+        {4100: math.inf},
+        {5: math.inf, 8200: -math.inf},
+        {5: math.nan, 6: math.inf},
+    ],
+    ids=repr,
+)
+def test_what_is_not_finite_in_one_chunk_counts_for_the_leaf(name: str, special: dict[int, float]) -> None:
+    a = np.random.default_rng(0).standard_normal(2 * engine.CHUNK + 77)
+    for spot, value in special.items():
+        a[spot] = value
+    with np.errstate(all="ignore"):
+        wanted = getattr(np, name)(a)
+    np.testing.assert_array_equal(said(words.Reduces(name), a, a)[0], wanted)
+
+
+def test_sums_of_single_precision_are_taken_in_double_precision() -> None:
+    """10^8 and many small ones: in float32 each of them would be lost."""
+    x = np.full(20_001, 0.25, np.float32)
+    x[0] = 1e8
+
+    assert said(words.Reduces("sum"), x, x)[0] == 1e8 + 5_000
+
+
+@pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 1000])
+@pytest.mark.parametrize("name", words.REDUCE)
+def test_the_chunks_of_a_leaf_are_gathered_whatever_their_number(name: str, count: int) -> None:
+    values = np.random.default_rng(count).standard_normal(count + 7)
+    begin, out = np.array([0, 3, 3 + count, count + 7]), on_device(np.zeros(3))
+    triton_support.gather[(3,)](on_device(values), on_device(begin), out, OP=name, BLOCK=128, num_warps=4)
+    empty = {"sum": 0.0, "max": -math.inf, "min": math.inf}[name]
+    pieces = [values[:3], values[3 : 3 + count], values[3 + count :]]
+    wanted = [getattr(np, name)(p) if len(p) else empty for p in pieces]
+    np.testing.assert_allclose(on_host(out), wanted, rtol=1e-13)
+
+
+@pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 5000])
+def test_all_chunks_are_added_up_whatever_their_number(count: int) -> None:
+    values, out = np.random.default_rng(count).standard_normal(count + 5), on_device(np.zeros(1))
+    triton_support.add_up[(1,)](on_device(values), count, out, BLOCK=1024, num_warps=8)
+    np.testing.assert_allclose(on_host(out), values[:count].sum(), rtol=1e-12)
+
+
+# -- half precision ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", words.HALVES)
+def test_all_65536_halves_are_widened_as_numpy_widens_them(dtype: str) -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(dtype_of(dtype))
+    state = words.said(words.Widens(), on_device(np.zeros_like(every)), on_device(every), "triton")
+    words.same_bits(on_host(state[0]), every.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", words.HALVES)
+def test_the_store_rounds_to_halves_as_numpy_rounds(dtype: str) -> None:
+    """To the nearest, ties to even; NaN stays NaN."""
+    values = words.hard_to_round(dtype)
+    x = np.zeros(values.shape, dtype_of(dtype))
+    with np.errstate(all="ignore"):
+        wanted = (np.float32(0) - values).astype(x.dtype)
+    model = on_device(x)
+    opt.update_(opt.setup(opt.Chain(), model, engine="triton"), model, on_device(values))
+    words.same_bits(on_host(model), wanted)
+
+
+# -- the laws ------------------------------------------------------------------------------------------------
+
+
+class World:
+    """Where a story is told: by which engine, in place or not, with numbers on the host or on the device."""
+
+    def __init__(self, engine: str, step: Any = opt.update_, *, capturable: bool = False) -> None:
+        self.engine, self.step, self.capturable = engine, step, capturable
+
+    def put(self, a: Any) -> torch.Tensor:
+        return tensor(a) if self.engine == "interpret" else on_device(a)
+
+    def model(self, dtype: str = "float64", seed: int = 0, n: int = 5) -> dict[str, torch.Tensor]:
+        """Leaves a, b, c, ... of one shape, so that they share a group."""
+        rng = np.random.default_rng(seed)
+        return {key: self.put(numbers(rng, (5, 3), dtype)) for key in "abcdefgh"[:n]}
+
+    def setup(self, rule: Any, model: Any) -> Any:
+        return opt.setup(rule, model, engine=self.engine, capturable=self.capturable)
+
+
+WORLDS = {
+    "update_": World("triton"),
+    "update": World("triton", opt.update),
+    "update_ capturable": World("triton", capturable=True),
+    "update capturable": World("triton", opt.update, capturable=True),
+}
+
+everywhere = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+
+Story = Callable[[World], tuple[Any, Any]]
+
+
+def same_story(story: Story, world: World, dtype: str = "float64") -> None:
+    """It ends as it does by the interpreter."""
+    with np.errstate(all="ignore"):
+        wanted = story(World("interpret", world.step))
+    assert_close(story(world), wanted, dtype)
+
+
+RULES = {
+    "Momentum": opt.Momentum(0.1, 0.5),
+    "AdamW": opt.AdamW(0.1),
+    "accumulated": opt.Chain(opt.AccumGrad(2), opt.Momentum(0.1, 0.5)),
+    "clipped": opt.Chain(opt.ClipGlobalNorm(0.5), opt.ClipNorm(0.4), opt.AdamW(0.1)),
+    "skipping": opt.SkipNonFinite(opt.Chain(opt.AccumGrad(2), opt.Adam(0.1))),
+    "averaged": opt.EMA(opt.Chain(opt.AccumGrad(2), opt.ClipNorm(0.5), opt.Adam(0.05)), 0.75),
+}
+
+some_rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+def with_none(grads: dict[str, Any], without: str) -> dict[str, Any]:
+    return {key: None if key in without else g for key, g in grads.items()}
+
+
+@everywhere
+@some_rules
+def test_leaves_without_gradient_take_no_step(world: World, rule: opt.Rule) -> None:
+    """Their rows of numbers part from the others, and the branches of a rule come to differ by leaf."""
+
+    def story(world: World) -> Any:
+        model = world.model()
+        state = world.setup(rule, model)
+        for n, without in enumerate(["b", "", "ad", "abcde", "be"]):
+            state, model = world.step(state, model, with_none(world.model(seed=n + 1), without))
+        return state, model
+
+    same_story(story, world)
+
+
+@everywhere
+@some_rules
+def test_frozen_leaves_take_no_step(world: World, rule: opt.Rule) -> None:
+    def story(world: World) -> Any:
+        model = world.model()
+        state = world.setup(rule, model)
+        opt.freeze_(state.b)
+        state, model = world.step(state, model, world.model(seed=1))
+        state = opt.freeze(opt.thaw(state), ["a", "d"])
+        for n in range(2, 4):
+            state, model = world.step(state, model, world.model(seed=n))
+        opt.thaw_(state)
+        return world.step(state, model, world.model(seed=4))
+
+    same_story(story, world)
+
+
+@everywhere
+def test_settings_are_adjusted_for_all_or_for_some(world: World) -> None:
+    def story(world: World) -> Any:
+        model = world.model()
+        state = world.setup(opt.Chain(opt.ClipNorm(0.5), opt.AdamW(0.1)), model)
+        state, model = world.step(state, model, world.model(seed=1))
+        opt.adjust_(state, 0.03)
+        state, model = world.step(state, model, world.model(seed=2))
+        opt.adjust_(state.c, beta=(0.5, 0.6))
+        state = opt.adjust(state, 0.2, where=["a", "e"])
+        state = opt.adjust(state, omega=0.1, where="b")
+        state, model = world.step(state, model, with_none(world.model(seed=3), "d"))
+        return world.step(state, model, world.model(seed=4))
+
+    same_story(story, world)
+
+
+@everywhere
+def test_adjust_leaves_the_old_state_as_it_was(world: World) -> None:
+    model = world.model()
+    state, model = world.step(world.setup(opt.AdamW(0.1), model), model, world.model(seed=1))
+    before = snapshot(state, model)
+    other = opt.freeze(opt.adjust(state, 0.5), "a")
+    other, _ = opt.update(other, model, world.model(seed=2))
+    other.b.state = other.c.state
+
+    assert snapshot(state, model) == before
+
+
+@everywhere
+def test_a_state_may_be_assigned(world: World) -> None:
+    def story(world: World) -> Any:
+        model = world.model()
+        state = world.setup(opt.AdamW(0.1), model)
+        state, model = world.step(state, model, world.model(seed=1))
+        state.b.state = state.b.state._replace(m=world.put(np.full((5, 3), 0.25)), weight=(0.3, 0.2))
+        state.a.rule = opt.AdamW(0.7)
+        return world.step(state, model, world.model(seed=2))
+
+    same_story(story, world)
+
+
+@everywhere
+def test_a_rule_of_another_structure_moves_a_leaf_to_another_group(world: World) -> None:
+    def story(world: World) -> Any:
+        model = world.model()
+        state = world.setup(opt.Momentum(0.1, 0.5), model)
+        state, model = world.step(state, model, world.model(seed=1))
+        state.b.rule = opt.Nesterov(0.1, 0.5)
+        state.d.rule = opt.Momentum(opt.Linear(0.1, 0.3, 4), 0.5)
+        for n in range(2, 4):
+            state, model = world.step(state, model, world.model(seed=n))
+        return state, model
+
+    same_story(story, world)
+
+
+SCHEDULES = {
+    "Linear": opt.Linear(0.1, 0.3, 4),
+    "Cosine": opt.Cosine(0.3, 4, warmup=1),
+    "Exponential": opt.Exponential(0.1, 0.5, 2),
+}
+
+
+@everywhere
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_setting_may_follow_the_clock(world: World, schedule: Any) -> None:
+    def story(world: World) -> Any:
+        model = world.model()
+        state = world.setup(opt.Chain(opt.ClipNorm(0.5), opt.AdamW(schedule)), model)
+        for n in range(6):
+            grads = world.model(seed=n + 1)
+            state, model = world.step(state, model, with_none(grads, "c") if n == 2 else grads)
+        return state, model
+
+    same_story(story, world)
+
+
+@everywhere
+def test_a_schedule_may_take_the_place_of_a_number(world: World) -> None:
+    def story(world: World) -> Any:
+        model = world.model()
+        state = world.setup(opt.AdamW(0.1), model)
+        state, model = world.step(state, model, world.model(seed=1))
+        opt.adjust_(state, opt.Linear(0.0, 0.8, 8))
+        state, model = world.step(state, model, world.model(seed=2))
+        return world.step(state, model, world.model(seed=3))
+
+    same_story(story, world)
+
+
+@everywhere
+def test_tied_leaves_are_stepped_once(world: World) -> None:
+    def story(world: World) -> Any:
+        shared, other = (world.put(np.random.default_rng(n).standard_normal((3, 3))) for n in range(2))
+        model = {"in": shared, "mid": other, "out": shared.T}
+        state = world.setup(opt.AdamW(0.1), model)
+        for n in range(3):
+            rng = np.random.default_rng(10 + n)
+            grads = {key: world.put(rng.standard_normal((3, 3))) for key in model}
+            state, model = world.step(state, model, grads | {"in": None} if n == 1 else grads)
+        return state, model
+
+    same_story(story, world)
+
+
+@everywhere
+@pytest.mark.parametrize(
+    ("dtype", "gradient"),
+    [
+        ("bfloat16", "float32"),
+        ("float16", "float32"),
+        ("bfloat16", "float16"),
+        ("float32", "bfloat16"),
+        ("float32", "float64"),
+        ("float64", "float32"),
+        ("float64", "bfloat16"),
+        ("float32", "int64"),
+    ],
+)
+def test_gradients_may_be_of_another_type(world: World, dtype: str, gradient: str) -> None:
+    def story(world: World) -> Any:
+        model = world.model(dtype)
+        state = world.setup(opt.Chain(opt.ClipNorm(0.5), opt.AdamW(0.1)), model)
+        for n in range(2):
+            grads = {
+                k: world.put((3 * on_host(g)).astype(dtype_of(gradient)))
+                for k, g in world.model(seed=n).items()
+            }
+            state, model = world.step(state, model, grads)
+        return state, model
+
+    same_story(story, world, dtype)
+
+
+@everywhere
+def test_gradients_of_one_model_may_be_of_several_types(world: World) -> None:
+    def story(world: World) -> Any:
+        model = world.model("float32", n=4)
+        state = world.setup(opt.Momentum(0.1, 0.5), model)
+        for n in range(2):
+            grads = world.model(seed=n + 1, n=4)
+            kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+            grads = {k: g.to(kind) for (k, g), kind in zip(grads.items(), kinds, strict=True)}
+            state, model = world.step(state, model, grads)
+        return state, model
+
+    same_story(story, world, "float32")
+
+
+FORMS = {
+    "turned": turned,
+    "with gaps": with_gaps,
+    "shifted": shifted,
+    "a scalar repeated": lambda t: t[:1, :1].expand(t.shape),
+    "misaligned": lambda t: misaligned(t.cpu()).to(t.device),
+}
+
+
+@everywhere
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_may_lie_in_any_way(world: World, form: str) -> None:
+    def story(world: World) -> Any:
+        model = world.model("float32")
+        state = world.setup(opt.Chain(opt.ClipNorm(0.5), opt.Momentum(0.1, 0.5)), model)
+        for n in range(2):
+            grads = world.model("float32", seed=n + 1)
+            state, model = world.step(state, model, grads | {k: FORMS[form](grads[k]) for k in "bd"})
+        return state, model
+
+    same_story(story, world, "float32")
+
+
+@everywhere
+@pytest.mark.parametrize("form", ["turned", "with gaps", "shifted", "misaligned"])
+def test_parameters_may_lie_in_any_way(world: World, form: str) -> None:
+    def story(world: World) -> Any:
+        model = world.model("float32")
+        model |= {k: FORMS[form](model[k]) for k in "bd"}
+        state, first = world.setup(opt.Chain(opt.ClipNorm(0.5), opt.Momentum(0.1, 0.5)), model), model
+        for n in range(2):
+            state, model = world.step(state, model, world.model("float32", seed=n + 1))
+        assert (model["b"] is first["b"]) == (world.step is opt.update_)
+        return state, model
+
+    same_story(story, world, "float32")
+
+
+@everywhere
+@some_rules
+def test_parameters_may_be_each_others_gradients(world: World, rule: opt.Rule) -> None:
+    def story(world: World) -> Any:
+        line = world.put(np.arange(1.0, 9.0))
+        model = world.model(n=2) | {"line": line[:6], "square": world.put(np.arange(9.0).reshape(3, 3))}
+        state = world.setup(rule, model)
+        for _ in range(2):
+            grads = {"a": model["b"], "b": model["a"], "square": model["square"].T, "line": line[2:]}
+            state, model = world.step(state, model, grads)
+        return state, model
+
+    same_story(story, world)
+
+
+@everywhere
+def test_a_gradient_may_be_a_view_of_state(world: World) -> None:
+    def story(world: World) -> Any:
+        model = world.model(n=2)
+        state = world.setup(opt.Momentum(1.0, 0.5), model)
+        state, model = world.step(state, model, world.model(seed=1, n=2))
+        return world.step(state, model, {"a": state.b.state.v, "b": state.a.state.v})
+
+    same_story(story, world)
+
+
+@both_updates
+def test_nothing_beside_the_parameters_is_written(step: Callable[..., Any]) -> None:
+    buffer = torch.full((6000,), 7.0, device=DEVICE)
+    model = [buffer[1:4], buffer[10:75], buffer[100:900:3], buffer[901:999].view(7, 14).T, buffer[1500:5700]]
+    inside = np.zeros(6000, bool)
+    for at in (slice(1, 4), slice(10, 75), slice(100, 900, 3), slice(901, 999), slice(1500, 5700)):
+        inside[at] = True
+    state = opt.setup(opt.Momentum(1.0, 0.5), model, engine="triton")
+    _, new = step(state, model, [torch.ones(x.shape, device=DEVICE) for x in model])
+    np.testing.assert_array_equal(on_host(buffer), np.where(inside & (step is opt.update_), 6.0, 7.0))
+    for x in new:
+        np.testing.assert_array_equal(on_host(x), 6.0)
+
+
+# -- conditions, checks, totals ------------------------------------------------------------------------------
+
+
+@everywhere
+def test_a_gradient_that_is_not_finite_is_skipped_by_its_leaf(world: World) -> None:
+    def story(world: World) -> Any:
+        model = world.model()
+        state = world.setup(opt.SkipNonFinite(opt.Chain(opt.AccumGrad(2), opt.Adam(0.1))), model)
+        for n, value in enumerate((math.inf, math.nan, -math.inf, 1.0)):
+            grads = world.model(seed=n + 1)
+            grads["bcd"[n % 3]][2, 1] = value
+            state, model = world.step(state, model, grads)
+        return state, model
+
+    same_story(story, world)
+
+
+@both_updates
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("rule", [opt.ClipNorm(0.5), opt.ClipGlobalNorm(0.5)], ids=repr)
+def test_a_norm_that_is_not_finite_is_refused_and_nothing_has_changed(
+    rule: opt.Rule, value: float, step: Callable[..., Any]
+) -> None:
+    texts = []
+    for world in (World("triton"), World("interpret")):
+        model = world.model()
+        rules = {"a": opt.Adam(), "b": opt.Adam(), "*": opt.Chain(rule, opt.AdamW(0.1))}
+        state = world.setup(rules, model)
+        grads = world.model(seed=1)
+        grads["d"][0, 0] = value
+        before = snapshot(state, model)
+        with pytest.raises(opt.DomainError) as error:
+            step(state, model, grads)
+        texts.append(str(error.value))
+
+        assert snapshot(state, model) == before
+    assert texts[0] == texts[1]
+
+
+def test_nobody_waits_for_a_check_of_a_capturable_state() -> None:
+    """What is not finite spreads: in its leaf under ClipNorm, everywhere under ClipGlobalNorm."""
+    for rule, spoilt in ((opt.ClipNorm(0.5), {"d"}), (opt.ClipGlobalNorm(0.5), set("abcde"))):
+        world = World("triton", capturable=True)
+        model = world.model()
+        state = world.setup(opt.Chain(rule, opt.Descent(0.1)), model)
+        grads = world.model(seed=1)
+        grads["d"][0, 0] = math.nan
+        opt.update_(state, model, grads)
+
+        assert {k for k, x in model.items() if not x.isfinite().all()} == spoilt
+
+
+@everywhere
+def test_a_total_goes_over_all_groups(world: World) -> None:
+    """Leaves of several element types and rules under one global norm, one of them without a gradient."""
+
+    def story(world: World) -> Any:
+        model = world.model("float32", n=3) | {"d": world.put(np.ones(4)), "e": world.put(np.full(4, 2.0))}
+        model |= {k: x.bfloat16() for k, x in world.model(seed=9).items() if k in "bc"}
+        clip = opt.ClipGlobalNorm(0.5)
+        rules = {
+            "a": opt.Chain(clip, opt.Adam(0.1)),
+            "*": opt.Chain(opt.WeightDecay(0.1), clip, opt.Descent(0.1)),
+        }
+        state = world.setup(rules, model)
+        for n in range(3):
+            rng = np.random.default_rng(n)
+            grads = {k: world.put(rng.standard_normal(x.shape)).to(x.dtype) for k, x in model.items()}
+            state, model = world.step(state, model, grads | ({"c": None, "d": None} if n == 1 else {}))
+        return state, {k: x.float() for k, x in model.items()}
+
+    same_story(story, world, "bfloat16")
+
+
+@capturable_or_not
+def test_a_model_may_have_more_leaves_than_a_program_takes(capturable: bool) -> None:
+    def story(world: World) -> Any:
+        rng = np.random.default_rng(0)
+        model, grads = ([world.put(a) for a in rng.standard_normal((engine.LANES + 3, 2))] for _ in range(2))
+        state = world.setup(opt.Chain(opt.ClipGlobalNorm(0.5), opt.ClipNorm(0.05), opt.Adam(0.1)), model)
+        return world.step(state, model, [None if n == 7 else g for n, g in enumerate(grads)])
+
+    same_story(story, World("triton", capturable=capturable))
+
+
+@everywhere
+def test_leaves_out_of_step_take_branches_of_their_own(world: World) -> None:
+    def story(world: World) -> Any:
+        model = world.model()
+        rule = opt.Chain(opt.AccumGrad(3), opt.ClipNorm(0.5), opt.AdamW(0.1))
+        state = world.setup(rule, model)
+        for n, without in enumerate(["ab", "a", "", "e", "", "cd"]):
+            state, model = world.step(state, model, with_none(world.model(seed=n + 1), without))
+        assert len({repr(leaf.state[0]) for leaf in leaves(state)}) > 1
+        return state, model
+
+    same_story(story, world)
+
+
+# -- states are values ---------------------------------------------------------------------------------------
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "pickled": lambda state: pickle.loads(pickle.dumps(state)),
+    "deep": copy.deepcopy,
+    "shallow": copy.copy,
+}
+
+
+@capturable_or_not
+@some_rules
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_copy_of_a_state_goes_its_own_way(rule: opt.Rule, capturable: bool, kind: str) -> None:
+    world = World("triton", capturable=capturable)
+    model = world.model()
+    state = world.setup(rule, model)
+    state, model = opt.update_(state, model, world.model(seed=1))
+    other, twin = COPIES[kind](state), {k: x.clone() for k, x in model.items()}
+
+    assert snapshot(other, twin) == snapshot(state, model)
+
+    before = snapshot(other, twin)
+    grads = world.model(seed=2)
+    opt.update_(state, model, grads)
+    opt.adjust_(state, 0.7)
+
+    assert snapshot(other, twin) == before
+
+    opt.update_(other, twin, grads)
+    opt.adjust_(other, 0.7)
+
+    assert snapshot(other, twin) == snapshot(state, model)
+
+
+@capturable_or_not
+@some_rules
+def test_an_old_state_may_be_stepped_again(rule: opt.Rule, capturable: bool) -> None:
+    world = World("triton", capturable=capturable)
+    model, grads = world.model(), [world.model(seed=n) for n in range(1, 5)]
+    state, model = opt.update(world.setup(rule, model), model, grads[0])
+    before = snapshot(state, model)
+    first = opt.update(state, model, grads[1])
+    seen = snapshot(*first)
+    other = opt.update(state, model, with_none(grads[2], "b"))
+    again = opt.update(state, model, grads[1])
+
+    assert (snapshot(state, model), snapshot(*first), snapshot(*again)) == (before, seen, seen)
+
+    opt.update_(other[0], copy.deepcopy(other[1]), grads[3])  # its b is the old one
+    opt.update_(*again, grads[3])
+
+    assert (snapshot(state, model), snapshot(*first)) == (before, seen)
+
+
+def test_the_clock_and_the_numbers_of_a_capturable_state_stay_where_they_are() -> None:
+    """A graph that was captured reads and writes them there."""
+    world = World("triton", capturable=True)
+    model = world.model()
+    state = world.setup(opt.Chain(opt.AccumGrad(2), opt.AdamW(0.1)), model)
+    store = parts(state)[0]
+
+    def places() -> list[int]:
+        arrays = [a for a in store.arrays() if isinstance(a, torch.Tensor)]
+        return [a.data_ptr() for a in arrays]
+
+    before = places()
+    for n in range(3):
+        opt.update_(state, model, with_none(world.model(seed=n), "b" if n == 1 else ""))
+    opt.adjust_(state, 0.3)
+    opt.adjust_(state.c, beta=(0.5, 0.5))
+    opt.freeze_(state.a)
+    opt.update_(state, model, world.model(seed=5))
+    state.b.state = state.c.state
+
+    assert places() == before
+    assert isinstance(store.clock, torch.Tensor)
+    assert store.clock.device.type == DEVICE
+    assert int(store.clock) == 4
+
+
+# -- gradients that were scaled ------------------------------------------------------------------------------
+
+SCALED = RULES | {
+    "longest": LongestSeen(),
+    "following": opt.AdamW(SCHEDULES["Linear"]),
+    "nothing": opt.Chain(),
+}
+
+
+def scaling(scale: float, found: float, shape: tuple[int, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a scaler of gradients keeps on the device."""
+    return torch.full(shape, scale, device=DEVICE), torch.full(shape, found, device=DEVICE)
+
+
+@pytest.mark.parametrize("rule", SCALED.values(), ids=SCALED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scaled_gradients_are_divided(rule: opt.Rule, dtype: str) -> None:
+    """By a power of two, so that nothing is rounded."""
+    found = []
+    for scale in (1.0, 1024.0):
+        world = World("triton", capturable=True)
+        model = world.model(dtype)
+        state = world.setup(rule, model)
+        for n in range(3):
+            grads = with_none(
+                {k: scale * g for k, g in world.model(dtype, seed=n + 1).items()}, "b" if n == 1 else ""
+            )
+            if scale == 1:
+                opt.update_(state, model, grads)
+            else:
+                update_scaled(state, model, grads, scaling(scale, 0.0, () if n else (1,)))
+        found.append(snapshot(state, model))
+
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("rule", SCALED.values(), ids=SCALED)
+@pytest.mark.parametrize("shape", [(), (1,)], ids=repr)
+def test_a_step_where_something_was_found_changes_nothing(rule: opt.Rule, shape: tuple[int, ...]) -> None:
+    world = World("triton", capturable=True)
+    model = world.model("float32")
+    state = world.setup(rule, model)
+    for n in range(3):
+        update_scaled(state, model, world.model("float32", seed=n + 1), scaling(2.0, 0.0))
+        before = snapshot(state, model)
+        grads = world.model("float32", seed=7)
+        grads["a"][0, 0], grads["c"][1, 1] = math.inf, math.nan
+        update_scaled(state, model, grads, scaling(2.0, 1.0, shape))
+        update_scaled(state, model, with_none(grads, "b"), scaling(math.inf, 2.0, shape))
+
+        assert snapshot(state, model) == before
+
+
+OTHER_SHAPES = {"Sketched", "RowScaled", "RowMoments"}
+"""Rows that compute values of another shape than the parameters, leaf by leaf."""
+
+
+def test_what_takes_scaling() -> None:
+    """Capturable states of rules that compute nothing of another shape than the parameters."""
+    model = [torch.ones(3, 4, device=DEVICE)]
+    for row in TABLE:
+        if row.takes("float32"):
+            for capturable in (False, True):
+                state = opt.setup(row.rule, model, engine="triton", capturable=capturable)
+
+                assert takes_scaling(state) == (capturable and row.name not in OTHER_SHAPES), row.name
+
+
+# -- what a step costs ---------------------------------------------------------------------------------------
+
+Launch = tuple[Any, Any, tuple[Any, ...], dict[str, Any]]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Every launch of a kernel: (kernel, grid, arguments, settings)."""
+    seen: list[Launch] = []
+    kind = type(triton_support.gather)
+    original = kind.__getitem__
+
+    def __getitem__(kernel: Any, grid: Any) -> Any:  # noqa: N807 it takes the place of the other
+        def launch(*args: Any, **settings: Any) -> Any:
+            seen.append((kernel, grid, args, settings))
+            return original(kernel, grid)(*args, **settings)
+
+        return launch
+
+    monkeypatch.setattr(kind, "__getitem__", __getitem__)
+    return seen
+
+
+@every_row
+@capturable_or_not
+def test_the_number_of_launches_does_not_depend_on_that_of_leaves(
+    row: Row,
+    capturable: bool,
+    launches: list[Launch],
+) -> None:
+    counts = []
+    for n in (1, 6):
+        model = [torch.full((2, 3), 0.5, device=DEVICE, dtype=getattr(torch, row.single)) for _ in range(n)]
+        state = opt.setup(row.rule, model, engine="triton", capturable=capturable)
+        opt.update_(state, model, [x.clone() for x in model])
+        launches.clear()
+        opt.update_(state, model, [x.clone() for x in model])
+        counts.append(len(launches))
+
+    assert counts[0] == counts[1] or (capturable and row.name in OTHER_SHAPES)
+    if not capturable:
+        assert sum("addresses" in kernel.arg_names for kernel, *_ in launches) <= row.passes
+        assert row.passes > 1 or counts[0] <= 1
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many words were copied to the device, copy by copy."""
+    seen: list[int] = []
+    original = engine.copy_over
+
+    def copy_over(memory: Any, host: Any, count: int, staged: Any) -> None:
+        seen.append(count)
+        original(memory, host, count, staged)
+
+    monkeypatch.setattr(engine, "copy_over", copy_over)
+    return seen
+
+
+def test_what_has_not_changed_is_not_sent_again(sent: list[int]) -> None:
+    model, grads = (model_of(PLACES, "float32", seed) for seed in (0, 1))
+    state = opt.setup(opt.Descent(0.1), model, engine="triton")
+    opt.update_(state, model, grads)
+
+    assert len(sent) == 1
+
+    for _ in range(3):
+        opt.update_(state, model, grads)
+
+    assert len(sent) == 1
+
+
+def test_only_the_scalars_are_sent_where_only_they_have_changed(sent: list[int], sheets: list[Any]) -> None:
+    """A row of numbers for all leaves, since they were always stepped together."""
+    model, grads = (model_of(PLACES, "float32", seed) for seed in (0, 1))
+    state = opt.setup(opt.AdamW(0.1), model, engine="triton")
+    for _ in range(3):
+        opt.update_(state, model, grads)
+
+    assert sent[0] > len(model)
+    assert sent[1:] == [sheets[-1].numbers] * 2
+    assert sheets[-1].numbers <= 10
+
+    sent.clear()
+    opt.update_(state, model, model_of(PLACES, "float32", 2))
+
+    assert len(sent) == 1
+    assert sent[0] > len(model)
+
+
+def test_a_capturable_state_sends_nothing_but_addresses(sent: list[int]) -> None:
+    model, grads = (model_of(PLACES, "float32", seed) for seed in (0, 1))
+    rule = opt.Chain(opt.ClipGlobalNorm(0.5), opt.AccumGrad(2), opt.AdamW(opt.Linear(0.1, 0.2, 5)))
+    state = opt.setup(rule, model, capturable=True)
+    opt.update_(state, model, grads)
+    sent.clear()
+    for _ in range(3):
+        opt.update_(state, model, grads)
+
+    assert sent == []
+
+
+@capturable_or_not
+def test_nothing_is_written_anew_when_settings_change(capturable: bool) -> None:
+    world = World("triton", capturable=capturable)
+    model = world.model("float32")
+    state = world.setup(opt.Chain(opt.ClipNorm(0.5), opt.AdamW(opt.Linear(0.1, 0.2, 5))), model)
+    for n in range(2):
+        opt.update_(state, model, world.model("float32", seed=n))
+    before = engine.kernel_of.cache_info().misses, len(cache._loaded)
+    for n in range(3):
+        opt.adjust_(state, beta=(0.5, 0.25 * n))
+        opt.adjust_(state.b, omega=0.25)
+        state, model = opt.update_(state, model, with_none(world.model("float32", seed=n), "bcd"[n]))
+    opt.freeze_(state.a)
+    opt.update_(state, model, world.model("float32"))
+
+    assert (engine.kernel_of.cache_info().misses, len(cache._loaded)) == before
+
+
+@pytest.fixture
+def sheets(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The tables of every pass that was launched."""
+    seen: list[Any] = []
+    original = engine.Fused.sheet
+
+    def sheet(self: Any, *args: Any) -> Any:
+        seen.append(original(self, *args))
+        return seen[-1]
+
+    monkeypatch.setattr(engine.Fused, "sheet", sheet)
+    return seen
+
+
+def test_16_bytes_are_read_at_a_time_only_where_all_arrays_of_a_leaf_are_aligned(sheets: list[Any]) -> None:
+    """The state always is; parameters and gradients lie as they lie."""
+    ways = list(itertools.product([torch.clone, shifted], repeat=2))
+    model, grads = ([w[n](torch.ones(5, device=DEVICE)) for w in ways] for n in range(2))
+    state = opt.setup(opt.AdamW(0.1), model, engine="triton")
+    for _ in range(2):
+        opt.update_(state, model, grads)
+        wanted = [
+            x.data_ptr() % 16 == 0 and g.data_ptr() % 16 == 0 for x, g in zip(model, grads, strict=True)
+        ]
+        np.testing.assert_array_equal(sheets[-1].aligned.cpu()[: len(ways)].numpy(), wanted)
+
+        assert sum(wanted) in (1, 2)
+
+        model, grads = (
+            [x.clone() for x in model],
+            [g.clone() if n % 2 else shifted(g) for n, g in enumerate(grads)],
+        )
+
+
+# -- steps in a graph ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Says whether what is launched from now on is noted in a graph."""
+    now = [False]
+    monkeypatch.setattr(engine, "capturing", lambda _: now[0])
+    return lambda on: now.__setitem__(0, on)
+
+
+def captured(state: Any) -> list[Any]:
+    """The tables that belong to graphs."""
+    return [s for g in parts(state)[0].groups for s in g.memo.get("captured", [])]
+
+
+def test_a_captured_step_has_tables_of_its_own(capture: Callable[[bool], None], sheets: list[Any]) -> None:
+    """Later steps do not write into them, nor does a later capture."""
+    world = World("triton", capturable=True)
+    model, grads = world.model(), world.model(seed=1)
+    state = world.setup(opt.Chain(opt.ClipNorm(0.5), opt.AdamW(0.1)), model)
+    opt.update_(state, model, grads)
+    capture(True)
+    opt.update_(state, model, grads)
+    capture(False)
+    own = captured(state)
+    eager = [s for s in sheets if not any(s is o for o in own)]
+    before = [s.memory.clone() for s in own]
+
+    assert len(own) == 2
+    assert len({s.memory.data_ptr() for s in (*own, *eager)}) == 4
+
+    for n in range(3):
+        opt.update_(state, model, with_none(world.model(seed=n), "b" if n == 1 else ""))
+    opt.adjust_(state, 0.5)
+    capture(True)
+    opt.update_(state, model, world.model(seed=7))
+    capture(False)
+
+    assert len(captured(state)) == 4
+    assert all(torch.equal(s.memory, m) for s, m in zip(own, before, strict=True))
+
+
+REPLAYED = RULES | {
+    "following": opt.Chain(opt.ClipGlobalNorm(0.5), opt.AdamW(SCHEDULES["Linear"])),
+    "longest": LongestSeen(),
+    "Descent": opt.Descent(0.1),
+}
+
+
+CHANGED: dict[str, Any] = {"following": {"epsilon": 1e-3}}
+"""What is adjusted between replays: numbers, since another structure is another state in memory."""
+
+
+@pytest.mark.parametrize(("name", "rule"), REPLAYED.items(), ids=REPLAYED)
+def test_what_a_step_launches_is_a_step_again(
+    name: str, rule: opt.Rule, capture: Callable[[bool], None], launches: list[Launch]
+) -> None:
+    """So a graph that is replayed goes on, with the gradients, settings and numbers that then stand where
+    they stood.
+    """
+    world = World("triton", capturable=True)
+    model, grads = world.model(), world.model(seed=1)
+    twin = {k: x.clone() for k, x in model.items()}
+    state, other = world.setup(rule, model), world.setup(rule, twin)
+    for s, m in ((state, model), (other, twin)):
+        opt.update_(s, m, grads)
+    launches.clear()
+    capture(True)
+    opt.update_(state, model, grads)
+    capture(False)
+    graph = launches.copy()
+    opt.update_(other, twin, grads)
+    for n in range(4):
+        new = world.model(seed=n + 2)
+        for k, g in grads.items():
+            g.copy_(new[k])
+        if n == 1:
+            for s in (state, other):
+                opt.adjust_(s.b, **CHANGED.get(name, {"eta": 0.03}))
+        if n == 2:  # a step aside, as eager ones are
+            for s, m in ((state, model), (other, twin)):
+                opt.update_(s, m, with_none(world.model(seed=30), "c"))
+        with np.errstate(all="ignore"):
+            for kernel, grid, args, settings in graph:
+                kernel[grid](*args, **settings)
+        parts(state)[0].tick()
+        opt.update_(other, twin, grads)
+
+        assert snapshot(state, model) == snapshot(other, twin)

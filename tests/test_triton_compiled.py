@@ -1,0 +1,331 @@
+"""The kernels for CUDA, compiled ahead of time without a device: their assembly says what memory they touch.
+
+Functions such as `exp` come from NVIDIA's libdevice here, as on a device; where Triton's interpreter runs the
+same kernels, they are NumPy's. So what they compute is tested there, and that they compile is tested here.
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import optimisers as opt
+from optimisers.engines import fused, kernels, triton_kernels
+from optimisers.engines import triton as engine
+from optimisers.store import Shape, grouped, started
+from tests.table import REAL, TABLE, Row
+from tests.table import name as of_row
+
+ARCHITECTURES = (80, 90)
+"""Compute capabilities: A100 and H100."""
+
+WORKERS = 2
+
+THREADS = 32 * engine.OPTIONS["num_warps"]
+
+every_row = pytest.mark.parametrize("row", TABLE, ids=of_row)
+
+POINTERS = {
+    **dict.fromkeys(("chunks", "addresses", "aligned", "row", "sizes", "begin"), "*i64"),
+    **dict.fromkeys(("table", "partial", "out", "vector", "total"), "*fp64"),
+    **dict.fromkeys(("scale_at", "found"), "*fp32"),
+}
+"""What a kernel is given, without the digits at the end; everything else is a number."""
+
+
+class Case(NamedTuple):
+    """A kernel to compile: the text of its module, or its name among those written by hand."""
+
+    title: str
+    text: str
+    constants: dict[str, Any]
+    warps: int
+    clock: str = "*fp64"
+
+    @property
+    def key(self) -> str:
+        """Equal for kernels that differ in their docstring alone."""
+        return repr((self.text.rpartition('"""\n')[2], self.constants, self.clock))
+
+
+# -- compiling -----------------------------------------------------------------------------------------------
+
+WORKER = """
+import contextlib, io, json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from optimisers.engines import cache, triton_support
+
+assert not triton_support.INTERPRETED
+found = []
+for key, text, constants, options, pointers, architectures in json.load(sys.stdin):
+    kernel = getattr(triton_support, text, None) if text.isidentifier() else cache.load(text).kernel
+    kinds = {n: pointers.get(n.rstrip("0123456789"), "i32") for n in kernel.arg_names}
+    kinds = {n: "constexpr" if n in constants else kind for n, kind in kinds.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if kinds[n][0] == "*"}
+    for architecture in architectures:
+        log = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(log):
+                source = ASTSource(kernel, kinds, constexprs=constants, attrs=aligned)
+                made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+            found.append((key, architecture, made.asm["ptx"], log.getvalue()))
+        except Exception as error:
+            found.append((key, architecture, "", f"{type(error).__name__}: {error}"))
+json.dump(found, sys.stdout)
+"""
+
+
+def compile_all(cases: list[Case], where: Path) -> dict[Any, Any]:
+    """(kernel, architecture) -> (assembly, what the assembler said), by some processes at once."""
+    unique = list({case.key: case for case in cases}.values())
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(where), "TRITON_DUMP_PTXAS_LOG": "1"}
+
+    def work(n: int) -> list[Any]:
+        items = [
+            (
+                c.key,
+                c.text,
+                c.constants,
+                engine.OPTIONS | {"num_warps": c.warps},
+                POINTERS | {"clock": c.clock},
+                ARCHITECTURES,
+            )
+            for c in unique[n::WORKERS]
+        ]
+        ended = subprocess.run(
+            [sys.executable, "-c", WORKER],
+            input=json.dumps(items),
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+        return json.loads(ended.stdout)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        found = [x for part in pool.map(work, range(WORKERS)) for x in part]
+    return {(key, architecture): (ptx, log) for key, architecture, ptx, log in found}
+
+
+# -- which kernels there are ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def group_of(row: Row, dtype: str) -> Any:
+    x = torch.zeros(2, 3, dtype=getattr(torch, dtype))
+    (group,) = grouped([(0, row.rule, started(row.rule, x, "x"))], [Shape.of(x)])
+    return group
+
+
+class PassCase(NamedTuple):
+    """The kernel of one pass, and how many accesses of 16 bytes it takes to read and write all its arrays."""
+
+    case: Case
+    loads: int
+    stores: int
+
+
+@functools.cache
+def passes_of(
+    row: Row, dtype: str, gradient: str, *, inplace: bool = True, scaled: bool = False
+) -> list[PassCase]:
+    """The passes of a row."""
+    found = []
+    program = group_of(row, dtype).program
+    for p in fused.sample_passes(program):
+        kinds = fused.kinds_of(program, p, dtype, gradient)
+        text = engine.sources(program, p, kinds, dtype, inplace=inplace, scaled=scaled)
+        what = "reduction" if p.reductions else "store"
+        title = (
+            f"{row.name} {dtype} {gradient} {what}{' scaled' if scaled else ''}{'' if inplace else ' anew'}"
+        )
+        read = [kinds[a] for a in (*p.loads, *(f"f{n}" for n in range(len(p.free))))]
+        written = [kinds[a] for a, _ in p.stores]
+        loads, stores = (
+            sum(engine.BLOCK // THREADS * kernels.BYTES[kind] // 16 for kind in kinds)
+            for kinds in (read, written)
+        )
+        found.append(
+            PassCase(Case(title, text, {"BLOCK": engine.BLOCK}, engine.OPTIONS["num_warps"]), loads, stores)
+        )
+    return found
+
+
+SINGLE = ("float32", "bfloat16")
+"""Element types for which every row is compiled."""
+
+THOROUGH = ("AdamW", "Chain-accumulate-clip-AdamW", "Chain-global-AdamW", "MixedPrecision")
+"""Rows that are compiled in every way: for all types, float32 gradients of bfloat16 parameters, new arrays,
+and gradients that were scaled.
+"""
+
+
+def of_passes(row: Row) -> Iterator[PassCase]:
+    """All passes of a row that are compiled here."""
+    for dtype in REAL if row.name in THOROUGH else SINGLE:
+        if row.takes(dtype):
+            yield from passes_of(row, dtype, dtype)
+    if row.name in THOROUGH:
+        yield from passes_of(row, "bfloat16", "float32")
+        yield from passes_of(row, row.single, row.single, inplace=False)
+        yield from passes_of(row, row.single, row.single, scaled=True)
+        yield from passes_of(row, "bfloat16", "bfloat16", scaled=True)
+
+
+@functools.cache
+def scalars_of(row: Row) -> list[Case]:
+    """The kernels for scalars that a step of a row launches, as it launches them."""
+    texts: list[tuple[str, str]] = []
+    original = triton_kernels.scalar_source
+    for capturable in (False, True):
+        kind = "*fp64" if capturable else "*fp32"
+
+        def noted(*args: Any, kind: str = kind, **options: Any) -> str:
+            texts.append((original(*args, **options), kind))
+            return texts[-1][0]
+
+        model = [torch.full((2, 3), 0.5, dtype=getattr(torch, row.single)) for _ in range(2)]
+        state = opt.setup(row.rule, model, engine="triton", capturable=capturable)
+        triton_kernels.scalar_source = noted
+        try:
+            opt.update_(state, model, [x.clone() for x in model])
+        finally:
+            triton_kernels.scalar_source = original
+    return [Case(f"{row.name} scalars", text, {"LANES": engine.LANES}, 4, kind) for text, kind in texts]
+
+
+BY_HAND = [
+    *(Case(f"gather {op}", "gather", {"OP": op, "BLOCK": 128}, 4) for op in ("sum", "max", "min")),
+    Case("add_up", "add_up", {"BLOCK": 1024}, 8),
+]
+
+FOLLOWING = Row(
+    "following",
+    opt.Chain(
+        opt.ClipGlobalNorm(), opt.AdamW(opt.Cosine(0.1, 100, warmup=10), (opt.Linear(0.9, 0.8, 9), 0.99))
+    ),
+)
+"""Settings that follow the clock are computed by the kernel for scalars."""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """All kernels of this file."""
+    cases = [found.case for row in TABLE for found in of_passes(row)]
+    cases += [case for row in (*TABLE, FOLLOWING) for case in scalars_of(row)]
+    return compile_all([*cases, *BY_HAND], tmp_path_factory.mktemp("triton"))
+
+
+# -- what they do --------------------------------------------------------------------------------------------
+
+CLEAN = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+
+
+def refuse_spills(case: Case, architecture: int, compiled: dict[Any, Any]) -> str:
+    """The assembly of a kernel, which keeps everything in registers."""
+    ptx, log = compiled[case.key, architecture]
+    where = f"{case.title}, sm_{architecture}"
+
+    assert f".target sm_{architecture}" in ptx, (where, log)
+    assert ".local" not in ptx, where
+    assert set(re.findall(r"\d+ bytes stack frame.*", log)) == {CLEAN}, (where, log)
+    return ptx
+
+
+def accesses(ptx: str, word: str) -> Counter[int]:
+    """How often so many bytes are read or written at once."""
+    found = re.findall(rf"\b{word}\.global(?:\.[a-zA-Z_0-9:]+?)*?(?:\.v([248]))?\.[bfsu](8|16|32|64)\b", ptx)
+    return Counter(int(n or 1) * int(bits) // 8 for n, bits in found)
+
+
+def test_accesses_are_counted_by_their_width() -> None:
+    ptx = """
+        ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+        @%p1 ld.global.b16 %rs1, [ %rd1 + 0 ];
+        ld.global.L1::evict_last.v2.f64 { %rd1, %rd2 }, [ %rd1 ];
+        st.global.v2.b32 [ %rd1 ], { %r1, %r2 };
+        ld.shared.b32 %r1, [%r2];
+    """
+
+    assert accesses(ptx, "ld") == {16: 2, 2: 1}
+    assert accesses(ptx, "st") == {8: 1}
+    assert len(re.findall(r"\b(?:ld|st)\.global", ptx)) == 4
+
+
+@every_row
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_passes_of_a_rule_read_and_write_16_bytes_at_once(
+    row: Row, architecture: int, compiled: dict[Any, Any]
+) -> None:
+    """Whole blocks of aligned leaves, every array once; and never more than an element where a leaf is not
+    aligned, or where a block ends early.
+    """
+    for case, loads, stores in of_passes(row):
+        ptx = refuse_spills(case, architecture, compiled)
+        read, written = accesses(ptx, "ld"), accesses(ptx, "st")
+
+        assert sum(read.values()) == len(re.findall(r"\bld\.global", ptx)), case.title
+        assert sum(written.values()) == len(re.findall(r"\bst\.global", ptx)), case.title
+        assert {size: n for size, n in read.items() if size > 8} == ({16: loads} if loads else {}), case.title
+        assert {size: n for size, n in written.items() if size > 8} == ({16: stores} if stores else {}), (
+            case.title
+        )
+        assert ".v2.b32" not in ptx, case.title
+
+
+@every_row
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_scalars_of_a_rule_stay_in_registers(
+    row: Row, architecture: int, compiled: dict[Any, Any]
+) -> None:
+    for case in scalars_of(row):
+        refuse_spills(case, architecture, compiled)
+
+
+@pytest.mark.parametrize("case", BY_HAND, ids=lambda case: case.title)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_written_by_hand_stay_in_registers(
+    case: Case, architecture: int, compiled: dict[Any, Any]
+) -> None:
+    refuse_spills(case, architecture, compiled)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_schedules_are_computed_on_the_device(architecture: int, compiled: dict[Any, Any]) -> None:
+    cases = scalars_of(FOLLOWING)
+
+    assert len(cases) > 1
+    for case in cases:
+        ptx, log = compiled[case.key, architecture]
+
+        assert f".target sm_{architecture}" in ptx, (case.title, log)
+
+
+@pytest.mark.parametrize(
+    ("ptx", "log"),
+    [
+        (".target sm_90a", CLEAN.replace("0 bytes spill", "4 bytes spill", 1)),
+        (".target sm_90a", f"{CLEAN}\n8 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"),
+        (".target sm_90a .local .b8 depot[8];", CLEAN),
+        (".target sm_80", CLEAN),
+        ("", "PTXASError: registers"),
+    ],
+)
+def test_a_kernel_that_spills_is_noticed(ptx: str, log: str) -> None:
+    refuse_spills(BY_HAND[0], 90, {(BY_HAND[0].key, 90): (".target sm_90a", CLEAN)})
+    with pytest.raises(AssertionError):
+        refuse_spills(BY_HAND[0], 90, {(BY_HAND[0].key, 90): (ptx, log)})
