@@ -51,7 +51,10 @@ def _numbered(store: Store) -> tuple[int, int]:
                 _numbers[new] = len(NUMBERED)
                 NUMBERED.append(new)
         _apart[_numbers[structure]] = _apart[_numbers[apart]] = _numbers[apart]
-    return _numbers[structure], _apart[_numbers[structure]]
+    number = _numbers[structure]
+    if NUMBERED[number] is not structure:  # equal ones are told from each other at a glance from now on
+        store.known = store.known[0], NUMBERED[number]
+    return number, _apart[number]
 
 
 _apart: dict[int, int] = {}

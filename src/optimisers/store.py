@@ -6,11 +6,10 @@ always stepped together share a row; one that is adjusted, frozen or skipped get
 part.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,12 @@ from optimisers.tree.walk import Layout
 from optimisers.value import fill, numbers, skeleton
 
 Table = np.ndarray[Any, np.dtype[np.float64]]
+
+FOLLOWED = (
+    "a capturable state is for CUDA graphs; for steps that somebody differentiates, write setup without "
+    "capturable"
+)
+"""What is said to those who want a capturable state to be followed."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,6 +94,10 @@ class Group:
     shared: bool = False
     """Whether another store may hold the same arrays: then they are copied before they are written."""
     memo: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    mirror: Any = None
+    """The hyper-parameters, where the numbers live on a device: only the host changes them, so it need not
+    read them back.
+    """
 
     def owned(self) -> "Group":
         """This group, its arrays no other store's: they may be written."""
@@ -98,7 +107,9 @@ class Group:
         return self
 
     def fork(self) -> "Group":
-        """The same leaves and arrays with a table of their own."""
+        """The same leaves and arrays with a table of their own; what a graph may write is not shared."""
+        if self.kind.capturable:
+            return self.duplicate()
         self.shared = True
         return dataclasses.replace(self, numbers=duplicated(self.numbers), row=self.row.copy())
 
@@ -106,7 +117,12 @@ class Group:
         """The same leaves with arrays and a table of their own."""
         slots = tuple(p.copy() for p in self.slots)
         return dataclasses.replace(
-            self, numbers=duplicated(self.numbers), row=self.row.copy(), slots=slots, shared=False
+            self,
+            numbers=duplicated(self.numbers),
+            row=self.row.copy(),
+            slots=slots,
+            shared=False,
+            mirror=self.own_mirror(),
         )
 
     def successor(self, *, whole: bool, symbolic: bool) -> "Group":
@@ -122,7 +138,14 @@ class Group:
             slots=slots,
             shared=False,
             memo={} if turned else self.memo,
+            mirror=self.own_mirror(),
         )
+
+    @property
+    def captured(self) -> bool:
+        """Whether a graph that was captured holds a step of some of the leaves."""
+        memos = (self.memo, *self.memo.get("subsets", {}).values())
+        return any(memo.get("captured") for memo in memos)
 
     @property
     def loose(self) -> bool:
@@ -208,38 +231,44 @@ class Group:
         table, which = np.unique(self.numbers[used], axis=0, return_inverse=True)
         self.numbers, self.row = table, which.ravel()[row.ravel()]
 
-    @contextlib.contextmanager
-    def at_hand(self) -> Generator[None]:
-        """The table of numbers on the host, to look at and to change, where it lives on a device: what was
-        changed is written there at the end, to the address where it is.
+    def own_mirror(self) -> Any:
+        """What the host knows of the numbers, to be changed apart."""
+        return None if self.mirror is None else self.mirror.copy()
+
+    def send(self) -> None:
+        """Bring hyper-parameters that the host has changed to where the numbers live, to the same address.
+
+        Raises BadState while a graph is captured, which would not hold the change.
         """
-        there = self.numbers
-        if not self.kind.capturable or isinstance(there, np.ndarray):
-            yield
+        if self.mirror is None:
             return
-        here = self.kind.library.to_numpy(there)
-        self.numbers = here.copy()
-        try:
-            yield
-            if not np.array_equal(self.numbers, here, equal_nan=True):
-                self.kind.library.assign(there, self.kind.library.on_device(self.numbers, self.kind.device))
-        finally:
-            self.numbers = there
+        library, device = self.kind.library, self.kind.device
+        if library.capturing(device):
+            raise BadState(
+                "the numbers of a capturable state were changed while a graph is captured; change them "
+                "before, or between its replays"
+            )
+        library.assign(
+            self.numbers[:, : self.program.hypers],
+            library.on_device(self.mirror[:, : self.program.hypers], device),
+        )
+
+    def counters_of(self, i: int) -> Any:
+        """The counters of leaf i."""
+        found = self.numbers[self.row[i], self.program.hypers :]
+        return found if self.mirror is None else self.kind.library.to_numpy(found)
 
     def rule_of(self, i: int) -> Rule:
         """The rule of leaf i of this group."""
-        like = numbers(self.rule)
-        with self.at_hand():
-            given = [_as(type(old), v) for old, v in zip(like, self.numbers[self.row[i]], strict=False)]
+        like, table = numbers(self.rule), self.numbers if self.mirror is None else self.mirror
+        given = [_as(type(old), v) for old, v in zip(like, table[self.row[i]], strict=False)]
         return fill(self.rule, iter(given))
 
     def state_of(self, i: int) -> Any:
         """The state of leaf i: arrays are views (read-only where other stores share them), numbers are
         copies.
         """
-        with self.at_hand():
-            found = self.numbers[self.row[i], self.program.hypers :]
-        counters = iter([_as(t, v) for t, v in zip(self.types, found, strict=True)])
+        counters = iter([_as(t, v) for t, v in zip(self.types, self.counters_of(i), strict=True)])
         arrays = iter([pack.library.seen(pack[i], read_only=self.shared) for pack in self.slots])
         leaves = [
             next(arrays) if registry.isarray(v) else next(counters) for _, v in flatten(self.program.template)
@@ -313,7 +342,7 @@ class Store:
         """
         groups = [g.fork() for g in self.groups]
         return dataclasses.replace(
-            self, groups=groups, frozen=self.frozen.copy(), clock=self.own_clock(), handles={}
+            self, groups=groups, frozen=self.frozen.copy(), clock=self.own_clock(), handles={}, retired=[]
         )
 
     def own_clock(self) -> Any:
@@ -373,14 +402,14 @@ class Store:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Store":
         groups = [g.duplicate() for g in self.groups]
         return dataclasses.replace(
-            self, groups=groups, frozen=self.frozen.copy(), clock=self.own_clock(), handles={}
+            self, groups=groups, frozen=self.frozen.copy(), clock=self.own_clock(), handles={}, retired=[]
         )
 
     def successor(self, groups: list[Group]) -> "Store":
         """The store after a step, with groups of the same leaves."""
         new = object.__new__(Store)
         changed = {"groups": groups, "frozen": self.frozen.copy(), "clock": self.clock + 1, "handles": {}}
-        vars(new).update(vars(self) | changed)
+        vars(new).update(vars(self) | changed | {"retired": []})
         new.changed()
         return new
 
@@ -390,7 +419,8 @@ class Store:
         self.changed()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"handles": {}, "plans": {}, "known": None, "numbered": None, "number": None}
+        fresh = {"handles": {}, "plans": {}, "known": None, "numbered": None, "number": None, "retired": []}
+        return vars(self) | fresh
 
     def assign(self, leaf: int, state: Any) -> None:
         """Replace the state of a leaf by one of the same form, shapes and types."""
@@ -402,8 +432,12 @@ class Store:
             pack.put(i, value)
         counters = list(itertools.compress(values, map(operator.not_, kinds)))
         at = (group.row[i], slice(group.program.hypers, None))
-        with group.at_hand():
-            group.numbers = registry.library(group.numbers).placed(group.numbers, at, counters)
+        library = registry.library(group.numbers)
+        if group.mirror is None:
+            group.numbers = library.placed(group.numbers, at, counters)
+        elif counters:
+            given = np.array(counters, np.float64)
+            library.assign(group.numbers[at], library.on_device(given, group.kind.device))
         self.changed()
 
     def change(self, leaves: Iterable[int], new: Callable[[Rule], Rule]) -> None:
@@ -415,8 +449,8 @@ class Store:
             if not mask.any():
                 continue
             group.part(np.flatnonzero(mask))
-            with group.at_hand():
-                moved += self.change_group(group, mask, new)
+            moved += self.change_group(group, mask, new)
+            group.send()
             group.join()
         if moved:
             self.move(moved)
@@ -433,6 +467,11 @@ class Store:
             rule = new(group.rule_of(int(members[0])))
             if skeleton(rule) == skeleton(group.rule):
                 followed = [v for v in numbers(rule) if not registry.library(v).is_fixed(v)]
+                if group.mirror is not None and followed:
+                    raise BadState(FOLLOWED)
+                if group.mirror is not None:
+                    group.mirror[r, : group.program.hypers] = [float(v) for v in numbers(rule)]
+                    continue
                 if followed and isinstance(group.numbers, np.ndarray):
                     group.numbers = registry.library(followed[0]).table(group.numbers)
                 library = registry.library(group.numbers)
@@ -457,8 +496,7 @@ class Store:
                 ]
         touched = {leaf for leaf, _, _ in entries}
         kept = [g for g in self.groups if not touched & set(map(int, g.leaves))]
-        if self.capturable:
-            self.retired += [g for g in self.groups if g not in kept]
+        self.retired += [g for g in self.groups if g not in kept and g.captured]
         self.groups = kept + grouped(sorted(entries, key=lambda e: e[0]), self.shapes)
         self.index()
         self.changed()
@@ -663,7 +701,10 @@ def _group(items: list[tuple[int, Rule, Any]], program: Program, shapes: Sequenc
         row=np.arange(len(items)),
     )
     if first.capturable:
-        group.numbers = first.library.on_device(np.asarray(group.numbers, np.float64), first.device)
+        if not isinstance(group.numbers, np.ndarray):
+            raise BadState(FOLLOWED)
+        group.mirror = group.numbers
+        group.numbers = first.library.on_device(group.mirror, first.device)
     elif first.library.HOST_NUMBERS or not any(map(depends_on_leaf, program.new_counters)):
         group.join()
     if not first.library.HOST_NUMBERS and isinstance(group.numbers, np.ndarray):

@@ -24,7 +24,7 @@ from optimisers.engines.rows import Rows, by_rows, sparse
 from optimisers.errors import BadSetting, BadState, FloatParameter, NoMatch, NoParameters, TreeMismatch
 from optimisers.leaf import Branch, Leaf, handle, listed, parts
 from optimisers.rule import Rule
-from optimisers.store import Group, Shape, Store, grouped, started
+from optimisers.store import FOLLOWED, Group, Shape, Store, grouped, started
 from optimisers.trace.phases import store_pass
 from optimisers.tree.path import KeyPath, matches
 from optimisers.tree.walk import Layout, Node, gather, gather_gradients, rebuild, survey
@@ -309,6 +309,8 @@ class _Step:
             xs, orders = plan.untied(xs, orders, store.layout)
         active = _active(store, plan, orders)
         self.symbolic = self.followed(xs, orders)
+        if self.symbolic and store.capturable:
+            raise BadState(FOLLOWED)
         self.jobs: list[tuple[Group, Any, Job, type[Task] | None]] = []
         for g, inside, at in plan.parts:
             members, taken = inside, at
@@ -584,8 +586,9 @@ def _memo(group: Group, members: Any) -> dict[str, Any]:
     subsets: dict[bytes, dict[str, Any]] = group.memo.setdefault("subsets", {})
     key = members.tobytes()
     if key not in subsets:
-        if len(subsets) >= SUBSETS:
-            subsets.pop(next(iter(subsets)))
+        idle = [k for k, kept in subsets.items() if not kept.get("captured")]
+        if len(idle) >= SUBSETS:
+            subsets.pop(idle[0])
         slots = [p.places.pick(members) for p in group.slots]
         subsets[key] = {"places": group.places.pick(members), "slots": slots}
     return subsets[key]

@@ -200,12 +200,15 @@ class Addressed(Task):
         for r, w in zip(self.stages[level].reductions, wanted, strict=True):
             if w and r.args[0].domain != "array":
                 word = self.job.library.WORDS[r.op]
-                values = [word(Values(self, k).get(r.args[0])) for k in range(leaves)]
-                found[r] = np.array([self.job.library.to_host(v) for v in values], float)
+                found[r] = self.stacked([word(Values(self, k).get(r.args[0])) for k in range(leaves)])
         p = reduce_pass(self.job.program, level, wanted)
         if p is not None:
             found.update(zip(p.reductions, self.reductions(p), strict=True))
         return found
+
+    def stacked(self, values: list[Any]) -> Any:
+        """Values of the leaves, each of the array library, as a vector of the host."""
+        return np.array([self.job.library.to_host(v) for v in values], float)
 
     def rows(self, p: Pass, new: dict[str, Indices]) -> list[Indices]:
         """The address table of a pass."""

@@ -47,8 +47,10 @@ BLOCK = 1024
 TAIL = 256
 """The same where elements are taken one by one, each at an address of its own."""
 
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-"""How Triton compiles a pass; products and sums may become one operation, as on the CPU."""
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True, "enable_reflect_ftz": False}
+"""How Triton compiles a pass: products and sums may become one operation, as on the CPU, and the smallest
+numbers are not taken for 0.
+"""
 
 EXACT = {"num_warps": 4, "enable_fp_fusion": False}
 """How it compiles scalars: as the host computes them."""
@@ -116,6 +118,12 @@ class Fused(Addressed):
     chunk = CHUNK
 
     def __init__(self, job: Job) -> None:
+        self.way = (job.inplace, job.scaling is not None, *(str(g.dtype) for g in job.grads[0][:1]))
+        if capturing(job) and self.way not in _seen(job):
+            raise BadState(
+                "a CUDA graph is captured of a step that has not run before; take one before the capture, in "
+                "the same thread, with gradients for the same arrays"
+            )
         super().__init__(job)
         self.device = home(job.device)
         self.scalars: Far = Far(job, self.scratch, self.chunks, self.device)
@@ -145,26 +153,18 @@ class Fused(Addressed):
             rows, row = self.addressed(p, members, new, row)
             if not len(chunks.leaf):
                 return
-            if capturing(self.job) and not chunks.placed:
-                raise BadState(
-                    "a CUDA graph is captured of a step that has not run before; take one before the "
-                    "capture, with gradients for the same arrays"
-                )
             sheet = self.sheet(p, members, table, rows, row)
-            scaling = self.job.scaling or ()
-            self.kernel(p)[(len(chunks.leaf),)](
+            given = (
                 placed(chunks, "table", self.device),
                 sheet.addresses,
                 sheet.aligned,
                 sheet.table if on_device is None else on_device,
                 sheet.row,
                 len(row),
-                *scaling,
+                *(self.job.scaling or ()),
                 *partial,
-                BLOCK=BLOCK,
-                TAIL=TAIL,
-                **OPTIONS,
             )
+            launched(self.job, self.kernel(p), len(chunks.leaf), given, BLOCK=BLOCK, TAIL=TAIL, **OPTIONS)
 
     def sheet(self, p: Pass, members: Any, table: Any, rows: list[Indices], row: Indices) -> "Sheet":
         """The tables of a launch, on the device."""
@@ -173,12 +173,17 @@ class Fused(Addressed):
         made = functools.partial(Sheet, self.device, size, len(rows), len(row), p)
         held = self.scratch.arrays if members is None else self.chunks_of(members).placed
         sheet = held[key] = held.get(key) or made()
-        spare = ("spare", *key)
-        if capturing(self.job):  # the graph reads these tables whenever it is replayed: they are its own
-            sheet = self.scratch.arrays.pop(spare, None) or made()
-            self.job.memo.setdefault("captured", []).append(sheet)
-        elif self.job.capturable and self.device.type == "cuda":
-            self.scratch.kept(spare, lambda: made().spare())
+        if self.job.capturable:
+            spares = self.scratch.kept(("spares", *key), list)
+            if capturing(self.job):  # the graph reads these tables whenever it is replayed: they are its own
+                if not spares:
+                    raise BadState(
+                        f"{SPARES} CUDA graphs of one step were captured; take a step before the next capture"
+                    )
+                sheet = spares.pop()
+                self.job.memo.setdefault("captured", []).append(sheet)
+            else:
+                spares += [made().spare() for _ in range(SPARES - len(spares))]
         sheet.send(table, rows, row)
         return sheet
 
@@ -210,11 +215,67 @@ class Fused(Addressed):
     def received(self, total: Any) -> Any:
         return total
 
+    def stacked(self, values: list[Any]) -> Any:
+        """Values of the leaves, which stay on the device where that can be."""
+        if self.job.library.NAME != "torch":
+            return super().stacked(values)
+        return torch.stack([v.to(torch.float64) for v in values])
+
+    def prepare(self) -> None:
+        super().prepare()
+        for p, _ in self.plan:
+            if p is not None:
+                self.compile(p)
+        if self.blind:
+            p = self.plan[0][0] if self.plan else None
+            self.scalars.prepare(p.scalars if p is not None else (), self.job.program.new_counters)
+
+    def compile(self, p: Pass) -> None:
+        """Have the kernel of a pass compiled: nothing is written before it is known that it can be."""
+        kinds = [*INDICES, *([torch.float32] * 2 if self.job.scaling is not None else [])]
+        kinds += [torch.float64] if p.reductions else []
+        compiled(self.kernel(p), tuple(kinds), self.device, BLOCK=BLOCK, TAIL=TAIL, **OPTIONS)
+
     def commit(self) -> Result:
         if self.blind and self.plan and self.plan[0][0] is None:
             with on(self.job.library, self.device):
                 self.scalars.columns((), self.job.program.new_counters)
-        return super().commit()
+        result = super().commit()
+        self.scratch.kept("seen", set).add(self.way)
+        return result
+
+
+INDICES = (torch.int64, torch.int64, torch.int64, torch.float64, torch.int64, 3)
+"""What every pass is given: chunks, addresses, whether they are aligned, scalars, rows, how many leaves."""
+
+SPARES = 4
+"""How many graphs of one step may be captured between two steps that are not."""
+
+
+def _seen(job: Job) -> Any:
+    """The ways in which these leaves were stepped in this thread."""
+    scratch = job.memo.get("scratch")
+    return () if scratch is None else scratch.arrays.get("seen", ())
+
+
+def launched(job: Job, kernel: Any, programs: int, given: tuple[Any, ...], **options: Any) -> None:
+    """Launch a kernel; what a graph that is captured reads and writes is kept as long as the state."""
+    if capturing(job):
+        job.memo.setdefault("captured", []).append(given)
+    kernel[(programs,)](*given, **options)
+
+
+_compiled: set[Any] = set()
+
+
+def compiled(kernel: Any, kinds: tuple[Any, ...], device: Any, **options: Any) -> None:
+    """Have a kernel compiled for arguments of some types, once."""
+    key = (id(kernel), kinds, str(device))
+    if key in _compiled or support().INTERPRETED:
+        return
+    with torch.cuda.device(device):
+        kernel.warmup(*kinds, grid=(1,), **options)
+    _compiled.add(key)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -243,14 +304,15 @@ class Far(Scalars):
     def __init__(self, job: Job, scratch: Any, chunks: Chunks, device: Any) -> None:
         super().__init__(job.numbers, job.row, job.sizes, job.clock)
         self.job, self.scratch, self.chunks, self.device = job, scratch, chunks, device
-        self.partials: dict[int, Partial] = {}
+        self.partials: dict[int, Any] = {}
+        """Reductions of every chunk, or of every leaf."""
         self.totals: dict[int, Any] = {}
         self.put_here: list[int] = []
         self.shown: dict[int, Any] = {}
         self.learn()
 
     def put(self, e: Expr, value: Any, *, of_leaf: bool) -> None:
-        if isinstance(value, Partial):
+        if isinstance(value, Partial) or (isinstance(value, torch.Tensor) and value.ndim):
             self.partials[id(e)] = value
         elif isinstance(value, torch.Tensor):
             self.totals[id(e)] = value
@@ -312,10 +374,9 @@ class Far(Scalars):
         out = self.kept("total", e, 1)
         with on(self.job.library, self.device):
             known = self.partials.get(id(e))
-            if known is not None and known.op == "sum" and len(self.chunks.leaf):
-                support().add_up[(1,)](
-                    known.values, len(self.chunks.leaf), out, BLOCK=8192, **EXACT | {"num_warps": 16}
-                )
+            if isinstance(known, Partial) and known.op == "sum" and len(self.chunks.leaf):
+                given = known.values, len(self.chunks.leaf), out
+                launched(self.job, support().add_up, 1, given, BLOCK=8192, **EXACT | {"num_warps": 16})
             else:
                 self.run([e], (), out, total=True)
         return out[0]
@@ -334,14 +395,19 @@ class Far(Scalars):
             (what, id(e)), lambda: torch.empty(n, dtype=torch.float64, device=self.device)
         )
 
+    def found(self, wanted: Sequence[Expr], counters: Sequence[Expr], *, total: bool) -> Any:
+        """What `kernel` gives for some nodes, kept, and its name."""
+        key = ("scalars", total, self.stage, *map(id, wanted), None, *map(id, counters))
+        held, _ = self.scratch.kept(
+            key, lambda: (self.kernel(wanted, counters, total=total), (wanted, counters))
+        )
+        return *held, key
+
     def run(self, wanted: Sequence[Expr], counters: Sequence[Expr], out: Any, *, total: bool) -> None:
         """Compute scalars by one launch."""
-        key = ("scalars", total, self.stage, *map(id, wanted), None, *map(id, counters))
-        kernel, near, vectors, totals, _ = self.scratch.kept(
-            key, lambda: (*self.kernel(wanted, counters, total=total), (wanted, counters))
-        )
+        kernel, near, vectors, totals, key = self.found(wanted, counters, total=total)
         device, leaves = self.device, len(self.row)
-        found: Any = zero(device)
+        found: Any = self.scratch.kept("found", lambda: torch.zeros(1, device=device))
         if self.job.capturable:
             table, row, clock = self.numbers, self.fixed("row", self.row), self.clock
             found = self.job.scaling[1] if self.job.scaling else found
@@ -354,7 +420,16 @@ class Far(Scalars):
         held = [self.gathered(e) for e in vectors]
         sums = [self.totals[id(e)] for e in totals]
         grid = 1 if total else -(-leaves // LANES)
-        kernel[(grid,)](table, row, sizes, clock, found, out, *held, *sums, leaves, LANES=LANES, **EXACT)
+        given = (table, row, sizes, clock, found, out, *held, *sums, leaves)
+        launched(self.job, kernel, grid, given, LANES=LANES, **EXACT)
+
+    def prepare(self, wanted: Sequence[Expr], counters: Sequence[Expr]) -> None:
+        """Have the kernel compiled that computes these and stores the counters."""
+        kernel, _, vectors, totals, _ = self.found(wanted, counters, total=False)
+        clock = self.clock.dtype if isinstance(self.clock, torch.Tensor) else torch.float32
+        kinds = [torch.float64, torch.int64, torch.int64, clock, torch.float32, torch.float64]
+        kinds += [torch.float64] * (len(vectors) + len(totals))
+        compiled(kernel, (*kinds, 3), self.device, LANES=LANES, **EXACT)
 
     def kernel(self, wanted: Sequence[Expr], counters: Sequence[Expr], *, total: bool) -> Any:
         """(kernel, the nodes that the host gives it, reductions, totals) for some scalars."""
@@ -393,9 +468,13 @@ class Far(Scalars):
 
     def gathered(self, e: Expr) -> Any:
         """A reduction of every leaf, from those of its chunks."""
-        known, out = self.partials[id(e)], self.kept("gathered", e, len(self.row))
+        known = self.partials[id(e)]
+        if not isinstance(known, Partial):
+            return known
+        out = self.kept("gathered", e, len(self.row))
         begin = placed(self.chunks, "begin", self.device)
-        support().gather[(len(self.row),)](known.values, begin, out, OP=known.op, BLOCK=1024, **EXACT)
+        given = known.values, begin, out
+        launched(self.job, support().gather, len(self.row), given, OP=known.op, BLOCK=1024, **EXACT)
         return out
 
     def fixed(self, name: str, values: Indices) -> Any:
@@ -431,7 +510,8 @@ class Sheet:
 
     def spare(self) -> "Sheet":
         """This sheet with memory to copy from: while a graph is captured, none can be had."""
-        self.staged = torch.empty(len(self.host), dtype=torch.int64, pin_memory=True)
+        pinned = self.memory.device.type == "cuda"
+        self.staged = torch.empty(len(self.host), dtype=torch.int64, pin_memory=pinned)
         return self
 
     def send(self, table: Any, rows: Sequence[Indices], row: Any) -> None:
@@ -484,11 +564,6 @@ def placed(chunks: Chunks, name: str, device: Any) -> Any:
         memory = torch.from_numpy(np.ascontiguousarray(getattr(chunks, name)).reshape(-1))
         chunks.placed[key] = memory.to(device, copy=True)
     return chunks.placed[key]
-
-
-@functools.cache
-def zero(device: Any) -> Any:
-    return torch.zeros(1, dtype=torch.float32, device=device)
 
 
 @functools.cache
