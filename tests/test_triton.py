@@ -1213,7 +1213,8 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
 def captured(state: Any) -> list[Any]:
     """The tables that belong to graphs."""
-    return [s for g in parts(state)[0].groups for s in g.memo.get("captured", [])]
+    kept = [s for g in parts(state)[0].groups for s in g.memo.get("captured", [])]
+    return [s for s in kept if isinstance(s, engine.Sheet)]
 
 
 def test_a_captured_step_has_tables_of_its_own(capture: Callable[[bool], None], sheets: list[Any]) -> None:

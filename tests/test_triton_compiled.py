@@ -160,7 +160,7 @@ def passes_of(
             for kinds in (read, written)
         )
         found.append(
-            PassCase(Case(title, text, {"BLOCK": engine.BLOCK}, engine.OPTIONS["num_warps"]), loads, stores)
+            PassCase(Case(title, text, {"BLOCK": engine.BLOCK, "TAIL": engine.TAIL}, engine.OPTIONS["num_warps"]), loads, stores)
         )
     return found
 
@@ -209,8 +209,8 @@ def scalars_of(row: Row) -> list[Case]:
 
 
 BY_HAND = [
-    *(Case(f"gather {op}", "gather", {"OP": op, "BLOCK": 128}, 4) for op in ("sum", "max", "min")),
-    Case("add_up", "add_up", {"BLOCK": 1024}, 8),
+    *(Case(f"gather {op}", "gather", {"OP": op, "BLOCK": 1024}, 4) for op in ("sum", "max", "min")),
+    Case("add_up", "add_up", {"BLOCK": 8192}, 16),
 ]
 
 FOLLOWING = Row(

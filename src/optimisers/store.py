@@ -49,8 +49,8 @@ class Shape:
     bundled: bool = False
     """Whether small ones of them share a vector all the same."""
     capturable: bool = False
-    """Whether the numbers of its state live on its device, at an address that stays, each leaf's in a row of
-    their own: a graph that was captured reads and writes them there.
+    """Whether the numbers of its state live on its device, each leaf's in a row of their own. They stay at
+    their address, as the arrays do: a graph that was captured reads and writes them there.
     """
 
     @classmethod
@@ -122,6 +122,7 @@ class Group:
             row=self.row.copy(),
             slots=slots,
             shared=False,
+            memo={} if self.kind.capturable else self.memo,
             mirror=self.own_mirror(),
         )
 
@@ -408,7 +409,10 @@ class Store:
     def successor(self, groups: list[Group]) -> "Store":
         """The store after a step, with groups of the same leaves."""
         new = object.__new__(Store)
-        changed = {"groups": groups, "frozen": self.frozen.copy(), "clock": self.clock + 1, "handles": {}}
+        clock = (
+            registry.library(self.clock).ticked(self.own_clock(), None) if self.capturable else self.clock + 1
+        )
+        changed = {"groups": groups, "frozen": self.frozen.copy(), "clock": clock, "handles": {}}
         vars(new).update(vars(self) | changed | {"retired": []})
         new.changed()
         return new

@@ -250,20 +250,17 @@ def update_scaled(state: Any, model: Any, grads: Any, scaling: tuple[Any, Any]) 
     """
     store, node, path = parts(state)
     xs, orders = walked(node, path, model, (grads,))
-    _Step(store, node, xs, orders, inplace=True, scaling=scaling).run()
+    library, device = registry.library(store.clock), registry.library(store.clock).device(store.clock)
+    here = tuple(library.moved(value, device) for value in scaling)
+    _Step(store, node, xs, orders, inplace=True, scaling=here).run()
 
 
 def takes_scaling(state: Any) -> bool:
     """Whether a step of this state may depend on numbers on the device alone."""
     store = parts(state)[0]
     whole = all(slot.shape is None for g in store.groups for slot in g.program.slots)
-    return store.capturable and whole and not any(map(free, store.groups))
-
-
-def free(group: Group) -> bool:
-    """Whether a step computes values of another shape than the parameters."""
-    p = store_pass(group.program, None)
-    return p is not None and bool(p.free)
+    stored = [store_pass(g.program, None) for g in store.groups]
+    return store.capturable and whole and not any(p is not None and p.free for p in stored)
 
 
 def _opened(state: Any, model: Any) -> tuple[Store, Node, KeyPath]:

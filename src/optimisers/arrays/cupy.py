@@ -325,7 +325,7 @@ on_device = host.on_device
 
 def capturing(device: str) -> bool:
     """Whether what is launched now is noted in a graph, to be replayed."""
-    return cp.cuda.get_current_stream().is_capturing()
+    return cp.cuda.get_current_stream(_gpu(device).id).is_capturing()
 
 
 def stream(device: str) -> int | None:

@@ -292,6 +292,9 @@ def copied(x: Tensor, dtype: Any) -> Tensor:
 
 def duplicate(x: Any) -> Any:
     """A copy of a tensor; anything else as it is."""
+    if isinstance(x, Tensor) and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            return x.clone()  # it may outlive this mode
     return x.clone() if isinstance(x, Tensor) else x
 
 
@@ -478,8 +481,16 @@ def constant(values: Any, beside: Tensor) -> Any:
 
 def on_device(numbers: Any, device: str) -> Tensor:
     """Numbers as a tensor of float64 on a device."""
-    held = numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.float64)
-    return held.to(device.partition(" ")[0])  # behind a distributed one stands how it is shared out
+    where = device.partition(" ")[0]  # behind a distributed one stands how it is shared out
+    if isinstance(numbers, Tensor):
+        return numbers.to(where)
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.float64, device=where)
+
+
+def moved(x: Any, device: str) -> Tensor:
+    """A number in float32 on a device; nobody waits for it."""
+    return x.to(device, torch.float32, non_blocking=True)
 
 
 def capturing(device: str) -> bool:

@@ -11,7 +11,6 @@ Under TRITON_INTERPRET=1 it serves tensors on the CPU, by Triton's interpreter: 
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import os
 from collections.abc import Sequence
@@ -71,7 +70,7 @@ def refusal(program: Program, library: str, device: str, dtype: str) -> str | No
     if dtype not in kernels.ARITHMETIC or "complex" in dtype:
         return f"element type {dtype}"
     if not available():
-        return "Triton is not installed; write pip install triton"
+        return "Triton 3.4 or later is not installed; write pip install triton"
     return printable(program, dtype, printed)
 
 
@@ -92,8 +91,12 @@ def home(device: str) -> Any:
 
 @functools.cache
 def available() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether a Triton is installed that has what is needed."""
+    try:
+        support()
+    except ImportError:
+        return False
+    return True
 
 
 def printed(program: Program, p: Pass, dtype: str, *, inplace: bool) -> str:
@@ -131,14 +134,11 @@ class Fused(Addressed):
     # -- passes --
 
     def reductions(self, p: Pass) -> list[Any]:
-        held = self.scratch.kept(
-            ("partial", id(p)), lambda: self.empty(len(p.reductions), max(1, len(self.chunks.leaf)))
-        )
+        shape = len(p.reductions), max(1, len(self.chunks.leaf))
+        with on(self.job.library, self.device):
+            held = self.scratch.kept(("partial", id(p)), lambda: lasting(shape, torch.float64, self.device))
         self.launch(p, self.chunks, None, {}, held)
         return [Partial(r.op, row) for r, row in zip(p.reductions, held, strict=True)]
-
-    def empty(self, *shape: int) -> Any:
-        return torch.empty(shape, dtype=torch.float64, device=self.device)
 
     def launch(self, p: Pass, chunks: Chunks, members: Any, new: dict[str, Indices], *partial: Any) -> None:
         far = self.scalars.far(p.scalars)
@@ -273,7 +273,7 @@ def compiled(kernel: Any, kinds: tuple[Any, ...], device: Any, **options: Any) -
     key = (id(kernel), kinds, str(device))
     if key in _compiled or support().INTERPRETED:
         return
-    with torch.cuda.device(device):
+    with contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device):
         kernel.warmup(*kinds, grid=(1,), **options)
     _compiled.add(key)
 
@@ -371,15 +371,16 @@ class Far(Scalars):
         """The sum over the leaves, on the device if the host does not know what is summed."""
         if not self.far([e]):
             return super().sum(e)
-        out = self.kept("total", e, 1)
         with on(self.job.library, self.device):
+            out = self.kept("total", e, 1)
             known = self.partials.get(id(e))
             if isinstance(known, Partial) and known.op == "sum" and len(self.chunks.leaf):
                 given = known.values, len(self.chunks.leaf), out
                 launched(self.job, support().add_up, 1, given, BLOCK=8192, **EXACT | {"num_warps": 16})
             else:
                 self.run([e], (), out, total=True)
-        return out[0]
+            # Totals of several groups are added on the stream of PyTorch; others have streams of their own.
+            return out[0] if self.job.library.NAME == "torch" else float(out.cpu()[0])
 
     def columns(self, wanted: Sequence[Expr], counters: Sequence[Expr] = ()) -> Any:
         """A table on the device: a row for every leaf, a column for every node; new counters are stored."""
@@ -391,9 +392,7 @@ class Far(Scalars):
 
     def kept(self, what: str, e: Expr, n: int) -> Any:
         """A vector on the device that is there again at the next step."""
-        return self.scratch.kept(
-            (what, id(e)), lambda: torch.empty(n, dtype=torch.float64, device=self.device)
-        )
+        return self.scratch.kept((what, id(e)), lambda: lasting((n,), torch.float64, self.device))
 
     def found(self, wanted: Sequence[Expr], counters: Sequence[Expr], *, total: bool) -> Any:
         """What `kernel` gives for some nodes, kept, and its name."""
@@ -407,7 +406,7 @@ class Far(Scalars):
         """Compute scalars by one launch."""
         kernel, near, vectors, totals, key = self.found(wanted, counters, total=total)
         device, leaves = self.device, len(self.row)
-        found: Any = self.scratch.kept("found", lambda: torch.zeros(1, device=device))
+        found: Any = self.scratch.kept("found", lambda: lasting((1,), torch.float32, device).zero_())
         if self.job.capturable:
             table, row, clock = self.numbers, self.fixed("row", self.row), self.clock
             found = self.job.scaling[1] if self.job.scaling else found
@@ -486,6 +485,18 @@ class Far(Scalars):
 # -- tables on the device ------------------------------------------------------------------------------------
 
 
+def lasting(shape: tuple[int, ...], dtype: Any, device: Any) -> Any:
+    """Memory on a device for more than one step, in whatever mode that is taken."""
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=dtype, device=device)
+
+
+def staging(n: int, device: Any) -> Any:
+    """Memory of the host from which a device copies by itself."""
+    with torch.inference_mode(False):
+        return torch.empty(n, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+
+
 class Sheet:
     """What one launch is told: a table of scalars in float64, addresses, row of each leaf and whether its
     arrays are aligned; in one buffer, so that one copy brings all.
@@ -498,7 +509,7 @@ class Sheet:
         parts = [self.numbers, columns * room, room, room]
         self.host = np.zeros(max(1, sum(parts)), np.int64)
         self.sent: Any = None
-        self.memory = torch.empty(len(self.host), dtype=torch.int64, device=device)
+        self.memory = lasting((len(self.host),), torch.int64, device)
         self.staged: Any = None
         at = np.cumsum([0, *parts]).tolist()
         views = [self.memory[a:b] for a, b in itertools.pairwise(at)]
@@ -510,8 +521,7 @@ class Sheet:
 
     def spare(self) -> "Sheet":
         """This sheet with memory to copy from: while a graph is captured, none can be had."""
-        pinned = self.memory.device.type == "cuda"
-        self.staged = torch.empty(len(self.host), dtype=torch.int64, pin_memory=pinned)
+        self.staged = staging(len(self.host), self.memory.device)
         return self
 
     def send(self, table: Any, rows: Sequence[Indices], row: Any) -> None:
@@ -536,7 +546,7 @@ class Fixed:
     """A vector of whole numbers of the host, and what the device has of it."""
 
     def __init__(self, device: Any, n: int) -> None:
-        self.memory = torch.empty(max(1, n), dtype=torch.int64, device=device)
+        self.memory = lasting((max(1, n),), torch.int64, device)
         self.sent: Any = None
 
     def of(self, values: Indices) -> Any:
@@ -552,7 +562,7 @@ def copy_over(memory: Any, host: Any, count: int, staged: Any) -> None:
         memory.numpy()[:count] = host[:count]
         return
     if staged is None:
-        staged = torch.empty(count, dtype=torch.int64, pin_memory=True)
+        staged = staging(count, memory.device)
     staged.numpy()[:count] = host[:count]
     memory[:count].copy_(staged[:count], non_blocking=True)
 
@@ -561,8 +571,9 @@ def placed(chunks: Chunks, name: str, device: Any) -> Any:
     """A table of chunks on a device."""
     key = (name, str(device))
     if key not in chunks.placed:
-        memory = torch.from_numpy(np.ascontiguousarray(getattr(chunks, name)).reshape(-1))
-        chunks.placed[key] = memory.to(device, copy=True)
+        with torch.inference_mode(False):
+            memory = torch.from_numpy(np.ascontiguousarray(getattr(chunks, name)).reshape(-1))
+            chunks.placed[key] = memory.to(device, copy=True)
     return chunks.placed[key]
 
 

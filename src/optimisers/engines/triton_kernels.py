@@ -80,22 +80,20 @@ class _Kernel(_Written, Printer):
     """The text of a kernel of one pass."""
 
     reserved = Printer.reserved | {
-        *("tl", "triton", "load", "store", "aligned", "whole", "leaves", "chunk", "full", "live", "scale"),
         *(
+            "tl",
+            "triton",
+            "aligned",
+            "whole",
+            "leaves",
+            "full",
+            "scale",
+            "scale_at",
             "found",
-            "SPAN",
             "BLOCK",
             "TAIL",
-            "block",
-            "kernel",
-            "wide",
-            "larger",
-            "smaller",
-            "power",
-            "divide",
-            "root",
         ),
-        *("exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "arctan", "float", "range"),
+        *("block", "kernel", "float", "range", *CALLED),
     }
 
     def __init__(
@@ -230,16 +228,7 @@ class _Scalars(_Written):
     """The text of a kernel that computes scalars of every leaf, in float64."""
 
     reserved = _Kernel.reserved | {
-        "table",
-        "row",
-        "sizes",
-        "clock",
-        "out",
-        "at",
-        "on",
-        "go",
-        "sum_of",
-        "LANES",
+        *("table", "row", "sizes", "clock", "out", "at", "on", "go", "sum_of", "LANES"),
     }
 
     def lines(self, wanted: Sequence[Expr], given: dict[int, str]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from optimisers.arrays import registry
+from optimisers.arrays import torch as tensors
 from optimisers.errors import BadSetting, BadState, TreeMismatch, UnknownField
 from optimisers.leaf import parts
 from optimisers.rule import Rule
@@ -67,6 +68,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         self._seen: list[dict[str, Any]] = []
         self._scheduled: list[bool] = []
         self._kept: dict[Any, tuple[Any, bool]] = {}
+        self._tensors: dict[int, tuple[Any, int, Any]] = {}
         self._forget()
         if isinstance(params, torch.nn.Module):
             wrapped = isinstance(params, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel)
@@ -145,7 +147,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         for n, (group, rule, seen) in enumerate(zip(self.param_groups, self._rules, self._seen, strict=True)):
             if rule is None:
                 continue
-            now = {key: _plain(group[key]) for key in seen}
+            now = {key: self._read(group[key]) for key in seen}
             if now != seen:
                 changes = {_field(rule, k): v for k, v in now.items() if v != seen[k]}
                 leaves = [self._leaf_of[p] for p in group["params"] if p in self._leaf_of]
@@ -157,6 +159,17 @@ class TorchOptimizer(torch.optim.Optimizer):
                 meant = _defaults(rule, store.clock).items()
                 group.update({k: v for k, v in meant if k not in group or v != _plain(group[k])})
                 self._seen[n] = self._shown(group, rule)
+
+    def _read(self, value: Any) -> Any:
+        """A setting as a number; a tensor is read anew when it has been written."""
+        if not isinstance(value, torch.Tensor):
+            return _plain(value)
+        known = self._tensors.get(id(value))
+        if known is None or known[0] is not value or known[1] != value._version:
+            if tensors.capturing(str(value.device)):
+                raise BadState("a setting was changed; write read_groups() before a graph is captured")
+            known = self._tensors[id(value)] = value, value._version, _plain(value)
+        return known[2]
 
     # -- the step --
 
@@ -186,6 +199,11 @@ class TorchOptimizer(torch.optim.Optimizer):
             scale = torch.ones_like(found) if scale is None else scale
             update_scaled(self._tree, self._model, slopes, (scale, found))
             return loss
+        if found is not None and self._capturable and tensors.capturing(str(found.device)):
+            raise BadState(
+                "this rule computes values of another shape than the parameters; a step of it that a "
+                "GradScaler may skip cannot be captured"
+            )
         if found is not None and found.item():
             return loss
         if scale is not None:
@@ -284,9 +302,10 @@ class TorchOptimizer(torch.optim.Optimizer):
         if not self._leaf_of:
             return
         store = parts(self._tree)[0]
+        clock = float(store.clock)
         for p in parameters:
             group, i = store.where(self._leaf_of[p])
-            shown: dict[str, Any] = {"step": torch.tensor(float(store.clock))}
+            shown: dict[str, Any] = {"step": torch.tensor(clock)}
             for path, value in flatten(group.state_of(i)):
                 tensor = registry.isarray(value)
                 shown[_key(path)] = value if tensor else torch.tensor(float(value), dtype=torch.float64)
@@ -382,6 +401,7 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._tensors = {}
         self._forget()
 
 
