@@ -160,7 +160,11 @@ def passes_of(
             for kinds in (read, written)
         )
         found.append(
-            PassCase(Case(title, text, {"BLOCK": engine.BLOCK, "TAIL": engine.TAIL}, engine.OPTIONS["num_warps"]), loads, stores)
+            PassCase(
+                Case(title, text, {"BLOCK": engine.BLOCK, "TAIL": engine.TAIL}, engine.OPTIONS["num_warps"]),
+                loads,
+                stores,
+            )
         )
     return found
 
@@ -329,3 +333,83 @@ def test_a_kernel_that_spills_is_noticed(ptx: str, log: str) -> None:
     refuse_spills(BY_HAND[0], 90, {(BY_HAND[0].key, 90): (".target sm_90a", CLEAN)})
     with pytest.raises(AssertionError):
         refuse_spills(BY_HAND[0], 90, {(BY_HAND[0].key, 90): (ptx, log)})
+
+
+# -- launches, by a driver that does nothing -----------------------------------------------------------------
+
+DRIVEN = """
+import json, warnings
+import torch
+import triton.runtime
+from triton.backends.compiler import GPUTarget
+
+warnings.simplefilter("error")
+launches, loads = [], []
+
+class Utils:
+    def load_binary(self, name, kernel, shared, device):
+        loads.append(name)
+        return object(), object(), 32, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448}
+
+    def unload_module(self, module):
+        pass
+
+class Launcher:
+    def __init__(self, src, metadata):
+        self.name = metadata.name
+
+    def __call__(self, x, y, z, stream, function, *rest):
+        launches.append([self.name, x])
+
+class Driver:
+    launcher_cls, utils = Launcher, Utils()
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+triton.runtime.driver.set_active(Driver())
+
+import optimisers as opt
+from optimisers.engines import triton as engine
+
+engine.reaches = lambda device: True
+found = []
+for capturable in (False, True):
+    for rule in (opt.AdamW(), opt.Chain(opt.ClipGlobalNorm(1.0, throw=False), opt.AdamW())):
+        for leaves in (3, 40):
+            model = [torch.ones(32, 32 + leaves) for _ in range(leaves)]
+            state = opt.setup(rule, model, engine="triton", capturable=capturable)
+            for step in range(3):
+                launches.clear()
+                opt.update_(state, model, [torch.ones_like(x) for x in model])
+                opt.adjust_(state, 0.1 * step)
+                found.append([capturable, type(rule).__name__, leaves, step, len(loads), launches.copy()])
+                loads.clear()
+print(json.dumps(found))
+"""
+
+
+def test_triton_compiles_once_and_launches_what_was_compiled() -> None:
+    """Triton's own launches, as far as the driver: one for each pass of all leaves; nothing is compiled for
+    other numbers of leaves, other rates or later steps, and nothing warns.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    given = [sys.executable, "-c", DRIVEN]
+    done = subprocess.run(given, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for capturable, rule, leaves, step, loads, launches in json.loads(done.stdout):
+        where = capturable, rule, leaves, step
+        kernels = [["kernel", 1]] * (capturable or rule == "Chain") + [["kernel", leaves]]
+        wanted = [["kernel", leaves], ["add_up", 1], *kernels] if rule == "Chain" else kernels
+
+        assert launches == wanted, where
+        assert not loads or (leaves, step) == (3, 0), where

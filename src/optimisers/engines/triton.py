@@ -232,6 +232,9 @@ class Fused(Addressed):
 
     def compile(self, p: Pass) -> None:
         """Have the kernel of a pass compiled: nothing is written before it is known that it can be."""
+        if (known := (id(p), self.gradient, self.way)) in self.scratch.kept("compiled", set):
+            return
+        self.scratch.kept("compiled", set).add(known)
         kinds = [*INDICES, *([torch.float32] * 2 if self.job.scaling is not None else [])]
         kinds += [torch.float64] if p.reductions else []
         compiled(self.kernel(p), tuple(kinds), self.device, BLOCK=BLOCK, TAIL=TAIL, **OPTIONS)

@@ -38,7 +38,9 @@ class Scalars:
         """Compute at one stroke those nodes that depend on nothing but numbers of the host and the clock."""
         if len(wanted) < 2 or self.library is not host or not isinstance(self.numbers, np.ndarray):
             return
-        plain = tuple(e for e in wanted if id(e) not in self.values and is_plain(e))
+        plain = plain_of(tuple(wanted))
+        if self.values:
+            plain = tuple(e for e in plain if id(e) not in self.values)
         if len(plain) > 1:
             single = len(self.numbers) == 1
             columns = self.numbers[0] if single else self.numbers.T
@@ -132,6 +134,12 @@ def below(e: Expr) -> tuple[Expr, ...]:
 def is_plain(e: Expr) -> bool:
     """Whether a scalar node is made of numbers of a rule and the clock alone."""
     return not any(cuts(n) or n.op in ("size", "total") for n in below(e))
+
+
+@functools.lru_cache(maxsize=1024)
+def plain_of(wanted: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """Those nodes that are such."""
+    return tuple(filter(is_plain, wanted))
 
 
 _OPERATORS = {
