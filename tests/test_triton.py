@@ -20,9 +20,12 @@ import pytest
 import torch
 
 import optimisers as opt
-from optimisers.engines import cache, triton_support
+from optimisers.arrays import torch as library
+from optimisers.engines import addresses, cache, triton_support
 from optimisers.engines import triton as engine
+from optimisers.errors import BadState
 from optimisers.leaf import parts
+from optimisers.store import Structure
 from optimisers.update import takes_scaling, update_scaled
 from tests import test_engines as words
 from tests.table import REAL, TABLE, LongestSeen, Row, dtype_of, numbers
@@ -1291,3 +1294,204 @@ def test_what_a_step_launches_is_a_step_again(
         opt.update_(other, twin, grads)
 
         assert snapshot(state, model) == snapshot(other, twin)
+
+
+# -- what readers of the engine have found -------------------------------------------------------------------
+
+
+def test_a_step_makes_no_tensors_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at tensors on the CPU initialises no GPU, however many there are."""
+    made: list[str] = []
+    original = torch.zeros
+
+    def zeros(*args: Any, **options: Any) -> Any:
+        made.append(str(options.get("device")))
+        return original(*args, **options)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    addresses.look_at_torch.cache_clear()
+    addresses.look_at_torch("cpu")
+
+    assert made
+    assert set(made) <= {"cpu", "meta", "None"}
+
+
+@capturable_or_not
+def test_another_default_device_changes_nothing(capturable: bool) -> None:
+    x = torch.ones(3)
+    with torch.device("meta"):
+        state = opt.setup(opt.AdamW(0.1), x, engine="triton", capturable=capturable)
+        opt.update_(state, x, torch.full((3,), 1.0, device="cpu"))
+
+    torch.testing.assert_close(x, torch.full((3,), 0.9), rtol=1e-5, atol=0)
+
+
+@capturable_or_not
+def test_a_state_that_was_made_in_inference_mode_steps_outside_it(capturable: bool) -> None:
+    x, g = torch.ones(3), torch.ones(3)
+    with torch.inference_mode():
+        state = opt.setup(opt.Momentum(0.1), x, engine="triton", capturable=capturable)
+        pure, _ = opt.update(state, x, g)
+    y = torch.ones(3)
+    opt.update_(state, x, g)
+    opt.update_(pure, y, g)
+
+    assert torch.equal(x, torch.full((3,), 0.9))
+    torch.testing.assert_close(y, torch.full((3,), 0.81), rtol=1e-6, atol=0)
+
+
+def test_a_copy_of_a_capturable_state_has_arrays_of_its_own() -> None:
+    """A graph writes at the addresses it has seen: the state stays there, and copies stay what they were."""
+    x = torch.ones(3)
+    state = opt.setup(opt.Momentum(0.1), x, engine="triton", capturable=True)
+    opt.update_(state, x, torch.ones(3))
+    (group,) = parts(state)[0].groups
+    where = group.slots[0].addresses.tolist(), group.numbers.data_ptr()
+    other, again = opt.adjust(state, 0.5), copy.copy(state)
+    group.slots[0].buffers[0].fill_(7.0)  # as a replay does
+
+    assert other.state.v.tolist() == again.state.v.tolist() == pytest.approx([0.1] * 3)
+    opt.update_(state, x, torch.ones(3))
+    (group,) = parts(state)[0].groups
+    assert (group.slots[0].addresses.tolist(), group.numbers.data_ptr()) == where
+
+
+def test_groups_that_a_graph_may_write_into_are_kept_and_no_others(capture: Callable[[bool], None]) -> None:
+    x = torch.ones(3)
+    state = opt.setup(opt.Momentum(opt.Linear(0.1, 0.2, 5)), x, engine="triton", capturable=True)
+    opt.update_(state, x, torch.ones(3))
+    opt.adjust_(state, eta=0.1)
+    store = parts(state)[0]
+    assert store.retired == []
+
+    opt.update_(state, x, torch.ones(3))
+    capture(True)
+    opt.update_(state, x, torch.ones(3))
+    capture(False)
+    old = store.groups[0]
+    opt.adjust_(state, eta=opt.Linear(0.1, 0.2, 5))
+    assert store.retired == [old]
+    assert parts(pickle.loads(pickle.dumps(state)))[0].retired == []
+
+
+def test_a_step_that_has_not_run_is_refused_in_a_capture_before_anything_is_noted(
+    capture: Callable[[bool], None], launches: list[Launch]
+) -> None:
+    x = torch.ones(3)
+    state = opt.setup(opt.AdamW(0.1), x, engine="triton", capturable=True)
+    capture(True)
+    with pytest.raises(BadState, match="take one before the capture, in the same thread"):
+        opt.update_(state, x, torch.ones(3))
+    capture(False)
+
+    assert launches == []
+    assert state.state.weight == (0.0, 0.0)
+
+
+def test_numbers_are_not_changed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(3)
+    state = opt.setup(opt.AdamW(0.1), x, engine="triton", capturable=True)
+    monkeypatch.setattr(library, "capturing", lambda _: True)
+    with pytest.raises(BadState, match="change them before, or between its replays"):
+        opt.adjust_(state, 0.5)
+
+
+def test_so_many_graphs_may_be_captured_between_two_steps(capture: Callable[[bool], None]) -> None:
+    x = torch.ones(3)
+    state = opt.setup(opt.AdamW(0.1), x, engine="triton", capturable=True)
+    opt.update_(state, x, torch.ones(3))
+    capture(True)
+    for _ in range(engine.SPARES):
+        opt.update_(state, x, torch.ones(3))
+    with pytest.raises(BadState, match="take a step before the next capture"):
+        opt.update_(state, x, torch.ones(3))
+    capture(False)
+    opt.update_(state, x, torch.ones(3))
+    capture(True)
+    opt.update_(state, x, torch.ones(3))
+
+
+def test_a_capturable_state_is_not_differentiated() -> None:
+    x = torch.ones(3)
+    state = opt.setup(opt.AdamW(0.1), x, engine="triton", capturable=True)
+    with pytest.raises(BadState, match="a capturable state is for CUDA graphs"):
+        opt.update(state, x, torch.ones(3, requires_grad=True) * 2)
+    with pytest.raises(BadState, match="a capturable state is for CUDA graphs"):
+        opt.adjust(state, eta=torch.tensor(0.1, requires_grad=True))
+    opt.update_(state, x, torch.ones(3))
+
+
+class OfProducts(opt.Rule):
+    """Divides by the norm of a product: a sum over values of another shape than x."""
+
+    eta: float = 0.1
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return state, self.eta * dx / opt.sqrt(opt.sum(opt.abs2(dx @ opt.transpose(dx))))
+
+
+@capturable_or_not
+def test_a_sum_over_values_of_another_shape(capturable: bool) -> None:
+    dx = torch.arange(6.0).reshape(2, 3)
+    x = torch.zeros(2, 3)
+    state = opt.setup(OfProducts(), [x], engine="triton", capturable=capturable)
+    opt.update_(state, [x], [dx])
+
+    torch.testing.assert_close(x, -0.1 * dx / (dx @ dx.T).norm())
+
+
+def test_a_rate_in_a_tensor_is_read_when_it_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at a tensor on a device waits for it."""
+    p = torch.nn.Parameter(torch.ones(3))
+    rate = torch.tensor(0.5)
+    optimizer = opt.TorchOptimizer([p], opt.Descent(), lr=rate, engine="triton", capturable=True)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    reads: list[Any] = []
+    original = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: reads.append(x) or original(x))
+    optimizer.step()
+    assert reads == []
+
+    rate.fill_(0.25)
+    optimizer.step()
+    assert len(reads) == 1
+    assert p.tolist() == pytest.approx([-0.25] * 3)
+    monkeypatch.setattr(library, "capturing", lambda _: True)
+    rate.fill_(0.5)
+    with pytest.raises(BadState, match=r"write read_groups\(\) before"):
+        optimizer.step()
+
+
+def test_equal_states_are_told_apart_at_a_glance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The structure of a second state is that of the first: nothing is compared at every step."""
+    grads = [torch.ones(3), torch.ones(4)]
+    states = []
+    for _ in range(2):
+        model = [torch.ones(3), torch.ones(4)]
+        states.append((opt.setup(opt.AdamW(0.1), model, engine="triton"), model))
+        opt.update_(*states[-1], grads)
+    compared: list[Any] = []
+    original = Structure.__eq__
+    monkeypatch.setattr(Structure, "__eq__", lambda a, b: (a is b) or (compared.append(a) or original(a, b)))
+    for state, model in states:
+        opt.update_(state, model, grads)
+
+    assert compared == []
+
+
+def test_fields_of_a_state_may_be_called_as_functions_of_kernels_are() -> None:
+    class Named(opt.Rule):
+        def init(self, x: Any) -> Any:
+            return {"widened": opt.zeros_like(x), "bfloat16_of": opt.zeros_like(x), "load": opt.zeros_like(x)}
+
+        def apply(self, state: Any, x: Any, dx: Any) -> Any:
+            state = {k: v + dx for k, v in state.items()}
+            return state, state["widened"]
+
+    x = torch.ones(3, dtype=torch.bfloat16)
+    state = opt.setup(Named(), x, engine="triton")
+    opt.update_(state, x, torch.ones_like(x))
+
+    assert x.tolist() == [0.0, 0.0, 0.0]

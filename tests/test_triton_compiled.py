@@ -49,13 +49,13 @@ class Case(NamedTuple):
     title: str
     text: str
     constants: dict[str, Any]
-    warps: int
+    options: dict[str, Any]
     clock: str = "*fp64"
 
     @property
     def key(self) -> str:
         """Equal for kernels that differ in their docstring alone."""
-        return repr((self.text.rpartition('"""\n')[2], self.constants, self.clock))
+        return repr((self.text.rpartition('"""\n')[2], self.constants, self.options, self.clock))
 
 
 # -- compiling -----------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def compile_all(cases: list[Case], where: Path) -> dict[Any, Any]:
                 c.key,
                 c.text,
                 c.constants,
-                engine.OPTIONS | {"num_warps": c.warps},
+                c.options,
                 POINTERS | {"clock": c.clock},
                 ARCHITECTURES,
             )
@@ -129,6 +129,12 @@ def group_of(row: Row, dtype: str) -> Any:
     x = torch.zeros(2, 3, dtype=getattr(torch, dtype))
     (group,) = grouped([(0, row.rule, started(row.rule, x, "x"))], [Shape.of(x)])
     return group
+
+
+def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(constants of a kernel, how it is compiled)."""
+    constants = {k: v for k, v in options.items() if k.isupper()}
+    return constants, {k: v for k, v in options.items() if k not in constants}
 
 
 class PassCase(NamedTuple):
@@ -161,7 +167,7 @@ def passes_of(
         )
         found.append(
             PassCase(
-                Case(title, text, {"BLOCK": engine.BLOCK, "TAIL": engine.TAIL}, engine.OPTIONS["num_warps"]),
+                Case(title, text, *split(engine.options_of(kernels.BYTES[dtype]))),
                 loads,
                 stores,
             )
@@ -209,12 +215,17 @@ def scalars_of(row: Row) -> list[Case]:
             opt.update_(state, model, [x.clone() for x in model])
         finally:
             triton_kernels.scalar_source = original
-    return [Case(f"{row.name} scalars", text, {"LANES": engine.LANES}, 4, kind) for text, kind in texts]
+    return [
+        Case(f"{row.name} scalars", text, {"LANES": engine.LANES}, engine.EXACT, kind) for text, kind in texts
+    ]
 
 
 BY_HAND = [
-    *(Case(f"gather {op}", "gather", {"OP": op, "BLOCK": 1024}, 4) for op in ("sum", "max", "min")),
-    Case("add_up", "add_up", {"BLOCK": 8192}, 16),
+    *(
+        Case(f"gather {op}", "gather", {"OP": op, "BLOCK": 1024}, engine.EXACT)
+        for op in ("sum", "max", "min")
+    ),
+    Case("add_up", "add_up", {"BLOCK": 8192}, engine.EXACT | {"num_warps": 16}),
 ]
 
 FOLLOWING = Row(

@@ -51,6 +51,11 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True, "enable_reflect_ftz": False
 numbers are not taken for 0.
 """
 
+NARROW = OPTIONS | {"maxnreg": 168}
+"""The same for elements of two bytes beside wider state: left to itself, the assembler would spill a register
+or two to fit in one more block of threads.
+"""
+
 EXACT = {"num_warps": 4, "enable_fp_fusion": False}
 """How it compiles scalars: as the host computes them."""
 
@@ -164,7 +169,8 @@ class Fused(Addressed):
                 *(self.job.scaling or ()),
                 *partial,
             )
-            launched(self.job, self.kernel(p), len(chunks.leaf), given, BLOCK=BLOCK, TAIL=TAIL, **OPTIONS)
+            options = options_of(self.job.dtype.itemsize)
+            launched(self.job, self.kernel(p), len(chunks.leaf), given, **options)
 
     def sheet(self, p: Pass, members: Any, table: Any, rows: list[Indices], row: Indices) -> "Sheet":
         """The tables of a launch, on the device."""
@@ -237,7 +243,7 @@ class Fused(Addressed):
         self.scratch.kept("compiled", set).add(known)
         kinds = [*INDICES, *([torch.float32] * 2 if self.job.scaling is not None else [])]
         kinds += [torch.float64] if p.reductions else []
-        compiled(self.kernel(p), tuple(kinds), self.device, BLOCK=BLOCK, TAIL=TAIL, **OPTIONS)
+        compiled(self.kernel(p), tuple(kinds), self.device, **options_of(self.job.dtype.itemsize))
 
     def commit(self) -> Result:
         if self.blind and self.plan and self.plan[0][0] is None:
@@ -279,6 +285,11 @@ def compiled(kernel: Any, kinds: tuple[Any, ...], device: Any, **options: Any) -
     with contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device):
         kernel.warmup(*kinds, grid=(1,), **options)
     _compiled.add(key)
+
+
+def options_of(itemsize: int) -> dict[str, Any]:
+    """How a pass over parameters of so many bytes is compiled."""
+    return {"BLOCK": BLOCK, "TAIL": TAIL, **(NARROW if itemsize == 2 else OPTIONS)}
 
 
 @functools.lru_cache(maxsize=4096)

@@ -128,10 +128,11 @@ class TorchOptimizer(torch.optim.Optimizer):
         self._seen.append(self._shown(self.param_groups[-1], rule))
         self._stop()
 
-    @staticmethod
-    def _shown(group: dict[str, Any], rule: Any) -> dict[str, Any]:
+    def _shown(self, group: dict[str, Any], rule: Any) -> dict[str, Any]:
         """The settings of a group as they stand, by key."""
-        return {} if rule is None else {key: _plain(group[key]) for key in _defaults(rule) if key in group}
+        return (
+            {} if rule is None else {key: self._read(group[key]) for key in _defaults(rule) if key in group}
+        )
 
     def read_groups(self) -> None:
         """Take over what schedulers and users have changed in the groups since the last step, as `step`
@@ -157,7 +158,7 @@ class TorchOptimizer(torch.optim.Optimizer):
                 self._rule_of.update(dict.fromkeys(group["params"], rule))
             if now != seen or (self._scheduled[n] and not self._capturable):
                 meant = _defaults(rule, store.clock).items()
-                group.update({k: v for k, v in meant if k not in group or v != _plain(group[k])})
+                group.update({k: v for k, v in meant if k not in group or v != self._read(group[k])})
                 self._seen[n] = self._shown(group, rule)
 
     def _read(self, value: Any) -> Any:
