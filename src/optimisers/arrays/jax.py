@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from optimisers.arrays import numpy as host
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.errors import BadSetting
 
@@ -331,19 +332,9 @@ def on_device(numbers: Any, device: str) -> Any:
     return numbers
 
 
-def capturing(device: str) -> bool:
-    """Whether what is launched now is noted in a graph, to be replayed."""
-    return False
-
-
-def stream(device: str) -> int | None:
-    """The handle of the stream on which arrays of a device are computed; None for that of PyTorch."""
-    return None
-
-
-def ticked(clock: Any, skipped: Any) -> Any:
-    """A clock after an update."""
-    return clock + 1
+capturing = host.capturing
+stream = host.stream
+ticked = host.ticked
 
 
 def stacked(values: Sequence[Array]) -> Array:

@@ -402,10 +402,9 @@ def columns(p: Pass, *, inplace: bool) -> list[str]:
 
 
 @functools.cache
-def _support_hash() -> str:
-    """Tells kernels compiled against other intrinsics apart."""
-    here = Path(__file__).with_name("support.py")
-    return hashlib.sha256(here.read_bytes()).hexdigest()[:12]
+def support_hash(file: str) -> str:
+    """Tells kernels compiled against other functions of a file here apart."""
+    return hashlib.sha256(Path(__file__).with_name(file).read_bytes()).hexdigest()[:12]
 
 
 def source(
@@ -423,7 +422,7 @@ def source(
         "from optimisers.engines.support import (\n    claim, complex_of, high_bits, join_bits, loader, "
         "low_bits, rank_max, "
         "rank_min,\n    select, storer, unrank,\n)\n"
-        f"\n# intrinsics {_support_hash()}\n{body}"
+        f"\n# intrinsics {support_hash('support.py')}\n{body}"
     )
 
 

@@ -126,7 +126,11 @@ class Fused(Addressed):
     chunk = CHUNK
 
     def __init__(self, job: Job) -> None:
-        self.way = (job.inplace, job.scaling is not None, *(str(g.dtype) for g in job.grads[0][:1]))
+        self.way = (
+            job.inplace,
+            job.scaling is not None,
+            *(str(getattr(g, "dtype", "")) for g in job.grads[0][:1]),
+        )
         if capturing(job) and self.way not in _seen(job):
             raise BadState(
                 "a CUDA graph is captured of a step that has not run before; take one before the capture, in "

@@ -6,46 +6,42 @@ loads the numbers of its leaf, then goes through the chunk block by block. Where
 multiples of 16 bytes, whole blocks are read and written 16 bytes at a time; what is left takes masks.
 """
 
-import functools
-import hashlib
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import ClassVar
 
-from optimisers.engines.kernels import ARITHMETIC, BYTES, REAL, Maths, Printer, Unprintable
+from optimisers.engines.kernels import ARITHMETIC, BYTES, REAL, Maths, Printer, Unprintable, support_hash
 from optimisers.trace.expr import Expr, order
 from optimisers.trace.phases import Pass
 
 
-def _text(template: str) -> Callable[..., str]:
-    return template.format
+def _called(function: str) -> Callable[..., str]:
+    return lambda *args: f"{function}({', '.join(args)})"
 
 
-WORDS: dict[str, Callable[..., str]] = REAL | {
-    "power": _text("power({0}, {1})"),
-    "logical_not": _text("({0} == 0)"),
-    "divide": _text("divide({0}, {1})"),
-    "sqrt": _text("root({0})"),
-    "exp": _text("exp({0})"),
-    "expm1": _text("expm1({0})"),
-    "log": _text("log({0})"),
-    "log1p": _text("log1p({0})"),
-    "sin": _text("sin({0})"),
-    "cos": _text("cos({0})"),
-    "tanh": _text("tanh({0})"),
-    "arctan": _text("arctan({0})"),
-    "floor": _text("tl.floor({0})"),
-    "ceil": _text("tl.ceil({0})"),
-    "sign": _text("tl.where({0} > 0, 1, tl.where({0} < 0, -1, {0}))"),
-    "abs": _text("tl.abs({0})"),
-    "imag": _text("tl.zeros_like({0})"),
-    "maximum": _text("tl.where({0} > {1}, {0}, tl.where({0} == {0}, {1}, {0}))"),
-    "minimum": _text("tl.where({0} < {1}, {0}, tl.where({0} == {0}, {1}, {0}))"),
-    "where": _text("tl.where({0}, {1}, {2})"),
-    "sum": _text("{0} + {1}"),
-    "max": _text("larger({0}, {1})"),
-    "min": _text("smaller({0}, {1})"),
+SAME = ("power", "divide", "exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "arctan")
+
+FUNCTIONS = {
+    **dict(zip(SAME, SAME, strict=True)),
+    "sqrt": "root",
+    "floor": "tl.floor",
+    "ceil": "tl.ceil",
+    "abs": "tl.abs",
+    "imag": "tl.zeros_like",
+    "where": "tl.where",
+    "max": "larger",
+    "min": "smaller",
+}
+"""Words that kernels say by calling a function."""
+
+WORDS: dict[str, Callable[..., str]] = {
+    **REAL,
+    **{word: _called(function) for word, function in FUNCTIONS.items()},
+    "logical_not": "({0} == 0)".format,
+    "sign": "tl.where({0} > 0, 1, tl.where({0} < 0, -1, {0}))".format,
+    "maximum": "tl.where({0} > {1}, {0}, tl.where({0} == {0}, {1}, {0}))".format,
+    "minimum": "tl.where({0} < {1}, {0}, tl.where({0} == {0}, {1}, {0}))".format,
+    "sum": "{0} + {1}".format,
 }
 """Words on real numbers, where Triton does not write them as Python does. The reductions at the end take the
 value so far first.
@@ -319,17 +315,11 @@ def scalar_source(
 # -- modules -------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _support_hash() -> str:
-    """Tells kernels compiled against other functions apart."""
-    return hashlib.sha256(Path(__file__).with_name("triton_support.py").read_bytes()).hexdigest()[:12]
-
-
 def _module(about: str, lines: list[str]) -> str:
     called = textwrap.fill(", ".join(CALLED), 100, initial_indent="    ", subsequent_indent="    ")
     body = "\n".join(lines)
     return (
         f'"""{about}\n"""\nimport triton\nimport triton.language as tl\n\n'
         f"from optimisers.engines.triton_support import (\n{called},\n)\n\n"
-        f"# functions {_support_hash()}\n\n\n{body}\n"
+        f"# functions {support_hash('triton_support.py')}\n\n\n{body}\n"
     )

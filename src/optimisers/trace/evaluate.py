@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import numpy as host
-from optimisers.trace.expr import Expr, cuts, order
+from optimisers.trace.expr import INFIX, Expr, cuts, order
 
 Table = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -142,18 +142,8 @@ def plain_of(wanted: tuple[Expr, ...]) -> tuple[Expr, ...]:
     return tuple(filter(is_plain, wanted))
 
 
-_OPERATORS = {
-    "add": "+",
-    "subtract": "-",
-    "multiply": "*",
-    "divide": "/",
-    "less": "<",
-    "less_equal": "<=",
-    "greater": ">",
-    "greater_equal": ">=",
-    "equal": "==",
-    "not_equal": "!=",
-}
+_WRITTEN = INFIX.keys() - {"power", "logical_and", "logical_or"}
+"""Words that Python writes so for numbers of NumPy as well as for its arrays."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -177,8 +167,8 @@ def written_out(wanted: tuple[Expr, ...], single: bool) -> Callable[[Any, Any], 
             text = "clock"
         elif e.op == "scheduled":
             text = args[0]
-        elif e.op in _OPERATORS:
-            text = f"{args[0]} {_OPERATORS[e.op]} {args[1]}"
+        elif e.op in _WRITTEN:
+            text = f"{args[0]} {INFIX[e.op]} {args[1]}"
         elif e.op == "where" and single:
             text = f"{args[1]} if {args[0]} else {args[2]}"
         else:

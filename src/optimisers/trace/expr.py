@@ -471,7 +471,7 @@ def order(
     return out
 
 
-_INFIX = {
+INFIX = {
     "add": "+",
     "subtract": "-",
     "multiply": "*",
@@ -486,6 +486,7 @@ _INFIX = {
     "logical_and": "&",
     "logical_or": "|",
 }
+"""Words that Python writes between their arguments."""
 
 
 def show(e: Expr, depth: int = 6) -> str:
@@ -499,6 +500,6 @@ def show(e: Expr, depth: int = 6) -> str:
     if depth == 0:
         return "..."
     inner = [show(a, depth - 1) for a in e.args]
-    if e.op in _INFIX:
-        return f"({inner[0]} {_INFIX[e.op]} {inner[1]})"
+    if e.op in INFIX:
+        return f"({inner[0]} {INFIX[e.op]} {inner[1]})"
     return f"{e.op}({', '.join(inner)})"
