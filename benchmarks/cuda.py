@@ -1225,37 +1225,43 @@ def targets(key: str, name: str, m: Measured) -> Table:
 
 
 def tune(session: Session) -> None:
-    """Print the time of a step on GPT-2 for other constants of the engine."""
+    """Print the time of a step on GPT-2 for other constants of the engine: in float32, and with bfloat16
+    parameters beside float32 state, whose kernels take more registers.
+    """
     from optimisers.engines import triton as engine
 
     place = session.place
-    given = Given("tiny" if place.rehearse else "gpt2", torch.float32, place)
-    before = engine.Fused.chunk, engine.BLOCK, dict(engine.OPTIONS)
-    rows: Table = []
-    try:
-        for chunk, block, warps in itertools.product(
-            (2048, 4096, 8192, 16384, 65536), (512, 1024, 2048, 4096), (4, 8)
-        ):
-            if block > chunk or (place.rehearse and chunk > 2048):
-                continue
-            engine.Fused.chunk, engine.BLOCK, engine.OPTIONS = chunk, block, before[2] | {"num_warps": warps}
-            run = ours(adamw())(given)
-            run.repeats = 1 if place.rehearse else 5
-            found = interleaved({"step": run}, seconds=0.1, least=3, most=30, clock=Running.burst)
-            own = (chunk, block, warps) == (*before[:2], before[2]["num_warps"])
-            rows.append(
-                [
-                    f"{chunk}{' (as it is)' if own else ''}",
-                    str(block),
-                    str(warps),
-                    f"{found.median('step') * 1e3:.3f}",
-                    f"{found.minimum('step') * 1e3:.3f}",
-                ]
-            )
-    finally:
-        engine.Fused.chunk, engine.BLOCK, engine.OPTIONS = before
-    rows.sort(key=lambda r: float(r[3]))
-    session.report.table("AdamW on GPT-2 small", ["chunk", "block", "warps", "ms", "min"], rows)
+    before = engine.Fused.chunk, engine.BLOCK, engine.OPTIONS, engine.NARROW
+    for dtype in (torch.float32, torch.bfloat16):
+        given = Given("tiny" if place.rehearse else "gpt2", dtype, place)
+        rows: Table = []
+        try:
+            for chunk, block, warps in itertools.product(
+                (2048, 4096, 8192, 16384, 65536), (512, 1024, 2048, 4096), (4, 8)
+            ):
+                if block > chunk or (place.rehearse and chunk > 2048):
+                    continue
+                engine.Fused.chunk, engine.BLOCK = chunk, block
+                engine.OPTIONS = before[2] | {"num_warps": warps}
+                engine.NARROW = before[3] | {"num_warps": warps}
+                run = ours(adamw())(given)
+                run.repeats = 1 if place.rehearse else 5
+                found = interleaved({"step": run}, seconds=0.1, least=3, most=30, clock=Running.burst)
+                own = (chunk, block, warps) == (*before[:2], before[2]["num_warps"])
+                rows.append(
+                    [
+                        f"{chunk}{' (as it is)' if own else ''}",
+                        str(block),
+                        str(warps),
+                        f"{found.median('step') * 1e3:.3f}",
+                        f"{found.minimum('step') * 1e3:.3f}",
+                    ]
+                )
+        finally:
+            engine.Fused.chunk, engine.BLOCK, engine.OPTIONS, engine.NARROW = before
+        rows.sort(key=lambda r: float(r[3]))
+        title = f"AdamW on GPT-2 small, {str(dtype).removeprefix('torch.')}"
+        session.report.table(title, ["chunk", "block", "warps", "ms", "min"], rows)
 
 
 # -- all -----------------------------------------------------------------------------------------------------
