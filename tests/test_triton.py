@@ -162,6 +162,8 @@ def test_every_real_rule_can_be_stepped_by_it(row: Row) -> None:
             assert [(g.engine, g.passes) for g in opt.explain(state).groups] == [("triton", row.passes)]
 
 
+TAKES = "; it takes float16, bfloat16, float32 and float64 on a CUDA device, and the engine 'triton'"
+
 WITHOUT = """
 import sys
 import torch
@@ -188,7 +190,7 @@ def test_without_the_interpreter_tensors_on_the_cpu_are_refused() -> None:
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == [
         "engine='triton' cannot run this model: arrays on cpu",
-        "capturable=True is for kernels on a CUDA device: arrays on cpu",
+        f"capturable=True cannot run this model: arrays on cpu{TAKES}",
     ]
 
 
@@ -224,17 +226,17 @@ CAPTURABLE_TAKES = "capturable=True takes tensors of torch on one CUDA device; t
         (
             torch.ones(3, device=DEVICE),
             {"engine": "numba"},
-            "capturable=True is for kernels on a CUDA device: engine='numba'",
+            f"capturable=True cannot run this model: engine='numba'{TAKES}",
         ),
         (
             torch.ones(3, device=DEVICE),
             {"engine": "interpret"},
-            "capturable=True is for kernels on a CUDA device: engine='interpret'",
+            f"capturable=True cannot run this model: engine='interpret'{TAKES}",
         ),
         (
             torch.ones(3, dtype=torch.complex64, device=DEVICE),
             {},
-            "capturable=True is for kernels on a CUDA device: element type complex64",
+            f"capturable=True cannot run this model: element type complex64{TAKES}",
         ),
     ],
     ids=["NumPy", "two libraries", "two devices", "numba", "interpret", "complex"],
@@ -1495,3 +1497,68 @@ def test_fields_of_a_state_may_be_called_as_functions_of_kernels_are() -> None:
     opt.update_(state, x, torch.ones_like(x))
 
     assert x.tolist() == [0.0, 0.0, 0.0]
+
+
+COMPILED = """
+import torch
+import optimisers as opt
+
+x = torch.ones(3)
+state = opt.setup(opt.AdamW(0.1), x, capturable=True)
+try:
+    torch.compile(lambda s, x: opt.update(s, x, x), backend="eager")(state, x)
+except Exception as error:
+    print(error)
+torch.compile(lambda s, x: opt.update_(s, x, x), backend="eager")(state, x)
+print(x)
+"""
+
+
+def test_the_first_state_of_a_process_may_be_capturable_and_compiled_around() -> None:
+    """`update` says that it cannot be in the graph; `update_` runs beside it."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    assert "inside torch.compile, write setup without capturable" in ended.stdout
+    assert "tensor([0.9000, 0.9000, 0.9000])" in ended.stdout
+
+
+LATE = """
+import os
+import triton.language
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+import optimisers as opt
+try:
+    opt.setup(opt.AdamW(0.1), torch.ones(3), engine="triton")
+except opt.BadSetting as error:
+    print(error)
+"""
+
+
+def test_the_variable_must_be_set_before_triton_is_imported() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ended = subprocess.run(
+        [sys.executable, "-c", LATE], env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    assert "TRITON_INTERPRET was set after Triton was imported; set it before Python starts" in ended.stdout
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, torch.float32, "float16", np.float64])
+def test_kernels_are_shown_for_types_of_every_library(dtype: Any) -> None:
+    text = opt.kernel(opt.AdamW(), dtype, engine="triton")
+    assert f"x: {str(dtype).removeprefix('torch.')}" in text or dtype is np.float64
+
+
+def test_a_type_that_there_is_not_has_no_kernel() -> None:
+    with pytest.raises(BadState, match="kernel was given dtype='float7'"):
+        opt.kernel(opt.AdamW(), "float7", engine="triton")

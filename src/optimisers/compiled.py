@@ -32,11 +32,14 @@ def looks() -> bool:
 
 
 def known(store: Store) -> None:
-    """Number the structure of a store, now and whenever it changes."""
+    """Number the structure of a store, now and whenever it changes; capturable ones go into no graph of the
+    compiler.
+    """
     if not compilers:
         compilers.append(sys.modules[__name__])
-    store.numbered = _numbered
-    store.changed()
+    if not store.capturable:
+        store.numbered = _numbered
+        store.changed()
 
 
 def _numbered(store: Store) -> tuple[int, int]:

@@ -1,6 +1,8 @@
 """What does a step cost, and who runs it?"""
 
 import dataclasses
+import importlib
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -118,8 +120,8 @@ def kernel(rule: Rule, dtype: Any = "float32", *, inplace: bool = True, engine: 
         raise BadSetting(f"kernel was given engine={engine!r}; it takes {names}")
     if not isinstance(rule, Rule):
         raise BadState(f"kernel takes a rule, such as Adam(); {rule!r} was given")
-    x = np.zeros(2, dtype)
-    if not isnumeric(x):
+    x = _example(dtype)
+    if x is None or not isnumeric(x):
         raise BadState(
             f"kernel was given dtype={dtype!r}; it takes types of floating point or complex numbers"
         )
@@ -135,3 +137,20 @@ def kernel(rule: Rule, dtype: Any = "float32", *, inplace: bool = True, engine: 
     except Unprintable as reason:
         raise BadState(f"{rule!r} has no kernel for {name}: {reason}") from reason
     return "\n\n".join(texts)
+
+
+def _example(dtype: Any) -> Any:
+    """Two numbers of a type, which may be given as one of PyTorch; None if there is no such type."""
+    name = str(dtype).removeprefix("torch.") if "torch." in str(dtype) else dtype
+    if str(name) == "bfloat16":  # NumPy knows it from others
+        others = [package for package in ("ml_dtypes", "torch") if importlib.util.find_spec(package)]
+        source = importlib.import_module(others[0]) if others else None
+        return (
+            None
+            if source is None
+            else (np if others[0] == "ml_dtypes" else source).zeros(2, dtype=source.bfloat16)
+        )
+    try:
+        return np.zeros(2, name)
+    except TypeError:
+        return None

@@ -81,7 +81,7 @@ def setup(rule: Any, model: Any, *, engine: str | None = None, capturable: bool 
     )
     for group in store.groups:
         task_for(group, engine, group.memo)
-    for name in set() if capturable else {kind.name for kind in shapes if kind is not None} & COMPILED.keys():
+    for name in {kind.name for kind in shapes if kind is not None} & COMPILED.keys():
         importlib.import_module(COMPILED[name]).known(store)
     return handle(store, layout.root, KeyPath())
 

@@ -87,7 +87,10 @@ def _choose(group: Group, wanted: str | None) -> Choice:
     if not reason:
         return Choice(name, fused(name).Fused, "")
     if kind.capturable:
-        raise BadSetting(f"capturable=True is for kernels on a CUDA device: {reason}")
+        raise BadSetting(
+            f"capturable=True cannot run this model: {reason}; it takes float16, bfloat16, float32 and "
+            "float64 on a CUDA device, and the engine 'triton'"
+        )
     if kind.name in OWN and wanted is None:
         module = _own(kind.name)
         reason = module.refusal(group) or ""

@@ -430,7 +430,8 @@ def legend(p: Pass) -> str:
     """What the columns of the scalar table hold, for the reader: it is no part of the source, which serves
     all rules with the same maths on arrays.
     """
-    return "".join(f"# c{j} = {show(e, 24)}\n" for j, e in enumerate(p.scalars))
+    scalars = [f"# c{j} = {show(e, 24)}\n" for j, e in enumerate(p.scalars)]
+    return "".join(scalars + [f"# f{j} = {show(e)}, by the array library\n" for j, e in enumerate(p.free)])
 
 
 def traffic(p: Pass, kinds: dict[str, str], itemsize: int) -> int:

@@ -71,11 +71,14 @@ def refusal(program: Program, library: str, device: str, dtype: str) -> str | No
     if library not in LIBRARIES:
         return f"arrays of {library}"
     if not reaches(device):
-        return f"arrays on {device}"
+        here = "TRITON_INTERPRET is set, by which kernels run on the CPU"
+        return f"arrays on {device}" + (f"; {here}" if interpreted() and device.startswith("cuda") else "")
     if dtype not in kernels.ARITHMETIC or "complex" in dtype:
         return f"element type {dtype}"
     if not available():
         return "Triton 3.4 or later is not installed; write pip install triton"
+    if interpreted() and not support().INTERPRETED:
+        return "TRITON_INTERPRET was set after Triton was imported; set it before Python starts"
     return printable(program, dtype, printed)
 
 

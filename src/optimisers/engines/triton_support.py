@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-INTERPRETED = bool(knobs.runtime.interpret)
-"""Whether kernels of this process run on the CPU."""
+INTERPRETED = bool(knobs.runtime.interpret) and type(tl.sum).__name__ == "InterpretedFunction"
+"""Whether kernels of this process run on the CPU; for Triton's own functions that was settled when it was
+imported.
+"""
 
 
 def _word(name: str, on_host: Callable[..., Any]) -> Any:
