@@ -95,7 +95,7 @@ OF_MEMORY = frozenset(
 """Asked of arrays that can be written at addresses; those of JAX cannot."""
 
 OF_ONE = {
-    "torch": {"gradient_of", "is_traced", "of_name", "put_rows", "rows", "taken", "value_and_grad"},
+    "torch": {"gradient_of", "is_traced", "moved", "of_name", "put_rows", "rows", "taken", "value_and_grad"},
     "jax": {"is_traced", "varying"},
     "cupy": {"there"},
 }
