@@ -247,10 +247,10 @@ class Fused(Addressed):
         """Have the kernel of a pass compiled: nothing is written before it is known that it can be."""
         if (known := (id(p), self.gradient, self.way)) in self.scratch.kept("compiled", set):
             return
-        self.scratch.kept("compiled", set).add(known)
         kinds = [*INDICES, *([torch.float32] * 2 if self.job.scaling is not None else [])]
         kinds += [torch.float64] if p.reductions else []
         compiled(self.kernel(p), tuple(kinds), self.device, **options_of(self.job.dtype.itemsize))
+        self.scratch.kept("compiled", set).add(known)
 
     def commit(self) -> Result:
         if self.blind and self.plan and self.plan[0][0] is None:
