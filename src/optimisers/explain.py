@@ -143,13 +143,11 @@ def _example(dtype: Any) -> Any:
     """Two numbers of a type, which may be given as one of PyTorch; None if there is no such type."""
     name = str(dtype).removeprefix("torch.") if "torch." in str(dtype) else dtype
     if str(name) == "bfloat16":  # NumPy knows it from others
-        others = [package for package in ("ml_dtypes", "torch") if importlib.util.find_spec(package)]
-        source = importlib.import_module(others[0]) if others else None
-        return (
-            None
-            if source is None
-            else (np if others[0] == "ml_dtypes" else source).zeros(2, dtype=source.bfloat16)
-        )
+        if importlib.util.find_spec("ml_dtypes"):
+            return np.zeros(2, importlib.import_module("ml_dtypes").bfloat16)
+        if importlib.util.find_spec("torch"):
+            torch: Any = importlib.import_module("torch")
+            return torch.zeros(2, dtype=torch.bfloat16)
     try:
         return np.zeros(2, name)
     except TypeError:

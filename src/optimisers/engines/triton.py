@@ -524,8 +524,8 @@ class Sheet:
     """
 
     def __init__(self, device: Any, numbers: int, columns: int, leaves: int, owner: Any = None) -> None:
-        self.owner = owner
-        self.numbers, self.leaves, self.columns = numbers + numbers % 2, leaves, columns
+        self.owner = owner  # named by its identity, which nothing else must take meanwhile
+        self.numbers = numbers + numbers % 2
         room = leaves + leaves % 2
         parts = [self.numbers, columns * room, room, room]
         self.host = np.zeros(max(1, sum(parts)), np.int64)
