@@ -53,8 +53,8 @@ from benchmarks.torch_cpu import (
     quiet,
     torch_adamw,
 )
-from optimisers.trace.program import flatten, unflatten
-from optimisers.update import update_scaled
+from optimisers.graph.trace import flatten, unflatten
+from optimisers.step.update import update_scaled
 
 Step = Callable[[], object]
 Table = list[list[str]]
@@ -1228,7 +1228,7 @@ def tune(session: Session) -> None:
     """Print the time of a step on GPT-2 for other constants of the engine: in float32, and with bfloat16
     parameters beside float32 state, whose kernels take more registers.
     """
-    from optimisers.engines import triton as engine
+    from optimisers.engines.cuda import task as engine
 
     place = session.place
     before = engine.Fused.chunk, engine.BLOCK, engine.OPTIONS, engine.NARROW

@@ -31,7 +31,7 @@ import optimisers as opt
 from benchmarks import shapes
 from benchmarks.numpy_engine import child, show, verdict
 from benchmarks.timing import Timings, interleaved, judged
-from optimisers.engines import ffi
+from optimisers.engines.xla import call as ffi
 
 ETA, LAM, NORM = 1e-3, 1e-4, 1.0
 

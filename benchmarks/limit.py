@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from optimisers.engines import cache, threads
-from optimisers.engines.addresses import Chunks, Form
-from optimisers.leaf import parts
+from optimisers.engines import cache
+from optimisers.engines.addressed.pointers import Chunks, Form
+from optimisers.engines.cpu import threads
+from optimisers.state.leaf import parts
 
 SOURCE = '''"""Reads and writes the arrays of a step, with one addition for each that is written.
 
@@ -19,7 +20,7 @@ Addresses, in order: {about}.
 """
 from numba import njit
 
-from optimisers.engines.support import claim, loader, storer
+from optimisers.engines.cpu.intrinsics import claim, loader, storer
 
 {words}
 

@@ -121,15 +121,15 @@ def candidates(name: str) -> tuple[dict[str, Callable[[], object]], Any]:
 
 
 PIECES = [
-    ("walk: model and gradients", "optimisers.update", "gather"),
-    ("walk: model and gradients", "optimisers.update", "gather_gradients"),
-    ("which leaves are stepped", "optimisers.update", "_active"),
-    ("checks: shapes, types, addresses", "optimisers.engines.addresses", "Form.addresses"),
-    ("checks: gradients in memory that is written", "optimisers.engines.numba", "Fused.separate"),
-    ("address tables", "optimisers.engines.numba", "Fused.rows"),
-    ("scalars of the step", "optimisers.trace.evaluate", "Scalars.table"),
-    ("scalars of the step", "optimisers.engines.numba", "Fused.counters"),
-    ("kernel, threads included", "optimisers.engines.threads", "together"),
+    ("walk: model and gradients", "optimisers.step.update", "gather"),
+    ("walk: model and gradients", "optimisers.step.update", "gather_gradients"),
+    ("which leaves are stepped", "optimisers.step.update", "_active"),
+    ("checks: shapes, types, addresses", "optimisers.engines.addressed.pointers", "Form.addresses"),
+    ("checks: gradients in memory that is written", "optimisers.engines.cpu.task", "Fused.separate"),
+    ("address tables", "optimisers.engines.cpu.task", "Fused.rows"),
+    ("scalars of the step", "optimisers.graph.scalars", "Scalars.table"),
+    ("scalars of the step", "optimisers.engines.cpu.task", "Fused.counters"),
+    ("kernel, threads included", "optimisers.engines.cpu.threads", "together"),
 ]
 """Title of a piece, module, function: none of them calls another, as long as nothing is copied."""
 
@@ -487,7 +487,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if chosen.child:
         print(json.dumps(CHILDREN[chosen.child[0]](*chosen.child[1:])))
         return
-    from optimisers.engines import threads
+    from optimisers.engines.cpu import threads
 
     sys.stdout.reconfigure(line_buffering=True)
     load = f"load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 import optimisers as opt
-from optimisers.store import Shape, program_of
-from optimisers.trace.expr import Expr, order
-from optimisers.trace.program import Program, flatten
-from optimisers.value import kind, walk
+from optimisers.graph.expr import Expr, order
+from optimisers.graph.trace import Program, flatten
+from optimisers.settings import kind, walk
+from optimisers.state.store import Shape, program_of
 
 HERE = Path(__file__).resolve().parent
 PAGES = HERE / "rules"

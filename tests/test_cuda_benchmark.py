@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import optimisers as opt
-from optimisers.value import parts
+from optimisers.settings import parts
 
 ROOT = Path(__file__).resolve().parent.parent
 

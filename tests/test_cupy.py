@@ -30,7 +30,7 @@ from tests.test_laws import COMPLEX_PAIRS, arrays_of, bits, close, gradients_of,
 
 ENGINES = ("interpret", None)
 STEPS = (opt.update, opt.update_)
-OURS = ("optimisers.arrays.cupy", "optimisers.engines.fusion")
+OURS = ("optimisers.arrays.cupy", "optimisers.engines.cupy")
 
 both_engines = pytest.mark.parametrize("engine", ENGINES, ids=["interpret", "fused"])
 both_updates = pytest.mark.parametrize("step", STEPS, ids=lambda f: f.__name__)
@@ -302,7 +302,7 @@ def test_what_a_kernel_raises_is_raised_before_anything_is_written(monkeypatch: 
         def apply(self, state: Any, x: Any, dx: Any) -> Any:
             return state, opt.tanh(dx)
 
-    fusion = importlib.import_module("optimisers.engines.fusion")
+    fusion = importlib.import_module("optimisers.engines.cupy")
 
     def raises(*_: Any) -> Any:
         raise RuntimeError("no compiler")
@@ -625,7 +625,7 @@ def test_triton_steps_arrays_of_cupy_where_it_reaches_them(
     row: Row, step: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernels take addresses; that of the stand-in is on the host, where Triton's interpreter is."""
-    triton = importlib.import_module("optimisers.engines.triton")
+    triton = importlib.import_module("optimisers.engines.cuda.task")
     monkeypatch.setattr(triton, "reaches", lambda _: True)
     monkeypatch.setattr(triton, "home", lambda _: importlib.import_module("torch").device("cpu"))
     models, states = {}, {}

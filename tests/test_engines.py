@@ -16,7 +16,9 @@ import pytest
 import optimisers as opt
 from optimisers import ops
 from optimisers.arrays import numpy as library
-from optimisers.engines import addresses, kernels, numba
+from optimisers.engines.addressed import pointers as addresses
+from optimisers.engines.cpu import printer as kernels
+from optimisers.engines.cpu import task as numba
 from tests.table import DTYPES, TABLE, Row, dtype_of
 from tests.table import name as of_row
 
@@ -891,7 +893,7 @@ FORK = """
 import os, sys
 import numpy as np
 import optimisers as opt
-from optimisers.engines import threads
+from optimisers.engines.cpu import threads
 
 threads.available = lambda: 2
 x, g = np.ones(700_001, np.float32), np.full(700_001, 2.0, np.float32)

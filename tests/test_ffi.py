@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 
 import optimisers as opt
-from optimisers.engines import kernels
-from optimisers.engines import numba as fused
-from optimisers.leaf import parts
+from optimisers.engines.cpu import printer as kernels
+from optimisers.engines.cpu import task as fused
+from optimisers.state.leaf import parts
 
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402 only where there is JAX
 
-from optimisers.engines import ffi, xla_ffi  # noqa: E402 the same
+from optimisers.engines.xla import c_api  # noqa: E402 the same
+from optimisers.engines.xla import call as ffi  # noqa: E402 the same
 
 ROOT = Path(__file__).parents[1]
 
@@ -668,8 +669,8 @@ def test_the_trial_may_be_made_in_the_middle_of_a_trace() -> None:
 
 
 def test_the_header_of_this_jaxlib_is_read() -> None:
-    assert xla_ffi.agrees(HEADER)
-    assert xla_ffi.Header(HEADER).offsets("XLA_FFI_CallFrame")["attrs"] == 120
+    assert c_api.agrees(HEADER)
+    assert c_api.Header(HEADER).offsets("XLA_FFI_CallFrame")["attrs"] == 120
 
 
 def test_no_address_stands_in_a_computation() -> None:

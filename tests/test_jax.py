@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from jax import lax
 
 import optimisers as opt
-from optimisers import ops, pytrees
+from optimisers import ops
 from optimisers.arrays import jax as library
+from optimisers.jax import pytree as pytrees
 from tests import test_engines as words
 from tests.table import DTYPES, TABLE, Row, dtype_of
 from tests.test_golden import PRESENT, REDUCING, array_of, names_of, rule_of, title_of

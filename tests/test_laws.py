@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import optimisers as opt
-from optimisers.engines import cache, threads
+from optimisers.engines import cache
+from optimisers.engines.cpu import threads
 from tests.table import (
     DTYPES,
     TABLE,

@@ -25,7 +25,7 @@ from optimisers.schedules import (
     Step,
     WarmupStableDecay,
 )
-from optimisers.value import fill, numbers, skeleton, walk
+from optimisers.settings import fill, numbers, skeleton, walk
 
 # -- the numbers of the peers --------------------------------------------------------------------------------
 

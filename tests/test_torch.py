@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import optimisers as opt
 from optimisers import ops
 from optimisers.arrays import torch as library
-from optimisers.engines import addresses
+from optimisers.engines.addressed import pointers as addresses
 from tests import test_engines as words
 from tests.table import DTYPES, TABLE, Row, dtype_of
 from tests.test_golden import PRESENT, REDUCING, array_of, names_of, rule_of, title_of

@@ -21,12 +21,14 @@ import torch
 
 import optimisers as opt
 from optimisers.arrays import torch as library
-from optimisers.engines import addresses, cache, triton_support
-from optimisers.engines import triton as engine
+from optimisers.engines import cache
+from optimisers.engines.addressed import pointers as addresses
+from optimisers.engines.cuda import device_functions
+from optimisers.engines.cuda import task as engine
 from optimisers.errors import BadState
-from optimisers.leaf import parts
-from optimisers.store import Structure
-from optimisers.update import takes_scaling, update_scaled
+from optimisers.state.leaf import parts
+from optimisers.state.store import Structure
+from optimisers.step.update import takes_scaling, update_scaled
 from tests import test_engines as words
 from tests.table import REAL, TABLE, LongestSeen, Row, dtype_of, numbers
 from tests.table import name as of_row
@@ -34,7 +36,7 @@ from tests.test_golden import PRESENT, REDUCING, array_of, names_of, rule_of, ti
 from tests.test_laws import bits, close, leaves, numbers_in
 from tests.test_torch import array, misaligned, number_of, tensor, turned, with_gaps
 
-DEVICE = "cpu" if triton_support.INTERPRETED else "cuda"
+DEVICE = "cpu" if device_functions.INTERPRETED else "cuda"
 
 Model = list[torch.Tensor]
 
@@ -145,8 +147,8 @@ def assert_close(got: tuple[Any, Any], wanted: tuple[Any, Any], dtype: str) -> N
 
 
 def test_triton_was_imported_after_it_was_decided_who_runs_kernels() -> None:
-    assert engine.interpreted() == triton_support.INTERPRETED
-    assert (os.environ["TRITON_INTERPRET"] == "1") == triton_support.INTERPRETED
+    assert engine.interpreted() == device_functions.INTERPRETED
+    assert (os.environ["TRITON_INTERPRET"] == "1") == device_functions.INTERPRETED
 
 
 def test_kernels_print_every_word_of_real_numbers() -> None:
@@ -169,7 +171,7 @@ import sys
 import torch
 import optimisers as opt
 opt.setup(opt.Adam(), torch.ones(3))
-assert "optimisers.engines.triton" not in sys.modules, "imported for nothing"
+assert "optimisers.engines.cuda.task" not in sys.modules, "imported for nothing"
 try:
     opt.setup(opt.Adam(), torch.ones(3), engine="triton")
 except opt.BadSetting as error:
@@ -298,7 +300,7 @@ def test_numbers_on_the_device_give_the_same_steps(row: Row) -> None:
     """To the last bit where NumPy computes both; the host and a device may differ by a unit."""
     dtype = row.single
     got, wanted = run(row.name, dtype, "triton", capturable=True), run(row.name, dtype, "triton")
-    if triton_support.INTERPRETED:
+    if device_functions.INTERPRETED:
         assert snapshot(*got) == snapshot(*wanted)
         assert repr(got[0]) == repr(wanted[0])
     assert_close(got, wanted, dtype)
@@ -456,7 +458,7 @@ def test_sums_of_single_precision_are_taken_in_double_precision() -> None:
 def test_the_chunks_of_a_leaf_are_gathered_whatever_their_number(name: str, count: int) -> None:
     values = np.random.default_rng(count).standard_normal(count + 7)
     begin, out = np.array([0, 3, 3 + count, count + 7]), on_device(np.zeros(3))
-    triton_support.gather[(3,)](on_device(values), on_device(begin), out, OP=name, BLOCK=128, num_warps=4)
+    device_functions.gather[(3,)](on_device(values), on_device(begin), out, OP=name, BLOCK=128, num_warps=4)
     empty = {"sum": 0.0, "max": -math.inf, "min": math.inf}[name]
     pieces = [values[:3], values[3 : 3 + count], values[3 + count :]]
     wanted = [getattr(np, name)(p) if len(p) else empty for p in pieces]
@@ -466,7 +468,7 @@ def test_the_chunks_of_a_leaf_are_gathered_whatever_their_number(name: str, coun
 @pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 5000])
 def test_all_chunks_are_added_up_whatever_their_number(count: int) -> None:
     values, out = np.random.default_rng(count).standard_normal(count + 5), on_device(np.zeros(1))
-    triton_support.add_up[(1,)](on_device(values), count, out, BLOCK=1024, num_warps=8)
+    device_functions.add_up[(1,)](on_device(values), count, out, BLOCK=1024, num_warps=8)
     np.testing.assert_allclose(on_host(out), values[:count].sum(), rtol=1e-12)
 
 
@@ -1064,7 +1066,7 @@ Launch = tuple[Any, Any, tuple[Any, ...], dict[str, Any]]
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Every launch of a kernel: (kernel, grid, arguments, settings)."""
     seen: list[Launch] = []
-    kind = type(triton_support.gather)
+    kind = type(device_functions.gather)
     original = kind.__getitem__
 
     def __getitem__(kernel: Any, grid: Any) -> Any:  # noqa: N807 it takes the place of the other

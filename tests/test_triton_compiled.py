@@ -20,9 +20,11 @@ import pytest
 import torch
 
 import optimisers as opt
-from optimisers.engines import fused, kernels, triton_kernels
-from optimisers.engines import triton as engine
-from optimisers.store import Shape, grouped, started
+from optimisers.engines.addressed import task as fused
+from optimisers.engines.cpu import printer as kernels
+from optimisers.engines.cuda import printer as triton_kernels
+from optimisers.engines.cuda import task as engine
+from optimisers.state.store import Shape, grouped, started
 from tests.table import REAL, TABLE, Row
 from tests.table import name as of_row
 
@@ -65,12 +67,13 @@ import contextlib, io, json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from optimisers.engines import cache, triton_support
+from optimisers.engines import cache
+from optimisers.engines.cuda import device_functions
 
-assert not triton_support.INTERPRETED
+assert not device_functions.INTERPRETED
 found = []
 for key, text, constants, options, pointers, architectures in json.load(sys.stdin):
-    kernel = getattr(triton_support, text, None) if text.isidentifier() else cache.load(text).kernel
+    kernel = getattr(device_functions, text, None) if text.isidentifier() else cache.load(text).kernel
     kinds = {n: pointers.get(n.rstrip("0123456789"), "i32") for n in kernel.arg_names}
     kinds = {n: "constexpr" if n in constants else kind for n, kind in kinds.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if kinds[n][0] == "*"}

@@ -24,20 +24,6 @@ from optimisers.errors import (
 from optimisers.explain import explain, kernel
 from optimisers.flat import Restructure, destructure, trainable, trainables
 from optimisers.grads import gradients, value_and_grad
-from optimisers.leaf import (
-    Branch,
-    Leaf,
-    adjust,
-    adjust_,
-    averaged,
-    current,
-    freeze,
-    freeze_,
-    hyperparameters,
-    thaw,
-    thaw_,
-    with_hyperparameters,
-)
 from optimisers.ops import (
     Becomes,
     abs2,
@@ -139,22 +125,36 @@ from optimisers.schedules import (
     Step,
     WarmupStableDecay,
 )
+from optimisers.state.leaf import (
+    Branch,
+    Leaf,
+    adjust,
+    adjust_,
+    averaged,
+    current,
+    freeze,
+    freeze_,
+    hyperparameters,
+    thaw,
+    thaw_,
+    with_hyperparameters,
+)
+from optimisers.step.update import setup, update, update_
 from optimisers.tree.children import register
 from optimisers.tree.path import KeyPath
-from optimisers.update import setup, update, update_
 
 if TYPE_CHECKING:
-    from optimisers.interop.optax import as_optax, from_optax
-    from optimisers.interop.torch import TorchOptimizer
-    from optimisers.pytrees import vmap_axes
+    from optimisers.jax.optax import as_optax, from_optax
+    from optimisers.jax.pytree import vmap_axes
+    from optimisers.torch.optimizer import TorchOptimizer
 
 __version__ = "0.1.0"
 
 _LATER = {
-    "TorchOptimizer": "optimisers.interop.torch",
-    "as_optax": "optimisers.interop.optax",
-    "from_optax": "optimisers.interop.optax",
-    "vmap_axes": "optimisers.pytrees",
+    "TorchOptimizer": "optimisers.torch.optimizer",
+    "as_optax": "optimisers.jax.optax",
+    "from_optax": "optimisers.jax.optax",
+    "vmap_axes": "optimisers.jax.pytree",
 }
 
 

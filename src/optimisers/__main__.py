@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 import optimisers as opt
-from optimisers.engines import cache, threads
+from optimisers.engines import cache
+from optimisers.engines.cpu import threads
 
 NEEDED = ("optimisers", "numpy", "numba", "platformdirs")
 OPTIONAL = ("matplotlib", "rich", "scikit-learn", "ml_dtypes", "attrs", "torch", "triton", "jax", "cupy")

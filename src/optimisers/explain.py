@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays.registry import isnumeric
-from optimisers.engines import choose, fused
-from optimisers.engines.kernels import Unprintable, legend
+from optimisers.engines import choose
+from optimisers.engines.addressed import task as fused
+from optimisers.engines.cpu.printer import Unprintable, legend
 from optimisers.errors import BadSetting, BadState
-from optimisers.leaf import parts
+from optimisers.graph.expr import order
 from optimisers.rule import Rule
-from optimisers.store import Group, Shape, grouped, started
-from optimisers.trace.expr import order
+from optimisers.state.leaf import parts
+from optimisers.state.store import Group, Shape, grouped, started
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,8 @@ from typing import Any
 
 from optimisers.arrays import registry
 from optimisers.errors import BadState, TreeMismatch
-from optimisers.leaf import Branch, Leaf
 from optimisers.rule import Rule
+from optimisers.state.leaf import Branch, Leaf
 from optimisers.tree.children import container
 from optimisers.tree.path import KeyPath
 from optimisers.tree.walk import Layout, gather, rebuild, survey

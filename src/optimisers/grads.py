@@ -5,7 +5,7 @@ from typing import Any
 
 from optimisers.arrays import registry
 from optimisers.errors import BadState
-from optimisers.leaf import Branch, Leaf
+from optimisers.state.leaf import Branch, Leaf
 from optimisers.tree.children import container
 from optimisers.tree.path import KeyPath
 from optimisers.tree.walk import gather, mirrored, rebuild, survey

@@ -6,7 +6,7 @@ import inspect
 from typing import Any, ClassVar, Self
 
 from optimisers.errors import BadSetting, TraceError, UnknownField
-from optimisers.value import Value, adjusted, is_number, parts, refuse_unknown, settings, static
+from optimisers.settings import Value, adjusted, is_number, parts, refuse_unknown, settings, static
 
 
 class Rule(Value):

@@ -22,7 +22,7 @@ from typing import Any
 
 from optimisers.errors import BadSetting
 from optimisers.ops import clip, cos, floor, maximum, minimum, power, sqrt, where
-from optimisers.value import Value, number, settings, static
+from optimisers.settings import Value, number, settings, static
 
 
 class Schedule(Value):

@@ -5,7 +5,7 @@ from typing import Any
 from optimisers.errors import BadSetting, UnknownField
 from optimisers.ops import under
 from optimisers.rule import Rule, stepped
-from optimisers.value import parts
+from optimisers.settings import parts
 
 
 class Chain(Rule):

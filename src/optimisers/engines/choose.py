@@ -9,9 +9,9 @@ import importlib.util
 from typing import Any
 
 from optimisers.engines import interpret
-from optimisers.engines.job import Task
+from optimisers.engines.task import Task
 from optimisers.errors import BadSetting
-from optimisers.store import Group
+from optimisers.state.store import Group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Choice:
     """Why it is not a faster one; empty if it is the fastest."""
 
 
-FUSED = {"numba": "optimisers.engines.numba", "triton": "optimisers.engines.triton"}
+FUSED = {"numba": "optimisers.engines.cpu.task", "triton": "optimisers.engines.cuda.task"}
 """Fused engine -> its module."""
 
 NAMES = (*FUSED, interpret.NAME)
@@ -38,7 +38,7 @@ def fused(name: str) -> Any:
     return importlib.import_module(FUSED[name])
 
 
-SYMBOLIC = {"jax": "optimisers.engines.xla"}
+SYMBOLIC = {"jax": "optimisers.engines.xla.task"}
 """Array library -> the module with its own task for steps whose values nobody may look at."""
 
 
@@ -52,7 +52,7 @@ def symbolic_task(library: Any) -> type[Task]:
     return _symbolic(library.NAME).Xla if library.NAME in SYMBOLIC else interpret.Interpreter
 
 
-OWN = {"cupy": "optimisers.engines.fusion"}
+OWN = {"cupy": "optimisers.engines.cupy"}
 """Array library -> the module that steps its arrays with the library's own compiler."""
 
 

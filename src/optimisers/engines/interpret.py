@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import registry
-from optimisers.arrays.pack import Indices, Loose
-from optimisers.engines.job import Job, Result, Task
+from optimisers.engines.task import Job, Result, Task
 from optimisers.errors import TraceError
-from optimisers.trace.expr import Expr, order
-from optimisers.trace.phases import is_input, number_of, outputs, reduce_pass
+from optimisers.graph.expr import Expr, order
+from optimisers.graph.passes import is_input, number_of, outputs, reduce_pass
+from optimisers.state.buffers import Indices, Loose
 
 NAME = "interpret"
 

@@ -16,7 +16,7 @@ from optimisers.ops import (
     zeros_like,
 )
 from optimisers.rule import Rule, in_unit_interval, not_negative, one_of, static
-from optimisers.value import is_number
+from optimisers.settings import is_number
 
 
 class RMSPropState(NamedTuple):

@@ -111,9 +111,9 @@ kinds.
 """
 
 FOREIGN = {
-    "torch": "optimisers.tree.torch",
-    "flax": "optimisers.tree.jax",
-    "equinox": "optimisers.tree.jax",
+    "torch": "optimisers.tree.modules_torch",
+    "flax": "optimisers.tree.modules_jax",
+    "equinox": "optimisers.tree.modules_jax",
 }
 """Top-level package of a class -> the module here that knows its models; none is imported before the user has
 it.

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
-from optimisers.trace.expr import Expr, show
-from optimisers.trace.phases import Pass
+from optimisers.graph.expr import Expr, show
+from optimisers.graph.passes import Pass
 
 
 class Unprintable(Exception):
@@ -403,8 +403,8 @@ def columns(p: Pass, *, inplace: bool) -> list[str]:
 
 @functools.cache
 def support_hash(file: str) -> str:
-    """Tells kernels compiled against other functions of a file here apart."""
-    return hashlib.sha256(Path(__file__).with_name(file).read_bytes()).hexdigest()[:12]
+    """Tells kernels compiled against other functions of a file of the engines apart."""
+    return hashlib.sha256(Path(__file__).parents[1].joinpath(file).read_bytes()).hexdigest()[:12]
 
 
 def source(
@@ -419,10 +419,9 @@ def source(
     return (
         f"{about}import math\n\nimport numpy\nfrom numba import njit\n"
         "from numpy import complex64, complex128, float32, float64\n\n"
-        "from optimisers.engines.support import (\n    claim, complex_of, high_bits, join_bits, loader, "
-        "low_bits, rank_max, "
-        "rank_min,\n    select, storer, unrank,\n)\n"
-        f"\n# intrinsics {support_hash('support.py')}\n{body}"
+        "from optimisers.engines.cpu.intrinsics import (\n    claim, complex_of, high_bits, join_bits, "
+        "loader, low_bits, rank_max, rank_min,\n    select, storer, unrank,\n)\n"
+        f"\n# intrinsics {support_hash('cpu/intrinsics.py')}\n{body}"
     )
 
 

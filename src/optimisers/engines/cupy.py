@@ -14,12 +14,12 @@ import numpy as np
 
 from optimisers import ops
 from optimisers.arrays import cupy as library
-from optimisers.arrays.pack import Indices
 from optimisers.engines.interpret import Interpreter, input_of
-from optimisers.engines.job import Result
-from optimisers.store import Group
-from optimisers.trace.expr import Expr
-from optimisers.trace.phases import Pass, number_of, outputs, reduce_pass, store_pass
+from optimisers.engines.task import Result
+from optimisers.graph.expr import Expr
+from optimisers.graph.passes import Pass, number_of, outputs, reduce_pass, store_pass
+from optimisers.state.buffers import Indices
+from optimisers.state.store import Group
 
 NAME = "cupy.fuse"
 

@@ -13,14 +13,14 @@ import torch
 from optimisers.arrays import registry
 from optimisers.arrays import torch as tensors
 from optimisers.errors import BadSetting, BadState, TreeMismatch, UnknownField
-from optimisers.leaf import parts
+from optimisers.graph.trace import flatten, unflatten
 from optimisers.rule import Rule
 from optimisers.rules.descent import Momentum, Nesterov
-from optimisers.trace.program import flatten, unflatten
+from optimisers.settings import ELSEWHERE, adjustable, adjusted, fill, numbers, refuse_unknown, settings
+from optimisers.settings import parts as parts_of_value
+from optimisers.state.leaf import parts
+from optimisers.step.update import setup, takes_scaling, update_, update_scaled
 from optimisers.tree.path import KeyPath, matches
-from optimisers.update import setup, takes_scaling, update_, update_scaled
-from optimisers.value import ELSEWHERE, adjustable, adjusted, fill, numbers, refuse_unknown, settings
-from optimisers.value import parts as parts_of_value
 
 __all__ = ["TorchOptimizer"]
 

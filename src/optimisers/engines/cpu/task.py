@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from optimisers.arrays.pack import Indices
-from optimisers.engines import cache, kernels, threads
-from optimisers.engines.addresses import LOOKS, Chunks
-from optimisers.engines.fused import Addressed, arithmetic_of, kinds_of, labels_of, printable, titled
-from optimisers.trace.phases import Pass
-from optimisers.trace.program import Program
+from optimisers.engines import cache
+from optimisers.engines.addressed.pointers import LOOKS, Chunks
+from optimisers.engines.addressed.task import Addressed, arithmetic_of, kinds_of, labels_of, printable, titled
+from optimisers.engines.cpu import printer as kernels
+from optimisers.engines.cpu import threads
+from optimisers.graph.passes import Pass
+from optimisers.graph.trace import Program
+from optimisers.state.buffers import Indices
 
 NAME = "numba"
 

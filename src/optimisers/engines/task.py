@@ -13,13 +13,13 @@ import numpy as np
 
 from optimisers.arrays import numpy as host
 from optimisers.arrays import registry
-from optimisers.arrays.pack import Indices, Pack
 from optimisers.errors import BadState, DomainError, TraceError, TreeMismatch
+from optimisers.graph.expr import Expr
+from optimisers.graph.passes import Stage, stages
+from optimisers.graph.scalars import Scalars, counters
+from optimisers.graph.trace import Program, total_key
 from optimisers.rule import Rule
-from optimisers.trace.evaluate import Scalars, counters
-from optimisers.trace.expr import Expr
-from optimisers.trace.phases import Stage, stages
-from optimisers.trace.program import Program, total_key
+from optimisers.state.buffers import Indices, Pack
 
 
 @dataclasses.dataclass(eq=False)

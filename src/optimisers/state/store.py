@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import registry
-from optimisers.arrays.pack import Bundled, Indices, Loose, Pack, Places
 from optimisers.errors import BadState
+from optimisers.graph.expr import Expr, cuts, order
+from optimisers.graph.trace import Program, flatten, form, trace, unflatten
 from optimisers.rule import Rule, needed
-from optimisers.trace.expr import Expr, cuts, order
-from optimisers.trace.program import Program, flatten, form, trace, unflatten
+from optimisers.settings import fill, numbers, skeleton
+from optimisers.state.buffers import Bundled, Indices, Loose, Pack, Places
 from optimisers.tree.walk import Layout
-from optimisers.value import fill, numbers, skeleton
 
 Table = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -14,15 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimisers.arrays import jax as library
-from optimisers.arrays.pack import Bundled, Indices, Loose
-from optimisers.engines import ffi, fused, numba
+from optimisers.engines.addressed import task as fused
+from optimisers.engines.cpu import task as numba
+from optimisers.engines.cpu.printer import Unprintable, columns
 from optimisers.engines.interpret import Interpreter
-from optimisers.engines.job import Result
-from optimisers.engines.kernels import Unprintable, columns
-from optimisers.store import Group
-from optimisers.trace.expr import Expr
-from optimisers.trace.phases import Pass, number_of, reduce_pass, store_pass
-from optimisers.trace.program import Program
+from optimisers.engines.task import Result
+from optimisers.engines.xla import call as ffi
+from optimisers.graph.expr import Expr
+from optimisers.graph.passes import Pass, number_of, reduce_pass, store_pass
+from optimisers.graph.trace import Program
+from optimisers.state.buffers import Bundled, Indices, Loose
+from optimisers.state.store import Group
 
 CALL = 64
 """Leaves of one call of the kernel: more compile slowly, fewer run slowly."""

@@ -14,13 +14,13 @@ import numpy as np
 from optimisers.arrays import registry
 from optimisers.compose.average import AverageState
 from optimisers.errors import BadState, NoMatch, UnknownField
+from optimisers.graph.trace import entries, flatten, form, unflatten
 from optimisers.rule import Rule, changes_of
-from optimisers.store import Pending, Store
-from optimisers.trace.program import entries, flatten, form, unflatten
+from optimisers.settings import adjustable, adjusted, refuse_unknown, schedules, skeleton, walk
+from optimisers.settings import parts as parts_of_value
+from optimisers.state.store import Pending, Store
 from optimisers.tree.path import Attr, KeyPath, matches
 from optimisers.tree.walk import Node, find, gather, rebuild
-from optimisers.value import adjustable, adjusted, refuse_unknown, schedules, skeleton, walk
-from optimisers.value import parts as parts_of_value
 
 Where = Any
 """A selector: a glob over paths, a predicate (path, leaf), a rule type, or a list of these."""

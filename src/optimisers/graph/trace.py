@@ -7,10 +7,10 @@ from typing import Any
 
 from optimisers.arrays import registry
 from optimisers.errors import TraceError
+from optimisers.graph.expr import Expr, Guard, cuts, lift, make, order, tracing
 from optimisers.ops import Becomes
 from optimisers.rule import Rule, stepped
-from optimisers.trace.expr import Expr, Guard, cuts, lift, make, order, tracing
-from optimisers.value import fill, is_number, schedules, walk
+from optimisers.settings import fill, is_number, schedules, walk
 
 # -- state: any nest of tuples, NamedTuples, dicts and lists, of arrays and numbers --------------------------
 

@@ -4,12 +4,12 @@ import dataclasses
 from typing import Any
 
 from optimisers.arrays import registry
-from optimisers.arrays.pack import Indices, Loose
 from optimisers.engines.interpret import Interpreter
-from optimisers.engines.job import Job, Result
+from optimisers.engines.task import Job, Result
 from optimisers.errors import TreeMismatch
 from optimisers.rule import Rule
-from optimisers.value import parts
+from optimisers.settings import parts
+from optimisers.state.buffers import Indices, Loose
 
 
 def by_rows(rule: Rule) -> bool:

@@ -257,8 +257,8 @@ TASK = """
 
 from numba import carray, cfunc
 
-from optimisers.engines.xla_ffi import add, call, fence, float64s, int64s, provide, symbol
-from optimisers.engines.xla_ffi import (
+from optimisers.engines.xla.c_api import add, call, fence, float64s, int64s, provide, symbol
+from optimisers.engines.xla.c_api import (
     ADDRESSES, BOUNDS, CHUNK, CHUNKS, COLUMNS, INSIDE, LEAVES, PARTIAL, REFERENCES, ROW, ROWS, SCALARS, SIZES,
     SPANS, SUMS, TABLE,
 )
@@ -303,9 +303,9 @@ import math
 
 from numba import carray, cfunc
 
-from optimisers.engines.support import peek32, peek64
-from optimisers.engines.xla_ffi import add, call, fence, float32s, float64s, int64s, poke32, poke64, symbol
-from optimisers.engines.xla_ffi import (
+from optimisers.engines.cpu.intrinsics import peek32, peek64
+from optimisers.engines.xla.c_api import add, call, fence, float32s, float64s, int64s, poke32, poke64, symbol
+from optimisers.engines.xla.c_api import (
     ADDRESSES, BLOCK, BOUNDS, CHUNK, CHUNKS, COLUMNS, COUNTER, HELPERS, INPUTS, INSIDE, LEAVES, PARTIAL, PLAN,
     REFERENCES, ROW, ROWS, SCALARS, SCRATCH, SIZES, SPANS, SUMS, TABLE, WIDE, WIDE_SUMS,
 )

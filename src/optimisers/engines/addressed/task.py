@@ -15,16 +15,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from optimisers.arrays import registry
-from optimisers.arrays.pack import Indices
-from optimisers.engines import kernels
-from optimisers.engines.addresses import CHUNK, Chunks, Form, Scratch
+from optimisers.engines.addressed.pointers import CHUNK, Chunks, Form, Scratch
+from optimisers.engines.cpu import printer as kernels
+from optimisers.engines.cpu.printer import Unprintable
 from optimisers.engines.interpret import Values
-from optimisers.engines.job import Job, Result, Task, merged
-from optimisers.engines.kernels import Unprintable
+from optimisers.engines.task import Job, Result, Task, merged
 from optimisers.errors import TraceError, TreeMismatch
-from optimisers.trace.expr import Expr
-from optimisers.trace.phases import Pass, is_input, number_of, outputs, reduce_pass, stages, store_pass
-from optimisers.trace.program import Program
+from optimisers.graph.expr import Expr
+from optimisers.graph.passes import Pass, is_input, number_of, outputs, reduce_pass, stages, store_pass
+from optimisers.graph.trace import Program
+from optimisers.state.buffers import Indices
 
 # -- what a kernel of a program is made of -------------------------------------------------------------------
 

@@ -16,14 +16,14 @@ import numpy as np
 
 from optimisers.arrays import jax as arrays
 from optimisers.arrays import registry
-from optimisers.arrays.pack import Bundled
-from optimisers.engines.job import refuse, watches
+from optimisers.engines.task import refuse, watches
 from optimisers.errors import TreeMismatch, UnknownField
-from optimisers.leaf import Branch, Leaf, opened
-from optimisers.store import Pending, Store, Structure
+from optimisers.state.buffers import Bundled
+from optimisers.state.leaf import Branch, Leaf, opened
+from optimisers.state.store import Pending, Store, Structure
+from optimisers.step.update import evaluated, refuse_untied, runners
 from optimisers.tree.path import KeyPath
 from optimisers.tree.walk import Node, find
-from optimisers.update import evaluated, refuse_untied, runners
 
 # pyright: reportPrivateUsage=false
 

@@ -19,16 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from optimisers.arrays.pack import Indices
-from optimisers.engines import cache, kernels, triton_kernels
-from optimisers.engines.addresses import Chunks
-from optimisers.engines.fused import Addressed, arithmetic_of, kinds_of, labels_of, printable, titled
-from optimisers.engines.job import Job, Result
+from optimisers.engines import cache
+from optimisers.engines.addressed.pointers import Chunks
+from optimisers.engines.addressed.task import Addressed, arithmetic_of, kinds_of, labels_of, printable, titled
+from optimisers.engines.cpu import printer as kernels
+from optimisers.engines.cuda import printer as triton_kernels
+from optimisers.engines.task import Job, Result
 from optimisers.errors import BadState
-from optimisers.trace.evaluate import Scalars, below
-from optimisers.trace.expr import Expr, cuts
-from optimisers.trace.phases import Pass
-from optimisers.trace.program import Program
+from optimisers.graph.expr import Expr, cuts
+from optimisers.graph.passes import Pass
+from optimisers.graph.scalars import Scalars, below
+from optimisers.graph.trace import Program
+from optimisers.state.buffers import Indices
 
 NAME = "triton"
 
@@ -601,9 +603,9 @@ def placed(chunks: Chunks, name: str, device: Any) -> Any:
 @functools.cache
 def support() -> Any:
     """Kernels written by hand; their module needs Triton."""
-    from optimisers.engines import triton_support
+    from optimisers.engines.cuda import device_functions
 
-    return triton_support
+    return device_functions
 
 
 def capturing(job: Job) -> bool:

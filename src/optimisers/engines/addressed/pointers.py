@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import registry
-from optimisers.arrays.pack import Indices
 from optimisers.engines import cache
+from optimisers.state.buffers import Indices
 
 CHUNK = 1 << 16
 """Elements of one chunk: large enough that its set-up costs nothing, small enough to share out."""
@@ -126,7 +126,7 @@ class Form:
 LOOK = '''"""Reads the addresses of arrays from their objects, and counts those not laid out as expected."""
 from numba import njit
 
-from optimisers.engines.support import peek32, peek64
+from optimisers.engines.cpu.intrinsics import peek32, peek64
 
 
 @njit("i8(i8, i8, i8, i8, i8, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], i8[::1])",
@@ -224,7 +224,7 @@ def look_at_numpy(device: str) -> Any:
 LOOK_TORCH = '''"""Reads the addresses of tensors from their objects; counts those not as expected."""
 from numba import njit
 
-from optimisers.engines.support import peek32, peek64
+from optimisers.engines.cpu.intrinsics import peek32, peek64
 
 
 @njit("i8(i8, i8[::1], i8, i8, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1])",

@@ -10,8 +10,8 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from optimisers.trace.expr import Expr, cuts, order
-from optimisers.trace.program import Program, fold
+from optimisers.graph.expr import Expr, cuts, order
+from optimisers.graph.trace import Program, fold
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

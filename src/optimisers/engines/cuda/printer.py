@@ -10,9 +10,9 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-from optimisers.engines.kernels import ARITHMETIC, BYTES, REAL, Maths, Printer, Unprintable, support_hash
-from optimisers.trace.expr import Expr, order
-from optimisers.trace.phases import Pass
+from optimisers.engines.cpu.printer import ARITHMETIC, BYTES, REAL, Maths, Printer, Unprintable, support_hash
+from optimisers.graph.expr import Expr, order
+from optimisers.graph.passes import Pass
 
 
 def _called(function: str) -> Callable[..., str]:
@@ -320,6 +320,6 @@ def _module(about: str, lines: list[str]) -> str:
     body = "\n".join(lines)
     return (
         f'"""{about}\n"""\nimport triton\nimport triton.language as tl\n\n'
-        f"from optimisers.engines.triton_support import (\n{called},\n)\n\n"
-        f"# functions {support_hash('triton_support.py')}\n\n\n{body}\n"
+        f"from optimisers.engines.cuda.device_functions import (\n{called},\n)\n\n"
+        f"# functions {support_hash('cuda/device_functions.py')}\n\n\n{body}\n"
     )

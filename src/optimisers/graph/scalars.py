@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import numpy as host
-from optimisers.trace.expr import INFIX, Expr, cuts, order
+from optimisers.graph.expr import INFIX, Expr, cuts, order
 
 Table = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from optimisers.arrays.pack import Indices
-from optimisers.engines import cache, threads
-from optimisers.engines.addresses import Chunks
+from optimisers.engines import cache
+from optimisers.engines.addressed.pointers import Chunks
+from optimisers.engines.cpu import threads
+from optimisers.state.buffers import Indices
 
 OPS = ("sum", "max", "min")
 """Reductions, by their number in a plan."""
@@ -39,7 +40,7 @@ def available() -> bool:
 TRIAL = '''"""Multiplies every array by a number of its own."""
 from numba import njit
 
-from optimisers.engines.support import claim, loader, storer
+from optimisers.engines.cpu.intrinsics import claim, loader, storer
 
 load = loader("float32", 0, 1)
 store = storer("float32", 0, 1)
@@ -108,12 +109,12 @@ def target(source: str, *, sums: bool = False) -> str:
 def _registered(source: str, *, sums: bool) -> str:
     import jax
 
-    from optimisers.engines import xla_ffi
+    from optimisers.engines.xla import c_api
 
     _handle()
-    known = hashlib.sha256(f"{xla_ffi.edition()} {source}".encode()).hexdigest()
+    known = hashlib.sha256(f"{c_api.edition()} {source}".encode()).hexdigest()
     name = f"optimisers_{known[:24]}"
-    module = cache.load(source + xla_ffi.task_text(name, sums=sums))
+    module = cache.load(source + c_api.task_text(name, sums=sums))
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(module.handler.ctypes), platform="cpu", api_version=1)
     return name
 
@@ -123,11 +124,11 @@ def _handle() -> Any:
     """The compiled code that all kernels share; raises OSError where it would not understand XLA."""
     import jax
 
-    from optimisers.engines import xla_ffi
+    from optimisers.engines.xla import c_api
 
-    xla_ffi.provide_system()
-    module = cache.load(xla_ffi.handler_text(jax.ffi.include_dir()))
-    xla_ffi.provide("optimisers_handle", module.handle.address)
+    c_api.provide_system()
+    module = cache.load(c_api.handler_text(jax.ffi.include_dir()))
+    c_api.provide("optimisers_handle", module.handle.address)
     return module
 
 

@@ -10,9 +10,9 @@ import optax
 from optimisers.arrays import registry
 from optimisers.errors import BadState, TreeMismatch
 from optimisers.rule import Rule
+from optimisers.step.update import setup, update
 from optimisers.tree.path import KeyPath
 from optimisers.tree.walk import gather, gather_gradients, rebuild, survey
-from optimisers.update import setup, update
 
 __all__ = ["as_optax", "from_optax"]
 

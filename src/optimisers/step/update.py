@@ -19,13 +19,13 @@ import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.engines.choose import symbolic_task, task_for
-from optimisers.engines.job import Job, Result, Task, ready
-from optimisers.engines.rows import Rows, by_rows, sparse
+from optimisers.engines.sparse import Rows, by_rows, sparse
+from optimisers.engines.task import Job, Result, Task, ready
 from optimisers.errors import BadSetting, BadState, FloatParameter, NoMatch, NoParameters, TreeMismatch
-from optimisers.leaf import Branch, Leaf, handle, listed, parts
+from optimisers.graph.passes import store_pass
 from optimisers.rule import Rule
-from optimisers.store import FOLLOWED, Group, Shape, Store, grouped, started
-from optimisers.trace.phases import store_pass
+from optimisers.state.leaf import Branch, Leaf, handle, listed, parts
+from optimisers.state.store import FOLLOWED, Group, Shape, Store, grouped, started
 from optimisers.tree.path import KeyPath, matches
 from optimisers.tree.walk import Layout, Node, gather, gather_gradients, rebuild, survey
 
@@ -113,7 +113,7 @@ def _refuse_model(model: Any) -> None:
         )
 
 
-COMPILED = {"torch": "optimisers.compiled", "jax": "optimisers.pytrees"}
+COMPILED = {"torch": "optimisers.torch.compiler", "jax": "optimisers.jax.pytree"}
 """Array library -> the module that puts steps into the graphs that it compiles."""
 
 

@@ -18,10 +18,10 @@ import torch.utils._pytree as pytree
 
 from optimisers.arrays import torch as tensors
 from optimisers.errors import BadState
-from optimisers.leaf import Branch, Leaf
-from optimisers.store import NUMBERED, Pending, Store, Structure
-from optimisers.update import compilers, stepped
-from optimisers.update import update as eager
+from optimisers.state.leaf import Branch, Leaf
+from optimisers.state.store import NUMBERED, Pending, Store, Structure
+from optimisers.step.update import compilers, stepped
+from optimisers.step.update import update as eager
 
 _numbers: dict[Structure, int] = {}
 

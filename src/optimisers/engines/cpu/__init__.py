@@ -1,0 +1,1 @@
+"""The CPU engine: each pass one compiled kernel of Numba over all leaves."""

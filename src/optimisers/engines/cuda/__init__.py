@@ -1,0 +1,1 @@
+"""The CUDA engine: each pass one launch of Triton over all leaves."""

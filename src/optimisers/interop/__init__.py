@@ -1,1 +1,0 @@
-"""Our rules in the dress of other libraries. Nothing here imports this room."""

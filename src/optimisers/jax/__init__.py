@@ -1,0 +1,1 @@
+"""Everything that is for JAX alone: a state as a pytree, our rules in Optax and the reverse."""
