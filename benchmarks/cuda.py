@@ -53,7 +53,7 @@ from benchmarks.torch_cpu import (
     quiet,
     torch_adamw,
 )
-from optimisers.graph.trace import flatten, unflatten
+from optimisers.nest import flatten, unflatten
 from optimisers.step.update import update_scaled
 
 Step = Callable[[], object]

@@ -19,9 +19,10 @@ import numpy as np
 
 import optimisers as opt
 from optimisers.graph.expr import Expr, order
-from optimisers.graph.trace import Program, flatten
+from optimisers.graph.trace import Program
+from optimisers.nest import flatten
 from optimisers.settings import kind, walk
-from optimisers.state.store import Shape, program_of
+from optimisers.state.group import Shape, program_of
 
 HERE = Path(__file__).resolve().parent
 PAGES = HERE / "rules"

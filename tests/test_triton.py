@@ -27,7 +27,7 @@ from optimisers.engines.cuda import device_functions
 from optimisers.engines.cuda import task as engine
 from optimisers.errors import BadState
 from optimisers.state.leaf import parts
-from optimisers.state.store import Structure
+from optimisers.state.structure import Structure
 from optimisers.step.update import takes_scaling, update_scaled
 from tests import test_engines as words
 from tests.table import REAL, TABLE, LongestSeen, Row, dtype_of, numbers

@@ -24,7 +24,7 @@ from optimisers.engines.addressed import task as fused
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cuda import printer as triton_kernels
 from optimisers.engines.cuda import task as engine
-from optimisers.state.store import Shape, grouped, started
+from optimisers.state.group import Shape, grouped, started
 from tests.table import REAL, TABLE, Row
 from tests.table import name as of_row
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from optimisers.arrays.registry import isnumeric, maywrite
+from optimisers.averaged import averaged
 from optimisers.compose.accumulate import AccumGrad
 from optimisers.compose.average import EMA
 from optimisers.compose.chain import Chain
@@ -125,12 +126,9 @@ from optimisers.schedules import (
     Step,
     WarmupStableDecay,
 )
-from optimisers.state.leaf import (
-    Branch,
-    Leaf,
+from optimisers.state.edit import (
     adjust,
     adjust_,
-    averaged,
     current,
     freeze,
     freeze_,
@@ -139,6 +137,7 @@ from optimisers.state.leaf import (
     thaw_,
     with_hyperparameters,
 )
+from optimisers.state.leaf import Branch, Leaf
 from optimisers.step.update import setup, update, update_
 from optimisers.tree.children import register
 from optimisers.tree.path import KeyPath

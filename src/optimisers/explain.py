@@ -14,8 +14,8 @@ from optimisers.engines.cpu.printer import Unprintable, legend
 from optimisers.errors import BadSetting, BadState
 from optimisers.graph.expr import order
 from optimisers.rule import Rule
+from optimisers.state.group import Group, Shape, grouped, started
 from optimisers.state.leaf import parts
-from optimisers.state.store import Group, Shape, grouped, started
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from optimisers.engines import interpret
 from optimisers.engines.task import Task
 from optimisers.errors import BadSetting
-from optimisers.state.store import Group
+from optimisers.state.group import Group
 
 
 @dataclasses.dataclass(frozen=True)

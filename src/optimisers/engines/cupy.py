@@ -19,7 +19,7 @@ from optimisers.engines.task import Result
 from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Pass, number_of, outputs, reduce_pass, store_pass
 from optimisers.state.buffers import Indices
-from optimisers.state.store import Group
+from optimisers.state.group import Group
 
 NAME = "cupy.fuse"
 

@@ -2,64 +2,16 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from optimisers.arrays import registry
 from optimisers.errors import TraceError
 from optimisers.graph.expr import Expr, Guard, cuts, lift, make, order, tracing
+from optimisers.nest import flatten, form, unflatten
 from optimisers.ops import Becomes
 from optimisers.rule import Rule, stepped
-from optimisers.settings import fill, is_number, schedules, walk
-
-# -- state: any nest of tuples, NamedTuples, dicts and lists, of arrays and numbers --------------------------
-
-
-def flatten(state: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """(path, array or number) for everything in a state, depth first."""
-    for key, item in entries(state):
-        yield from flatten(item, (*path, key))
-    if registry.isarray(state) or isinstance(state, Expr) or is_number(state) or isinstance(state, bool):
-        yield path, state
-
-
-def entries(state: Any) -> list[tuple[Any, Any]]:
-    """The keys and items of a container in a state; none for what is not one."""
-    if isinstance(state, dict):
-        return list(state.items())
-    if isinstance(state, tuple) and hasattr(state, "_fields"):
-        return list(state._asdict().items())  # pyright: ignore[reportAttributeAccessIssue] a NamedTuple has it
-    if isinstance(state, tuple | list):
-        return list(enumerate(state))
-    return []
-
-
-def unflatten(template: Any, leaves: Iterator[Any]) -> Any:
-    """A state of the form of `template` with its arrays and numbers replaced, in the order of `flatten`."""
-    if isinstance(template, dict):
-        return {k: unflatten(v, leaves) for k, v in template.items()}
-    if isinstance(template, tuple) and hasattr(template, "_fields"):
-        return type(template)(*(unflatten(v, leaves) for v in template))
-    if isinstance(template, tuple | list):
-        return type(template)(unflatten(v, leaves) for v in template)
-    return template if template is None else next(leaves)
-
-
-def form(state: Any) -> Any:
-    """What two states must share to be of one form: containers, keys, and which entries are arrays or
-    numbers.
-    """
-    inner = entries(state)
-    if inner or isinstance(state, tuple | list | dict):
-        return (type(state), tuple((k, form(v)) for k, v in inner))
-    if state is None:
-        return None
-    if registry.isarray(state) or (isinstance(state, Expr) and state.domain != "scalar"):
-        return "array"
-    if is_number(state) or isinstance(state, bool):
-        return "number"
-    raise TraceError(f"state holds {state!r}; it takes arrays and numbers, in tuples, NamedTuples and dicts")
-
+from optimisers.settings import fill, schedules, walk
 
 # -- the program ---------------------------------------------------------------------------------------------
 

@@ -20,7 +20,8 @@ from optimisers.engines.task import refuse, watches
 from optimisers.errors import TreeMismatch, UnknownField
 from optimisers.state.buffers import Bundled
 from optimisers.state.leaf import Branch, Leaf, opened
-from optimisers.state.store import Pending, Store, Structure
+from optimisers.state.store import Store
+from optimisers.state.structure import Pending, Structure, structure_of
 from optimisers.step.update import evaluated, refuse_untied, runners
 from optimisers.tree.path import KeyPath
 from optimisers.tree.walk import Node, find
@@ -41,7 +42,7 @@ def _apart(held: "Store | Pending") -> tuple[Any, Structure]:
     """(arrays, structure) of a store."""
     if isinstance(held, Pending):
         return held.arrays, held.structure
-    return tuple(held.arrays()), held.structure()
+    return tuple(held.arrays()), structure_of(held)
 
 
 def _flatten_with_keys(state: "Leaf | Branch") -> tuple[Any, Any]:
@@ -219,7 +220,7 @@ def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store
     if any(g is not None and registry.module_of(type(g)) is not arrays for o in orders for g in o):
         return evaluated(store, node, xs, orders)  # it says what is wrong
     refuse_untied(store, node, xs)
-    structure = store.structure()
+    structure = structure_of(store)
     out = _jitted(
         structure, _path_of(store.layout.root, node), store.arrays(), list(xs), [list(o) for o in orders]
     )

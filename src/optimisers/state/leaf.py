@@ -6,24 +6,19 @@ is one.
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from optimisers.arrays import registry
-from optimisers.compose.average import AverageState
-from optimisers.errors import BadState, NoMatch, UnknownField
-from optimisers.graph.trace import entries, flatten, form, unflatten
-from optimisers.rule import Rule, changes_of
-from optimisers.settings import adjustable, adjusted, refuse_unknown, schedules, skeleton, walk
-from optimisers.settings import parts as parts_of_value
-from optimisers.state.store import Pending, Store
-from optimisers.tree.path import Attr, KeyPath, matches
-from optimisers.tree.walk import Node, find, gather, rebuild
-
-Where = Any
-"""A selector: a glob over paths, a predicate (path, leaf), a rule type, or a list of these."""
+from optimisers.errors import BadState
+from optimisers.nest import copied, form, kinds, same, short
+from optimisers.rule import Rule
+from optimisers.settings import skeleton
+from optimisers.state.store import Store
+from optimisers.state.structure import Pending
+from optimisers.tree.path import Attr, KeyPath
+from optimisers.tree.walk import Node, find
 
 
 class Leaf:
@@ -67,10 +62,10 @@ class Leaf:
         wanted = rule.init(kind.stand_in())
         if form(wanted) != form(self.state):
             raise BadState(
-                f"{self._name()} has a state of the form {_kinds(self.state)}; {rule!r} takes "
-                f"{_kinds(wanted)}; call `setup` for a new state"
+                f"{self._name()} has a state of the form {kinds(self.state)}; {rule!r} takes "
+                f"{kinds(wanted)}; call `setup` for a new state"
             )
-        self._store.move([(self._leaf, rule, _copied(self.state, self.state, self._name()))])
+        self._store.move([(self._leaf, rule, copied(self.state, self.state, self._name()))])
 
     @property
     def state(self) -> Any:
@@ -81,8 +76,8 @@ class Leaf:
     def state(self, state: Any) -> None:
         old, name = self.state, f"{self._name()}.state"
         if form(state) != form(old):
-            raise BadState(f"{name} is given {_kinds(state)}; it takes {_kinds(old)}")
-        self._store.assign(self._leaf, _copied(state, old, name))
+            raise BadState(f"{name} is given {kinds(state)}; it takes {kinds(old)}")
+        self._store.assign(self._leaf, copied(state, old, name))
 
     @property
     def frozen(self) -> bool:
@@ -112,7 +107,7 @@ class Leaf:
     def __repr__(self) -> str:
         if unseen(self):
             return "Leaf(...)"
-        return f"Leaf({self.rule!r}, {_short(self.state)}{', frozen=True' if self.frozen else ''})"
+        return f"Leaf({self.rule!r}, {short(self.state)}{', frozen=True' if self.frozen else ''})"
 
     def __reduce__(self) -> Any:
         return handle, (self._store, self._node, self.path)
@@ -278,316 +273,6 @@ def parts(state: Any) -> tuple[Store, Node, KeyPath]:
         f"a state was wanted and a {type(state).__name__} came; a state is what `setup(rule, model)` "
         "returns, or a part of it"
     )
-
-
-# -- selecting -----------------------------------------------------------------------------------------------
-
-
-def leaves_of(state: Any, where: Where = None) -> list[int]:
-    """The leaves below a handle that a selector picks; raises NoMatch if there are none."""
-    store, node, path = parts(state)
-    found = [i for i in dict.fromkeys(node.leaves) if store.shapes[i] is not None]
-    if where is None:
-        return found
-    choices = where if isinstance(where, list | tuple) else [where]
-    if not choices:
-        raise NoMatch("where=[] picks nothing; leave it out to pick everything")
-    picked: set[int] = set()
-    for choice in choices:
-        some = [i for i in found if picks(choice, store, i, len(path))]
-        if not some:
-            raise NoMatch(
-                f"where={choice!r} matches no parameter; there are "
-                f"{listed(store.layout.paths[i] for i in found)}"
-            )
-        picked.update(some)
-    return [i for i in found if i in picked]
-
-
-def picks(choice: Any, store: Store, leaf: int, depth: int) -> bool:
-    """Whether one selector picks a leaf. Globs are tried on every place of a tie, from the handle's own
-    root.
-    """
-    if isinstance(choice, str | KeyPath):
-        return any(
-            matches(str(choice), p[depth:]) or matches(str(choice), p) for p in store.layout.places[leaf]
-        )
-    if isinstance(choice, type) and issubclass(choice, Rule):
-        group, _ = store.where(leaf)
-        return any(isinstance(part, choice) for part in parts_of_value(group.rule))
-    if callable(choice) and not isinstance(choice, type):
-        return bool(
-            choice(
-                store.layout.paths[leaf],
-                handle(store, Node(leaf=leaf, leaves=(leaf,)), store.layout.paths[leaf]),
-            )
-        )
-    raise NoMatch(
-        f"where={choice!r} is no selector; it takes a glob such as '**.bias', a function of (path, leaf), or "
-        "a rule type"
-    )
-
-
-def listed(paths: Any, most: int = 6) -> str:
-    names = [str(p) or "the array itself" for p in paths]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-# -- freeze, thaw, adjust ------------------------------------------------------------------------------------
-
-
-def freeze_(state: Any, where: Where = None) -> None:
-    """Let updates pass by everything below `state` that `where` picks: no step, no decay, momenta kept.
-
-    Raises BadState for anything but a state, NoMatch for a selector that picks nothing.
-    """
-    _freeze(state, where, True)
-
-
-def thaw_(state: Any, where: Where = None) -> None:
-    """Undo `freeze_`: training goes on with the state as it was."""
-    _freeze(state, where, False)
-
-
-def freeze(state: Any, where: Where = None) -> Any:
-    """The state with everything that `where` picks frozen; the old one stays as it was (see `freeze_`)."""
-    return _forked(state, lambda new: _freeze(new, where, True))
-
-
-def thaw(state: Any, where: Where = None) -> Any:
-    """The state with everything that `where` picks thawed; the old one stays as it was (see `freeze_`)."""
-    return _forked(state, lambda new: _freeze(new, where, False))
-
-
-def _freeze(state: Any, where: Where, frozen: bool) -> None:
-    store, leaves = parts(state)[0], leaves_of(state, where)
-    store.frozen[leaves] = frozen
-    for group in store.groups:
-        if not isinstance(group.numbers, np.ndarray):
-            # Their histories part at the next step. A structure that a compiler knows parts now, and once.
-            group.part(np.flatnonzero(np.isin(group.leaves, leaves)))
-    store.changed()
-
-
-def adjust_(state: Any, eta: Any = None, *, where: Where = None, **changes: Any) -> None:
-    """Change hyper-parameters below `state`: `adjust_(state, 0.03)` sets eta, others go by name. State is
-    kept.
-
-    A value may be a schedule. In a chain, every rule that has the name takes it. Nothing is recompiled.
-    Raises UnknownField for a name that no rule there has, BadSetting for a value that does not fit, NoMatch
-    for a selector that picks nothing; then nothing has changed.
-    """
-    store, leaves = parts(state)[0], leaves_of(state, where)
-    changes = changes_of(eta, changes)
-    rules = _rules(store, leaves)
-    for name in changes:
-        if not any(name in adjustable(rule) for rule in rules):
-            for rule in rules:
-                refuse_unknown(rule, [name])
-            raise UnknownField(f"there is nothing to train here, so nothing has a setting {name}")
-    for rule in rules:  # before anything changes
-        adjusted(rule, changes)
-    store.change(leaves, lambda rule: adjusted(rule, changes))
-
-
-def adjust(state: Any, eta: Any = None, *, where: Where = None, **changes: Any) -> Any:
-    """The state, or the rule, with hyper-parameters changed; the old one stays as it was (see `adjust_`)."""
-    if isinstance(state, Rule):
-        if where is not None:
-            raise BadState("a rule has no parts for `where` to pick from; adjust the state")
-        return state.adjust(eta, **changes)
-    return _forked(state, lambda new: adjust_(new, eta, where=where, **changes))
-
-
-def _forked(state: Any, change: Callable[[Any], None]) -> Any:
-    store, node, path = parts(state)
-    new = handle(store.fork(), node, path)
-    change(new)
-    return new
-
-
-def _rules(store: Store, leaves: list[int]) -> list[Rule]:
-    """The different rules of some leaves."""
-    seen: dict[tuple[int, int], Rule] = {}
-    for leaf in leaves:
-        group, i = store.where(leaf)
-        key = (id(group), int(group.row[i]))
-        if key not in seen:
-            seen[key] = group.rule_of(i)
-    return list(seen.values())
-
-
-def current(state: Any) -> Any:
-    """The hyper-parameters that the next update will use: rules whose schedules are replaced by their present
-    values.
-
-    For a Leaf its rule, for a Branch a dict {path: rule}: `current(state.w).eta`, `current(state)["w"].eta`.
-    """
-    store = parts(state)[0]
-    if isinstance(state, Leaf):
-        return schedules(state.rule, lambda _, schedule: float(schedule(store.clock)))
-    return {
-        str(store.layout.paths[i]): current(handle(store, Node(leaf=i, leaves=(i,)), store.layout.paths[i]))
-        for i in leaves_of(state)
-    }
-
-
-def hyperparameters(state: Any) -> dict[str, Any]:
-    """The hyper-parameters of all rules below `state`, by name: numbers, or vectors, one for each history.
-
-    A name that several rules of a chain have is given with its place, `rules.1.eta`. What is done to these
-    numbers may be differentiated: `with_hyperparameters(state, h)` puts them back. Settings that are
-    schedules are functions, and not among them.
-    """
-    found: dict[str, list[Any]] = {}
-    for group, rows in _histories(state):
-        for j, name in enumerate(_hyper_names(group)):
-            found.setdefault(name, []).append(group.numbers[rows, j])
-    joined = {name: _joined(columns) for name, columns in found.items()}
-    return {name: v[0] if len(v) == 1 else v for name, v in joined.items()}
-
-
-def with_hyperparameters(state: Any, values: dict[str, Any]) -> Any:
-    """The state with other hyper-parameters, given as `hyperparameters` gives them; the old one stays as it
-    was.
-
-    The values may be traced by a transform; then a step follows them. Raises UnknownField for other names.
-    """
-    known = hyperparameters(state)
-    for name in values:
-        if name not in known:
-            raise UnknownField(f"there is no hyper-parameter {name!r}; there are {', '.join(known)}")
-    store, node, path = parts(state)
-    new = handle(store.fork(), node, path)
-    taken = dict.fromkeys(values, 0)
-    for group, rows in _histories(new):
-        for j, name in enumerate(_hyper_names(group)):
-            if name in values:
-                value = values[name]
-                if np.ndim(value):
-                    value = value[taken[name] : taken[name] + len(rows)]
-                    taken[name] += len(rows)
-                if isinstance(group.numbers, np.ndarray) and not registry.library(value).is_fixed(value):
-                    group.numbers = registry.library(value).table(group.numbers)
-                library = registry.library(group.numbers)
-                group.numbers = library.placed(group.numbers, (rows, j), value)
-    parts(new)[0].changed()
-    return new
-
-
-def _histories(state: Any) -> Iterator[tuple[Any, Any]]:
-    """(group, its rows of numbers) for the leaves below a handle."""
-    store = parts(state)[0]
-    below = np.array(leaves_of(state), np.int64)
-    for group in store.groups:
-        members = np.flatnonzero(np.isin(group.leaves, below))
-        if len(members):
-            yield group, np.unique(group.row[members])
-
-
-def _hyper_names(group: Any) -> list[str]:
-    """The names of the hyper-parameters of a group: short ones where they are unique."""
-    short = list(group.program.names[: group.program.hypers])
-    full = [".".join(map(str, path)) for path, _ in walk(group.rule)]
-    return [s if short.count(s) == 1 else f for s, f in zip(short, full, strict=True)]
-
-
-def _joined(columns: list[Any]) -> Any:
-    library = registry.library(columns[0])
-    return columns[0] if len(columns) == 1 else library.joined(columns)
-
-
-def averaged(state: Any, model: Any) -> Any:
-    """The model with the moving averages that `EMA` keeps in place of its parameters; the model stays as it
-    was.
-
-    Parameters whose rule keeps no average are shared with the model. Raises NoMatch if none does.
-    """
-    store, node, path = parts(state)
-    xs = dict(zip(reversed(node.leaves), reversed(gather(node, model, path)), strict=True))
-    new: dict[int, Any] = {}
-    for leaf in leaves_of(state):
-        group, i = store.where(leaf)
-        kept = _path_of_average(group.program.template)
-        slot = next((j for j, s in enumerate(group.program.slots) if s.path == kept), None)
-        if slot is not None:
-            library = group.kind.library
-            new[leaf] = library.like(xs[leaf], library.copied(group.slots[slot][i], group.kind.dtype))
-    if not new:
-        raise NoMatch("no rule here keeps an average; write setup(EMA(rule), model)")
-    return rebuild(node, model, new)
-
-
-def _path_of_average(state: Any, path: tuple[Any, ...] = ()) -> tuple[Any, ...] | None:
-    """Where in a state the first moving average of the parameters stands."""
-    if isinstance(state, AverageState):
-        return (*path, "average")
-    found = (_path_of_average(item, (*path, key)) for key, item in entries(state))
-    return next((p for p in found if p is not None), None)
-
-
-# -- showing and comparing -----------------------------------------------------------------------------------
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two states are of one form and equal in every array and number."""
-    if form(a) != form(b):
-        return False
-    return all(
-        np.array_equal(_seen(x), _seen(y), equal_nan=True)
-        for (_, x), (_, y) in zip(flatten(a), flatten(b), strict=True)
-    )
-
-
-def _seen(x: Any) -> Any:
-    """What stands in a state, as NumPy shows it."""
-    return registry.library(x).to_numpy(x) if registry.isarray(x) else x
-
-
-def _copied(state: Any, old: Any, name: str) -> Any:
-    """The state with arrays of its own, in the types of the old one; raises BadState for other shapes."""
-    new: list[Any] = []
-    for (path, value), (_, was) in zip(flatten(state), flatten(old), strict=True):
-        if registry.isarray(was):
-            at = "".join(f".{p}" if isinstance(p, str) else f"[{p}]" for p in path)
-            if value.shape != was.shape:
-                raise BadState(f"{name}{at} has shape {tuple(value.shape)}; it takes {tuple(was.shape)}")
-            if registry.library(value).is_complex(value) and not registry.library(was).is_complex(was):
-                raise BadState(f"{name}{at} is complex; it takes real numbers")
-            new.append(registry.library(was).copied(value, was.dtype))
-        else:
-            new.append(value)
-    return unflatten(state, iter(new))
-
-
-def _kinds(state: Any) -> str:
-    inner = entries(state)
-    if inner:
-        return f"{type(state).__name__}({', '.join(_kinds(v) for _, v in inner)})"
-    return (
-        "array"
-        if registry.isarray(state)
-        else "number"
-        if not isinstance(state, tuple) and state is not None
-        else repr(state)
-    )
-
-
-def _short(state: Any) -> str:
-    """A state on one line, its arrays abbreviated."""
-    if registry.isarray(state):
-        library = registry.library(state)
-        if library.size(state) > 6 or library.is_loose(state):
-            return f"{library.dtype_name(state)}{list(state.shape)}"
-        return np.array2string(_seen(state), precision=4, separator=", ").replace("\n", "")
-    inner = entries(state)
-    if isinstance(state, tuple) and hasattr(state, "_fields"):
-        return f"{type(state).__name__}({', '.join(f'{k}={_short(v)}' for k, v in inner)})"
-    if isinstance(state, dict):
-        return "{" + ", ".join(f"{k!r}: {_short(v)}" for k, v in inner) + "}"
-    if inner:
-        return f"({', '.join(_short(v) for _, v in inner)}{',' if len(inner) == 1 else ''})"
-    return repr(state)
 
 
 def shown(state: Any, indent: int = 0, most: int = 12) -> str:

@@ -24,8 +24,10 @@ from optimisers.engines.task import Job, Result, Task, ready
 from optimisers.errors import BadSetting, BadState, FloatParameter, NoMatch, NoParameters, TreeMismatch
 from optimisers.graph.passes import store_pass
 from optimisers.rule import Rule
-from optimisers.state.leaf import Branch, Leaf, handle, listed, parts
-from optimisers.state.store import FOLLOWED, Group, Shape, Store, grouped, started
+from optimisers.state.group import FOLLOWED, Group, Shape, grouped, started
+from optimisers.state.leaf import Branch, Leaf, handle, parts
+from optimisers.state.select import listed
+from optimisers.state.store import Store
 from optimisers.tree.path import KeyPath, matches
 from optimisers.tree.walk import Layout, Node, gather, gather_gradients, rebuild, survey
 

@@ -19,7 +19,8 @@ import torch.utils._pytree as pytree
 from optimisers.arrays import torch as tensors
 from optimisers.errors import BadState
 from optimisers.state.leaf import Branch, Leaf
-from optimisers.state.store import NUMBERED, Pending, Store, Structure
+from optimisers.state.store import Store
+from optimisers.state.structure import NUMBERED, Pending, Structure, structure_of
 from optimisers.step.update import compilers, stepped
 from optimisers.step.update import update as eager
 
@@ -44,7 +45,7 @@ def known(store: Store) -> None:
 
 def _numbered(store: Store) -> tuple[int, int]:
     """(the number of a structure, that of the same one with a row of numbers for each leaf)."""
-    structure = store.structure()
+    structure = structure_of(store)
     if structure not in _numbers:
         rows = [dataclasses.replace(g, row=np.arange(len(g.row))) for g in store.groups]
         apart = Structure(dataclasses.replace(store, groups=rows, known=None, numbered=_numbered, handles={}))

@@ -13,7 +13,7 @@ import torch
 from optimisers.arrays import registry
 from optimisers.arrays import torch as tensors
 from optimisers.errors import BadSetting, BadState, TreeMismatch, UnknownField
-from optimisers.graph.trace import flatten, unflatten
+from optimisers.nest import flatten, unflatten
 from optimisers.rule import Rule
 from optimisers.rules.descent import Momentum, Nesterov
 from optimisers.settings import ELSEWHERE, adjustable, adjusted, fill, numbers, refuse_unknown, settings

@@ -24,7 +24,7 @@ from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Pass, number_of, reduce_pass, store_pass
 from optimisers.graph.trace import Program
 from optimisers.state.buffers import Bundled, Indices, Loose
-from optimisers.state.store import Group
+from optimisers.state.group import Group
 
 CALL = 64
 """Leaves of one call of the kernel: more compile slowly, fewer run slowly."""

@@ -1,0 +1,176 @@
+"""How is a state changed between steps? Freeze, thaw, adjust, and hyper-parameters as numbers."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from optimisers.arrays import registry
+from optimisers.errors import BadState, UnknownField
+from optimisers.rule import Rule, changes_of
+from optimisers.settings import adjustable, adjusted, refuse_unknown, schedules, walk
+from optimisers.state.leaf import Leaf, handle, parts
+from optimisers.state.select import Where, leaves_of
+from optimisers.state.store import Store
+from optimisers.tree.walk import Node
+
+
+def freeze_(state: Any, where: Where = None) -> None:
+    """Let updates pass by everything below `state` that `where` picks: no step, no decay, momenta kept.
+
+    Raises BadState for anything but a state, NoMatch for a selector that picks nothing.
+    """
+    _freeze(state, where, True)
+
+
+def thaw_(state: Any, where: Where = None) -> None:
+    """Undo `freeze_`: training goes on with the state as it was."""
+    _freeze(state, where, False)
+
+
+def freeze(state: Any, where: Where = None) -> Any:
+    """The state with everything that `where` picks frozen; the old one stays as it was (see `freeze_`)."""
+    return _forked(state, lambda new: _freeze(new, where, True))
+
+
+def thaw(state: Any, where: Where = None) -> Any:
+    """The state with everything that `where` picks thawed; the old one stays as it was (see `freeze_`)."""
+    return _forked(state, lambda new: _freeze(new, where, False))
+
+
+def _freeze(state: Any, where: Where, frozen: bool) -> None:
+    store, leaves = parts(state)[0], leaves_of(state, where)
+    store.frozen[leaves] = frozen
+    for group in store.groups:
+        if not isinstance(group.numbers, np.ndarray):
+            # Their histories part at the next step. A structure that a compiler knows parts now, and once.
+            group.part(np.flatnonzero(np.isin(group.leaves, leaves)))
+    store.changed()
+
+
+def adjust_(state: Any, eta: Any = None, *, where: Where = None, **changes: Any) -> None:
+    """Change hyper-parameters below `state`: `adjust_(state, 0.03)` sets eta, others go by name. State is
+    kept.
+
+    A value may be a schedule. In a chain, every rule that has the name takes it. Nothing is recompiled.
+    Raises UnknownField for a name that no rule there has, BadSetting for a value that does not fit, NoMatch
+    for a selector that picks nothing; then nothing has changed.
+    """
+    store, leaves = parts(state)[0], leaves_of(state, where)
+    changes = changes_of(eta, changes)
+    rules = _rules(store, leaves)
+    for name in changes:
+        if not any(name in adjustable(rule) for rule in rules):
+            for rule in rules:
+                refuse_unknown(rule, [name])
+            raise UnknownField(f"there is nothing to train here, so nothing has a setting {name}")
+    for rule in rules:  # before anything changes
+        adjusted(rule, changes)
+    store.change(leaves, lambda rule: adjusted(rule, changes))
+
+
+def adjust(state: Any, eta: Any = None, *, where: Where = None, **changes: Any) -> Any:
+    """The state, or the rule, with hyper-parameters changed; the old one stays as it was (see `adjust_`)."""
+    if isinstance(state, Rule):
+        if where is not None:
+            raise BadState("a rule has no parts for `where` to pick from; adjust the state")
+        return state.adjust(eta, **changes)
+    return _forked(state, lambda new: adjust_(new, eta, where=where, **changes))
+
+
+def _forked(state: Any, change: Callable[[Any], None]) -> Any:
+    store, node, path = parts(state)
+    new = handle(store.fork(), node, path)
+    change(new)
+    return new
+
+
+def _rules(store: Store, leaves: list[int]) -> list[Rule]:
+    """The different rules of some leaves."""
+    seen: dict[tuple[int, int], Rule] = {}
+    for leaf in leaves:
+        group, i = store.where(leaf)
+        key = (id(group), int(group.row[i]))
+        if key not in seen:
+            seen[key] = group.rule_of(i)
+    return list(seen.values())
+
+
+def current(state: Any) -> Any:
+    """The hyper-parameters that the next update will use: rules whose schedules are replaced by their present
+    values.
+
+    For a Leaf its rule, for a Branch a dict {path: rule}: `current(state.w).eta`, `current(state)["w"].eta`.
+    """
+    store = parts(state)[0]
+    if isinstance(state, Leaf):
+        return schedules(state.rule, lambda _, schedule: float(schedule(store.clock)))
+    return {
+        str(store.layout.paths[i]): current(handle(store, Node(leaf=i, leaves=(i,)), store.layout.paths[i]))
+        for i in leaves_of(state)
+    }
+
+
+def hyperparameters(state: Any) -> dict[str, Any]:
+    """The hyper-parameters of all rules below `state`, by name: numbers, or vectors, one for each history.
+
+    A name that several rules of a chain have is given with its place, `rules.1.eta`. What is done to these
+    numbers may be differentiated: `with_hyperparameters(state, h)` puts them back. Settings that are
+    schedules are functions, and not among them.
+    """
+    found: dict[str, list[Any]] = {}
+    for group, rows in _histories(state):
+        for j, name in enumerate(_hyper_names(group)):
+            found.setdefault(name, []).append(group.numbers[rows, j])
+    joined = {name: _joined(columns) for name, columns in found.items()}
+    return {name: v[0] if len(v) == 1 else v for name, v in joined.items()}
+
+
+def with_hyperparameters(state: Any, values: dict[str, Any]) -> Any:
+    """The state with other hyper-parameters, given as `hyperparameters` gives them; the old one stays as it
+    was.
+
+    The values may be traced by a transform; then a step follows them. Raises UnknownField for other names.
+    """
+    known = hyperparameters(state)
+    for name in values:
+        if name not in known:
+            raise UnknownField(f"there is no hyper-parameter {name!r}; there are {', '.join(known)}")
+    store, node, path = parts(state)
+    new = handle(store.fork(), node, path)
+    taken = dict.fromkeys(values, 0)
+    for group, rows in _histories(new):
+        for j, name in enumerate(_hyper_names(group)):
+            if name in values:
+                value = values[name]
+                if np.ndim(value):
+                    value = value[taken[name] : taken[name] + len(rows)]
+                    taken[name] += len(rows)
+                if isinstance(group.numbers, np.ndarray) and not registry.library(value).is_fixed(value):
+                    group.numbers = registry.library(value).table(group.numbers)
+                library = registry.library(group.numbers)
+                group.numbers = library.placed(group.numbers, (rows, j), value)
+    parts(new)[0].changed()
+    return new
+
+
+def _histories(state: Any) -> Iterator[tuple[Any, Any]]:
+    """(group, its rows of numbers) for the leaves below a handle."""
+    store = parts(state)[0]
+    below = np.array(leaves_of(state), np.int64)
+    for group in store.groups:
+        members = np.flatnonzero(np.isin(group.leaves, below))
+        if len(members):
+            yield group, np.unique(group.row[members])
+
+
+def _hyper_names(group: Any) -> list[str]:
+    """The names of the hyper-parameters of a group: short ones where they are unique."""
+    short = list(group.program.names[: group.program.hypers])
+    full = [".".join(map(str, path)) for path, _ in walk(group.rule)]
+    return [s if short.count(s) == 1 else f for s, f in zip(short, full, strict=True)]
+
+
+def _joined(columns: list[Any]) -> Any:
+    library = registry.library(columns[0])
+    return columns[0] if len(columns) == 1 else library.joined(columns)

@@ -1,0 +1,390 @@
+"""Leaves that share a program, each slot of their state in packed arrays, and a table of their scalars.
+
+The scalars of a leaf (hyper-parameters, then counters) are a row of the table of its group. Leaves that were
+always stepped together share a row; one that is adjusted, frozen or skipped gets its own, copied when they
+part.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from optimisers.arrays import registry
+from optimisers.errors import BadState
+from optimisers.graph.expr import Expr, cuts, order
+from optimisers.graph.trace import Program, trace
+from optimisers.nest import flatten, form, unflatten
+from optimisers.rule import Rule, needed
+from optimisers.settings import fill, numbers, skeleton
+from optimisers.state.buffers import Bundled, Indices, Loose, Pack, Places
+from optimisers.state.table import as_kind, duplicated, table_of
+
+FOLLOWED = (
+    "a capturable state is for CUDA graphs; for steps that somebody differentiates, write setup without "
+    "capturable"
+)
+"""What is said to those who want a capturable state to be followed."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shape:
+    """What `setup` saw of one leaf's parameters."""
+
+    name: str
+    """The array library."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """Those of its state arrays, in elements."""
+    dtype: Any
+    device: str
+    loose: bool
+    """Whether its state arrays stand each for itself, since no address of theirs can be written."""
+
+    bundled: bool = False
+    """Whether small ones of them share a vector all the same."""
+    capturable: bool = False
+    """Whether the numbers of its state live on its device, each leaf's in a row of their own. They stay at
+    their address, as the arrays do: a graph that was captured reads and writes them there.
+    """
+
+    @classmethod
+    def of(cls, x: Any, engine: str | None = None, *, capturable: bool = False) -> "Shape":
+        library = registry.library(x)
+        strides, loose = library.dense_strides(x), library.is_loose(x)
+        bundled = loose and engine is None and library.may_bundle(x)
+        return cls(
+            library.NAME, tuple(x.shape), strides, x.dtype, library.device(x), loose, bundled, capturable
+        )
+
+    @property
+    def library(self) -> Any:
+        return registry.named(self.name)
+
+    def stand_in(self) -> Any:
+        """An array of this kind that takes no memory, to be looked at only."""
+        return self.library.stand_in(self.shape, self.dtype)
+
+
+@dataclasses.dataclass(eq=False)
+class Group:
+    """Leaves with one rule structure, element type and device."""
+
+    rule: Rule
+    """A rule of the right structure; the numbers of each leaf are in the table."""
+    program: Program
+    programs: dict[int, Program]
+    """The programs for updates with one, two, ... gradients; `program` is that for as few as the rule
+    needs.
+    """
+    kind: Shape
+    leaves: Indices
+    places: Places
+    slots: tuple[Pack, ...]
+    types: tuple[type, ...]
+    """Python types of the counters, for those who look."""
+    numbers: Any
+    """The table of numbers, float64 on the host or in the library of who follows it."""
+    row: Indices
+    shared: bool = False
+    """Whether another store may hold the same arrays: then they are copied before they are written."""
+    memo: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    mirror: Any = None
+    """The hyper-parameters, where the numbers live on a device: only the host changes them, so it need not
+    read them back.
+    """
+
+    def owned(self) -> "Group":
+        """This group, its arrays no other store's: they may be written."""
+        if self.shared:
+            self.slots = tuple(p.copy() for p in self.slots)
+            self.shared = False
+        return self
+
+    def fork(self) -> "Group":
+        """The same leaves and arrays with a table of their own; what a graph may write is not shared."""
+        if self.kind.capturable:
+            return self.duplicate()
+        self.shared = True
+        return dataclasses.replace(self, numbers=duplicated(self.numbers), row=self.row.copy())
+
+    def duplicate(self) -> "Group":
+        """The same leaves with arrays and a table of their own."""
+        slots = tuple(p.copy() for p in self.slots)
+        return dataclasses.replace(
+            self,
+            numbers=duplicated(self.numbers),
+            row=self.row.copy(),
+            slots=slots,
+            shared=False,
+            memo={} if self.kind.capturable else self.memo,
+            mirror=self.own_mirror(),
+        )
+
+    def successor(self, *, whole: bool, symbolic: bool) -> "Group":
+        """A group for the state after a step: new arrays, not yet written where the `whole` of it is
+        stepped; those of a symbolic step are replaced, not written.
+        """
+        slots = tuple(p.loosened() if symbolic else p.empty() if whole else p.copy() for p in self.slots)
+        turned = symbolic and not all(isinstance(p, Loose) for p in self.slots)
+        return dataclasses.replace(
+            self,
+            numbers=duplicated(self.numbers),
+            row=self.row.copy(),
+            slots=slots,
+            shared=False,
+            memo={} if turned else self.memo,
+            mirror=self.own_mirror(),
+        )
+
+    @property
+    def captured(self) -> bool:
+        """Whether a graph that was captured holds a step of some of the leaves."""
+        memos = (self.memo, *self.memo.get("subsets", {}).values())
+        return any(memo.get("captured") for memo in memos)
+
+    @property
+    def loose(self) -> bool:
+        """Whether the arrays of the state stand each for itself."""
+        return any(isinstance(p, Loose) for p in self.slots)
+
+    def settle(self) -> None:
+        """Bring the table of numbers to the host, once nobody follows what becomes of it."""
+        if not isinstance(self.numbers, np.ndarray) and not self.kind.capturable:
+            library = registry.library(self.numbers)
+            if library.HOST_NUMBERS and library.is_fixed(self.numbers):
+                self.numbers = np.array(library.to_numpy(self.numbers), np.float64)
+
+    def part(self, stepped: Indices) -> None:
+        """Give the members that are stepped rows of their own, where they shared one with others."""
+        among = np.bincount(self.row[stepped], minlength=len(self.numbers))
+        split = np.flatnonzero((among > 0) & (among < np.bincount(self.row, minlength=len(self.numbers))))
+        if len(split):
+            renamed = np.arange(len(self.numbers))
+            renamed[split] = len(self.numbers) + np.arange(len(split))
+            self.numbers = self.numbers[np.concatenate([np.arange(len(self.numbers)), split])]
+            self.row[stepped] = renamed[self.row[stepped]]
+
+    def count(self, members: Any, counters: list[Any], *, of_leaf: bool) -> None:
+        """Store the counters of the members that were stepped (None for all), given by row or by leaf."""
+        if counters and not isinstance(self.numbers, np.ndarray):
+            self.count_symbols(members, counters, of_leaf=of_leaf)
+            return
+        if of_leaf:
+            stepped = np.arange(len(self.row)) if members is None else members
+            rows = self.numbers[self.row[stepped]]
+            self.numbers = np.concatenate([self.numbers, rows])
+            self.row[stepped] = at = len(self.numbers) - len(rows) + np.arange(len(rows))
+            for j, value in enumerate(counters):
+                self.numbers[at, self.program.hypers + j] = value
+            self.join()
+            return
+        rows = slice(None) if members is None else np.unique(self.row[members])
+        for j, value in enumerate(counters):
+            self.numbers[rows, self.program.hypers + j] = value if np.ndim(value) == 0 else value[rows]
+
+    def count_symbols(self, members: Any, counters: list[Any], *, of_leaf: bool) -> None:
+        """The same for a table of numbers that somebody follows: it is replaced."""
+        library, hypers = registry.library(self.numbers), self.program.hypers
+        if of_leaf:
+            self.numbers, self.row = self.numbers[self.row], np.arange(len(self.row))
+            rows = self.row if members is None else members
+        else:
+            rows = np.arange(len(self.numbers)) if members is None else np.unique(self.row[members])
+            counters = [v if np.ndim(v) == 0 else v[rows] for v in counters]
+        new = library.columns(counters, len(rows))
+        self.numbers = library.placed(self.numbers, (rows[:, None], hypers + np.arange(len(counters))), new)
+
+    def program_for(self, gradients: int) -> Program:
+        """The program for updates with this many gradients; raises TraceError if the rule needs more."""
+        if gradients not in self.programs:
+            self.programs[gradients] = program_of(self.rule_of(0), self.state_of(0), self.kind, gradients - 1)
+        return self.programs[gradients]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what can be made again: programs, and the tables of engines."""
+        kept = {k: v for k, v in vars(self).items() if k not in ("program", "programs", "memo")}
+        return kept | {"template": self.program.template}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        template = kept.pop("template")
+        vars(self).update(kept, memo={})
+        arrays = iter([p.library.stand_in(p.places.shapes[0], p.dtype) for p in self.slots])
+        state = unflatten(
+            template, iter([next(arrays) if registry.isarray(v) else v for _, v in flatten(template)])
+        )
+        self.program = program_of(self.rule, state, self.kind)
+        self.programs = {needed(self.rule) + 1: self.program}
+
+    def join(self) -> None:
+        """One row for equal numbers: what has not parted, or has met again, is one history.
+
+        Numbers that somebody follows are not compared.
+        """
+        if not isinstance(self.numbers, np.ndarray) or self.kind.capturable:
+            return
+        used, row = np.unique(self.row, return_inverse=True)
+        table, which = np.unique(self.numbers[used], axis=0, return_inverse=True)
+        self.numbers, self.row = table, which.ravel()[row.ravel()]
+
+    def own_mirror(self) -> Any:
+        """What the host knows of the numbers, to be changed apart."""
+        return None if self.mirror is None else self.mirror.copy()
+
+    def send(self) -> None:
+        """Bring hyper-parameters that the host has changed to where the numbers live, to the same address.
+
+        Raises BadState while a graph is captured, which would not hold the change.
+        """
+        if self.mirror is None:
+            return
+        library, device = self.kind.library, self.kind.device
+        if library.capturing(device):
+            raise BadState(
+                "the numbers of a capturable state were changed while a graph is captured; change them "
+                "before, or between its replays"
+            )
+        library.assign(
+            self.numbers[:, : self.program.hypers],
+            library.on_device(self.mirror[:, : self.program.hypers], device),
+        )
+
+    def counters_of(self, i: int) -> Any:
+        """The counters of leaf i."""
+        found = self.numbers[self.row[i], self.program.hypers :]
+        return found if self.mirror is None else self.kind.library.to_numpy(found)
+
+    def rule_of(self, i: int) -> Rule:
+        """The rule of leaf i of this group."""
+        like, table = numbers(self.rule), self.numbers if self.mirror is None else self.mirror
+        given = [as_kind(type(old), v) for old, v in zip(like, table[self.row[i]], strict=False)]
+        return fill(self.rule, iter(given))
+
+    def state_of(self, i: int) -> Any:
+        """The state of leaf i: arrays are views (read-only where other stores share them), numbers are
+        copies.
+        """
+        counters = iter([as_kind(t, v) for t, v in zip(self.types, self.counters_of(i), strict=True)])
+        arrays = iter([pack.library.seen(pack[i], read_only=self.shared) for pack in self.slots])
+        leaves = [
+            next(arrays) if registry.isarray(v) else next(counters) for _, v in flatten(self.program.template)
+        ]
+        return unflatten(self.program.template, iter(leaves))
+
+
+# -- making groups -------------------------------------------------------------------------------------------
+
+
+def grouped(entries: Sequence[tuple[int, Rule, Any]], shapes: Sequence[Shape | None]) -> list[Group]:
+    """Groups for (leaf, rule, state) entries: one for each rule structure, form of state, element type and
+    device.
+    """
+    kinds: dict[Any, list[tuple[int, Rule, Any]]] = {}
+    programs: dict[Any, Program] = {}
+    for leaf, rule, state in entries:
+        kind = shapes[leaf]
+        assert kind is not None
+        key = (
+            skeleton(rule),
+            form(state),
+            _arrays(state, kind),
+            str(kind.dtype),
+            kind.library.NAME,
+            kind.device,
+            kind.loose,
+            kind.bundled,
+            kind.capturable,
+        )
+        if key not in programs:
+            programs[key] = program_of(rule, state, kind)
+        if programs[key].shape_read:
+            key = (*key, kind.shape)
+            if key not in programs:
+                programs[key] = program_of(rule, state, kind)
+        kinds.setdefault(key, []).append((leaf, rule, state))
+    return [_group(items, programs[key], shapes) for key, items in kinds.items()]
+
+
+def _arrays(state: Any, kind: Shape) -> Any:
+    """The types of the arrays of a state, and whether they have the shape of the parameters."""
+    return tuple(
+        (str(v.dtype), tuple(v.shape) == kind.shape) for _, v in flatten(state) if registry.isarray(v)
+    )
+
+
+def program_of(rule: Rule, state: Any, kind: Shape, more: int | None = None) -> Program:
+    """The program for parameters of one kind, with as many further gradients as are given, or else needed."""
+    return trace(rule, state, kind.stand_in(), needed(rule) if more is None else more)
+
+
+def _group(items: list[tuple[int, Rule, Any]], program: Program, shapes: Sequence[Shape | None]) -> Group:
+    kinds = [k for leaf, _, _ in items if (k := shapes[leaf]) is not None]
+    first, rule = kinds[0], items[0][1]
+    rows = [[*numbers(r), *(v for _, v in flatten(s) if not registry.isarray(v))] for _, r, s in items]
+    places = Places.of([k.shape for k in kinds], [k.strides for k in kinds])
+    columns = [[v for _, v in flatten(s) if registry.isarray(v)] for _, _, s in items]
+    packs: list[Pack] = []
+    for j, slot in enumerate(program.slots):
+        arrays = [c[j] for c in columns]
+        there = places if slot.shape is None else _places(first.library, arrays)
+        if first.bundled and slot.shape is None:
+            there = Places.bundled([k.shape for k in kinds], [k.strides for k in kinds])
+            packs.append(Bundled.of(first.library, first.device, there, arrays))
+            continue
+        if first.loose:
+            packs.append(Loose(first.name, arrays[0].dtype, first.device, there, arrays))
+            continue
+        pack = Pack.zeros(first.library, arrays[0].dtype, first.device, there)
+        for i, a in enumerate(arrays):
+            if first.library.any_set(a):  # zeros are left as the system gives them, untouched
+                first.library.assign(pack[i], a)
+        packs.append(pack)
+    group = Group(
+        rule=rule,
+        program=program,
+        programs={needed(rule) + 1: program},
+        kind=first,
+        leaves=np.array([leaf for leaf, _, _ in items], np.int64),
+        places=places,
+        slots=tuple(packs),
+        types=tuple(type(v) for _, v in flatten(items[0][2]) if not registry.isarray(v)),
+        numbers=table_of(rows),
+        row=np.arange(len(items)),
+    )
+    if first.capturable:
+        if not isinstance(group.numbers, np.ndarray):
+            raise BadState(FOLLOWED)
+        group.mirror = group.numbers
+        group.numbers = first.library.on_device(group.mirror, first.device)
+    elif first.library.HOST_NUMBERS or not any(map(depends_on_leaf, program.new_counters)):
+        group.join()
+    if not first.library.HOST_NUMBERS and isinstance(group.numbers, np.ndarray):
+        group.numbers = first.library.table(group.numbers)
+    return group
+
+
+def depends_on_leaf(e: Expr) -> bool:
+    """Whether a counter comes to differ from leaf to leaf: then each has a row of numbers at once, where
+    a change of structure compiles anew.
+    """
+    return any(cuts(node) or node.op == "size" for node in order([e]))
+
+
+def _places(library: Any, arrays: list[Any]) -> Places:
+    return Places.of(
+        [tuple(a.shape) for a in arrays], [library.contiguous_strides(tuple(a.shape)) for a in arrays]
+    )
+
+
+def started(rule: Rule, x: Any, path: str) -> Any:
+    """The state that a rule wants for an array; raises BadState if it is no state."""
+    if not isinstance(rule, Rule):
+        hint = f"; write {rule.__name__}()" if isinstance(rule, type) and issubclass(rule, Rule) else ""
+        raise BadState(f"the rule for {path} is {rule!r}; it takes a rule, such as Adam(){hint}")
+    state = rule.init(x)
+    if x.shape != ():
+        return state
+    # Arithmetic turns 0-d arrays of NumPy into its numbers; beside a 0-d parameter they are its state arrays.
+    as_array = registry.library(x).scalar_array
+    return unflatten(state, iter([v if (a := as_array(v)) is None else a for _, v in flatten(state)]))

@@ -1,0 +1,141 @@
+"""A store without its arrays, and a store that nobody has looked at yet."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from optimisers.arrays import registry
+from optimisers.settings import skeleton
+from optimisers.state.buffers import Bundled, Loose, Pack
+from optimisers.state.group import Group
+from optimisers.state.store import Store
+
+
+class Structure:
+    """A store without its arrays; equal for stores of the same rules over the same model, and hashable."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = dataclasses.replace(
+            store,
+            groups=[_hollow(g) for g in store.groups],
+            frozen=store.frozen.copy(),
+            clock=None,
+            handles={},
+            known=None,
+        )
+        groups = (
+            (skeleton(g.rule), g.leaves.tobytes(), g.row.tobytes(), _slots_key(g), g.types)
+            for g in store.groups
+        )
+        shapes = tuple(None if k is None else (k.name, k.shape, str(k.dtype), k.device) for k in store.shapes)
+        self.key = (store.layout.key, shapes, store.frozen.tobytes(), store.engine, tuple(groups))
+        self.hashed = hash(self.key)
+        self.names: Any = None
+        """Names of the arrays, for those who ask for them."""
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Structure) and self.hashed == other.hashed and self.key == other.key
+        )
+
+    def __hash__(self) -> int:
+        return self.hashed
+
+    def __repr__(self) -> str:
+        return f"<structure of a state of {len(self.store.shapes)} arrays>"
+
+    def counts(self) -> list[tuple[int, int]]:
+        """(buffers, leaves) of every group."""
+        return [(sum(map(_buffers, g.slots)), len(g.leaves)) for g in self.store.groups]
+
+    def fits(self, arrays: Sequence[Any]) -> bool:
+        """Whether these are arrays of the shapes that the structure knows, whose values may be looked at."""
+        shapes = [s for g in self.store.groups for s in _shapes_of(g)]
+        found = list(arrays)[:-1]
+        return len(found) == len(shapes) and all(
+            registry.isarray(a) and hasattr(a, "__array__") and tuple(a.shape) == s
+            for a, s in zip(found, shapes, strict=True)
+        )
+
+    def filled(self, arrays: Sequence[Any]) -> Store:
+        """The store that has these arrays."""
+        given = iter(arrays)
+        groups: list[Group] = []
+        for g in self.store.groups:
+            slots = tuple(
+                dataclasses.replace(p, buffers=[next(given) for _ in range(n)])
+                for p, n in zip(g.slots, map(_buffers, g.slots), strict=True)
+            )
+            groups.append(dataclasses.replace(g, slots=slots, numbers=next(given), row=g.row.copy()))
+        new = object.__new__(Store)
+        changed = {"groups": groups, "frozen": self.store.frozen.copy(), "clock": next(given), "handles": {}}
+        vars(new).update(vars(self.store) | changed)
+        new.changed()
+        return new
+
+
+def structure_of(store: Store) -> Structure:
+    """What is left of a store without its arrays; the same object as long as nothing of it changes."""
+    token = (
+        store.frozen.tobytes(),
+        *((id(g.program), g.row.tobytes(), len(g.numbers), g.loose) for g in store.groups),
+    )
+    if store.known is None or store.known[0] != token:
+        store.known = token, Structure(store)
+    return store.known[1]
+
+
+class Pending:
+    """A store that nobody has looked at yet: a structure and its arrays.
+
+    What transforms and compilers hand from step to step is this; it takes whatever they put in place of
+    arrays.
+    """
+
+    def __init__(self, structure: Any, arrays: Any) -> None:
+        self.structure, self.arrays = structure, arrays
+
+    def store(self) -> Store:
+        """The store itself."""
+        if not isinstance(self.structure, int):
+            return self.structure.filled(self.arrays)
+        store = NUMBERED[self.structure].filled(self.arrays)
+        store.settle()
+        return store
+
+
+NUMBERED: list[Structure] = []
+"""Structures by the number under which compiled graphs know them."""
+
+
+def _shapes_of(group: Group) -> list[tuple[int, ...]]:
+    """The shapes of the buffers of a group, and of its table."""
+    table = int(group.row.max(initial=-1)) + 1, len(group.program.names)
+    return [*(s for p in group.slots for s in _buffer_shapes(p)), table]
+
+
+def _buffer_shapes(pack: Pack) -> list[tuple[int, ...]]:
+    p = pack.places
+    if isinstance(pack, Loose) and not isinstance(pack, Bundled):
+        return list(p.shapes)
+    shapes: list[tuple[int, ...]] = [(n,) for n in p.lengths]
+    if isinstance(pack, Bundled):
+        for i, b in enumerate(p.buffer.tolist()):
+            if p.lengths[b] == p.sizes[i]:
+                shapes[b] = p.shapes[i]
+    return shapes
+
+
+def _hollow(group: Group) -> Group:
+    slots = tuple(dataclasses.replace(p, buffers=[]) for p in group.slots)
+    return dataclasses.replace(group, slots=slots, numbers=None, row=group.row.copy())
+
+
+def _buffers(pack: Pack) -> int:
+    """How many buffers a pack has."""
+    loose = isinstance(pack, Loose) and not isinstance(pack, Bundled)
+    return len(pack.places.shapes) if loose else len(pack.places.lengths)
+
+
+def _slots_key(group: Group) -> Any:
+    return tuple((str(p.dtype), type(p), p.places.number.tobytes()) for p in group.slots)
