@@ -43,9 +43,9 @@ from optimisers import (
     setup,
     thaw_,
     trainables,
+    update,
     update_,
 )
-from optimisers.step import update
 
 UNTESTED = {
     5: "apply is pure here; which buffers are used again is the business of the engine",

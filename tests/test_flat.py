@@ -21,8 +21,8 @@ from optimisers import (
     setup,
     trainable,
     trainables,
+    update,
 )
-from optimisers.step import update
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,9 +42,9 @@ from optimisers import (
     freeze_,
     setup,
     trainables,
+    update,
     update_,
 )
-from optimisers.step import update
 
 ADAM = "Adam(eta=0.001, beta=(0.9, 0.999), epsilon=1e-08)"
 

@@ -31,9 +31,9 @@ from optimisers import (
     thaw,
     thaw_,
     trainables,
+    update,
     update_,
 )
-from optimisers.step import update
 
 # -- models --------------------------------------------------------------------------------------------------
 
