@@ -1,0 +1,425 @@
+"""What does an array library answer? One typed list; every library here, and any from outside, is one of
+these.
+
+A library subclasses `Library` for its type of arrays and writes what is abstract. What has a body is right
+for arrays of which nothing is known but shape and type: no address, no transform that looks at them, nothing
+shared. Functions take arrays of the library alone, unless a parameter says otherwise.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from optimisers.arrays.layout import contiguous_strides
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+else:
+    from typing import TypeVar
+
+Shape = tuple[int, ...]
+Strides = tuple[int, ...]
+Scalar = bool | int | float | complex
+"""A number of Python."""
+HostArray = np.ndarray[Any, np.dtype[Any]]
+"""An array of NumPy."""
+
+
+class DType(Protocol):
+    """The type of the elements: `numpy.dtype`, `torch.dtype`."""
+
+    @property
+    def itemsize(self) -> int: ...
+
+
+class Array(Protocol):
+    """An array of any library.
+
+    While a rule is traced a symbol stands for it, which answers the same arithmetic. The other operand is a
+    number or an array of the same library, which no annotation can say for all libraries at once.
+    """
+
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def dtype(self) -> Any: ...
+
+    def __add__(self, other: Any, /) -> Any: ...
+    def __radd__(self, other: Any, /) -> Any: ...
+    def __sub__(self, other: Any, /) -> Any: ...
+    def __rsub__(self, other: Any, /) -> Any: ...
+    def __mul__(self, other: Any, /) -> Any: ...
+    def __rmul__(self, other: Any, /) -> Any: ...
+    def __truediv__(self, other: Any, /) -> Any: ...
+    def __rtruediv__(self, other: Any, /) -> Any: ...
+    def __pow__(self, other: Any, /) -> Any: ...
+    def __rpow__(self, other: Any, /) -> Any: ...
+    def __neg__(self) -> Any: ...
+    def __lt__(self, other: Any, /) -> Any: ...
+    def __le__(self, other: Any, /) -> Any: ...
+    def __gt__(self, other: Any, /) -> Any: ...
+    def __ge__(self, other: Any, /) -> Any: ...
+
+
+Operand = Array | Scalar
+"""What may stand in a formula: an array or a number."""
+
+Run = tuple[slice, int, Shape, DType]
+"""A run of arrays of one shape and type in a flat vector: place, count, shape, type."""
+
+if TYPE_CHECKING:
+    A = TypeVar("A", bound=Array, default=Array)
+else:
+    A = TypeVar("A")
+
+
+class Library(Protocol[A]):
+    """What an array library answers, in five parts; `Library` alone is one of any arrays."""
+
+    # -- what an array is ------------------------------------------------------------------------------------
+
+    name: str
+    """The name of the library, as its package is called."""
+
+    immutable: bool = False
+    """Whether arrays cannot be written, so that a step in place replaces them and scalars are computed by the
+    library itself.
+    """
+
+    sorts_dicts: bool = False
+    """Whether the library hands dicts on with their keys sorted."""
+
+    capturable: bool = False
+    """Whether the scalars of a state may live on a device, for graphs that are captured."""
+
+    @abstractmethod
+    def is_array_type(self, kind: type) -> bool:
+        """Whether a type is one of arrays of this library."""
+
+    @abstractmethod
+    def is_inexact(self, x: A) -> bool:
+        """Whether the elements are floating point or complex numbers of at least two bytes."""
+
+    @abstractmethod
+    def type_name(self, dtype: Any) -> str:
+        """The name of an element type, as NumPy or ml_dtypes calls it."""
+
+    def is_trainable(self, x: A) -> bool:
+        """Whether an array can be trained and does not itself say that it should not be."""
+        return self.is_inexact(x)
+
+    def is_numbers(self, x: A) -> bool:
+        """Whether the elements are numbers or truth values at all."""
+        return True
+
+    def is_writable(self, x: A) -> bool:
+        """Whether `update_` may write into an array; one with two elements in one place it may not."""
+        return not self.immutable
+
+    def is_loose(self, x: A) -> bool:
+        """Whether state for this array is kept in arrays of its kind: it is no plain memory."""
+        return True
+
+    def is_traced(self, x: Any) -> bool:
+        """Whether a transform or a compiler looks at this array, so that nobody may read its elements."""
+        return False
+
+    def may_bundle(self, x: A) -> bool:
+        """Whether state of small arrays may share a vector: only what is whole, on one device."""
+        return False
+
+    def is_part(self, x: A) -> bool:
+        """Whether this is one device's part of a larger array."""
+        return False
+
+    def follows(self, xs: Sequence[Any], gradients: Sequence[Sequence[Any]], *, inplace: bool) -> bool:
+        """Whether what becomes of these is differentiated, transformed or compiled: then a step is made of
+        arrays alone, each made anew.
+        """
+        return self.immutable
+
+    def unready(self, x: A) -> str:
+        """What must be done before this can be trained; empty if nothing."""
+        return ""
+
+    def device(self, x: A) -> str:
+        """Where the elements are; arrays of different devices are stepped apart."""
+        return "cpu"
+
+    # -- memory: asked of arrays that are not loose, but for the first five ----------------------------------
+
+    def memory(self, x: A) -> Any:
+        """What is equal for an array and its transposed views: by default the array itself."""
+        return id(x)
+
+    def bounds(self, x: A) -> tuple[int, int]:
+        """The first address of the elements, and the first behind them; (0, 0) where none is known."""
+        return 0, 0
+
+    def shares(self, x: Any, others: list[A]) -> bool:
+        """Whether anything, `x`, may lie in the memory of one of the others."""
+        return any(x is other for other in others)
+
+    def same_array(self, a: A, b: A) -> bool:
+        """Whether two arrays are one: views of the same elements in the same order."""
+        return a is b
+
+    def axes_between(self, first: A, other: A) -> tuple[int, ...] | None:
+        """The permutation of the axes of `first` that lays it out like `other`, for two views of one memory;
+        None if they are equal.
+        """
+        return None
+
+    def address(self, x: A) -> int:
+        """Where the first element lies."""
+        return self.bounds(x)[0]
+
+    def layout(self, x: Any) -> tuple[Shape, Strides]:
+        """(shape, strides in bytes), were it contiguous memory."""
+        return tuple(x.shape), contiguous_strides(tuple(x.shape))
+
+    def is_contiguous(self, x: A) -> bool:
+        """Whether the last axis is the fastest and nothing lies between the elements."""
+        return True
+
+    def is_dense_memory(self, x: A, where: str, *, write: bool) -> bool:
+        """Whether kernels on a device may use the array where it lies, if its layout is the right one."""
+        return False
+
+    def dense_strides(self, x: Any) -> Strides:
+        """The strides, in elements, of a dense array with the axes of `x` in the same order."""
+        return contiguous_strides(tuple(x.shape))
+
+    def zeros(self, n: int, dtype: Any, device: str) -> A:
+        """A vector of zeros."""
+        raise NotImplementedError
+
+    def empty(self, n: int, dtype: Any, device: str) -> A:
+        """A vector not yet written."""
+        raise NotImplementedError
+
+    def view(self, buffer: A, offset: int, shape: Shape, strides: Strides) -> A:
+        """An array of this shape inside a flat buffer; offset and strides in elements."""
+        raise NotImplementedError
+
+    def fresh(self, shape: Shape, dtype: Any, strides: Strides | None, device: str) -> A:
+        """An array not yet written, with these dense strides (in elements); None for contiguous ones."""
+        raise NotImplementedError
+
+    def laid_out(self, x: Any, dtype: Any, strides: Strides | None, device: str) -> A:
+        """A copy of `x` in this type with these dense strides (in elements); None for contiguous ones."""
+        raise NotImplementedError
+
+    def touched(self, arrays: Sequence[A]) -> None:
+        """Told which arrays a kernel has written, for a library that keeps count."""
+
+    # -- making arrays ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def arithmetic(self, dtype: Any) -> Any:
+        """The type in which the maths is done: that of the parameter, but float32 at least."""
+
+    @abstractmethod
+    def promoted(self, dtype: Any, others: list[str]) -> Any:
+        """The type to which this one and floating point types of these names promote, real or complex as it
+        is.
+        """
+
+    @abstractmethod
+    def real_of(self, dtype: Any) -> Any:
+        """The type of the real part."""
+
+    @abstractmethod
+    def full_like(self, x: A, value: Any, *, real: bool = False, dtype: Any = None) -> A:
+        """One number in the shape of `x`, in a type (a name will do), by default that of the arithmetic; in
+        the real one beside it if `real`.
+        """
+
+    @abstractmethod
+    def copied(self, x: A, dtype: Any) -> A:
+        """A copy in this type (a name will do), laid out like `x`."""
+
+    @abstractmethod
+    def cast(self, x: Any, dtype: Any) -> Any:
+        """An array or number in this type; perhaps the same."""
+
+    @abstractmethod
+    def broadcast(self, x: Any, shape: Shape) -> A:
+        """`x` in this shape; raises ValueError if it does not broadcast."""
+
+    @abstractmethod
+    def permuted(self, x: A, axes: tuple[int, ...]) -> A:
+        """The array with its axes in this order; a view where there are views."""
+
+    @abstractmethod
+    def flattened(self, arrays: list[A]) -> A:
+        """All elements in one new vector, in the type to which those of the arrays promote."""
+
+    @abstractmethod
+    def pieces(self, flat: A, runs: list[Run], *, copy: bool) -> list[A]:
+        """The arrays of runs of a vector; views where they can be and no copy is wanted."""
+
+    @abstractmethod
+    def assign(self, target: A, value: Any) -> None:
+        """Write `value` into `target`, rounding once to its type."""
+
+    @abstractmethod
+    def to_numpy(self, x: A) -> HostArray:
+        """The elements as an array of NumPy, for somebody to look at."""
+
+    def to_host(self, x: Any) -> Any:
+        """The value of a 0-d array; numbers as they are."""
+        return x
+
+    @abstractmethod
+    def stand_in(self, shape: Shape, dtype: Any) -> A:
+        """An array of this shape and type that takes no memory, to be looked at only."""
+
+    def scalar_array(self, value: object) -> A | None:
+        """What is not an array here but means one (a number of NumPy) as a 0-d array; None for all else."""
+        return None
+
+    def any_set(self, x: A) -> bool:
+        """Whether some element may be other than zero."""
+        return True
+
+    def seen(self, x: A, *, read_only: bool) -> A:
+        """A view for somebody to look at and to write into; not into `x` itself if it is read-only."""
+        return x if self.immutable or not read_only else self.duplicate(x)
+
+    def duplicate(self, x: Any) -> Any:
+        """A copy of an array, where arrays can be written; anything else as it is."""
+        return self.copied(x, x.dtype) if self.is_array_type(type(x)) and not self.immutable else x
+
+    @abstractmethod
+    def rounded(self, old: A, value: Any) -> A:
+        """A new array of the type and shape of an old one that holds `value`."""
+
+    def like(self, x: A, new: A) -> A:
+        """`new`, as the same kind of array as `x`: its subclass, its flags."""
+        return new
+
+    def stored(self, x: A, value: Any, *, inplace: bool) -> A:
+        """`value` rounded to the type of `x`: in `x` itself where that may be written, else in a new array of
+        its kind.
+        """
+        if inplace and self.is_writable(x):
+            self.assign(x, value)
+            return x
+        return self.like(x, self.rounded(x, value))
+
+    def dense(self, x: A) -> A:
+        """The array with every element there; sparse ones are summed over equal indices."""
+        return x
+
+    def has_rows(self, x: Any) -> bool:
+        """Whether a gradient is sparse: it holds some rows only."""
+        return False
+
+    def rows(self, x: A) -> tuple[A, A]:
+        """(numbers of the rows, their values) of a sparse array; equal ones summed."""
+        raise NotImplementedError
+
+    def taken(self, x: A, rows: A) -> A:
+        """A copy of some rows."""
+        raise NotImplementedError
+
+    def put_rows(self, x: A, rows: A, values: A) -> None:
+        """Write some rows."""
+        raise NotImplementedError
+
+    def across(self, op: str, value: Any, x: A) -> Any:
+        """A reduction (`sum`, `max`, `min`) of a whole array, of which `x` may be one device's part."""
+        return value
+
+    def gradient_of(self, x: A) -> A | None:
+        """The gradient that an array itself keeps; None for no step."""
+        return None
+
+    value_and_grad: Callable[[Callable[[Any], Any], Any, bool], Any] | None = None
+    """(What a function of a list or dict of arrays gives, its gradients), of (function, arrays, has_aux);
+    with `has_aux` it gives (value, aux). None where nothing is differentiated.
+    """
+
+    # -- scalars: by default those of a state are on the host, where NumPy keeps them ------------------------
+
+    def is_fixed(self, x: Any) -> bool:
+        """Whether a scalar may be read once and for all: nobody differentiates or traces it."""
+        return True
+
+    @abstractmethod
+    def number(self, value: Any, dtype: Any) -> Any:
+        """A scalar of the host beside arrays of a type, rounded to theirs."""
+
+    def table(self, rows: Any) -> Any:
+        """A table of scalars in float64, or the widest type there is."""
+        return np.array([[float(v) for v in row] for row in rows], np.float64)
+
+    def constant(self, values: Any, beside: Any) -> Any:
+        """Scalars of the host beside a table of them."""
+        return float(values) if isinstance(values, int) else values
+
+    def stacked(self, values: Sequence[Any]) -> Any:
+        """A vector of these scalars."""
+        return np.array([self.to_host(v) for v in values])
+
+    def joined(self, vectors: list[Any]) -> Any:
+        """One vector of scalars after the other."""
+        return np.concatenate(vectors)
+
+    def columns(self, values: Sequence[Any], rows: int) -> Any:
+        """A table of these columns, each a value for every row or one for all."""
+        return np.stack([np.broadcast_to(v, (rows,)) for v in values], 1)
+
+    def placed(self, x: Any, index: Any, values: Any) -> Any:
+        """A table of scalars with values written at an index; perhaps the same."""
+        x[index] = values
+        return x
+
+    def on_device(self, numbers: Any, device: str) -> Any:
+        """Scalars of the host where kernels of a device read them."""
+        return numbers
+
+    def moved(self, x: Any, device: str) -> A:
+        """A scalar in float32 on a device; nobody waits for it."""
+        raise NotImplementedError
+
+    def ticked(self, clock: Any, skipped: Any) -> Any:
+        """A clock after an update; as it was where `skipped` is not 0."""
+        return clock + 1
+
+    def capturing(self, device: str) -> bool:
+        """Whether what is launched now is noted in a graph, to be replayed."""
+        return False
+
+    def stream(self, device: str) -> int | None:
+        """The handle of the stream on which arrays of a device are computed; None for that of PyTorch."""
+        return None
+
+    # -- operations ------------------------------------------------------------------------------------------
+
+    operations: Mapping[str, Callable[..., Any]]
+    """The functions of `optimisers.ops` by their names."""
+
+    # -- said with these, for all libraries ------------------------------------------------------------------
+
+    def size(self, x: A) -> int:
+        """The number of elements."""
+        return math.prod(x.shape)
+
+    def dtype_name(self, x: A) -> str:
+        """The name of the type of the elements."""
+        return self.type_name(x.dtype)
+
+    def is_complex(self, x: A) -> bool:
+        """Whether the elements are complex numbers."""
+        return "complex" in self.dtype_name(x)
+
+    def widened(self, x: A) -> A:
+        """A copy in the type of the arithmetic, laid out like `x`."""
+        return self.copied(x, self.arithmetic(x.dtype))
