@@ -59,7 +59,7 @@ def test_a_rehearsal_runs_all_and_claims_nothing(tmp_path: Any) -> None:
 
 
 def test_an_error_of_two_units_in_the_last_place_of_float16_fails_the_check() -> None:
-    from benchmarks import cuda
+    from benchmarks.cuda import rules as cuda
 
     found, expected = torch.tensor([1.0, 1.5], dtype=torch.float16), [1.0, 1.5]
     errors = cuda.Errors("rule", "float16")
@@ -72,7 +72,7 @@ def test_an_error_of_two_units_in_the_last_place_of_float16_fails_the_check() ->
 
 
 def test_every_rule_is_checked_against_float64() -> None:
-    from benchmarks import cuda
+    from benchmarks.cuda import rules as cuda
 
     found = {type(part).__name__ for case in cuda.CASES for part in parts(case.rule)}
     rules = {

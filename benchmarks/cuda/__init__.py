@@ -1,0 +1,1 @@
+"""How fast and how right are steps on a CUDA device?"""
