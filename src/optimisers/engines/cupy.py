@@ -6,7 +6,6 @@ stores is rounded once, into the arrays that it is given, at the end.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from optimisers.arrays import cupy as library
 from optimisers.engines.interpret import Interpreter, input_of
 from optimisers.engines.task import Result
 from optimisers.graph.expr import Expr
+from optimisers.graph.memo import kept
 from optimisers.graph.passes import Pass, number_of, outputs, reduce_pass, store_pass
 from optimisers.state.buffers import Indices
 from optimisers.state.group import Group
@@ -91,7 +91,7 @@ def evaluated(p: Pass, wide: Any, arrays: Sequence[Any], scalars: Sequence[Any])
     return operand
 
 
-@functools.lru_cache(maxsize=4096)
+@kept
 def storing(p: Pass, wide: Any, apart: tuple[str, ...]) -> Any:
     """The kernel of a pass that stores: it takes the arrays that are read, those that are written `apart`
     from them, and the scalars; other stores go where the array of their name was read.
@@ -108,7 +108,7 @@ def storing(p: Pass, wide: Any, apart: tuple[str, ...]) -> Any:
     return cp.fuse(kernel_name="optimisers_step")(step)
 
 
-@functools.lru_cache(maxsize=4096)
+@kept
 def reducing(p: Pass, wide: Any) -> Any:
     """The kernel of a pass that reduces: the new arrays whose sums or extremes are wanted."""
 
@@ -127,7 +127,7 @@ def _parts(args: Sequence[Any], reads: int, apart: int) -> tuple[Any, Any, Any]:
 # -- the task ------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=4096)
+@kept
 def tried(kernel: Any, arrays: tuple[tuple[Any, int], ...], scalars: tuple[type, ...], device: int) -> None:
     """Run a kernel once on arrays of one element: it is compiled, or cannot be."""
     with cp.cuda.Device(device):

@@ -68,7 +68,7 @@ def current() -> Trace:
 class Expr:
     """One node of the graph; rules meet it in place of an array or a number."""
 
-    __slots__ = ("args", "domain", "guard", "op", "options", "shape_", "type", "value")
+    __slots__ = ("__memo__", "args", "domain", "guard", "op", "options", "shape_", "type", "value")
 
     def __init__(
         self,

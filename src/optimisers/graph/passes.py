@@ -7,10 +7,10 @@ arrays: a later one computes again, in registers, what it needs from the unchang
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 from optimisers.graph.expr import Expr, cuts, order
+from optimisers.graph.memo import kept
 from optimisers.graph.trace import Program, fold
 
 
@@ -52,7 +52,7 @@ class Outputs:
     slots: tuple[Expr, ...]
 
 
-@functools.lru_cache(maxsize=4096)
+@kept
 def outputs(program: Program, holds: tuple[bool, ...] | None) -> Outputs:
     """The arrays that a step stores where condition i of the program holds or not; what does not run is left
     out. With None the conditions stay in the graph.
@@ -86,7 +86,7 @@ def levels(roots: Sequence[Expr]) -> dict[int, int]:
     return level
 
 
-@functools.lru_cache(maxsize=4096)
+@kept
 def reduce_pass(program: Program, level: int, wanted: tuple[bool, ...]) -> Pass | None:
     """The pass for the wanted reductions of a level over arrays of the shape of x; None if there are none."""
     chosen = [
@@ -97,8 +97,8 @@ def reduce_pass(program: Program, level: int, wanted: tuple[bool, ...]) -> Pass 
     return _pass([], chosen) if chosen else None
 
 
-@functools.lru_cache(maxsize=4096)
-def store_pass(program: Program, holds: tuple[bool, ...]) -> Pass | None:
+@kept
+def store_pass(program: Program, holds: tuple[bool, ...] | None) -> Pass | None:
     """The last pass: stores everything that changes and has the shape of the parameters; None if nothing
     does.
     """
@@ -166,7 +166,7 @@ class Stage:
     totals: tuple[Expr, ...]
 
 
-@functools.lru_cache(maxsize=1024)
+@kept
 def stages(program: Program) -> tuple[Stage, ...]:
     """The reductions and totals of a program by level, the lowest first."""
     roots = [*program.guards, *program.roots]

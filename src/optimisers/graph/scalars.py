@@ -6,7 +6,6 @@ where somebody follows what becomes of the numbers. Reductions and totals are pu
 they are known.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from optimisers.arrays import numpy as host
 from optimisers.graph.expr import INFIX, Expr, cuts, order
+from optimisers.graph.memo import kept
 
 Table = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -38,14 +38,14 @@ class Scalars:
         """Compute at one stroke those nodes that depend on nothing but numbers of the host and the clock."""
         if len(wanted) < 2 or self.library is not host or not isinstance(self.numbers, np.ndarray):
             return
-        plain = plain_of(tuple(wanted))
+        plain = plain_of(*wanted)
         if self.values:
             plain = tuple(e for e in plain if id(e) not in self.values)
         if len(plain) > 1:
             single = len(self.numbers) == 1
             columns = self.numbers[0] if single else self.numbers.T
             clock = self.library.constant(self.clock, self.numbers)
-            for e, value in zip(plain, written_out(plain, single)(columns, clock), strict=True):
+            for e, value in zip(plain, written_out(*plain, single=single)(columns, clock), strict=True):
                 self.values[id(e)], self.of_leaf[id(e)] = value, False
 
     def get(self, e: Expr) -> Any:
@@ -122,7 +122,7 @@ class Scalars:
         return out, row
 
 
-@functools.lru_cache(maxsize=8192)
+@kept
 def below(e: Expr) -> tuple[Expr, ...]:
     """A scalar node and all it is made of, arguments first; reductions and totals are given, so not what is
     in them.
@@ -130,28 +130,29 @@ def below(e: Expr) -> tuple[Expr, ...]:
     return tuple(order([e], given=True))
 
 
-@functools.lru_cache(maxsize=8192)
+@kept
 def is_plain(e: Expr) -> bool:
     """Whether a scalar node is made of numbers of a rule and the clock alone."""
     return not any(cuts(n) or n.op in ("size", "total") for n in below(e))
 
 
-@functools.lru_cache(maxsize=1024)
-def plain_of(wanted: tuple[Expr, ...]) -> tuple[Expr, ...]:
+@kept
+def plain_of(first: Expr, *others: Expr) -> tuple[Expr, ...]:
     """Those nodes that are such."""
-    return tuple(filter(is_plain, wanted))
+    return tuple(filter(is_plain, (first, *others)))
 
 
 _WRITTEN = INFIX.keys() - {"power", "logical_and", "logical_or"}
 """Words that Python writes so for numbers of NumPy as well as for its arrays."""
 
 
-@functools.lru_cache(maxsize=1024)
-def written_out(wanted: tuple[Expr, ...], single: bool) -> Callable[[Any, Any], tuple[Any, ...]]:
+@kept
+def written_out(first: Expr, *others: Expr, single: bool) -> Callable[[Any, Any], tuple[Any, ...]]:
     """A function (columns of numbers, clock) -> the values of plain nodes, without a look at the graph.
 
     `single` ones take the numbers of the only row.
     """
+    wanted = (first, *others)
     known: dict[str, Any] = {}
     names: dict[int, str] = {}
     lines: list[str] = []

@@ -1,6 +1,5 @@
 """The CPU engine: one compiled kernel per pass, over the addresses of all leaves of a group."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from optimisers.engines.addressed.pointers import LOOKS, Chunks
 from optimisers.engines.addressed.task import Addressed, arithmetic_of, kinds_of, labels_of, printable, titled
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu import threads
+from optimisers.graph.memo import kept
 from optimisers.graph.passes import Pass
 from optimisers.graph.trace import Program
 from optimisers.state.buffers import Indices
@@ -81,7 +81,7 @@ class Fused(Addressed):
         return kernel_of(self.job.program, p, *names, inplace=self.job.inplace)
 
 
-@functools.lru_cache(maxsize=4096)
+@kept
 def kernel_of(program: Program, p: Pass, dtype: str, gradient: str, *, inplace: bool) -> Callable[..., None]:
     """The compiled kernel of a pass."""
     kinds = kinds_of(program, p, dtype, gradient)

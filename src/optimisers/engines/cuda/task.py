@@ -27,6 +27,7 @@ from optimisers.engines.cuda import printer as triton_kernels
 from optimisers.engines.task import Job, Result
 from optimisers.errors import BadState
 from optimisers.graph.expr import Expr, cuts
+from optimisers.graph.memo import kept
 from optimisers.graph.passes import Pass
 from optimisers.graph.scalars import Scalars, below
 from optimisers.graph.trace import Program
@@ -283,17 +284,13 @@ def launched(job: Job, kernel: Any, programs: int, given: tuple[Any, ...], **opt
     kernel[(programs,)](*given, **options)
 
 
-_compiled: set[Any] = set()
-
-
+@kept
 def compiled(kernel: Any, kinds: tuple[Any, ...], device: Any, **options: Any) -> None:
     """Have a kernel compiled for arguments of some types, once."""
-    key = (id(kernel), kinds, str(device))
-    if key in _compiled or support().INTERPRETED:
+    if support().INTERPRETED:
         return
     with contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device):
         kernel.warmup(*kinds, grid=(1,), **options)
-    _compiled.add(key)
 
 
 def options_of(itemsize: int) -> dict[str, Any]:
@@ -301,7 +298,7 @@ def options_of(itemsize: int) -> dict[str, Any]:
     return {"BLOCK": BLOCK, "TAIL": TAIL, **(NARROW if itemsize == 2 else OPTIONS)}
 
 
-@functools.lru_cache(maxsize=4096)
+@kept
 def kernel_of(program: Program, p: Pass, dtype: str, gradient: str, *, inplace: bool, scaled: bool) -> Any:
     """The kernel of a pass; Triton compiles it when it is first launched."""
     kinds = kinds_of(program, p, dtype, gradient)

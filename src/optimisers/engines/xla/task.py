@@ -21,6 +21,7 @@ from optimisers.engines.interpret import Interpreter
 from optimisers.engines.task import Result
 from optimisers.engines.xla import call as ffi
 from optimisers.graph.expr import Expr
+from optimisers.graph.memo import kept
 from optimisers.graph.passes import Pass, number_of, reduce_pass, store_pass
 from optimisers.graph.trace import Program
 from optimisers.state.buffers import Bundled, Indices, Loose
@@ -254,7 +255,7 @@ def _gradient(grads: Any, leaves: list[int], dtype: Any) -> str:
     return kinds.pop() if len(kinds) == 1 else "" if kinds else library.type_name(dtype)
 
 
-@functools.lru_cache(maxsize=1024)
+@kept
 def _source(program: Program, p: Pass, dtype: str, gradient: str) -> str | None:
     """The kernel of a pass in place; None where there is none."""
     if numba.refusal(program, "numpy", "cpu", dtype) is not None or not gradient:
