@@ -23,10 +23,10 @@ from optimisers import ops
 from optimisers.arrays import layout, numpylike, registry
 from optimisers.arrays import numpy as host
 from optimisers.engines import choose
+from tests import operations as words
 from tests import standin_cupy as standin
-from tests import test_engines as words
 from tests.table import DTYPES, TABLE, Row, RowMoments, RowScaled, dtype_of
-from tests.test_laws import COMPLEX_PAIRS, arrays_of, bits, close, gradients_of, leaves, numbers_in, trained
+from tests.worlds import COMPLEX_PAIRS, arrays_of, bits, close, gradients_of, leaves, numbers_in, trained
 
 ENGINES = ("interpret", None)
 STEPS = (opt.update, opt.update_)

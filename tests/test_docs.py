@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_readme import blocks
+from tests.prose import blocks
 
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 

@@ -24,10 +24,10 @@ import optimisers as opt
 from optimisers import ops
 from optimisers.arrays import jax as library
 from optimisers.jax import pytree as pytrees
-from tests import test_engines as words
+from tests import operations as words
+from tests.goldens import PRESENT, REDUCING, array_of, names_of, rule_of, title_of
 from tests.table import DTYPES, TABLE, Row, dtype_of
-from tests.test_golden import PRESENT, REDUCING, array_of, names_of, rule_of, title_of
-from tests.test_laws import COMPLEX_PAIRS, arrays_of, close, gradients_of, leaves, numbers_in, trained
+from tests.worlds import COMPLEX_PAIRS, arrays_of, close, gradients_of, leaves, numbers_in, trained
 
 STEPS = (opt.update, opt.update_)
 

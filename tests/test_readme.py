@@ -1,17 +1,12 @@
 """Is every example of the README true? They are run in order, in one namespace."""
 
-import re
 from pathlib import Path
 
 import pytest
 
+from tests.prose import blocks
+
 README = Path(__file__).parents[1] / "README.md"
-
-
-def blocks(text: str) -> list[tuple[str, int, str]]:
-    """(language, line, content) of every block that names its language."""
-    found = re.finditer(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [(m[1], text.count("\n", 0, m.start(2)), m[2]) for m in found]
 
 
 def test_every_example_of_the_readme_runs_and_prints_what_stands_there(

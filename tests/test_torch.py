@@ -8,7 +8,6 @@ import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -18,10 +17,11 @@ import optimisers as opt
 from optimisers import ops
 from optimisers.arrays import torch as library
 from optimisers.engines.addressed import pointers as addresses
-from tests import test_engines as words
+from tests import operations as words
+from tests.goldens import PRESENT, REDUCING, array_of, names_of, rule_of, title_of
 from tests.table import DTYPES, TABLE, Row, dtype_of
-from tests.test_golden import PRESENT, REDUCING, array_of, names_of, rule_of, title_of
-from tests.test_laws import COMPLEX_PAIRS, arrays_of, bits, close, gradients_of, leaves, numbers_in, trained
+from tests.tensors import array, misaligned, number_of, tensor, turned, with_gaps
+from tests.worlds import COMPLEX_PAIRS, arrays_of, bits, close, gradients_of, leaves, numbers_in, trained
 
 ENGINES = ("interpret", "numba")
 STEPS = (opt.update, opt.update_)
@@ -41,27 +41,6 @@ ROWS_AND_DTYPES = pytest.mark.parametrize(
 
 
 # -- from NumPy and back -------------------------------------------------------------------------------------
-
-
-def tensor(a: Any) -> torch.Tensor:
-    """A copy of an array of NumPy, bfloat16 included."""
-    a = np.array(a, order="C")
-    if a.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(a)
-
-
-def array(t: torch.Tensor) -> Any:
-    """A copy of a tensor as an array of NumPy, bfloat16 included."""
-    t = t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
-    if t.dtype is torch.bfloat16:
-        return t.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return t.numpy()
-
-
-def number_of(value: Any) -> Any:
-    """What stands in a state, as NumPy has it."""
-    return array(value) if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
 def test_the_conversion_of_these_tests_loses_nothing() -> None:
@@ -205,23 +184,8 @@ def test_state_is_of_the_type_of_the_arithmetic(engine: str) -> None:
 # -- however they lie ----------------------------------------------------------------------------------------
 
 
-def with_gaps(t: torch.Tensor) -> torch.Tensor:
-    return torch.full((*t.shape, 2), 7.0, dtype=t.dtype)[..., 0].copy_(t)
-
-
 def inside_a_storage(t: torch.Tensor) -> torch.Tensor:
     return torch.full((t.numel() + 5,), 7.0, dtype=t.dtype)[3:-2].view(t.shape).copy_(t)
-
-
-def misaligned(t: torch.Tensor) -> torch.Tensor:
-    buffer = bytearray((t.numel() + 1) * t.itemsize + 1)
-    return torch.frombuffer(buffer, dtype=t.dtype, offset=1)[: t.numel()].view(t.shape).copy_(t)
-
-
-def turned(t: torch.Tensor) -> torch.Tensor:
-    """The same values with the axes in memory the other way round."""
-    axes = tuple(reversed(range(t.ndim)))
-    return t.permute(axes).contiguous().permute(axes)
 
 
 def odd_strides(t: torch.Tensor) -> torch.Tensor:

@@ -29,12 +29,12 @@ from optimisers.errors import BadState
 from optimisers.state.leaf import parts
 from optimisers.state.structure import Structure
 from optimisers.step.update import takes_scaling, update_scaled
-from tests import test_engines as words
+from tests import operations as words
+from tests.goldens import PRESENT, REDUCING, array_of, names_of, rule_of, title_of
 from tests.table import REAL, TABLE, LongestSeen, Row, dtype_of, numbers
 from tests.table import name as of_row
-from tests.test_golden import PRESENT, REDUCING, array_of, names_of, rule_of, title_of
-from tests.test_laws import bits, close, leaves, numbers_in
-from tests.test_torch import array, misaligned, number_of, tensor, turned, with_gaps
+from tests.tensors import array, misaligned, number_of, tensor, turned, with_gaps
+from tests.worlds import bits, close, leaves, numbers_in
 
 DEVICE = "cpu" if device_functions.INTERPRETED else "cuda"
 

@@ -1,0 +1,266 @@
+"""Rules that apply one operation, arguments to try it on, and what NumPy says."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import optimisers as opt
+from optimisers import ops
+from tests.table import dtype_of
+
+ELEMENTWISE = sorted(name for name, word in ops.WORDS.items() if word.family == "elementwise")
+
+
+REDUCE = sorted(name for name, word in ops.WORDS.items() if word.family == "reduce")
+
+
+CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "one": lambda word, x, _: word(x),
+    "two": lambda word, x, y: word(x, y),
+    "power": lambda word, x, y: word(x, y),
+    "condition": lambda word, x, _: word(x > 0),
+    "conditions": lambda word, x, y: word(x > 0, y < 1),
+    "choice": lambda word, x, y: word(x < y, x, y),
+    "halves": lambda word, x, _: word(opt.high_bits(x), opt.low_bits(x)),
+}
+CALLS["choice of complex"] = lambda word, x, y: word(opt.real(x) < opt.imag(y), x, y)
+
+ARGUMENTS: dict[str, str] = {
+    **dict.fromkeys(("add", "subtract", "multiply", "divide", "maximum", "minimum"), "two"),
+    **dict.fromkeys(("less", "less_equal", "greater", "greater_equal", "equal", "not_equal"), "two"),
+    "power": "power",
+    **dict.fromkeys(("logical_and", "logical_or"), "conditions"),
+    "logical_not": "condition",
+    **dict.fromkeys(("high_bits", "low_bits"), "one"),
+    "join_bits": "halves",
+    "where": "choice",
+    **dict.fromkeys(
+        ("negative", "sqrt", "exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "arctan"), "one"
+    ),
+    **dict.fromkeys(
+        ("floor", "ceil", "sign", "abs", "abs2", "real", "imag", "conj", "isfinite", "isnan"), "one"
+    ),
+}
+"""Word -> what it is called with."""
+
+
+COMPLEX = frozenset(
+    [
+        "add",
+        "subtract",
+        "multiply",
+        "divide",
+        "negative",
+        "equal",
+        "not_equal",
+        "where",
+        "sign",
+        "abs",
+        "abs2",
+        "real",
+        "imag",
+        "conj",
+        "isfinite",
+        "isnan",
+    ]
+)
+"""Words that kernels know of complex numbers."""
+
+
+OF_FLOAT32 = frozenset({"join_bits", "high_bits", "low_bits"})
+"""Words on the bits of a float32, which is the arithmetic of float16, bfloat16 and float32 alone."""
+
+
+ULPS = {"power": 16, "exp": 8, "expm1": 8, "log": 8, "log1p": 8, "sin": 8, "cos": 8, "tanh": 8, "arctan": 8}
+"""Units in the last place that the libraries of two engines may differ by; 2 for any other word."""
+
+
+def word_of(name: str) -> Callable[..., Any]:
+    return lambda *args: ops.speak(name, args, {})
+
+
+class Says(opt.Rule):
+    """Keeps what some words make of x and dx, and steps nowhere."""
+
+    words: tuple[str, ...] = opt.static(())
+    complex: bool = opt.static(False)
+
+    def init(self, x: Any) -> Any:
+        kept = {
+            w: opt.zeros_like if ops.WORDS[w].gives in ("same", "branch") else opt.real_zeros_like
+            for w in self.words
+        }
+        return {w: like(x) for w, like in kept.items()}
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return {w: self.say(w, x, dx) for w in self.words}, None
+
+    def say(self, word: str, x: Any, dx: Any) -> Any:
+        call = CALLS["choice of complex" if word == "where" and self.complex else ARGUMENTS[word]]
+        made = call(word_of(word), x, dx)
+        return opt.where(made, 1, 0) if ops.WORDS[word].gives == "bool" else made
+
+
+class Reduces(opt.Rule):
+    """Keeps a reduction of dx as a number."""
+
+    word: str = opt.static("")
+
+    def init(self, x: Any) -> Any:
+        return (0.0,)
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return (word_of(self.word)(dx),), None
+
+
+def said(rule: opt.Rule, x: Any, dx: Any, engine: str | None) -> Any:
+    state = opt.setup(rule, x, engine=engine)
+    state, _ = opt.update_(state, x, dx)
+    return state.state
+
+
+def samples(dtype: str) -> Any:
+    """Numbers of every kind: zeros, infinities, NaN, subnormals, the largest, small and large ones,
+    halves.
+    """
+    kind = dtype_of(dtype)
+    info = ml_dtypes.finfo(kind)
+    tiny, least, most = float(info.tiny), float(info.smallest_subnormal), float(info.max)
+    special = [0.0, -0.0, math.inf, -math.inf, math.nan, tiny, -tiny, least, -least, 3 * least, most, -most]
+    plain = [1.0, -1.0, 0.5, -0.5, 1.5, 2.0, 2.5, -3.0, 3.14159, 10.0, 88.0, -100.0, 1e-3, -1e-3, 1e4]
+    rng = np.random.default_rng(0)
+    with np.errstate(all="ignore"):
+        spread = rng.standard_normal(40) * 10.0 ** rng.uniform(-4, 4, 40)
+        return np.array([*special, *plain, *rng.standard_normal(30), *spread]).astype(kind)
+
+
+def pairs(dtype: str) -> tuple[Any, Any]:
+    """Every sample beside every other."""
+    a = samples(dtype)
+    x, y = np.meshgrid(a, a)
+    return np.ascontiguousarray(x.ravel()), np.ascontiguousarray(y.ravel())
+
+
+def complex_pairs(dtype: str) -> tuple[Any, Any]:
+    """Finite complex numbers, zeros and purely real or imaginary ones among them; nothing that overflows a
+    square.
+    """
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal((2, 500)) + 1j * rng.standard_normal((2, 500))) * 10.0 ** rng.uniform(
+        -3, 3, (2, 500)
+    )
+    x[:50], x[50:100], x[100:120], y[20:60] = x[:50].real, 1j * x[50:100].imag, 0, y[20:60].real
+    return x.astype(dtype), y.astype(dtype)  # no y is 0: NumPy and C differ in what they divide by it
+
+
+def agree(got: Any, wanted: Any, ulps: int) -> None:
+    """Equal to some units in the last place; NaN where NaN is, infinities too, subnormals to one of
+    theirs.
+    """
+    got, wanted = np.asarray(got), np.asarray(wanted)
+    assert got.dtype == wanted.dtype
+    for a, b in (
+        ((got.real, wanted.real), (got.imag, wanted.imag)) if got.dtype.kind == "c" else ((got, wanted),)
+    ):
+        np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+        with np.errstate(all="ignore"):
+            size = np.abs(wanted).astype(b.dtype)  # of both parts: one may cancel
+            off = (
+                (a != b)
+                & ~np.isnan(b)
+                & ~(np.abs(a.astype(float) - b.astype(float)) <= ulps * np.spacing(size))
+            )
+        assert not off.any(), (a[off][:5], b[off][:5], np.flatnonzero(off)[:5])
+
+
+REAL_TYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def words_of(dtype: str) -> tuple[str, ...]:
+    """The words that kernels know of this type."""
+    if dtype.startswith("complex"):
+        return tuple(sorted(COMPLEX))
+    return tuple(w for w in ELEMENTWISE if dtype != "float64" or w not in OF_FLOAT32)
+
+
+@functools.cache
+def all_said(engine: str, dtype: str) -> dict[str, Any]:
+    """What every word makes of the samples: one kernel says them all."""
+    x, y = complex_pairs(dtype) if dtype.startswith("complex") else pairs(dtype)
+    return said(Says(words_of(dtype), dtype.startswith("complex")), x, y, engine)
+
+
+def each_word(*dtypes: str) -> Any:
+    return pytest.mark.parametrize(
+        ("name", "dtype"), [pytest.param(w, d, id=f"{w}-{d}") for d in dtypes for w in words_of(d)]
+    )
+
+
+BITS = np.concatenate(
+    [
+        np.random.default_rng(0).integers(0, 1 << 32, 100_000, dtype=np.uint32),
+        (np.arange(1 << 16, dtype=np.uint32) << 16) + 0x8000,  # the middle between two bfloat16
+        (np.arange(1 << 16, dtype=np.uint32) << 16) + 0x7FFF,
+    ]
+).view(np.float32)
+"""Many float32, NaN and infinities among them."""
+
+
+SUMS = {
+    "plain": [1.0, 2.5, -3.0, 0.25],
+    "of nothing": [],
+    "one": [-2.0],
+    "NaN first": [math.nan, 1.0, 2.0],
+    "NaN last": [1.0, 2.0, math.nan],
+    "negative NaN": [1.0, -math.nan, 2.0],
+    "infinite": [1.0, math.inf, -5.0],
+    "both infinities": [-math.inf, math.inf],
+    "only infinite": [-math.inf, -math.inf],
+    "negative": [-1.0, -2.0, -0.5],
+    "zeros": [-0.0, 0.0],
+    "long": list(np.random.default_rng(0).standard_normal(1001)),
+}
+
+
+HALVES = ("float16", "bfloat16")
+
+
+class Widens(opt.Rule):
+    """Keeps the gradient, in the type of the arithmetic."""
+
+    def init(self, x: Any) -> Any:
+        return (opt.zeros_like(x),)
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return (dx,), None
+
+
+def same_bits(got: Any, wanted: Any) -> None:
+    """Bit for bit; NaN need not have the same payload, and a zero may have lost its sign in an addition."""
+    unsigned = np.dtype(f"u{got.itemsize}")
+    nan = np.isnan(wanted)
+    np.testing.assert_array_equal(np.isnan(got), nan)
+    off = (got.view(unsigned) != wanted.view(unsigned)) & ~nan & ~((got == 0) & (wanted == 0))
+    assert not off.any(), (got[off][:5], wanted[off][:5])
+
+
+def hard_to_round(dtype: str) -> Any:
+    """float32: every half, every middle between two, its neighbours; random bits; overflow and subnormals
+    among them.
+    """
+    every = np.arange(1 << 16, dtype=np.uint16).view(dtype_of(dtype)).astype(np.float32)
+    finite = np.unique(every[np.isfinite(every)].astype(np.float64))
+    middle = ((finite[1:] + finite[:-1]) / 2).astype(np.float32)
+    most = finite[-1].astype(np.float32)
+    edge = np.array(
+        [most, np.nextafter(most, np.float32(np.inf)), np.inf, np.nan, 65519.996, 65520, 1e30], np.float32
+    )
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 1 << 32, 1 << 19, dtype=np.uint32).view(np.float32)
+    up, down = np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(-np.inf))
+    return np.concatenate([every, middle, up, down, edge, -edge, noise])
