@@ -1,4 +1,4 @@
-"""Write `peers.json`: the paths on which torch.optim and Optax go, which `tests/test_peers.py` holds ours to.
+"""Write `peers.json`: the paths of torch.optim and Optax, to which `tests/rules/test_peers.py` holds ours.
 
 It needs, in an environment of its own (this package is not imported):
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.prose import blocks
 
-PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+PAGES = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
 
 
 def read(page: str) -> str:

@@ -15,7 +15,9 @@ import pytest
 
 import optimisers as opt
 
-PEERS: dict[str, Any] = json.loads(Path(__file__).with_name("golden").joinpath("peers.json").read_text())
+PEERS: dict[str, Any] = json.loads(
+    Path(__file__).parents[1].joinpath("golden").joinpath("peers.json").read_text()
+)
 ROWS: list[dict[str, Any]] = PEERS["rows"]
 
 OF_TORCH = {

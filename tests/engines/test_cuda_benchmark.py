@@ -11,7 +11,7 @@ import pytest
 import optimisers as opt
 from optimisers.settings import parts
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 torch = pytest.importorskip("torch")
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.prose import blocks
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_every_example_of_the_readme_runs_and_prints_what_stands_there(

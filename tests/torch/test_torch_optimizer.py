@@ -1867,7 +1867,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if sys.platform == "win32":
         pytest.skip("gloo meets in a file of a POSIX system")
     folder = tmp_path_factory.mktemp("shards")
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     runs = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.test_torch_optimizer", str(rank), str(folder)],

@@ -24,7 +24,7 @@ import jax.numpy as jnp  # noqa: E402 only where there is JAX
 from optimisers.engines.xla import c_api  # noqa: E402 the same
 from optimisers.engines.xla import call as ffi  # noqa: E402 the same
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="handlers have been tried there only")
 

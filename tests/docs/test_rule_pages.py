@@ -12,7 +12,7 @@ import pytest
 
 import optimisers as opt
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RULES = ROOT / "docs" / "rules"
 
 

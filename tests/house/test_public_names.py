@@ -4,7 +4,7 @@ from pathlib import Path
 
 import optimisers
 
-LISTED = Path(__file__).parents[1] / "docs" / "public-names.txt"
+LISTED = Path(__file__).parents[2] / "docs" / "public-names.txt"
 
 
 def test_the_public_names_are_the_listed_ones() -> None:

@@ -1347,7 +1347,7 @@ def numbers_of(text: str) -> set[int]:
 
 def numbers_tested() -> set[int]:
     """The numbers of all files of tests."""
-    return set().union(*(numbers_of(f.read_text()) for f in Path(__file__).parent.glob("test_*.py")))
+    return set().union(*(numbers_of(f.read_text()) for f in Path(__file__).parents[1].rglob("test_*.py")))
 
 
 def test_only_tests_can_have_numbers() -> None:
