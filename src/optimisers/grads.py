@@ -24,13 +24,15 @@ def gradients(model: Any) -> Any:
         return ways.gradients(model)
     layout, arrays = survey(model)
     library = registry.library(*arrays) if arrays else None
-    if library is not None and not hasattr(library, "gradient_of"):
+    if library is not None and library.gradient_of is None:
         raise BadState(
-            f"arrays of {library.NAME} keep no gradients; work them out, and give them to update(state, "
+            f"arrays of {library.name} keep no gradients; work them out, and give them to update(state, "
             "model, grads)"
         )
     found = gather(layout.root, model, KeyPath())
-    return mirrored(layout.root, [library.gradient_of(x) for x in found] if library else [])
+    return mirrored(
+        layout.root, list(map(library.gradient_of, found)) if library and library.gradient_of else []
+    )
 
 
 def value_and_grad(loss: Callable[..., Any], model: Any, *args: Any, has_aux: bool = False) -> Any:
@@ -47,9 +49,9 @@ def value_and_grad(loss: Callable[..., Any], model: Any, *args: Any, has_aux: bo
         return ways.value_and_grad(loss, model, args, has_aux)
     layout, arrays = survey(model)
     library = registry.library(*arrays) if arrays else registry.library(0.0)
-    if not hasattr(library, "value_and_grad"):
+    if library.value_and_grad is None:
         raise BadState(
-            f"value_and_grad takes models of tensors; for arrays of {library.NAME} use its own, and give the "
+            f"value_and_grad takes models of tensors; for arrays of {library.name} use its own, and give the "
             "gradients to update(state, model, grads)"
         )
 

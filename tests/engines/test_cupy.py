@@ -20,8 +20,9 @@ import pytest
 
 import optimisers as opt
 from optimisers import ops
-from optimisers.arrays import layout, numpylike, registry
-from optimisers.arrays import numpy as host
+from optimisers.arrays import registry
+from optimisers.arrays.numpy import library as host
+from optimisers.arrays.protocol import Library
 from optimisers.engines import choose
 from tests import operations as words
 from tests import standin_cupy as standin
@@ -44,7 +45,7 @@ def _unload() -> None:
     for name in OURS:
         package, _, short = name.rpartition(".")
         vars(sys.modules[package]).pop(short, None)
-    registry.module_of.cache_clear()
+    registry.library_of.cache_clear()
     registry.named.cache_clear()
     choose._own.cache_clear()
 
@@ -67,7 +68,7 @@ def _forget() -> None:
 
 
 def library() -> Any:
-    return importlib.import_module("optimisers.arrays.cupy")
+    return importlib.import_module("optimisers.arrays.cupy").library
 
 
 def gpu(a: Any) -> Any:
@@ -84,55 +85,50 @@ def array(x: Any) -> Any:
     return x.get() if isinstance(x, standin.ndarray) else np.asarray(x)
 
 
-# -- every library has the same functions --------------------------------------------------------------------
-
-OF_MEMORY = frozenset(
-    {
-        *("address", "assign", "fresh", "is_contiguous", "is_dense_memory", "laid_out", "stored", "view"),
-        *("empty", "zeros"),
-    }
-)
-"""Asked of arrays that can be written at addresses; those of JAX cannot."""
-
-OF_ONE = {
-    "torch": {"gradient_of", "is_traced", "moved", "of_name", "put_rows", "rows", "taken", "value_and_grad"},
-    "jax": {"is_traced", "varying"},
-    "cupy": {"there"},
-}
-"""What only one library has: gradients that arrays keep, sparse ones, transforms, several devices."""
+# -- every library keeps to the protocol ---------------------------------------------------------------------
 
 
-def functions_of(name: str) -> set[str]:
-    """The public functions of the module of a library."""
-    found = vars(importlib.import_module(f"optimisers.arrays.{name}")).items()
-    own = {n: f for n, f in found if callable(f) and not n.startswith("_") and inspect.isroutine(f)}
-    return set(own) - set(vars(layout)) - set(vars(numpylike))
+def public(cls: type) -> set[str]:
+    return {n for c in cls.__mro__[:-1] for n in {*vars(c), *inspect.get_annotations(c)} if n[0] != "_"}
+
+
+def arguments(function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    return [(p.name, p.kind) for p in inspect.signature(function).parameters.values()]
+
+
+def misfits(cls: type) -> set[str]:
+    """What a library has beyond the protocol, or with other arguments than it."""
+    found = public(cls) - public(Library)
+    for name in public(cls) - found:
+        own, wanted = vars(cls).get(name), getattr(Library, name, None)
+        if inspect.isfunction(own) and inspect.isfunction(wanted):
+            found |= {name} if arguments(own) != arguments(wanted) else set()
+    return found
 
 
 @pytest.mark.parametrize("name", sorted(set(registry.LIBRARIES) - {"jaxlib"}))
-def test_every_library_has_the_same_functions(name: str) -> None:
-    wanted = functions_of("numpy")
-    if name == "jax":
-        wanted -= OF_MEMORY
+def test_a_library_keeps_to_the_protocol(name: str) -> None:
+    found = registry.named(name)
 
-    assert wanted - functions_of(name) == set()
-    assert functions_of(name) - functions_of("numpy") - OF_ONE.get(name, set()) == set()
-
-
-@pytest.mark.parametrize("name", sorted(set(registry.LIBRARIES) - {"jaxlib", "jax"}))
-def test_functions_of_one_name_take_the_same_arguments(name: str) -> None:
-    module = importlib.import_module(f"optimisers.arrays.{name}")
-    for function in functions_of("numpy"):
-        own, wanted = (inspect.signature(getattr(m, function)).parameters for m in (module, host))
-
-        assert [p.kind for p in own.values()] == [p.kind for p in wanted.values()]
+    assert misfits(type(found)) == set()
+    assert set(found.operations) == set(ops.WORDS)
+    assert found.name == name
 
 
-def test_every_library_has_the_same_flags() -> None:
-    for name in set(registry.LIBRARIES.values()):
-        module = importlib.import_module(name)
-        assert {"NAME", "HOST_NUMBERS", "REPLACES", "SORTS", "WORDS"} <= set(vars(module))
-        assert set(module.WORDS) == set(ops.WORDS)
+def test_what_a_library_has_of_its_own_is_found() -> None:
+    class Odd(Library):
+        def rows(self, y: Any) -> Any: ...
+        def more(self) -> None: ...
+
+    assert misfits(Odd) == {"rows", "more"}
+
+
+def test_a_library_that_lacks_a_function_is_not_made() -> None:
+    class Half(Library):
+        pass
+
+    with pytest.raises(TypeError, match="is_array_type"):
+        Half()
 
 
 # -- the stand-in refuses what CuPy refuses ------------------------------------------------------------------
@@ -437,7 +433,7 @@ def test_gradients_of_ties_are_summed_on_their_device() -> None:
 def test_a_stand_in_takes_no_memory_and_starts_a_state() -> None:
     thing = library().stand_in((1 << 40, 4), np.dtype(np.float32))
 
-    assert registry.module_of(type(thing)) is library()
+    assert registry.library_of(type(thing)) is library()
     assert library().full_like(thing, 1.0).shape == (1 << 40, 4)
     assert library().widened(thing).shape == (1 << 40, 4)
     assert opt.Adam().init(thing).m.strides == (0, 0)

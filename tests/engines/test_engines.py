@@ -14,7 +14,8 @@ import pytest
 
 import optimisers as opt
 from optimisers import ops
-from optimisers.arrays import numpy as library
+from optimisers.arrays.layout import contiguous_strides
+from optimisers.arrays.numpy import library
 from optimisers.engines.addressed import pointers as addresses
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu import task as numba
@@ -55,7 +56,7 @@ both_updates = pytest.mark.parametrize("step", [opt.update, opt.update_], ids=la
 
 
 def test_numpy_has_exactly_the_words_of_the_vocabulary() -> None:
-    assert set(library.WORDS) == set(ops.WORDS)
+    assert set(library.operations) == set(ops.WORDS)
 
 
 def test_kernels_print_every_word_but_those_that_change_the_shape() -> None:
@@ -642,7 +643,7 @@ def test_the_compiled_look_sees_what_python_sees() -> None:
         ]
         arrays.append(forms[rng.integers(len(forms))])
     asked = shapes * 12
-    strides = [library.contiguous_strides(s) for s in asked]
+    strides = [contiguous_strides(s) for s in asked]
     form = addresses.Form("numpy", "cpu", asked, strides, [True] * len(asked))
 
     assert addresses.look_at_numpy("cpu") is not None

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import optimisers as opt
-from optimisers.arrays import torch as library
+from optimisers.arrays.torch import library
 from optimisers.engines import cache
 from optimisers.engines.addressed import pointers as addresses
 from optimisers.engines.cuda import device_functions

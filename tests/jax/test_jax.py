@@ -22,7 +22,7 @@ from jax import lax
 
 import optimisers as opt
 from optimisers import ops
-from optimisers.arrays import jax as library
+from optimisers.arrays.jax import library
 from optimisers.jax import pytree as pytrees
 from tests import operations as words
 from tests.goldens import PRESENT, REDUCING, array_of, names_of, rule_of, title_of
@@ -132,7 +132,7 @@ def of_numpy(rule: Any, model: Any, gradients: Any) -> Any:
 
 
 def test_jax_has_exactly_the_words_of_the_vocabulary() -> None:
-    assert set(library.WORDS) == set(ops.WORDS)
+    assert set(library.operations) == set(ops.WORDS)
 
 
 @functools.cache

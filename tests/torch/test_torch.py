@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimisers as opt
 from optimisers import ops
-from optimisers.arrays import torch as library
+from optimisers.arrays.layout import contiguous_strides
+from optimisers.arrays.torch import library
 from optimisers.engines.addressed import pointers as addresses
 from tests import operations as words
 from tests.goldens import PRESENT, REDUCING, array_of, names_of, rule_of, title_of
@@ -55,7 +56,7 @@ def test_the_conversion_of_these_tests_loses_nothing() -> None:
 
 
 def test_torch_has_exactly_the_words_of_the_vocabulary() -> None:
-    assert set(library.WORDS) == set(ops.WORDS)
+    assert set(library.operations) == set(ops.WORDS)
 
 
 @functools.cache
@@ -614,13 +615,13 @@ def looked_at() -> list[torch.Tensor]:
 def test_the_compiled_look_sees_what_python_sees(dtype: torch.dtype) -> None:
     arrays = looked_at()
     shapes = [tuple(x.shape) for x in arrays]
-    dense = [library.contiguous_strides(s) for s in shapes]
+    dense = [contiguous_strides(s) for s in shapes]
     own = [tuple(x.stride()) if x.layout is torch.strided else d for x, d in zip(arrays, dense, strict=True)]
     other = shapes[1:] + shapes[:1]
 
     assert addresses.look_at_torch("cpu") is not None
     for asked, strides in ((shapes, dense), (shapes, own), (other, [*dense[1:], dense[0]])):
-        flat = [library.contiguous_strides(s) == t for s, t in zip(asked, strides, strict=True)]
+        flat = [contiguous_strides(s) == t for s, t in zip(asked, strides, strict=True)]
         form = addresses.Form("torch", "cpu", asked, strides, flat)
         for given in (arrays, tuple(arrays)):
             tables = np.empty(len(arrays), np.int64), np.empty(len(arrays), np.int64)

@@ -1,10 +1,79 @@
-"""The words of a library whose functions have the names and signatures of NumPy's: NumPy itself, and CuPy."""
+"""What libraries share whose functions have the names and signatures of NumPy's: NumPy itself, and CuPy."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+
+from optimisers.arrays.layout import axes_in_memory, permutation
+from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape, Strides
+
+Dtype = np.dtype[Any]
+
+
+class NumpyLike(Library[HostArray, Dtype], Protocol):
+    """What is asked of shapes, strides and types alone. CuPy declares no types: its arrays pass for NumPy's
+    here.
+    """
+
+    def is_inexact(self, x: HostArray) -> bool:
+        return x.dtype.kind in "fc" or x.dtype.name == "bfloat16"
+
+    def is_numbers(self, x: HostArray) -> bool:
+        return x.dtype.kind in "biufc" or self.is_inexact(x)
+
+    def type_name(self, dtype: Dtype) -> str:
+        return dtype.name if dtype.isnative else f"byte-swapped {dtype.name}"
+
+    def memory(self, x: HostArray) -> tuple[int, int, tuple[tuple[int, int], ...]]:
+        return self.address(x), x.itemsize, axes_in_memory(x.shape, x.strides)
+
+    def layout(self, x: HostArray) -> tuple[Shape, Strides]:
+        return x.shape, x.strides
+
+    def is_contiguous(self, x: HostArray) -> bool:
+        return x.flags.c_contiguous
+
+    def same_array(self, a: HostArray, b: HostArray) -> bool:
+        return self.memory(a) == self.memory(b) and a.shape == b.shape and self.axes_between(a, b) is None
+
+    def axes_between(self, first: HostArray, other: HostArray) -> tuple[int, ...] | None:
+        return permutation(first.shape, first.strides, other.shape, other.strides)
+
+    def permuted(self, x: HostArray, axes: tuple[int, ...]) -> HostArray:
+        return x.transpose(axes)
+
+    def arithmetic(self, dtype: Dtype) -> Dtype:
+        return np.dtype(np.float32) if dtype.itemsize < 4 else dtype.newbyteorder("=")
+
+    def promoted(self, dtype: Dtype, others: list[str]) -> Dtype:
+        wide = np.result_type(dtype, *(np.dtype(n) for n in others if n.startswith(("float", "complex"))))
+        return wide if dtype.kind == "c" else self.real_of(wide)
+
+    def real_of(self, dtype: Dtype) -> Dtype:
+        return np.real(np.empty(0, dtype)).dtype
+
+    def pieces(self, flat: HostArray, runs: list[Run], *, copy: bool) -> list[HostArray]:
+        out: list[HostArray] = []
+        if copy and any(flat.dtype == dtype for dtype in {run[3] for run in runs}):
+            flat = flat.copy()  # at one stroke; the arrays are views of the copy
+        own = flat.dtype
+        for place, count, shape, dtype in runs:
+            part = flat[place]
+            if dtype is not own and dtype != own:
+                part = np.real(part) if flat.dtype.kind == "c" and np.dtype(dtype).kind != "c" else part
+                part = part.astype(dtype)
+            if count == 1:
+                out.append(part.reshape(shape))
+            elif shape:
+                out.extend(part.reshape(count, *shape))
+            else:
+                out.extend(part[i : i + 1].reshape(()) for i in range(count))
+        return out
+
+    def number(self, value: Scalar, dtype: Dtype) -> Any:
+        return np.asanyarray(value).astype(dtype)[()]
 
 
 def _abs2(xp: Any, x: Any) -> Any:
@@ -52,8 +121,8 @@ def _extreme(xp: Any, name: str, empty: float) -> Callable[..., Any]:
     return word
 
 
-def words(xp: Any) -> dict[str, Callable[..., Any]]:
-    """The words, said with the functions of `xp`."""
+def operations(xp: Any) -> dict[str, Callable[..., Any]]:
+    """The operations, computed by the functions of `xp`."""
     return {
         "add": xp.add,
         "subtract": xp.subtract,

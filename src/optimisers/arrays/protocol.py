@@ -69,19 +69,24 @@ class Array(Protocol):
 Operand = Array | Scalar
 """What may stand in a formula: an array or a number."""
 
-Run = tuple[slice, int, Shape, DType]
+Run = tuple[slice, int, Shape, Any]
 """A run of arrays of one shape and type in a flat vector: place, count, shape, type."""
 
 if TYPE_CHECKING:
     A = TypeVar("A", bound=Array, default=Array)
+    D = TypeVar("D", default=Any)
 else:
-    A = TypeVar("A")
+    A, D = TypeVar("A"), TypeVar("D")
 
 
-class Library(Protocol[A]):
-    """What an array library answers, in five parts; `Library` alone is one of any arrays."""
+def _lacking(name: str, function: str) -> TypeError:
+    return TypeError(f"the array library {name} declares no `{function}`")
 
-    # -- what an array is ------------------------------------------------------------------------------------
+
+class Library(Protocol[A, D]):
+    """What an array library answers, in five parts, about its arrays `A` and element types `D`."""
+
+    # -- what an array is -----------------------------------------------------------------------------------
 
     name: str
     """The name of the library, as its package is called."""
@@ -106,7 +111,7 @@ class Library(Protocol[A]):
         """Whether the elements are floating point or complex numbers of at least two bytes."""
 
     @abstractmethod
-    def type_name(self, dtype: Any) -> str:
+    def type_name(self, dtype: D) -> str:
         """The name of an element type, as NumPy or ml_dtypes calls it."""
 
     def is_trainable(self, x: A) -> bool:
@@ -125,7 +130,7 @@ class Library(Protocol[A]):
         """Whether state for this array is kept in arrays of its kind: it is no plain memory."""
         return True
 
-    def is_traced(self, x: Any) -> bool:
+    def is_traced(self, x: object) -> bool:
         """Whether a transform or a compiler looks at this array, so that nobody may read its elements."""
         return False
 
@@ -137,7 +142,7 @@ class Library(Protocol[A]):
         """Whether this is one device's part of a larger array."""
         return False
 
-    def follows(self, xs: Sequence[Any], gradients: Sequence[Sequence[Any]], *, inplace: bool) -> bool:
+    def follows(self, xs: Sequence[object], gradients: Sequence[Sequence[object]], *, inplace: bool) -> bool:
         """Whether what becomes of these is differentiated, transformed or compiled: then a step is made of
         arrays alone, each made anew.
         """
@@ -151,7 +156,7 @@ class Library(Protocol[A]):
         """Where the elements are; arrays of different devices are stepped apart."""
         return "cpu"
 
-    # -- memory: asked of arrays that are not loose, but for the first five ----------------------------------
+    # -- memory: asked of arrays that are not loose, but for the first five ---------------------------------
 
     def memory(self, x: A) -> Any:
         """What is equal for an array and its transposed views: by default the array itself."""
@@ -161,7 +166,7 @@ class Library(Protocol[A]):
         """The first address of the elements, and the first behind them; (0, 0) where none is known."""
         return 0, 0
 
-    def shares(self, x: Any, others: list[A]) -> bool:
+    def shares(self, x: object, others: list[A]) -> bool:
         """Whether anything, `x`, may lie in the memory of one of the others."""
         return any(x is other for other in others)
 
@@ -179,7 +184,7 @@ class Library(Protocol[A]):
         """Where the first element lies."""
         return self.bounds(x)[0]
 
-    def layout(self, x: Any) -> tuple[Shape, Strides]:
+    def layout(self, x: A) -> tuple[Shape, Strides]:
         """(shape, strides in bytes), were it contiguous memory."""
         return tuple(x.shape), contiguous_strides(tuple(x.shape))
 
@@ -191,65 +196,66 @@ class Library(Protocol[A]):
         """Whether kernels on a device may use the array where it lies, if its layout is the right one."""
         return False
 
-    def dense_strides(self, x: Any) -> Strides:
+    def dense_strides(self, x: A) -> Strides:
         """The strides, in elements, of a dense array with the axes of `x` in the same order."""
         return contiguous_strides(tuple(x.shape))
 
-    def zeros(self, n: int, dtype: Any, device: str) -> A:
+    def zeros(self, n: int, dtype: D, device: str) -> A:
         """A vector of zeros."""
-        raise NotImplementedError
+        raise _lacking(self.name, "zeros")
 
-    def empty(self, n: int, dtype: Any, device: str) -> A:
+    def empty(self, n: int, dtype: D, device: str) -> A:
         """A vector not yet written."""
-        raise NotImplementedError
+        raise _lacking(self.name, "empty")
 
     def view(self, buffer: A, offset: int, shape: Shape, strides: Strides) -> A:
         """An array of this shape inside a flat buffer; offset and strides in elements."""
-        raise NotImplementedError
+        raise _lacking(self.name, "view")
 
-    def fresh(self, shape: Shape, dtype: Any, strides: Strides | None, device: str) -> A:
+    def fresh(self, shape: Shape, dtype: D, strides: Strides | None, device: str) -> A:
         """An array not yet written, with these dense strides (in elements); None for contiguous ones."""
-        raise NotImplementedError
+        raise _lacking(self.name, "fresh")
 
-    def laid_out(self, x: Any, dtype: Any, strides: Strides | None, device: str) -> A:
+    def laid_out(self, x: A | Scalar, dtype: D, strides: Strides | None, device: str) -> A:
         """A copy of `x` in this type with these dense strides (in elements); None for contiguous ones."""
-        raise NotImplementedError
+        raise _lacking(self.name, "laid_out")
 
     def touched(self, arrays: Sequence[A]) -> None:
         """Told which arrays a kernel has written, for a library that keeps count."""
+        del arrays
 
-    # -- making arrays ---------------------------------------------------------------------------------------
+    # -- making arrays --------------------------------------------------------------------------------------
 
     @abstractmethod
-    def arithmetic(self, dtype: Any) -> Any:
+    def arithmetic(self, dtype: D) -> D:
         """The type in which the maths is done: that of the parameter, but float32 at least."""
 
     @abstractmethod
-    def promoted(self, dtype: Any, others: list[str]) -> Any:
+    def promoted(self, dtype: D, others: list[str]) -> D:
         """The type to which this one and floating point types of these names promote, real or complex as it
         is.
         """
 
     @abstractmethod
-    def real_of(self, dtype: Any) -> Any:
+    def real_of(self, dtype: D) -> D:
         """The type of the real part."""
 
     @abstractmethod
-    def full_like(self, x: A, value: Any, *, real: bool = False, dtype: Any = None) -> A:
+    def full_like(self, x: A, value: Scalar, *, real: bool = False, dtype: D | str | None = None) -> A:
         """One number in the shape of `x`, in a type (a name will do), by default that of the arithmetic; in
         the real one beside it if `real`.
         """
 
     @abstractmethod
-    def copied(self, x: A, dtype: Any) -> A:
+    def copied(self, x: A, dtype: D | str) -> A:
         """A copy in this type (a name will do), laid out like `x`."""
 
     @abstractmethod
-    def cast(self, x: Any, dtype: Any) -> Any:
+    def cast(self, x: A | Scalar, dtype: D) -> Any:
         """An array or number in this type; perhaps the same."""
 
     @abstractmethod
-    def broadcast(self, x: Any, shape: Shape) -> A:
+    def broadcast(self, x: A | Scalar, shape: Shape) -> A:
         """`x` in this shape; raises ValueError if it does not broadcast."""
 
     @abstractmethod
@@ -264,20 +270,20 @@ class Library(Protocol[A]):
     def pieces(self, flat: A, runs: list[Run], *, copy: bool) -> list[A]:
         """The arrays of runs of a vector; views where they can be and no copy is wanted."""
 
-    @abstractmethod
-    def assign(self, target: A, value: Any) -> None:
+    def assign(self, target: A, value: A | Scalar) -> None:
         """Write `value` into `target`, rounding once to its type."""
+        raise _lacking(self.name, "assign")
 
     @abstractmethod
     def to_numpy(self, x: A) -> HostArray:
         """The elements as an array of NumPy, for somebody to look at."""
 
-    def to_host(self, x: Any) -> Any:
+    def to_host(self, x: A | Scalar) -> Any:
         """The value of a 0-d array; numbers as they are."""
         return x
 
     @abstractmethod
-    def stand_in(self, shape: Shape, dtype: Any) -> A:
+    def stand_in(self, shape: Shape, dtype: D) -> A:
         """An array of this shape and type that takes no memory, to be looked at only."""
 
     def scalar_array(self, value: object) -> A | None:
@@ -297,14 +303,14 @@ class Library(Protocol[A]):
         return self.copied(x, x.dtype) if self.is_array_type(type(x)) and not self.immutable else x
 
     @abstractmethod
-    def rounded(self, old: A, value: Any) -> A:
+    def rounded(self, old: A, value: A | Scalar) -> A:
         """A new array of the type and shape of an old one that holds `value`."""
 
     def like(self, x: A, new: A) -> A:
         """`new`, as the same kind of array as `x`: its subclass, its flags."""
         return new
 
-    def stored(self, x: A, value: Any, *, inplace: bool) -> A:
+    def stored(self, x: A, value: A | Scalar, *, inplace: bool) -> A:
         """`value` rounded to the type of `x`: in `x` itself where that may be written, else in a new array of
         its kind.
         """
@@ -317,43 +323,42 @@ class Library(Protocol[A]):
         """The array with every element there; sparse ones are summed over equal indices."""
         return x
 
-    def has_rows(self, x: Any) -> bool:
+    def has_rows(self, x: object) -> bool:
         """Whether a gradient is sparse: it holds some rows only."""
         return False
 
     def rows(self, x: A) -> tuple[A, A]:
         """(numbers of the rows, their values) of a sparse array; equal ones summed."""
-        raise NotImplementedError
+        raise _lacking(self.name, "rows")
 
     def taken(self, x: A, rows: A) -> A:
         """A copy of some rows."""
-        raise NotImplementedError
+        raise _lacking(self.name, "taken")
 
     def put_rows(self, x: A, rows: A, values: A) -> None:
         """Write some rows."""
-        raise NotImplementedError
+        raise _lacking(self.name, "put_rows")
 
-    def across(self, op: str, value: Any, x: A) -> Any:
+    def across(self, op: str, value: A, x: A) -> A:
         """A reduction (`sum`, `max`, `min`) of a whole array, of which `x` may be one device's part."""
         return value
 
-    def gradient_of(self, x: A) -> A | None:
-        """The gradient that an array itself keeps; None for no step."""
-        return None
+    gradient_of: Callable[[A], A | None] | None = None
+    """The gradient that an array itself keeps, None for no step; None where arrays keep none."""
 
     value_and_grad: Callable[[Callable[[Any], Any], Any, bool], Any] | None = None
     """(What a function of a list or dict of arrays gives, its gradients), of (function, arrays, has_aux);
     with `has_aux` it gives (value, aux). None where nothing is differentiated.
     """
 
-    # -- scalars: by default those of a state are on the host, where NumPy keeps them ------------------------
+    # -- scalars: by default those of a state are on the host, where NumPy keeps them -----------------------
 
-    def is_fixed(self, x: Any) -> bool:
+    def is_fixed(self, x: object) -> bool:
         """Whether a scalar may be read once and for all: nobody differentiates or traces it."""
         return True
 
     @abstractmethod
-    def number(self, value: Any, dtype: Any) -> Any:
+    def number(self, value: Scalar, dtype: D) -> Any:
         """A scalar of the host beside arrays of a type, rounded to theirs."""
 
     def table(self, rows: Any) -> Any:
@@ -364,7 +369,7 @@ class Library(Protocol[A]):
         """Scalars of the host beside a table of them."""
         return float(values) if isinstance(values, int) else values
 
-    def stacked(self, values: Sequence[Any]) -> Any:
+    def stacked(self, values: Sequence[A | Scalar]) -> Any:
         """A vector of these scalars."""
         return np.array([self.to_host(v) for v in values])
 
@@ -374,7 +379,7 @@ class Library(Protocol[A]):
 
     def columns(self, values: Sequence[Any], rows: int) -> Any:
         """A table of these columns, each a value for every row or one for all."""
-        return np.stack([np.broadcast_to(v, (rows,)) for v in values], 1)
+        return np.stack([np.broadcast_to(np.asarray(v), (rows,)) for v in values], 1)
 
     def placed(self, x: Any, index: Any, values: Any) -> Any:
         """A table of scalars with values written at an index; perhaps the same."""
@@ -387,7 +392,7 @@ class Library(Protocol[A]):
 
     def moved(self, x: Any, device: str) -> A:
         """A scalar in float32 on a device; nobody waits for it."""
-        raise NotImplementedError
+        raise _lacking(self.name, "moved")
 
     def ticked(self, clock: Any, skipped: Any) -> Any:
         """A clock after an update; as it was where `skipped` is not 0."""
@@ -401,12 +406,19 @@ class Library(Protocol[A]):
         """The handle of the stream on which arrays of a device are computed; None for that of PyTorch."""
         return None
 
-    # -- operations ------------------------------------------------------------------------------------------
+    # -- operations -----------------------------------------------------------------------------------------
 
     operations: Mapping[str, Callable[..., Any]]
     """The functions of `optimisers.ops` by their names."""
 
-    # -- said with these, for all libraries ------------------------------------------------------------------
+    NAME = property(lambda self: self.name)
+    HOST_NUMBERS = property(lambda self: not self.immutable)
+    REPLACES = property(lambda self: self.immutable)
+    SORTS = property(lambda self: self.sorts_dicts)
+    CAPTURABLE = property(lambda self: self.capturable)
+    WORDS = property(lambda self: self.operations)
+
+    # -- said with these, for all libraries -----------------------------------------------------------------
 
     def size(self, x: A) -> int:
         """The number of elements."""

@@ -3,8 +3,9 @@
 import functools
 import importlib
 import numbers
-from types import ModuleType
-from typing import Any
+from typing import cast
+
+from optimisers.arrays.protocol import Array, Library
 
 LIBRARIES = {
     "numpy": "optimisers.arrays.numpy",
@@ -17,33 +18,32 @@ LIBRARIES = {
 
 
 @functools.lru_cache(maxsize=1024)
-def module_of(kind: type) -> ModuleType | None:
-    """The module that speaks for arrays of this type, or None if it is not an array type."""
+def library_of(kind: type) -> Library | None:
+    """The library of arrays of this type, or None if it is not an array type."""
     for base in kind.__mro__:
-        name = LIBRARIES.get(base.__module__.partition(".")[0])
-        if name is not None:
-            module = importlib.import_module(name)
-            if module.is_array_type(kind):
-                return module
+        if (name := base.__module__.partition(".")[0]) in LIBRARIES:
+            found = named(name)
+            if found.is_array_type(kind):
+                return found
     return None
 
 
 @functools.cache
-def named(name: str) -> Any:
-    """The module that speaks for a library."""
-    return importlib.import_module(LIBRARIES[name])
+def named(name: str) -> Library:
+    """The library of a name, imported now."""
+    return importlib.import_module(LIBRARIES[name]).library
 
 
-def library(*args: Any) -> Any:
+def library(*args: object) -> Library:
     """The library of the first array among the arguments; NumPy for plain numbers.
 
     Raises TypeError if none of them is an array or a number.
     """
     plain = False
     for a in args:
-        module = module_of(type(a))
-        if module is not None:
-            return module
+        found = library_of(type(a))
+        if found is not None:
+            return found
         plain = plain or isinstance(a, numbers.Number)
     if plain:
         return named("numpy")
@@ -52,7 +52,7 @@ def library(*args: Any) -> Any:
 
 def isarray(x: object) -> bool:
     """Whether `x` is an array of a library known here."""
-    return module_of(type(x)) is not None
+    return library_of(type(x)) is not None
 
 
 def isnumeric(x: object) -> bool:
@@ -60,17 +60,20 @@ def isnumeric(x: object) -> bool:
 
     Arrays of integers and bools, Python numbers and everything else are not.
     """
-    module = module_of(type(x))
-    return module is not None and module.is_inexact(x)
+    found = library_of(type(x))
+    return found is not None and found.is_inexact(cast("Array", x))
 
 
 def istrainable(x: object) -> bool:
     """Whether `x` is an array that can be trained and does not say that it should not be."""
-    module = module_of(type(x))
-    return module is not None and module.is_trainable(x)
+    found = library_of(type(x))
+    return found is not None and found.is_trainable(cast("Array", x))
 
 
 def maywrite(x: object) -> bool:
     """Whether `update_` may write into `x`; a read-only or broadcast array is replaced instead."""
-    module = module_of(type(x))
-    return module is not None and module.is_writable(x)
+    found = library_of(type(x))
+    return found is not None and found.is_writable(cast("Array", x))
+
+
+module_of = library_of

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from optimisers import ops
-from optimisers.arrays import cupy as library
+from optimisers.arrays.cupy import ON_DEVICE, cp, library
 from optimisers.engines.interpret import Interpreter, input_of
 from optimisers.engines.task import Result
 from optimisers.graph.expr import Expr
@@ -23,12 +23,11 @@ from optimisers.state.group import Group
 
 NAME = "cupy.fuse"
 
-cp = library.cp
 
 _OF_BITS = ("join_bits", "high_bits", "low_bits")
 
 WORDS = {
-    name: library.ON_DEVICE[name]
+    name: ON_DEVICE[name]
     for name, word in ops.WORDS.items()
     if word.family == "elementwise" and name not in _OF_BITS
 }
@@ -74,7 +73,7 @@ def evaluated(p: Pass, wide: Any, arrays: Sequence[Any], scalars: Sequence[Any])
     def operand(e: Expr, *, number: bool = True) -> Any:
         if e.op == "const" and e.domain == "scalar":
             flag = e.type == "bool" and not number
-            return library.number(e.value, np.bool_ if flag else wide if e.type == "complex" else real)
+            return library.number(e.value, np.dtype(bool) if flag else wide if e.type == "complex" else real)
         return values[id(e)].astype(real) if number and e.type == "bool" else values[id(e)]
 
     for e in p.body:
@@ -183,7 +182,7 @@ class Fusion(Interpreter):
 
     def columns(self, p: Pass, wide: Any) -> list[Any]:
         """The scalars of a pass, each for all leaves, in the type of the arithmetic."""
-        kinds = {"bool": np.bool_, "complex": wide}
+        kinds = {"bool": np.dtype(bool), "complex": wide}
         real = library.real_of(wide)
         return [library.number(self.scalars.of_leaves(e), kinds.get(e.type, real)) for e in p.scalars]
 

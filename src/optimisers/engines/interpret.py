@@ -51,7 +51,7 @@ class Values:
         """A scalar as the kernels see it: rounded once to the type of the arithmetic."""
         value = self.scalars.of_leaves(e)[self.leaf] if e.op != "const" else e.value
         dtype = self.wide if e.type == "complex" else self.real
-        if registry.module_of(type(value)) is self.library and (self.job.symbolic or self.job.capturable):
+        if registry.library_of(type(value)) is self.library and (self.job.symbolic or self.job.capturable):
             return value if e.type == "bool" else self.library.cast(value, dtype)
         return np.bool_(value) if e.type == "bool" else self.library.number(value, dtype)
 

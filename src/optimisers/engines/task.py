@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from optimisers.arrays import numpy as host
 from optimisers.arrays import registry
+from optimisers.arrays.numpy import library as host
 from optimisers.errors import BadState, DomainError, TraceError, TreeMismatch
 from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Stage, stages
@@ -88,7 +88,7 @@ class Job:
     def checked_x(self, i: int) -> Any:
         """The parameters of a leaf; raises TreeMismatch unless they are of the kind that `setup` saw."""
         x, name = self.x[i], self.code(i, "model")
-        if registry.module_of(type(x)) is not self.library:
+        if registry.library_of(type(x)) is not self.library:
             raise TreeMismatch(f"{name} is {_brief(x)}; `setup` saw an array of {self.library.NAME}")
         kinds = (("shape", tuple(x.shape), self.shapes[i]), ("type", x.dtype, self.dtype))
         for what, found, seen in kinds:
@@ -116,7 +116,7 @@ class Job:
                     "step"
                 )
             dx = found
-        if registry.module_of(type(dx)) is not self.library:
+        if registry.library_of(type(dx)) is not self.library:
             raise TreeMismatch(f"{name} is {_brief(dx)}; the parameters are arrays of {self.library.NAME}")
         where, here = self.library.device(dx), self.library.device(self.x[i])
         if where != here and not self.symbolic:

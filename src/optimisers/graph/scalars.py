@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from optimisers.arrays import numpy as host
+from optimisers.arrays.numpy import library as host
 from optimisers.graph.expr import INFIX, Expr, cuts, order
 from optimisers.graph.memo import kept
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimisers.arrays import jax as arrays
 from optimisers.arrays import registry
+from optimisers.arrays.jax import library as arrays
 from optimisers.engines.task import refuse, watches
 from optimisers.errors import TreeMismatch, UnknownField
 from optimisers.state.buffers import Bundled
@@ -217,7 +217,7 @@ def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store
 
     Raises DomainError, naming the leaf, where a check of a rule fails: nothing was handed out then.
     """
-    if any(g is not None and registry.module_of(type(g)) is not arrays for o in orders for g in o):
+    if any(g is not None and registry.library_of(type(g)) is not arrays for o in orders for g in o):
         return evaluated(store, node, xs, orders)  # it says what is wrong
     refuse_untied(store, node, xs)
     structure = structure_of(store)

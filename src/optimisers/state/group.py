@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import registry
+from optimisers.arrays.layout import contiguous_strides
 from optimisers.errors import BadState
 from optimisers.graph.expr import Expr, cuts, order
 from optimisers.graph.trace import Program, trace
@@ -327,7 +328,7 @@ def _group(items: list[tuple[int, Rule, Any]], program: Program, shapes: Sequenc
     packs: list[Pack] = []
     for j, slot in enumerate(program.slots):
         arrays = [c[j] for c in columns]
-        there = places if slot.shape is None else _places(first.library, arrays)
+        there = places if slot.shape is None else _places(arrays)
         if first.bundled and slot.shape is None:
             there = Places.bundled([k.shape for k in kinds], [k.strides for k in kinds])
             packs.append(Bundled.of(first.library, first.device, there, arrays))
@@ -371,10 +372,8 @@ def depends_on_leaf(e: Expr) -> bool:
     return any(cuts(node) or node.op == "size" for node in order([e]))
 
 
-def _places(library: Any, arrays: list[Any]) -> Places:
-    return Places.of(
-        [tuple(a.shape) for a in arrays], [library.contiguous_strides(tuple(a.shape)) for a in arrays]
-    )
+def _places(arrays: list[Any]) -> Places:
+    return Places.of([tuple(a.shape) for a in arrays], [contiguous_strides(tuple(a.shape)) for a in arrays])
 
 
 def started(rule: Rule, x: Any, path: str) -> Any:

@@ -253,8 +253,8 @@ def update_scaled(state: Any, model: Any, grads: Any, scaling: tuple[Any, Any]) 
     store, node, path = parts(state)
     xs, orders = walked(node, path, model, (grads,))
     library, device = registry.library(store.clock), registry.library(store.clock).device(store.clock)
-    here = tuple(library.moved(value, device) for value in scaling)
-    _Step(store, node, xs, orders, inplace=True, scaling=here).run()
+    scale, found = (library.moved(value, device) for value in scaling)
+    _Step(store, node, xs, orders, inplace=True, scaling=(scale, found)).run()
 
 
 def takes_scaling(state: Any) -> bool:
@@ -541,7 +541,7 @@ def _still_tied(first: Any, other: Any, places: list[KeyPath]) -> None:
     if first is other:
         return
     library = registry.library(first)
-    if registry.module_of(type(other)) is not library or not library.same_array(first, other):
+    if registry.library_of(type(other)) is not library or not library.same_array(first, other):
         names = " and ".join(p.code() for p in places)
         raise TreeMismatch(
             f"{names} were one array at `setup` and are not now; tie them again, or call `setup` again"

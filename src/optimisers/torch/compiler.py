@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.utils._pytree as pytree
 
-from optimisers.arrays import torch as tensors
+from optimisers.arrays.torch import library as tensors
 from optimisers.errors import BadState
 from optimisers.state.leaf import Branch, Leaf
 from optimisers.state.store import Store

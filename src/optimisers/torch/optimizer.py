@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from optimisers.arrays import registry
-from optimisers.arrays import torch as tensors
+from optimisers.arrays.torch import library as tensors
 from optimisers.errors import BadSetting, BadState, TreeMismatch, UnknownField
 from optimisers.nest import flatten, unflatten
 from optimisers.rule import Rule

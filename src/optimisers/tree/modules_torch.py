@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.func import functional_call
 
-from optimisers.arrays import torch as arrays
+from optimisers.arrays.torch import value_and_grad as of_tensors
 from optimisers.errors import BadState
 from optimisers.tree.children import Container
 from optimisers.tree.path import Attr
@@ -258,7 +258,7 @@ def value_and_grad(loss: Callable[..., Any], module: Any, args: Any, has_aux: bo
         value, aux = found if has_aux else (found, ())
         return value, (aux, own)
 
-    (value, (aux, changed)), grads = arrays.value_and_grad(of, parameters, True)
+    (value, (aux, changed)), grads = of_tensors(of, parameters, True)
     with torch.no_grad():
         for name, b in buffers.items():
             if not torch.equal(b, changed[name]):

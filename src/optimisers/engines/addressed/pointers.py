@@ -110,7 +110,7 @@ class Form:
 
     def fits(self, i: int, a: Any, dtype: Any, *, write: bool) -> bool:
         library = registry.named(self.library)
-        if registry.module_of(type(a)) is not library or not library.is_dense_memory(
+        if registry.library_of(type(a)) is not library or not library.is_dense_memory(
             a, self.device, write=write
         ):
             return False

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from optimisers.arrays import registry
+from optimisers.arrays.layout import contiguous_strides
 from optimisers.engines.addressed.pointers import CHUNK, Chunks, Form, Scratch
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu.printer import Unprintable
@@ -114,9 +115,7 @@ class Addressed(Task):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         if "form" not in job.memo:
-            contiguous = [
-                job.library.contiguous_strides(s) == t for s, t in zip(job.shapes, job.strides, strict=True)
-            ]
+            contiguous = [contiguous_strides(s) == t for s, t in zip(job.shapes, job.strides, strict=True)]
             job.memo["form"] = Form(job.library.NAME, job.device, job.shapes, job.strides, contiguous)
             job.memo["scratch"] = Scratch()
             job.memo["chunks"] = Chunks(job.sizes, self.chunk)
@@ -400,7 +399,7 @@ def common_dtype(library: Any, grads: tuple[Sequence[Any], ...], dtype: Any, wid
     """The element type in which kernels read the gradients: their own if they agree, else that of the
     arithmetic.
     """
-    kinds = {g.dtype if registry.module_of(type(g)) is library else wide for order in grads for g in order}
+    kinds = {g.dtype if registry.library_of(type(g)) is library else wide for order in grads for g in order}
     if kinds == {dtype} or not kinds:
         return dtype
     kind = kinds.pop()

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimisers.arrays import jax as library
+from optimisers.arrays.jax import library
 from optimisers.engines.addressed import task as fused
 from optimisers.engines.cpu import task as numba
 from optimisers.engines.cpu.printer import Unprintable, columns
