@@ -318,8 +318,8 @@ ROWS = {
         {
             STATE: as_torch(adamw()),
             STATE_TREE: as_tree(adamw()),
-            MASTERS: as_torch(opt.MixedPrecision(adamw(), split=True)),
-            MASTERS_TREE: as_tree(opt.MixedPrecision(adamw(), split=True)),
+            MASTERS: as_torch(opt.SplitPrecision(adamw())),
+            MASTERS_TREE: as_tree(opt.SplitPrecision(adamw())),
         },
         TORCH | OPTIMI,
         SLOW,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  it teaches NumPy bfloat16
 import numpy as np
 
 import optimisers as opt
@@ -115,6 +116,7 @@ WHEN = {
     "MixedPrecision": (
         "Whenever parameters are float16 or bfloat16: without it, small steps are rounded away."
     ),
+    "SplitPrecision": "In the place of MixedPrecision for bfloat16, at half of its memory.",
     "SkipNonFinite": "Around the rule of any training in half precision, or where a rare batch overflows.",
 }
 """When to use a rule, in a sentence or two."""
@@ -124,12 +126,13 @@ EXAMPLES: dict[str, Callable[[], opt.Rule]] = {
     "EMA": lambda: opt.EMA(opt.Momentum()),
     "Chain": lambda: opt.Chain(opt.ClipNorm(1.0), opt.WeightDecay(), opt.Momentum()),
     "MixedPrecision": lambda: opt.MixedPrecision(opt.Momentum()),
+    "SplitPrecision": lambda: opt.SplitPrecision(opt.Momentum()),
     "SkipNonFinite": lambda: opt.SkipNonFinite(opt.Momentum()),
 }
 """The rule whose formula is shown, where that made without arguments is not it."""
 
-HALF = ("MixedPrecision",)
-"""Rules that are shown for parameters of float16; all others are for float32."""
+HALF = {"MixedPrecision": "float16", "SplitPrecision": "bfloat16"}
+"""The element type of the parameters for which a rule is shown; all others are for float32."""
 
 LETTERS = {
     "lam": r"\lambda",
@@ -215,6 +218,7 @@ FUNCTIONS = {
     "real": r"\operatorname{Re}",
     "imag": r"\operatorname{Im}",
     "join_bits": r"\operatorname{join}",
+    **{f"to_{kind}": rf"\operatorname{{{kind}}}" for kind in ("float16", "bfloat16", "float32")},
     "high_bits": r"\operatorname{high}",
     "low_bits": r"\operatorname{low}",
 }
@@ -727,7 +731,7 @@ def linked(text: str) -> str:
 
 def parameters(rule: opt.Rule) -> Any:
     """The array for which a rule is shown."""
-    return np.zeros(ELEMENTS, "float16" if type(rule).__name__ in HALF else "float32")
+    return np.zeros(ELEMENTS, HALF.get(type(rule).__name__, "float32"))
 
 
 def section(cls: type[opt.Rule]) -> str:
@@ -858,6 +862,13 @@ PATHS: dict[str, Drawn] = {
         opt.Descent(0.001),
         "without masters",
         dtype="float16",
+        steps=4000,
+    ),
+    "SplitPrecision": Drawn(
+        opt.SplitPrecision(opt.Descent(0.001)),
+        opt.Descent(0.001),
+        "without masters",
+        dtype="bfloat16",
         steps=4000,
     ),
     "SkipNonFinite": Drawn(opt.SkipNonFinite(opt.Momentum(0.005)), spoilt=10),

@@ -36,7 +36,7 @@ ARGUMENTS: dict[str, str] = {
     "power": "power",
     **dict.fromkeys(("logical_and", "logical_or"), "conditions"),
     "logical_not": "condition",
-    **dict.fromkeys(("high_bits", "low_bits"), "one"),
+    **dict.fromkeys(("high_bits", "low_bits", "to_float16", "to_bfloat16", "to_float32"), "one"),
     "join_bits": "halves",
     "where": "choice",
     **dict.fromkeys(

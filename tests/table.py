@@ -241,8 +241,8 @@ TABLE: tuple[Row, ...] = (
         types=("float16", "bfloat16", "float32"),
         passes=2,
     ),
-    Row("MixedPrecision-double", opt.MixedPrecision("float64", opt.Momentum(0.1)), types=REAL),
-    Row("MixedPrecision-split", opt.MixedPrecision(opt.Momentum(0.1), split=True), types=("bfloat16",)),
+    Row("MixedPrecision-double", opt.MixedPrecision(opt.Momentum(0.1), "float64"), types=REAL),
+    Row("MixedPrecision-split", opt.SplitPrecision(opt.Momentum(0.1)), types=("bfloat16",)),
     Row(
         "EMA-MixedPrecision",
         opt.EMA(opt.MixedPrecision(opt.Adam(0.05)), 0.75),

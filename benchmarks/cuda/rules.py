@@ -123,7 +123,7 @@ CASES = (
     Case("EMA", opt.EMA(opt.Chain(opt.ClipGlobalNorm(0.5), ADAM), 0.75)),
     Case("SkipNonFinite", opt.SkipNonFinite(MOMENTUM), infinite=True),
     Case("MixedPrecision", opt.MixedPrecision(ADAM), NARROW, exact=ADAM),
-    Case("MixedPrecision, split", opt.MixedPrecision(ADAM, split=True), ("bfloat16",), exact=ADAM),
+    Case("MixedPrecision, split", opt.SplitPrecision(ADAM), ("bfloat16",), exact=ADAM),
     Case("MixedPrecision(EMA)", opt.MixedPrecision(opt.EMA(MOMENTUM, 0.75)), NARROW, exact=MOMENTUM),
     Case("a rule of one's own", Belief(0.05, (0.8, 0.9), 1e-6)),
 )

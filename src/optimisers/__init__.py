@@ -7,7 +7,7 @@ from optimisers.averaged import averaged
 from optimisers.compose.accumulate import AccumGrad
 from optimisers.compose.average import EMA
 from optimisers.compose.chain import Chain
-from optimisers.compose.precision import MixedPrecision
+from optimisers.compose.precision import MixedPrecision, SplitPrecision
 from optimisers.compose.skip import SkipNonFinite
 from optimisers.errors import (
     BadSetting,
@@ -216,6 +216,7 @@ __all__ = [
     "Schedule",
     "SignDecay",
     "SkipNonFinite",
+    "SplitPrecision",
     "Step",
     "TorchOptimizer",
     "TraceError",

@@ -263,6 +263,21 @@ def low_bits(x: Any) -> Any:
     """What `high_bits` leaves of the bits of a float32: a whole number in [-32768, 32767]."""
 
 
+@_word()
+def to_float16(x: Any) -> Any:
+    """x as it comes back from an array of float16: rounded to the nearest, halves to even, and read again."""
+
+
+@_word()
+def to_bfloat16(x: Any) -> Any:
+    """x as it comes back from an array of bfloat16."""
+
+
+@_word()
+def to_float32(x: Any) -> Any:
+    """x as it comes back from an array of float32."""
+
+
 # -- reductions: of a whole array to one number (these stay fused), or along an axis -------------------------
 
 
@@ -353,6 +368,20 @@ def landing(x: Any, dx: Any) -> Any:
     if isinstance(dx, Becomes):
         return dx.value if dx.exact is None else dx.exact
     return x - dx
+
+
+def rounded(x: Any, dtype: str) -> Any:
+    """x as it comes back from an array of this type, where that is narrower than some arithmetic."""
+    return speak(f"to_{dtype}", (x,), {}) if f"to_{dtype}" in ROUNDINGS else x
+
+
+ROUNDINGS = ("to_float16", "to_bfloat16", "to_float32")
+
+
+def stored_as(x: Any, value: Any) -> Any:
+    """`value` as it comes back from where `x` is stored: an array of parameters, or of the state."""
+    read = getattr(type(x), "__stored_type__", None)
+    return rounded(value, registry.library(x).dtype_name(x) if read is None else read(x))
 
 
 def under(dx: Any) -> contextlib.AbstractContextManager[Any]:

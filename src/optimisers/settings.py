@@ -52,11 +52,20 @@ class Value:
     _named: ClassVar[bool] = False
     """Whether the constructor takes the fields by name; a class may have its own."""
 
-    def __new__(cls, *_: Any, **settings: Any) -> Self:
+    def __new__(cls, *given: Any, **settings: Any) -> Self:
+        instead = cls.formerly(given, settings)
+        if instead is not None:
+            return instead
         for name in settings:
             if cls._named and name not in cls._fields:
                 raise UnknownField(f"{cls.__name__} has no setting {name}; {_offered(name, cls._fields)}")
         return object.__new__(cls)
+
+    @classmethod
+    def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+        """What arguments of an older spelling are written as now, a value of another class; None for those of
+        today.
+        """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in vars(self) or name not in type(self)._fields:

@@ -250,7 +250,7 @@ def test_passes_element_by_element_are_fused(row: Row) -> None:
     ("rule", "dtype", "reason"),
     [
         (opt.Adam(), "bfloat16", "element type bfloat16"),
-        (opt.MixedPrecision(opt.Momentum(0.1), split=True), "bfloat16", "element type bfloat16"),
+        (opt.SplitPrecision(opt.Momentum(0.1)), "bfloat16", "element type bfloat16"),
         (RowScaled(), "float32", "values of another shape"),
         (RowMoments(), "float32", "values of another shape"),
     ],

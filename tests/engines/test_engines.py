@@ -157,6 +157,7 @@ def test_infinities_and_nan_in_complex_numbers_are_seen_as_numpy_sees_them(name:
 def test_every_elementwise_word_of_complex_numbers_is_accounted_for() -> None:
     """The others compare or round, which has no meaning for complex numbers, or take conditions."""
     meaningless = {"less", "less_equal", "greater", "greater_equal", "maximum", "minimum", "floor", "ceil"}
+    meaningless |= set(ops.ROUNDINGS)
     conditions = {"logical_and", "logical_or", "logical_not"}
 
     assert COMPLEX | NUMPY_ONLY | OF_FLOAT32 | meaningless | conditions == set(ELEMENTWISE)

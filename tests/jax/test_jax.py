@@ -1622,7 +1622,7 @@ def test_inside_a_transform_a_norm_that_is_not_finite_spreads(rule: Any) -> None
 def test_masters_of_float64_need_64_bits() -> None:
     text = text_of(
         opt.BadSetting,
-        lambda: opt.setup(opt.MixedPrecision("float64", opt.Adam()), jnp.ones(3)),
+        lambda: opt.setup(opt.MixedPrecision(opt.Adam(), "float64"), jnp.ones(3)),
     )
 
     assert "64" in text

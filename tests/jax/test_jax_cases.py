@@ -86,7 +86,12 @@ def test_case_5_float32_gradients_of_bfloat16_parameters_compile_once_and_no_typ
 def test_case_6_small_steps_of_bfloat16_add_up_in_a_master(split: bool) -> None:
     x = jnp.ones(3, jnp.bfloat16)
     _, alone = steps(opt.Adam(1e-4), x, jnp.ones(3, jnp.bfloat16), 100)
-    _, new = steps(opt.MixedPrecision(opt.Adam(1e-4), split=split), x, jnp.ones(3, jnp.bfloat16), 100)
+    _, new = steps(
+        (opt.SplitPrecision if split else opt.MixedPrecision)(opt.Adam(1e-4)),
+        x,
+        jnp.ones(3, jnp.bfloat16),
+        100,
+    )
 
     assert (alone == 1).all()
     np.testing.assert_allclose(np.asarray(new, "f4"), 1 - 100 * 1e-4, atol=2.0**-9)

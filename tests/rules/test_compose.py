@@ -46,7 +46,7 @@ def bits(x: Any) -> bytes:
 def test_the_parameters_are_the_master_rounded(dtype: str, master: str, engine: str, step: Step) -> None:
     """111, 112, 113. The rule steps a wider copy, with its state in the type of the copy."""
     x = drawn(0, dtype=dtype)
-    state = opt.setup(opt.MixedPrecision(master, opt.Adam(0.03)), x, engine=engine)
+    state = opt.setup(opt.MixedPrecision(opt.Adam(0.03), master), x, engine=engine)
     np.testing.assert_array_equal(state.state.master, x.astype(master))
     for n in range(6):
         state, x = step(state, x, drawn(1 + n, dtype=dtype))
@@ -75,7 +75,7 @@ def test_the_master_goes_where_parameters_of_its_type_would_go(
     dtype: str, master: str, rule: opt.Rule, engine: str, step: Step
 ) -> None:
     x, gradients = drawn(0, dtype=dtype), [drawn(1 + n, dtype=dtype) for n in range(6)]
-    state, _ = walked(opt.MixedPrecision(master, rule), x, gradients, step, engine)
+    state, _ = walked(opt.MixedPrecision(rule, master), x, gradients, step, engine)
     _, wanted = walked(rule, x.astype(master), [g.astype(master) for g in gradients], step, engine)
     rtol = 1e-6 if master == "float32" else 1e-13
     np.testing.assert_allclose(state.state.master, wanted, rtol=rtol, atol=rtol)
@@ -92,7 +92,9 @@ def test_steps_that_the_stored_type_rounds_away_add_up(
         dtype = "bfloat16"
     x, g = np.ones(3, dtype_of(dtype)), np.ones(3, dtype_of(dtype))
     _, alone = walked(opt.Descent(1e-4), x, [g] * 500, step, engine)
-    _, mastered = walked(opt.MixedPrecision(opt.Descent(1e-4), split=split), x, [g] * 500, step, engine)
+    _, mastered = walked(
+        (opt.SplitPrecision if split else opt.MixedPrecision)(opt.Descent(1e-4)), x, [g] * 500, step, engine
+    )
     np.testing.assert_array_equal(alone.astype(float), 1)
     np.testing.assert_allclose(mastered.astype(float), 0.95, rtol=2.0**-8)
 
@@ -117,10 +119,10 @@ def test_read_only_parameters_are_replaced_by_the_rounded_master(engine: str, st
 def test_adjust_reaches_the_rule_inside_and_keeps_the_type(change: Callable[..., Any], engine: str) -> None:
     """115. And the next step has the new rate."""
     x = np.ones(2, np.float16)
-    state = opt.setup(opt.MixedPrecision("float64", opt.Adam(1e-3)), x, engine=engine)
+    state = opt.setup(opt.MixedPrecision(opt.Adam(1e-3), "float64"), x, engine=engine)
     state = change(state, 2e-3) or state
 
-    assert state.rule == opt.MixedPrecision("float64", opt.Adam(2e-3))
+    assert state.rule == opt.MixedPrecision(opt.Adam(2e-3), "float64")
     state, _ = opt.update(state, x, np.ones(2, np.float16))
     np.testing.assert_allclose(state.state.master, 1 - 2e-3, rtol=1e-9)
 
@@ -131,8 +133,8 @@ def test_adjust_reaches_the_rule_inside_and_keeps_the_type(change: Callable[...,
     [
         lambda rule: opt.Chain(opt.ClipGrad(8.0), rule),
         lambda rule: opt.Chain(opt.ClipGrad(8.0), opt.Chain(rule)),
-        lambda rule: opt.MixedPrecision("float64", rule),
-        lambda rule: opt.MixedPrecision("float64", opt.Chain(opt.ClipGrad(8.0), rule)),
+        lambda rule: opt.MixedPrecision(rule, "float64"),
+        lambda rule: opt.MixedPrecision(opt.Chain(opt.ClipGrad(8.0), rule), "float64"),
         opt.EMA,
         opt.SkipNonFinite,
     ],
@@ -197,14 +199,14 @@ def test_a_wrapper_alone_in_a_chain_is_the_wrapper() -> None:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (opt.MixedPrecision, "MixedPrecision was given nothing"),
         (lambda: opt.MixedPrecision("float32"), r"MixedPrecision\(Adam\(\)\)"),
-        (lambda: opt.MixedPrecision(opt.Adam(), "float64"), 'MixedPrecision\\("float64", Adam\\(\\)\\)'),
+        (lambda: opt.MixedPrecision("float64", opt.Descent()), r"MixedPrecision\(Descent\(.*\), 'float64'\)"),
         (lambda: opt.MixedPrecision(opt.Adam), r"MixedPrecision\(Adam\(\)\)"),
-        (lambda: opt.MixedPrecision("float16", opt.Adam()), r"dtype is 'float16'.*'float32' or 'float64'"),
-        (lambda: opt.MixedPrecision("float64", opt.Adam(), split=True), "leave out the dtype"),
+        (lambda: opt.MixedPrecision(opt.Adam(), "float16"), r"dtype is 'float16'.*'float32' or 'float64'"),
+        (lambda: opt.SplitPrecision(opt.Adam), r"SplitPrecision\(Adam\(\)\)"),
+        (lambda: opt.MixedPrecision(opt.SplitPrecision(opt.Adam())), "both keep masters; write one"),
     ],
-    ids=["nothing", "no rule", "the wrong order", "a class", "a half master", "a split double master"],
+    ids=["no rule", "the order of before", "a class", "a half master", "a class to split", "two masters"],
 )
 def test_mixed_precision_says_what_it_takes(make: Callable[[], Any], text: str) -> None:
     with pytest.raises(opt.BadSetting, match=text):
@@ -217,21 +219,21 @@ def test_mixed_precision_says_what_it_takes(make: Callable[[], Any], text: str) 
         (opt.MixedPrecision(opt.Adam()), "complex64"),
         (opt.MixedPrecision(opt.Adam()), "complex128"),
         (opt.MixedPrecision(opt.Adam()), "float64"),
-        (opt.MixedPrecision(opt.Adam(), split=True), "float32"),
-        (opt.MixedPrecision(opt.Adam(), split=True), "float16"),
+        (opt.SplitPrecision(opt.Adam()), "float32"),
+        (opt.SplitPrecision(opt.Adam()), "float16"),
     ],
-    ids=lambda v: v if isinstance(v, str) else "split" if v.split else "whole",
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
 )
 def test_a_master_that_could_not_hold_the_parameters_is_refused(rule: opt.Rule, dtype: str) -> None:
-    with pytest.raises(opt.BadSetting, match=f"MixedPrecision.*{dtype}"):
+    with pytest.raises(opt.BadSetting, match=f"{type(rule).__name__} .*{dtype}"):
         opt.setup(rule, np.ones(3, dtype))
 
 
 def test_mixed_precision_prints_as_it_is_written() -> None:
     for text in (
         "MixedPrecision(Descent(eta=0.1))",
-        "MixedPrecision('float64', Descent(eta=0.1))",
-        "MixedPrecision(Descent(eta=0.1), split=True)",
+        "MixedPrecision(Descent(eta=0.1), 'float64')",
+        "SplitPrecision(Descent(eta=0.1))",
     ):
         assert repr(eval(text, vars(opt))) == text  # noqa: S307 it is the text above
 
@@ -281,7 +283,7 @@ def test_a_split_master_is_the_float32_master_bit_for_bit(rule: opt.Rule, engine
     x = numbers(rng, (41,), "bfloat16")
     whole_x, split_x = x.copy(), x.copy()
     whole = opt.setup(opt.MixedPrecision(rule), whole_x, engine=engine)
-    split = opt.setup(opt.MixedPrecision(rule, split=True), split_x, engine=engine)
+    split = opt.setup(opt.SplitPrecision(rule), split_x, engine=engine)
     for n in range(200):
         g = (numbers(rng, (41,), "float64") * 10.0 ** rng.integers(-6, 3)).astype(x.dtype)
         whole, whole_x = step(whole, whole_x, g)
@@ -299,7 +301,7 @@ def test_a_split_master_keeps_halves_exactly(engine: str, step: Step) -> None:
     half = 2.0**-8
     starts = np.array([1, -1, 1, -1, 2, 0.5, 1]).astype(dtype_of("bfloat16"))
     moves = np.array([half, -half, 3 * half, -3 * half, 2 * half, half / 2, -half / 2]).astype(starts.dtype)
-    rule = opt.MixedPrecision(opt.Descent(1.0), split=True)
+    rule = opt.SplitPrecision(opt.Descent(1.0))
     state = opt.setup(rule, starts.copy(), engine=engine)
     exact = starts.astype(float) + moves.astype(float)
     state, x = step(state, starts.copy(), -moves)
@@ -328,7 +330,7 @@ def test_a_split_master_holds_infinity_nan_and_the_largest_numbers(engine: str, 
     ]
     whole_x, split_x = x.copy(), x.copy()
     whole = opt.setup(opt.MixedPrecision(opt.Descent(1.0)), whole_x, engine=engine)
-    split = opt.setup(opt.MixedPrecision(opt.Descent(1.0), split=True), split_x, engine=engine)
+    split = opt.setup(opt.SplitPrecision(opt.Descent(1.0)), split_x, engine=engine)
     for g in gradients:
         whole, whole_x = step(whole, whole_x, g)
         split, split_x = step(split, split_x, g)
@@ -349,7 +351,7 @@ def test_a_nan_of_any_bits_stays_one_in_a_split_master(engine: str) -> None:
     b = dtype_of("bfloat16")
     nans = np.array([0x7FC0, 0x7FFF, 0xFFC0, 0xFFFF, 0x7F81, 0xFFBF], np.uint16).view(b)
     state, x = walked(
-        opt.MixedPrecision(opt.Descent(1.0), split=True), np.zeros(6, b), [nans, np.ones(6, b)], engine=engine
+        opt.SplitPrecision(opt.Descent(1.0)), np.zeros(6, b), [nans, np.ones(6, b)], engine=engine
     )
 
     assert np.isnan(x.astype(float)).all()
@@ -380,7 +382,7 @@ def test_high_and_low_bits_hold_every_float32() -> None:
 def test_a_split_master_moves_26_bytes_per_parameter() -> None:
     """Adam: 2 of weight, 2 of low bits, 4 and 4 of moments, all read and written, and 2 of gradient."""
     x = np.ones(1000, dtype_of("bfloat16"))
-    (split,) = opt.explain(opt.setup(opt.MixedPrecision(opt.Adam(), split=True), x)).groups
+    (split,) = opt.explain(opt.setup(opt.SplitPrecision(opt.Adam()), x)).groups
     (whole,) = opt.explain(opt.setup(opt.MixedPrecision(opt.Adam()), x)).groups
 
     assert (split.engine, split.passes, split.bytes_per_parameter) == ("numba", 1, 26)
@@ -516,7 +518,7 @@ def test_an_average_over_mixed_precision_is_that_of_the_masters(split: bool, eng
     """Steps of 1e-4 do not move bfloat16 weights near 1 one by one, but their average moves."""
     b = dtype_of("bfloat16")
     x = np.array([1, -1, 3], b)
-    rule = opt.EMA(opt.MixedPrecision(opt.Descent(1e-4), split=split), 0.9)
+    rule = opt.EMA((opt.SplitPrecision if split else opt.MixedPrecision)(opt.Descent(1e-4)), 0.9)
     state, by_hand = opt.setup(rule, x, engine=engine), x.astype(np.float64)
     for _ in range(50):
         state, x = step(state, x, np.ones(3, b))
@@ -770,7 +772,9 @@ def test_a_zero_gradient_decays_and_a_missing_one_does_not(step: Step) -> None:
 @both_engines
 def test_decay_inside_mixed_precision_decays_the_master(split: bool, engine: str) -> None:
     b = dtype_of("bfloat16")
-    rule = opt.MixedPrecision(opt.Chain(opt.Descent(), opt.DecoupledDecay(1e-4)), split=split)
+    rule = (opt.SplitPrecision if split else opt.MixedPrecision)(
+        opt.Chain(opt.Descent(), opt.DecoupledDecay(1e-4))
+    )
     _, x = walked(rule, np.ones(2, b), [np.zeros(2, b)] * 1000, opt.update_, engine)
     np.testing.assert_allclose(x.astype(float), (1 - 1e-4) ** 1000, rtol=2.0**-8)
 
@@ -889,7 +893,7 @@ def test_rules_of_both_orders_go_in_one_chain(engine: str, step: Step) -> None:
     [
         opt.EMA(Curved(), 0.5),
         opt.SkipNonFinite(Curved()),
-        opt.MixedPrecision("float64", Curved()),
+        opt.MixedPrecision(Curved(), "float64"),
         opt.Chain(opt.Chain(Curved())),
     ],
     ids=lambda r: type(r).__name__,

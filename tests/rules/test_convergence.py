@@ -53,7 +53,7 @@ RULES = (
     Runner("NAdam-torch", opt.NAdam(0.01, variant="torch")),
     Runner("AdaBelief", opt.AdaBelief(0.01)),
     Runner("Lion", opt.Lion(0.003)),
-    Runner("MixedPrecision", opt.MixedPrecision("float64", opt.Adam(0.01))),
+    Runner("MixedPrecision", opt.MixedPrecision(opt.Adam(0.01), "float64")),
     Runner("SignDecay-Adam", opt.Chain(opt.SignDecay(1e-5), opt.Adam(0.01))),
     Runner("ClipNorm-Adam", opt.Chain(opt.ClipNorm(), opt.Adam(0.01))),
     Runner("ClipGlobalNorm-Adam", opt.Chain(opt.ClipGlobalNorm(10.0), opt.Adam(0.01))),

@@ -1147,7 +1147,7 @@ def test_every_parameter_shows_its_state_where_torch_keeps_it() -> None:
 
 @pytest.mark.parametrize(
     "rule",
-    [opt.Adam(0.05), opt.MixedPrecision(opt.Adam(0.05)), opt.MixedPrecision(opt.Adam(0.05), split=True)],
+    [opt.Adam(0.05), opt.MixedPrecision(opt.Adam(0.05)), opt.SplitPrecision(opt.Adam(0.05))],
     ids=repr,
 )
 @pytest.mark.parametrize("way", ["load_state_dict", "set_optimizer_state_dict"])

@@ -408,7 +408,7 @@ def test_a_schedule_that_ends_where_it_starts_goes_on_from_a_file() -> None:
 
 def test_exact_masters_bear_weights_that_are_set_to_zero() -> None:
     x = torch.full((4,), 0.3, dtype=torch.bfloat16)
-    state = opt.setup(opt.MixedPrecision(opt.Adam(0.01), split=True), x)
+    state = opt.setup(opt.SplitPrecision(opt.Adam(0.01)), x)
     for sign in (1.0, 1.0, -1.0, 1.0):
         state, x = opt.update_(state, x, torch.full((4,), sign, dtype=torch.bfloat16))
         x.zero_()

@@ -72,6 +72,28 @@ def _low_bits(x: Any) -> Any:
     return jnp.where(jnp.isnan(x), 0.0, (_bits(x) - _bits(_high_bits(x))).astype(jnp.float32))
 
 
+def _to_float32(x: Any) -> Any:
+    """In a word that XLA may not leave out, as it does a cast there and back."""
+    x = _real_number(x)
+    return jax.lax.reduce_precision(x, 8, 23) if x.dtype == jnp.float64 else x
+
+
+def _to_bfloat16(x: Any) -> Any:
+    return jax.lax.reduce_precision(_to_float32(x), 8, 7)
+
+
+def _to_float16(x: Any) -> Any:
+    """Of numbers below the normal ones, which are multiples of 2**-24, the word makes 0."""
+    x = _to_float32(x)
+    small = jnp.round(x * 2.0**24) * 2.0**-24
+    return jnp.where(jnp.abs(x) < 2.0**-14, small, jax.lax.reduce_precision(x, 5, 10))
+
+
+def _real_number(x: Any) -> Any:
+    x = jnp.asarray(x)
+    return x if x.dtype in (jnp.float32, jnp.float64) else x.astype(float)
+
+
 def _extreme(reduce: Callable[..., Any], empty: float) -> Callable[..., Any]:
     def word(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
         if axis is None and not keepdims and jnp.size(x) == 0:
@@ -126,6 +148,9 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "join_bits": _join_bits,
     "high_bits": _high_bits,
     "low_bits": _low_bits,
+    "to_float16": _to_float16,
+    "to_bfloat16": _to_bfloat16,
+    "to_float32": _to_float32,
     "sum": jnp.sum,
     "max": _extreme(jnp.max, -math.inf),
     "min": _extreme(jnp.min, math.inf),

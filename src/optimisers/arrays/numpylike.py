@@ -101,6 +101,21 @@ def _low_bits(xp: Any, x: Any) -> Any:
     return xp.where(xp.isnan(x), np.float32(0), low)
 
 
+def _to_bfloat16(xp: Any, x: Any) -> Any:
+    """By the bits: NumPy knows the type only where another package brings it."""
+    x = xp.asarray(x)
+    x = x if x.dtype.kind == "f" else x.astype(np.float64)
+    bits = x.astype(np.float32).view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    near = ((bits + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)).view(np.float32)
+    return xp.where(xp.isnan(x), x, near.astype(x.dtype))
+
+
+def _there_and_back(dtype: Any, xp: Any, x: Any) -> Any:
+    x = xp.asarray(x)
+    return x.astype(dtype).astype(x.dtype if x.dtype.kind == "f" else np.float64)
+
+
 def _sum(xp: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
     """Whole sums are taken in float64 at least, as the fused kernels take them."""
     if axis is None and not keepdims:
@@ -164,6 +179,9 @@ def operations(xp: Any) -> dict[str, Callable[..., Any]]:
         "join_bits": functools.partial(_join_bits, xp),
         "high_bits": functools.partial(_high_bits, xp),
         "low_bits": functools.partial(_low_bits, xp),
+        "to_float16": functools.partial(_there_and_back, np.float16, xp),
+        "to_bfloat16": functools.partial(_to_bfloat16, xp),
+        "to_float32": functools.partial(_there_and_back, np.float32, xp),
         "sum": functools.partial(_sum, xp),
         "max": _extreme(xp, "max", -np.inf),
         "min": _extreme(xp, "min", np.inf),

@@ -114,6 +114,14 @@ def _low_bits(x: Any) -> Any:
     return torch.where(torch.isnan(x), 0.0, (_bits(x) - _bits(_high_bits(x))).to(torch.float32))
 
 
+def _there_and_back(dtype: torch.dtype) -> Callable[[Any], Tensor]:
+    def word(x: Any) -> Tensor:
+        x = _lift(x)
+        return x.to(dtype).to(x.dtype if x.is_floating_point() else torch.float64)
+
+    return word
+
+
 def _where(condition: Any, a: Any, b: Any) -> Any:
     if not isinstance(condition, Tensor):
         return a if condition else b
@@ -179,6 +187,9 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "join_bits": _join_bits,
     "high_bits": _high_bits,
     "low_bits": _low_bits,
+    "to_float16": _there_and_back(torch.float16),
+    "to_bfloat16": _there_and_back(torch.bfloat16),
+    "to_float32": _there_and_back(torch.float32),
     "sum": _sum,
     "max": _extreme(torch.amax, -math.inf),
     "min": _extreme(torch.amin, math.inf),

@@ -1,5 +1,6 @@
 """Parameters kept more exactly than they are stored."""
 
+import warnings
 from typing import Any, ClassVar, NamedTuple
 
 from optimisers.errors import BadSetting
@@ -11,11 +12,14 @@ from optimisers.ops import (
     join_bits,
     landing,
     low_bits,
+    rounded,
+    stored_as,
     typed_zeros_like,
     under,
     where,
 )
-from optimisers.rule import Rule, static, stepped
+from optimisers.rule import Rule, a_rule, static, stepped
+from optimisers.settings import parts
 
 
 class MasterState(NamedTuple):
@@ -33,63 +37,99 @@ class SplitState(NamedTuple):
 class MixedPrecision(Rule):
     """Steps a master copy of the parameters in a wider type; the parameters are the master, rounded.
 
-    `MixedPrecision(Adam())` keeps float32 masters, `MixedPrecision("float64", Adam())` float64 ones, for
+    `MixedPrecision(Adam())` keeps float32 masters, `MixedPrecision(Adam(), "float64")` float64 ones, for
     parameters of float16, bfloat16 and float32. Steps too small for the stored type so add up instead of
-    being rounded away: Micikevicius et al., "Mixed precision training", 2018, arXiv:1710.03740. `split=True`
-    keeps, beside each bfloat16 weight, only the 16 bits that it lacks of an exact float32 master; parameters
-    are then rounded with halves up. It must wrap a whole chain. There is no loss scaling.
+    being rounded away: Micikevicius et al., "Mixed precision training", 2018, arXiv:1710.03740. A parameter
+    that was written between two steps (clamped, projected, loaded) is its own master from then on. It must
+    wrap a whole chain. There is no loss scaling.
     """
 
     whole: ClassVar[bool] = True
 
     rule: Rule
     dtype: str = static("float32")
-    split: bool = static(False)
 
-    def __init__(self, *given: Any, split: bool = False) -> None:
-        dtype, rule = ("float32", *given) if len(given) == 1 else given if len(given) == 2 else (None, None)
-        if not isinstance(rule, Rule):
-            raise BadSetting(
-                f"MixedPrecision was given {', '.join(map(repr, given)) or 'nothing'}; write "
-                "MixedPrecision(Adam()) or "
-                f'MixedPrecision("float64", Adam())'
-            )
-        for name, value in (("rule", rule), ("dtype", str(dtype)), ("split", split)):
-            object.__setattr__(self, name, value)
-        self.__post_init__()
+    @classmethod
+    def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> "SplitPrecision | None":
+        if settings.get("split") is not True or len(given) != 1:
+            return None
+        warnings.warn(
+            "MixedPrecision(rule, split=True) is now a rule of its own; write SplitPrecision(rule)",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+        return SplitPrecision(*given)
 
     def check(self) -> None:
+        if isinstance(self.dtype, Rule):
+            raise BadSetting(
+                f"MixedPrecision takes its rule first; write MixedPrecision({self.dtype!r}, {self.rule!r})"
+            )
+        a_rule(self, self.rule)
+        one_master(self)
         if self.dtype not in ("float32", "float64"):
             raise BadSetting(f"MixedPrecision.dtype is {self.dtype!r}; it takes 'float32' or 'float64'")
-        if self.split and self.dtype != "float32":
-            raise BadSetting("MixedPrecision.split completes bfloat16 to float32; leave out the dtype")
 
     def init(self, x: Any) -> Any:
         if "complex" in str(x.dtype) or x.dtype.itemsize > int(self.dtype[5:]) // 8:
             raise BadSetting(f"MixedPrecision keeps {self.dtype} masters; the parameters are {x.dtype}")
         master = copy(x, self.dtype)
-        if not self.split:
-            return MasterState(master, self.rule.init(master))
-        if "bfloat16" not in str(x.dtype):
-            raise BadSetting(
-                f"MixedPrecision.split completes bfloat16 to float32; the parameters are {x.dtype}"
-            )
-        return SplitState(typed_zeros_like(x, "int16"), self.rule.init(master))
+        return MasterState(master, self.rule.init(master))
 
     def apply(self, state: Any, x: Any, dx: Any, *more: Any) -> Any:
-        master = join_bits(x, fitting(x, state.low)) if self.split else state.master
+        master = where(stored_as(x, state.master) == x, state.master, x)
         inner, step = stepped(self.rule, state.inner, master, dx, more)
         if step is None:
-            return (SplitState(state.low, inner) if self.split else MasterState(master, inner)), None
+            return MasterState(state.master, inner), None
         with under(step):
-            new = landing(master, step)
-            if self.split:
-                return SplitState(low_bits(new), inner), Becomes(high_bits(new), new)
+            new = rounded(landing(master, step), self.dtype)
             return MasterState(new, inner), Becomes(new)
 
     def __repr__(self) -> str:
-        dtype = "" if self.dtype == "float32" else f"{self.dtype!r}, "
-        return f"MixedPrecision({dtype}{self.rule!r}{', split=True' if self.split else ''})"
+        dtype = "" if self.dtype == "float32" else f", {self.dtype!r}"
+        return f"MixedPrecision({self.rule!r}{dtype})"
+
+
+class SplitPrecision(Rule):
+    """Steps exact float32 masters of bfloat16 parameters, and keeps only the bits that a parameter lacks.
+
+    It steps as `MixedPrecision` does, with less memory; parameters are the master, rounded with halves up. A
+    parameter that was written between two steps counts, to within its own rounding. It must wrap a whole
+    chain.
+    """
+
+    whole: ClassVar[bool] = True
+
+    rule: Rule
+
+    def check(self) -> None:
+        a_rule(self, self.rule)
+        one_master(self)
+
+    def init(self, x: Any) -> Any:
+        if "bfloat16" not in str(x.dtype):
+            raise BadSetting(f"SplitPrecision completes bfloat16 to float32; the parameters are {x.dtype}")
+        return SplitState(typed_zeros_like(x, "int16"), self.rule.init(copy(x, "float32")))
+
+    def apply(self, state: Any, x: Any, dx: Any, *more: Any) -> Any:
+        master = join_bits(x, fitting(x, state.low))
+        inner, step = stepped(self.rule, state.inner, master, dx, more)
+        if step is None:
+            return SplitState(state.low, inner), None
+        with under(step):
+            new = landing(master, step)
+            return SplitState(low_bits(new), inner), Becomes(high_bits(new), new)
+
+    def __repr__(self) -> str:
+        return f"SplitPrecision({self.rule!r})"
+
+
+def one_master(outer: Rule) -> None:
+    """Raise BadSetting where a rule that keeps masters wraps another."""
+    for part in parts(outer):
+        if part is not outer and isinstance(part, MixedPrecision | SplitPrecision):
+            name, inner = type(outer).__name__, type(part).__name__
+            raise BadSetting(f"{name} was given an {inner}, and both keep masters; write one of them")
 
 
 def fitting(high: Any, low: Any) -> Any:

@@ -29,7 +29,7 @@ _OF_BITS = ("join_bits", "high_bits", "low_bits")
 WORDS = {
     name: ON_DEVICE[name]
     for name, word in ops.WORDS.items()
-    if word.family == "elementwise" and name not in _OF_BITS
+    if word.family == "elementwise" and name not in (*_OF_BITS, "to_bfloat16")
 }
 """The words that CuPy fuses: it looks at no bits, and does not change shapes."""
 
@@ -86,6 +86,9 @@ def evaluated(p: Pass, wide: Any, arrays: Sequence[Any], scalars: Sequence[Any])
             operand(a, number=not steers and not (e.op == "where" and (i == 0 or e.type == "bool")))
             for i, a in enumerate(e.args)
         ]
+        if e.op in ops.ROUNDINGS:
+            values[id(e)] = args[0].astype(e.op.removeprefix("to_")).astype(real)
+            continue
         values[id(e)] = WORDS[e.op](*args)
     return operand
 

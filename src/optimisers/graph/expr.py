@@ -287,6 +287,11 @@ class Expr:
         return write(name, args, options)
 
     @staticmethod
+    def __stored_type__(x: "Expr") -> str:
+        """The element type of the array that an input stands for; empty for what is computed."""
+        return dict(x.options).get("dtype", "")
+
+    @staticmethod
     def __full_like__(x: "Expr", value: Any) -> Any:
         return make("add", (lift(value), x - x)) if x.domain == "free" else lift(value)
 
@@ -431,7 +436,7 @@ def result_type(op: str, args: tuple[Expr, ...]) -> str:
             raise TraceError(f"{op} of complex numbers has no meaning; take abs or real first")
         return gives
     widest = max((a.type for a in (args[1:] if gives == "branch" else args)), key=_RANK.__getitem__)
-    if op in ("maximum", "minimum", "floor", "ceil") and widest == "complex":
+    if op in ("maximum", "minimum", "floor", "ceil", *ops.ROUNDINGS) and widest == "complex":
         raise TraceError(f"{op} of complex numbers has no meaning; take abs or real first")
     return "real" if widest == "bool" and gives != "branch" else widest
 

@@ -66,15 +66,16 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
 
     Raises TraceError, saying what the rule did, if it cannot be traced.
     """
-    kind = "complex" if "complex" in registry.library(x).dtype_name(x) else "real"
-    shape = tuple(x.shape)
+    dtype, shape = registry.library(x).dtype_name(x), tuple(x.shape)
+    kind, stored = "complex" if "complex" in dtype else "real", (("dtype", dtype),)
     with tracing() as notes:
         paths = [path for path, _ in walk(rule)]
         hypers = [Expr("number", value=i, options=(("name", _name(p)),)) for i, p in enumerate(paths)]
         clock = Expr("clock")
         symbolic = schedules(fill(rule, iter(hypers)), functools.partial(_scheduled, clock))
         inputs = [
-            Expr("input", value=n, domain="array", type=kind, shape=shape) for n in _gradients(more, "x")
+            Expr("input", value=n, domain="array", type=kind, shape=shape, options=stored if n == "x" else ())
+            for n in _gradients(more, "x")
         ]
         slots, names, symbols = _state_symbols(state, shape, len(hypers))
         try:
@@ -165,7 +166,16 @@ def _state_symbols(state: Any, shape: tuple[int, ...], hypers: int) -> Any:
             slot = Slot(f"s{len(slots)}", path, dtype, kind, None if same else tuple(value.shape))
             slots.append(slot)
             domain = "array" if same else "free"
-            symbols.append(Expr("input", value=slot.name, domain=domain, type=kind, shape=tuple(value.shape)))
+            symbols.append(
+                Expr(
+                    "input",
+                    value=slot.name,
+                    domain=domain,
+                    type=kind,
+                    shape=tuple(value.shape),
+                    options=(("dtype", dtype),),
+                )
+            )
         else:
             name = _name(path) if path else "state"
             symbols.append(Expr("number", value=hypers + len(names), options=(("name", name),)))

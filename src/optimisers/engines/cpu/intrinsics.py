@@ -52,7 +52,7 @@ def loader(kind: str, slot: int, slots: int) -> Any:
             for p in range(parts)
         ]
         if kind == "bfloat16":
-            return b.bitcast(b.shl(b.zext(found[0], I32), ir.Constant(I32, 16)), F32)
+            return widen_brain(b, found[0])
         if kind == "int16":
             return b.sitofp(found[0], F32)
         if kind == "float16":
@@ -97,16 +97,24 @@ def storer(kind: str, slot: int, slots: int) -> Any:
 
 
 def widen_half(b: Any, h: Any) -> Any:
-    """float16 -> float32: shift the bits into place and multiply the exponent right; infinities and NaN
-    apart.
+    """float16 -> float32: shift the bits into place and set the exponent right; subnormal numbers, infinities
+    and NaN apart. No float32 on the way is subnormal: threads of XLA take such for 0.
     """
     u = b.zext(h, I32)
     size = b.shl(b.and_(u, ir.Constant(I32, 0x7FFF)), ir.Constant(I32, 13))
-    scaled = b.bitcast(b.fmul(b.bitcast(size, F32), ir.Constant(F32, 2.0**112)), I32)
+    least = ir.Constant(I32, 113 << 23)
+    small = b.fsub(b.bitcast(b.add(size, least), F32), b.bitcast(least, F32))
+    normal = b.add(size, ir.Constant(I32, 112 << 23))
+    bits = b.select(b.icmp_unsigned("<", size, ir.Constant(I32, 1 << 23)), b.bitcast(small, I32), normal)
     special = b.icmp_unsigned(">=", size, ir.Constant(I32, 0x0F800000))
-    bits = b.select(special, b.or_(size, ir.Constant(I32, 0x7F800000)), scaled)
+    bits = b.select(special, b.or_(size, ir.Constant(I32, 0x7F800000)), bits)
     sign = b.shl(b.and_(u, ir.Constant(I32, 0x8000)), ir.Constant(I32, 16))
     return b.bitcast(b.or_(bits, sign), F32)
+
+
+def widen_brain(b: Any, h: Any) -> Any:
+    """bfloat16 -> float32."""
+    return b.bitcast(b.shl(b.zext(h, I32), ir.Constant(I32, 16)), F32)
 
 
 def narrow_half(b: Any, v: Any) -> Any:
@@ -276,3 +284,51 @@ def _join(b: Any, high: Any, low: Any) -> Any:
 join_bits = _word(_join, two=True)
 high_bits = _word(_high)
 low_bits = _word(_low)
+
+
+# -- numbers as they come back from an array of a narrower type ----------------------------------------------
+
+
+def _rounding(emit32: Any) -> Any:
+    """An intrinsic that rounds a float32, or a float64 by way of one, as `storer` does."""
+
+    @intrinsic
+    def word(typingctx: Any, x: Any) -> Any:
+        def emit(_: Any, b: Any, signature: Any, args: Any) -> Any:
+            double = signature.args[0] == types.float64
+            found = emit32(b, b.fptrunc(args[0], F32) if double else args[0])
+            return b.fpext(found, F64) if double else found
+
+        return x(x), emit
+
+    return word
+
+
+def _nearest(b: Any, u: Any, bits: int) -> Any:
+    """The bits of a float32 without the last `bits`, rounded to nearest, ties to even."""
+    odd = b.and_(b.lshr(u, ir.Constant(I32, bits)), ir.Constant(I32, 1))
+    sum_ = b.add(b.add(u, ir.Constant(I32, (1 << (bits - 1)) - 1)), odd)
+    return b.and_(sum_, ir.Constant(I32, 0x100000000 - (1 << bits)))
+
+
+def _as_brain(b: Any, v: Any) -> Any:
+    return b.select(b.fcmp_unordered("uno", v, v), v, b.bitcast(_nearest(b, b.bitcast(v, I32), 16), F32))
+
+
+def _as_half(b: Any, v: Any) -> Any:
+    """The ranges of `narrow_half`, without leaving float32."""
+    u = b.bitcast(v, I32)
+    sign = b.and_(u, ir.Constant(I32, 0x80000000))
+    size = b.xor(u, sign)
+    magic = ir.Constant(I32, 126 << 23)
+    small = b.sub(b.bitcast(b.fadd(b.bitcast(size, F32), b.bitcast(magic, F32)), I32), magic)
+    small = b.bitcast(b.fmul(b.sitofp(small, F32), ir.Constant(F32, 2.0**-24)), I32)
+    found = b.select(b.icmp_unsigned("<", size, ir.Constant(I32, 113 << 23)), small, _nearest(b, size, 13))
+    large = b.icmp_unsigned(">=", found, ir.Constant(I32, 143 << 23))
+    found = b.select(large, ir.Constant(I32, 0x7F800000), found)
+    return b.select(b.fcmp_unordered("uno", v, v), v, b.bitcast(b.or_(found, sign), F32))
+
+
+to_bfloat16 = _rounding(_as_brain)
+to_float16 = _rounding(_as_half)
+to_float32 = _rounding(lambda _, v: v)

@@ -91,6 +91,9 @@ REAL: dict[str, Callable[..., str]] = {
     "join_bits": _real("join_bits({0}, {1})"),
     "high_bits": _real("high_bits({0})"),
     "low_bits": _real("low_bits({0})"),
+    "to_float16": _real("to_float16({0})"),
+    "to_bfloat16": _real("to_bfloat16({0})"),
+    "to_float32": _real("to_float32({0})"),
     "sum": _real("{0} + float64({1})"),
     "max": _real("max({0}, rank_max({1}))"),
     "min": _real("min({0}, rank_min({1}))"),
@@ -420,7 +423,8 @@ def source(
         f"{about}import math\n\nimport numpy\nfrom numba import njit\n"
         "from numpy import complex64, complex128, float32, float64\n\n"
         "from optimisers.engines.cpu.intrinsics import (\n    claim, complex_of, high_bits, join_bits, "
-        "loader, low_bits, rank_max, rank_min,\n    select, storer, unrank,\n)\n"
+        "loader, low_bits, rank_max, rank_min,\n    select, storer, "
+        "to_bfloat16, to_float16, to_float32, unrank,\n)\n"
         f"\n# intrinsics {support_hash('cpu/intrinsics.py')}\n{body}"
     )
 

@@ -93,6 +93,24 @@ def bfloat16_of(x):
     return kept.to(tl.bfloat16, bitcast=True)
 
 
+@triton.jit
+def to_bfloat16(x):
+    """A number as it comes back from an array of bfloat16."""
+    return widened(bfloat16_of(x)).to(x.dtype)
+
+
+@triton.jit
+def to_float16(x):
+    """A number as it comes back from an array of float16."""
+    return x.to(tl.float32).to(tl.float16).to(x.dtype)
+
+
+@triton.jit
+def to_float32(x):
+    """A number as it comes back from an array of float32."""
+    return x.to(tl.float32).to(x.dtype)
+
+
 # -- precise words -------------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,7 @@ IDENTITY = {"sum": "0", "max": "-inf", "min": "inf"}
 CALLED = (
     *("arctan", "bfloat16_of", "cos", "divide", "exp", "expm1", "high_bits", "join_bits", "larger", "live"),
     *("load", "log", "log1p", "low_bits", "max_over", "min_over", "power", "root", "sin", "smaller", "store"),
-    *("sum_over", "tanh", "widened"),
+    *("sum_over", "tanh", "to_bfloat16", "to_float16", "to_float32", "widened"),
 )
 """What kernels call beside Triton's own words."""
 
