@@ -79,7 +79,8 @@ def explain(state: Any) -> Explanation:
     store, node, _ = parts(state)
     below = np.unique(np.array(node.leaves, np.int64))
     costs = [_cost(g, np.flatnonzero(np.isin(g.leaves, below)), store.engine) for g in store.groups]
-    return Explanation(tuple(c for c in costs if c.leaves), int(store.frozen[below].sum()), int(store.clock))
+    clock = max((int(store.clock_of(i)) for i in below if store.shapes[i] is not None), default=0)
+    return Explanation(tuple(c for c in costs if c.leaves), int(store.frozen[below].sum()), clock)
 
 
 def _cost(group: Group, members: Any, engine: str | None) -> GroupCost:
@@ -94,7 +95,7 @@ def _cost(group: Group, members: Any, engine: str | None) -> GroupCost:
         fused_passes = fused.sample_passes(program)
         passes = len(fused_passes)
         moved = sum(fused.traffic(program, p, name, dtype.itemsize) for p in fused_passes)
-    rows = len(np.unique(group.row[members]))
+    rows = len(np.unique(group.table.row[members]))
     return GroupCost(
         rule=program.title if rows == 1 and len(members) == len(group.leaves) else type(group.rule).__name__,
         dtype=name,

@@ -304,6 +304,9 @@ class JaxLibrary(Library[Array, Dtype]):
             else jnp.zeros((len(rows), 0), kind)
         )
 
+    def counted(self, clocks: Any) -> Any:
+        return jnp.asarray(clocks).astype(jnp.int32)
+
     def constant(self, values: Any, beside: Array) -> Any:
         return jnp.asarray(values, beside.dtype)
 

@@ -500,9 +500,13 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
     def moved(self, x: Tensor, device: str) -> Tensor:
         return x.to(device, torch.float32, non_blocking=True)
 
-    def ticked(self, clock: Any, skipped: Any) -> Any:
+    def counted(self, clocks: Any) -> Any:
+        return torch.as_tensor(clocks, dtype=torch.float64)
+
+    def ticked(self, clock: Any, skipped: Any, covered: Any) -> Any:
         with torch.no_grad():
-            return clock.add_(1 if skipped is None else (skipped.reshape(()) == 0))
+            one = 1 if skipped is None else (skipped.reshape(()) == 0)
+            return clock.add_(one if covered is None else one * covered)
 
     def capturing(self, device: str) -> bool:
         return device.startswith("cuda") and torch.cuda.is_current_stream_capturing()

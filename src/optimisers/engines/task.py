@@ -171,7 +171,6 @@ class Task:
         numbers, words = job.numbers, host
         if job.symbolic:
             words = job.library
-            numbers = words.table(numbers) if isinstance(numbers, np.ndarray) else numbers
             numbers = words.on_device(numbers, job.device)
         self.scalars = Scalars(numbers, job.row, job.sizes, job.clock, words)
         self.stages: tuple[Stage, ...] = stages(job.program)

@@ -21,7 +21,8 @@ Table = np.ndarray[Any, np.dtype[np.float64]]
 class Scalars:
     """The values of scalar nodes for leaves that share a program.
 
-    `numbers` is the table (rows, numbers), `row` the row of each leaf, `sizes` its number of elements.
+    `numbers` is the table (rows, numbers), `clock` that of each row, `row` the row of each leaf, `sizes` its
+    number of elements.
     """
 
     def __init__(self, numbers: Any, row: Any, sizes: Any, clock: Any, library: Any = host) -> None:
@@ -44,7 +45,7 @@ class Scalars:
         if len(plain) > 1:
             single = len(self.numbers) == 1
             columns = self.numbers[0] if single else self.numbers.T
-            clock = self.library.constant(self.clock, self.numbers)
+            clock = self.clock[0] if single else self.clock
             for e, value in zip(plain, written_out(*plain, single=single)(columns, clock), strict=True):
                 self.values[id(e)], self.of_leaf[id(e)] = value, False
 

@@ -41,6 +41,8 @@ class Program:
     names: tuple[str, ...]
     """Names of the numbers: hyper-parameters first, then counters."""
     hypers: int
+    hidden: int
+    """How many counters at the end are no part of the state: steps taken under each condition of `when`."""
     new_x: Expr | None
     new_slots: tuple[Expr, ...]
     new_counters: tuple[Expr, ...]
@@ -113,6 +115,7 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
         slots=tuple(slots),
         names=(*(_name(p) for p in paths), *names),
         hypers=len(hypers),
+        hidden=0,
         new_x=None if dx is None else cleaned[0],
         new_slots=tuple(by_symbol[s] for s in symbols if s.op == "input"),
         new_counters=tuple(by_symbol[s] for s in symbols if s.op == "number"),

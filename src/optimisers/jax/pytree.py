@@ -58,8 +58,8 @@ def _names(structure: Structure) -> list[Any]:
             for slot, pack in zip(group.program.slots, group.slots, strict=True):
                 at = ".".join(map(str, slot.path))
                 found += [f"{name}:{at}" for name in _buffer_names(store, group, pack)]
-            found.append(f"numbers:{g}")
-        structure.names = [jax.tree_util.DictKey(name) for name in [*found, "clock"]]
+            found += [f"numbers:{g}", f"clock:{g}"]
+        structure.names = [jax.tree_util.DictKey(name) for name in found]
     return structure.names
 
 
@@ -106,9 +106,8 @@ for _kind in (Leaf, Branch):
     )
 
 
-def known(store: Store) -> None:
-    """Let the clock be an array, as all numbers of the state are."""
-    store.clock = jnp.asarray(store.clock, jnp.int32)
+def known(_: Store) -> None:
+    """Teach Flax, if it is there, to save states."""
     if "flax" in sys.modules:
         _teach_flax()
 
@@ -147,8 +146,8 @@ def _by_name(structure: Structure, children: Any) -> Any:
                 yield f"{store.layout.paths[leaf]}:{at}", pack[i]
         for j, name in enumerate(group.program.names):
             kind = "setting" if j < group.program.hypers else "number"
-            yield f"{kind}:{g}:{name}", group.numbers[:, j]
-    yield "clock", store.clock
+            yield f"{kind}:{g}:{name}", group.table.values[:, j]
+        yield f"clock:{g}", group.table.clock
 
 
 def _from_names(structure: Structure, children: Any, found: dict[str, Any]) -> list[Any]:
@@ -160,8 +159,9 @@ def _from_names(structure: Structure, children: Any, found: dict[str, Any]) -> l
             for i in range(len(group.leaves)):
                 pack.put(i, jnp.asarray(next(saved)[0]))
         columns = [next(saved) for _ in group.program.names]
-        group.numbers = jnp.stack([jnp.asarray(own if new is None else new) for new, own in columns], 1)
-    store.clock = jnp.asarray(next(saved)[0])
+        values = [jnp.asarray(own if new is None else new) for new, own in columns]
+        whole = jnp.stack(values, 1) if values else group.table.values
+        group.table = group.table.filled(whole, arrays.counted(next(saved)[0]))
     return store.arrays()
 
 
@@ -246,8 +246,8 @@ def vmap_axes(state: Any, *names: str) -> Any:
         has = {name.split("[")[0] for name in group.program.names[: group.program.hypers]}
         known |= has
         axes += [None] * sum(len(_buffer_names(structure.store, group, p)) for p in group.slots)
-        axes.append(0 if has & set(names) else None)
+        axes += [0 if has & set(names) else None, None]
     for name in names:
         if name not in known:
             raise UnknownField(f"no rule here has {name!r}; there are {', '.join(sorted(known))}")
-    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(state), [*axes, None])
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(state), axes)

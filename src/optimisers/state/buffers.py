@@ -141,6 +141,11 @@ class Pack:
         """Write an array, rounding once to the type of the slot."""
         self.library.assign(self[i], value)
 
+    def put_many(self, members: Indices, values: Sequence[Any]) -> None:
+        """Write several arrays."""
+        for i, value in zip(members.tolist(), values, strict=True):
+            self.put(i, value)
+
     def __getitem__(self, i: int) -> Any:
         p = self.places
         return self.library.view(self.buffers[p.buffer[i]], int(p.offset[i]), p.shapes[i], p.strides[i])
@@ -204,6 +209,18 @@ class Bundled(Loose):
             whole = self.buffers[p.buffer[i]]
             new = self.library.placed(whole, slice(at, at + int(p.sizes[i])), new.reshape(-1))
         self.buffers[p.buffer[i]] = new
+
+    def put_many(self, members: Indices, values: Sequence[Any]) -> None:
+        """Write several arrays: a bundle is put together once, whatever comes into it."""
+        given = dict(zip(members.tolist(), values, strict=True))
+        for b in np.unique(self.places.buffer[members]).tolist():
+            inside = np.flatnonzero(self.places.buffer == b).tolist()
+            arrays = [self[i] for i in inside]
+            new = [
+                self.library.rounded(old, given[i]) if i in given else old
+                for i, old in zip(inside, arrays, strict=True)
+            ]
+            self.buffers[b] = new[0] if len(new) == 1 else self.library.flattened(new)
 
     def __getitem__(self, i: int) -> Any:
         p = self.places

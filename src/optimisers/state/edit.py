@@ -39,13 +39,7 @@ def thaw(state: Any, where: Where = None) -> Any:
 
 
 def _freeze(state: Any, where: Where, frozen: bool) -> None:
-    store, leaves = parts(state)[0], leaves_of(state, where)
-    store.frozen[leaves] = frozen
-    for group in store.groups:
-        if not isinstance(group.numbers, np.ndarray):
-            # Their histories part at the next step. A structure that a compiler knows parts now, and once.
-            group.part(np.flatnonzero(np.isin(group.leaves, leaves)))
-    store.changed()
+    parts(state)[0].freeze(leaves_of(state, where), frozen)
 
 
 def adjust_(state: Any, eta: Any = None, *, where: Where = None, **changes: Any) -> None:
@@ -90,7 +84,7 @@ def _rules(store: Store, leaves: list[int]) -> list[Rule]:
     seen: dict[tuple[int, int], Rule] = {}
     for leaf in leaves:
         group, i = store.where(leaf)
-        key = (id(group), int(group.row[i]))
+        key = (id(group), int(group.table.row[i]))
         if key not in seen:
             seen[key] = group.rule_of(i)
     return list(seen.values())
@@ -104,7 +98,8 @@ def current(state: Any) -> Any:
     """
     store = parts(state)[0]
     if isinstance(state, Leaf):
-        return schedules(state.rule, lambda _, schedule: float(schedule(store.clock)))
+        clock = store.clock_of(leaves_of(state)[0])
+        return schedules(state.rule, lambda _, schedule: float(schedule(clock)))
     return {
         str(store.layout.paths[i]): current(handle(store, Node(leaf=i, leaves=(i,)), store.layout.paths[i]))
         for i in leaves_of(state)
@@ -121,7 +116,7 @@ def hyperparameters(state: Any) -> dict[str, Any]:
     found: dict[str, list[Any]] = {}
     for group, rows in _histories(state):
         for j, name in enumerate(_hyper_names(group)):
-            found.setdefault(name, []).append(group.numbers[rows, j])
+            found.setdefault(name, []).append(group.table.column(rows, j))
     joined = {name: _joined(columns) for name, columns in found.items()}
     return {name: v[0] if len(v) == 1 else v for name, v in joined.items()}
 
@@ -139,29 +134,28 @@ def with_hyperparameters(state: Any, values: dict[str, Any]) -> Any:
     store, node, path = parts(state)
     new = handle(store.fork(), node, path)
     taken = dict.fromkeys(values, 0)
-    for group, rows in _histories(new):
-        for j, name in enumerate(_hyper_names(group)):
-            if name in values:
-                value = values[name]
-                if np.ndim(value):
-                    value = value[taken[name] : taken[name] + len(rows)]
-                    taken[name] += len(rows)
-                if isinstance(group.numbers, np.ndarray) and not registry.library(value).is_fixed(value):
-                    group.numbers = registry.library(value).table(group.numbers)
-                library = registry.library(group.numbers)
-                group.numbers = library.placed(group.numbers, (rows, j), value)
-    parts(new)[0].changed()
+    changed = parts(new)[0]
+    with changed.lock:
+        for group, members, _ in changed.found(leaves_of(new)):
+            table = group.table.split(members)
+            rows = np.unique(table.row[members])
+            for j, name in enumerate(_hyper_names(group)):
+                if name in values:
+                    value = values[name]
+                    if np.ndim(value):
+                        value = value[taken[name] : taken[name] + len(rows)]
+                        taken[name] += len(rows)
+                    table = table.write_hypers(rows, j, value)
+            group.table = table.merge_equal()
+    changed.changed()
     return new
 
 
 def _histories(state: Any) -> Iterator[tuple[Any, Any]]:
     """(group, its rows of numbers) for the leaves below a handle."""
     store = parts(state)[0]
-    below = np.array(leaves_of(state), np.int64)
-    for group in store.groups:
-        members = np.flatnonzero(np.isin(group.leaves, below))
-        if len(members):
-            yield group, np.unique(group.row[members])
+    for group, members, _ in store.found(leaves_of(state)):
+        yield group, np.unique(group.table.row[members])
 
 
 def _hyper_names(group: Any) -> list[str]:

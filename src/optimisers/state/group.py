@@ -7,7 +7,7 @@ part.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,13 +20,7 @@ from optimisers.nest import flatten, form, unflatten
 from optimisers.rule import Rule, needed
 from optimisers.settings import fill, numbers, skeleton
 from optimisers.state.buffers import Bundled, Indices, Loose, Pack, Places
-from optimisers.state.table import as_kind, duplicated, table_of
-
-FOLLOWED = (
-    "a capturable state is for CUDA graphs; for steps that somebody differentiates, write setup without "
-    "capturable"
-)
-"""What is said to those who want a capturable state to be followed."""
+from optimisers.state.table import ScalarTable, as_kind, table_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,16 +79,10 @@ class Group:
     slots: tuple[Pack, ...]
     types: tuple[type, ...]
     """Python types of the counters, for those who look."""
-    numbers: Any
-    """The table of numbers, float64 on the host or in the library of who follows it."""
-    row: Indices
+    table: ScalarTable
     shared: bool = False
     """Whether another store may hold the same arrays: then they are copied before they are written."""
     memo: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
-    mirror: Any = None
-    """The hyper-parameters, where the numbers live on a device: only the host changes them, so it need not
-    read them back.
-    """
 
     def owned(self) -> "Group":
         """This group, its arrays no other store's: they may be written."""
@@ -108,19 +96,17 @@ class Group:
         if self.kind.capturable:
             return self.duplicate()
         self.shared = True
-        return dataclasses.replace(self, numbers=duplicated(self.numbers), row=self.row.copy())
+        return dataclasses.replace(self)
 
     def duplicate(self) -> "Group":
         """The same leaves with arrays and a table of their own."""
         slots = tuple(p.copy() for p in self.slots)
         return dataclasses.replace(
             self,
-            numbers=duplicated(self.numbers),
-            row=self.row.copy(),
+            table=self.table.copy(),
             slots=slots,
             shared=False,
             memo={} if self.kind.capturable else self.memo,
-            mirror=self.own_mirror(),
         )
 
     def successor(self, *, whole: bool, symbolic: bool) -> "Group":
@@ -131,12 +117,10 @@ class Group:
         turned = symbolic and not all(isinstance(p, Loose) for p in self.slots)
         return dataclasses.replace(
             self,
-            numbers=duplicated(self.numbers),
-            row=self.row.copy(),
+            table=self.table.copy(),
             slots=slots,
             shared=False,
             memo={} if turned else self.memo,
-            mirror=self.own_mirror(),
         )
 
     @property
@@ -149,53 +133,6 @@ class Group:
     def loose(self) -> bool:
         """Whether the arrays of the state stand each for itself."""
         return any(isinstance(p, Loose) for p in self.slots)
-
-    def settle(self) -> None:
-        """Bring the table of numbers to the host, once nobody follows what becomes of it."""
-        if not isinstance(self.numbers, np.ndarray) and not self.kind.capturable:
-            library = registry.library(self.numbers)
-            if library.HOST_NUMBERS and library.is_fixed(self.numbers):
-                self.numbers = np.array(library.to_numpy(self.numbers), np.float64)
-
-    def part(self, stepped: Indices) -> None:
-        """Give the members that are stepped rows of their own, where they shared one with others."""
-        among = np.bincount(self.row[stepped], minlength=len(self.numbers))
-        split = np.flatnonzero((among > 0) & (among < np.bincount(self.row, minlength=len(self.numbers))))
-        if len(split):
-            renamed = np.arange(len(self.numbers))
-            renamed[split] = len(self.numbers) + np.arange(len(split))
-            self.numbers = self.numbers[np.concatenate([np.arange(len(self.numbers)), split])]
-            self.row[stepped] = renamed[self.row[stepped]]
-
-    def count(self, members: Any, counters: list[Any], *, of_leaf: bool) -> None:
-        """Store the counters of the members that were stepped (None for all), given by row or by leaf."""
-        if counters and not isinstance(self.numbers, np.ndarray):
-            self.count_symbols(members, counters, of_leaf=of_leaf)
-            return
-        if of_leaf:
-            stepped = np.arange(len(self.row)) if members is None else members
-            rows = self.numbers[self.row[stepped]]
-            self.numbers = np.concatenate([self.numbers, rows])
-            self.row[stepped] = at = len(self.numbers) - len(rows) + np.arange(len(rows))
-            for j, value in enumerate(counters):
-                self.numbers[at, self.program.hypers + j] = value
-            self.join()
-            return
-        rows = slice(None) if members is None else np.unique(self.row[members])
-        for j, value in enumerate(counters):
-            self.numbers[rows, self.program.hypers + j] = value if np.ndim(value) == 0 else value[rows]
-
-    def count_symbols(self, members: Any, counters: list[Any], *, of_leaf: bool) -> None:
-        """The same for a table of numbers that somebody follows: it is replaced."""
-        library, hypers = registry.library(self.numbers), self.program.hypers
-        if of_leaf:
-            self.numbers, self.row = self.numbers[self.row], np.arange(len(self.row))
-            rows = self.row if members is None else members
-        else:
-            rows = np.arange(len(self.numbers)) if members is None else np.unique(self.row[members])
-            counters = [v if np.ndim(v) == 0 else v[rows] for v in counters]
-        new = library.columns(counters, len(rows))
-        self.numbers = library.placed(self.numbers, (rows[:, None], hypers + np.arange(len(counters))), new)
 
     def program_for(self, gradients: int) -> Program:
         """The program for updates with this many gradients; raises TraceError if the rule needs more."""
@@ -218,73 +155,53 @@ class Group:
         self.program = program_of(self.rule, state, self.kind)
         self.programs = {needed(self.rule) + 1: self.program}
 
-    def join(self) -> None:
-        """One row for equal numbers: what has not parted, or has met again, is one history.
-
-        Numbers that somebody follows are not compared.
-        """
-        if not isinstance(self.numbers, np.ndarray) or self.kind.capturable:
-            return
-        used, row = np.unique(self.row, return_inverse=True)
-        table, which = np.unique(self.numbers[used], axis=0, return_inverse=True)
-        self.numbers, self.row = table, which.ravel()[row.ravel()]
-
-    def own_mirror(self) -> Any:
-        """What the host knows of the numbers, to be changed apart."""
-        return None if self.mirror is None else self.mirror.copy()
-
-    def send(self) -> None:
-        """Bring hyper-parameters that the host has changed to where the numbers live, to the same address.
-
-        Raises BadState while a graph is captured, which would not hold the change.
-        """
-        if self.mirror is None:
-            return
-        library, device = self.kind.library, self.kind.device
-        if library.capturing(device):
-            raise BadState(
-                "the numbers of a capturable state were changed while a graph is captured; change them "
-                "before, or between its replays"
-            )
-        library.assign(
-            self.numbers[:, : self.program.hypers],
-            library.on_device(self.mirror[:, : self.program.hypers], device),
-        )
-
-    def counters_of(self, i: int) -> Any:
-        """The counters of leaf i."""
-        found = self.numbers[self.row[i], self.program.hypers :]
-        return found if self.mirror is None else self.kind.library.to_numpy(found)
-
     def rule_of(self, i: int) -> Rule:
         """The rule of leaf i of this group."""
-        like, table = numbers(self.rule), self.numbers if self.mirror is None else self.mirror
-        given = [as_kind(type(old), v) for old, v in zip(like, table[self.row[i]], strict=False)]
-        return fill(self.rule, iter(given))
+        like, given = numbers(self.rule), self.table.read_hypers(i)
+        return fill(self.rule, iter([as_kind(type(old), v) for old, v in zip(like, given, strict=True)]))
 
     def state_of(self, i: int) -> Any:
         """The state of leaf i: arrays are views (read-only where other stores share them), numbers are
         copies.
         """
-        counters = iter([as_kind(t, v) for t, v in zip(self.types, self.counters_of(i), strict=True)])
+        known = self.table.read_counters(i)[: len(self.types)]
+        counters = iter([as_kind(t, v) for t, v in zip(self.types, known, strict=True)])
         arrays = iter([pack.library.seen(pack[i], read_only=self.shared) for pack in self.slots])
         leaves = [
             next(arrays) if registry.isarray(v) else next(counters) for _, v in flatten(self.program.template)
         ]
         return unflatten(self.program.template, iter(leaves))
 
+    def entry(self, i: int) -> "Entry":
+        """All that is known of leaf i of this group."""
+        steps = tuple(self.table.read_counters(i)[len(self.types) :])
+        return Entry(int(self.leaves[i]), self.rule_of(i), self.state_of(i), self.table.read_clock(i), steps)
+
+
+class Entry(NamedTuple):
+    """A leaf on its way into a group."""
+
+    leaf: int
+    rule: Rule
+    state: Any
+    clock: Any = 0
+    steps: tuple[Any, ...] = ()
+    """How many steps were taken under each condition of the rule."""
+
 
 # -- making groups -------------------------------------------------------------------------------------------
 
 
-def grouped(entries: Sequence[tuple[int, Rule, Any]], shapes: Sequence[Shape | None]) -> list[Group]:
-    """Groups for (leaf, rule, state) entries: one for each rule structure, form of state, element type and
+def grouped(entries: Sequence[Any], shapes: Sequence[Shape | None]) -> list[Group]:
+    """Groups for entries, or (leaf, rule, state): one for each rule structure, form of state, type and
     device.
     """
-    kinds: dict[Any, list[tuple[int, Rule, Any]]] = {}
+    kinds: dict[Any, list[Entry]] = {}
     programs: dict[Any, Program] = {}
-    for leaf, rule, state in entries:
-        kind = shapes[leaf]
+    for given in entries:
+        entry = Entry(*given)
+        rule, state = entry.rule, entry.state
+        kind = shapes[entry.leaf]
         assert kind is not None
         key = (
             skeleton(rule),
@@ -303,7 +220,7 @@ def grouped(entries: Sequence[tuple[int, Rule, Any]], shapes: Sequence[Shape | N
             key = (*key, kind.shape)
             if key not in programs:
                 programs[key] = program_of(rule, state, kind)
-        kinds.setdefault(key, []).append((leaf, rule, state))
+        kinds.setdefault(key, []).append(entry)
     return [_group(items, programs[key], shapes) for key, items in kinds.items()]
 
 
@@ -319,12 +236,12 @@ def program_of(rule: Rule, state: Any, kind: Shape, more: int | None = None) -> 
     return trace(rule, state, kind.stand_in(), needed(rule) if more is None else more)
 
 
-def _group(items: list[tuple[int, Rule, Any]], program: Program, shapes: Sequence[Shape | None]) -> Group:
-    kinds = [k for leaf, _, _ in items if (k := shapes[leaf]) is not None]
-    first, rule = kinds[0], items[0][1]
-    rows = [[*numbers(r), *(v for _, v in flatten(s) if not registry.isarray(v))] for _, r, s in items]
+def _group(items: list[Entry], program: Program, shapes: Sequence[Shape | None]) -> Group:
+    kinds = [k for e in items if (k := shapes[e.leaf]) is not None]
+    first, rule = kinds[0], items[0].rule
+    rows = [[*numbers(e.rule), *_counters(e.state), *_steps(e, program)] for e in items]
     places = Places.of([k.shape for k in kinds], [k.strides for k in kinds])
-    columns = [[v for _, v in flatten(s) if registry.isarray(v)] for _, _, s in items]
+    columns = [[v for _, v in flatten(e.state) if registry.isarray(v)] for e in items]
     packs: list[Pack] = []
     for j, slot in enumerate(program.slots):
         arrays = [c[j] for c in columns]
@@ -341,28 +258,36 @@ def _group(items: list[tuple[int, Rule, Any]], program: Program, shapes: Sequenc
             if first.library.any_set(a):  # zeros are left as the system gives them, untouched
                 first.library.assign(pack[i], a)
         packs.append(pack)
-    group = Group(
+    return Group(
         rule=rule,
         program=program,
         programs={needed(rule) + 1: program},
         kind=first,
-        leaves=np.array([leaf for leaf, _, _ in items], np.int64),
+        leaves=np.array([e.leaf for e in items], np.int64),
         places=places,
         slots=tuple(packs),
-        types=tuple(type(v) for _, v in flatten(items[0][2]) if not registry.isarray(v)),
-        numbers=table_of(rows),
-        row=np.arange(len(items)),
+        types=tuple(type(v) for v in _counters(items[0].state)),
+        table=table_of(
+            rows,
+            [e.clock for e in items],
+            program.hypers,
+            first.library,
+            first.device,
+            captured=first.capturable,
+            apart=any(map(depends_on_leaf, program.new_counters)),
+        ),
     )
-    if first.capturable:
-        if not isinstance(group.numbers, np.ndarray):
-            raise BadState(FOLLOWED)
-        group.mirror = group.numbers
-        group.numbers = first.library.on_device(group.mirror, first.device)
-    elif first.library.HOST_NUMBERS or not any(map(depends_on_leaf, program.new_counters)):
-        group.join()
-    if not first.library.HOST_NUMBERS and isinstance(group.numbers, np.ndarray):
-        group.numbers = first.library.table(group.numbers)
-    return group
+
+
+def _counters(state: Any) -> list[Any]:
+    """The numbers in a state."""
+    return [v for _, v in flatten(state) if not registry.isarray(v)]
+
+
+def _steps(entry: Entry, program: Program) -> tuple[Any, ...]:
+    """How many steps a leaf has taken under each condition of a program; of new ones, every update so far."""
+    known = entry.steps[: program.hidden]
+    return (*known, *[entry.clock] * (program.hidden - len(known)))
 
 
 def depends_on_leaf(e: Expr) -> bool:

@@ -65,7 +65,9 @@ class Leaf:
                 f"{self._name()} has a state of the form {kinds(self.state)}; {rule!r} takes "
                 f"{kinds(wanted)}; call `setup` for a new state"
             )
-        self._store.move([(self._leaf, rule, copied(self.state, self.state, self._name()))])
+        group, i = self._store.where(self._leaf)
+        kept = copied(self.state, self.state, self._name())
+        self._store.move([group.entry(i)._replace(rule=rule, state=kept)])
 
     @property
     def state(self) -> Any:
@@ -88,8 +90,7 @@ class Leaf:
     def frozen(self, frozen: bool) -> None:
         if not isinstance(frozen, bool | np.bool_):
             raise BadState(f"{self._name()}.frozen is {frozen!r}; it takes True or False")
-        self._store.frozen[self._leaf] = frozen
-        self._store.changed()
+        self._store.freeze([self._leaf], bool(frozen))
 
     def _name(self) -> str:
         return self.path.code("state")

@@ -1,22 +1,27 @@
-"""The state of one `setup`: groups of leaves, and what a whole step knows of them."""
+"""The state of one `setup`: groups of leaves, and what a whole step knows of them.
+
+What a step reads (tables, the mask of frozen leaves) is replaced by an edit, never written, so a step in
+another thread goes on with what it has begun with.
+"""
 
 import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from optimisers.arrays import registry
-from optimisers.errors import BadState
 from optimisers.nest import flatten
 from optimisers.rule import Rule
 from optimisers.settings import numbers, skeleton
 from optimisers.state.buffers import Indices
-from optimisers.state.group import FOLLOWED, Group, Shape, grouped
-from optimisers.state.table import duplicated
+from optimisers.state.group import Entry, Group, Shape, grouped
 from optimisers.tree.walk import Layout
+
+Change = Callable[[Rule], Rule]
 
 
 @dataclasses.dataclass(eq=False)
@@ -28,8 +33,7 @@ class Store:
     """None for a leaf without a rule, which is never stepped."""
     groups: list[Group]
     frozen: "np.ndarray[Any, np.dtype[np.bool_]]"
-    clock: Any = 0
-    """Updates finished so far, of whatever part."""
+    """Which leaves are passed by; replaced, never written."""
     engine: str | None = None
     """The engine that must run all groups; None to choose by group."""
     group_of: Indices = dataclasses.field(init=False)
@@ -37,7 +41,7 @@ class Store:
     handles: dict[Any, Any] = dataclasses.field(default_factory=dict[Any, Any])
     plans: dict[int, Any] = dataclasses.field(init=False)
     capturable: bool = dataclasses.field(init=False)
-    """Whether clock and numbers live on a device."""
+    """Whether the scalars live on a device."""
     retired: list[Group] = dataclasses.field(default_factory=list[Group])
     """Groups that took no further part: a graph that was captured may still write into their arrays."""
     known: Any = None
@@ -46,6 +50,8 @@ class Store:
     """Numbers the structure for those who cannot look at it; called whenever it may have changed."""
     number: Any = None
     """What `numbered` said last."""
+    lock: Any = dataclasses.field(default_factory=threading.RLock)
+    """Held while groups or tables are exchanged."""
 
     def __post_init__(self) -> None:
         self.capturable = any(kind is not None and kind.capturable for kind in self.shapes)
@@ -63,38 +69,71 @@ class Store:
     def where(self, leaf: int) -> tuple[Group, int]:
         return self.groups[self.group_of[leaf]], int(self.index_of[leaf])
 
+    def clock_of(self, leaf: int) -> Any:
+        """How many updates have covered a leaf."""
+        group, i = self.where(leaf)
+        return group.table.read_clock(i)
+
+    def found(self, leaves: Iterable[int]) -> list[tuple[Group, Indices, Indices]]:
+        """(group, its members among some leaves, which of the leaves they are) for every group that has
+        some.
+        """
+        wanted = np.fromiter(leaves, np.int64)
+        at = self.group_of[wanted]
+        found: list[tuple[Group, Indices, Indices]] = []
+        for g in np.unique(at):
+            which = np.flatnonzero(at == g)
+            found.append((self.groups[g], self.index_of[wanted[which]], which))
+        return found
+
+    # -- copies --
+
     def fork(self) -> "Store":
         """A store with the same state, to be changed apart from this one; arrays are copied when they are
         written.
         """
-        groups = [g.fork() for g in self.groups]
-        return dataclasses.replace(
-            self, groups=groups, frozen=self.frozen.copy(), clock=self.own_clock(), handles={}, retired=[]
-        )
+        return self.apart([g.fork() for g in self.groups])
 
-    def own_clock(self) -> Any:
-        """The clock, to be changed apart from this one."""
-        return duplicated(self.clock) if self.capturable else self.clock
+    def apart(self, groups: list[Group]) -> "Store":
+        """A store of the same leaves with other groups."""
+        new = object.__new__(Store)
+        vars(new).update(vars(self), groups=groups, handles={}, retired=[], lock=threading.RLock())
+        return new
 
-    def tick(self, skipped: Any = None) -> None:
-        """Count an update; on a device, none where `skipped` is not 0."""
-        self.clock = registry.library(self.clock).ticked(self.clock, skipped)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Store":
+        return self.apart([g.duplicate() for g in self.groups])
 
-    def wind(self, clock: int) -> None:
-        """Set the clock to this, if it says less."""
-        if not self.capturable:
-            self.clock = max(self.clock, clock)
-        elif int(self.clock) < clock:
-            registry.library(self.clock).assign(self.clock, clock)
+    def successor(self, groups: list[Group]) -> "Store":
+        """The store after a step, with groups of the same leaves."""
+        new = self.apart(groups)
+        new.changed()
+        return new
+
+    def become(self, other: "Store") -> None:
+        """Go on as another store of the same leaves."""
+        with self.lock:
+            self.groups, self.frozen = other.groups, other.frozen
+        self.changed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        fresh = {"handles": {}, "plans": {}, "known": None, "numbered": None, "number": None, "retired": []}
+        return {k: v for k, v in vars(self).items() if k != "lock"} | fresh
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        vars(self).update(kept, lock=threading.RLock())
+
+    # -- what a step asks --
 
     def arrays(self) -> list[Any]:
-        """Everything that a step may change, in the order that a structure knows: state, numbers, clock."""
+        """Everything that a step may change, in the order that a structure knows: of every group its state,
+        scalars, clock.
+        """
         found: list[Any] = []
         for group in self.groups:
             for pack in group.slots:
                 found.extend(pack.buffers)
-            found.append(group.numbers)
-        return [*found, self.clock]
+            found.extend(group.table.arrays())
+        return found
 
     def changed(self) -> None:
         """Take note that the structure may be another."""
@@ -102,121 +141,120 @@ class Store:
             self.number = self.numbered(self)
 
     def settle(self) -> None:
-        """Bring numbers to the host that nobody follows any more."""
+        """Bring scalars to the host that nobody traces any more."""
         for group in self.groups:
-            group.settle()
-        if not isinstance(self.clock, int) and not self.capturable:
-            library = registry.library(self.clock)
-            if library.HOST_NUMBERS and library.is_fixed(self.clock):
-                self.clock = int(self.clock)
+            group.table = group.table.settle()
 
-    def on_host(self) -> bool:
-        """Whether no number of the state is followed by somebody."""
-        if self.capturable:
-            return all(registry.library(g.numbers).is_fixed(g.numbers) for g in self.groups)
-        return isinstance(self.clock, int) and all(isinstance(g.numbers, np.ndarray) for g in self.groups)
+    @property
+    def traced(self) -> bool:
+        """Whether a step must be traced, since the scalars are arrays of a library."""
+        return any(g.table.traced for g in self.groups)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Store":
-        groups = [g.duplicate() for g in self.groups]
-        return dataclasses.replace(
-            self, groups=groups, frozen=self.frozen.copy(), clock=self.own_clock(), handles={}, retired=[]
-        )
+    # -- edits: each takes any number of leaves, and rebuilds no more than it must --
 
-    def successor(self, groups: list[Group]) -> "Store":
-        """The store after a step, with groups of the same leaves."""
-        new = object.__new__(Store)
-        clock = (
-            registry.library(self.clock).ticked(self.own_clock(), None) if self.capturable else self.clock + 1
-        )
-        changed = {"groups": groups, "frozen": self.frozen.copy(), "clock": clock, "handles": {}}
-        vars(new).update(vars(self) | changed | {"retired": []})
-        new.changed()
-        return new
-
-    def become(self, other: "Store") -> None:
-        """Go on as another store of the same leaves."""
-        self.groups, self.clock, self.frozen = other.groups, other.clock, other.frozen
+    def freeze(self, leaves: Sequence[int], frozen: bool) -> None:
+        """Let updates pass some leaves by, or no longer."""
+        with self.lock:
+            mask = self.frozen.copy()
+            mask[list(leaves)] = frozen
+            self.frozen = mask
+            for group, members, _ in self.found(leaves):
+                if group.table.traced:
+                    # Their histories part at the next step. A structure that a compiler knows parts now, and
+                    # once.
+                    group.table = group.table.split(members)
         self.changed()
 
-    def __getstate__(self) -> dict[str, Any]:
-        fresh = {"handles": {}, "plans": {}, "known": None, "numbered": None, "number": None, "retired": []}
-        return vars(self) | fresh
+    def assign_many(self, states: Mapping[int, Any]) -> None:
+        """Replace the states of leaves by others of the same form, shapes and types."""
+        values = list(states.values())
+        with self.lock:
+            for group, members, which in self.found(states):
+                group.owned()
+                kinds = [registry.isarray(v) for _, v in flatten(group.program.template)]
+                flat = [[v for _, v in flatten(values[w])] for w in which]
+                arrays = [list(itertools.compress(f, kinds)) for f in flat]
+                for j, pack in enumerate(group.slots):
+                    pack.put_many(members, [a[j] for a in arrays])
+                counters = [list(itertools.compress(f, map(operator.not_, kinds))) for f in flat]
+                if group.types:
+                    group.table = group.table.assign_counters(members, counters).merge_equal()
+        self.changed()
 
     def assign(self, leaf: int, state: Any) -> None:
-        """Replace the state of a leaf by one of the same form, shapes and types."""
-        group, i = self.where(leaf)
-        group.owned().part(np.array([i]))
-        kinds = [registry.isarray(v) for _, v in flatten(group.program.template)]
-        values = [v for _, v in flatten(state)]
-        for pack, value in zip(group.slots, itertools.compress(values, kinds), strict=True):
-            pack.put(i, value)
-        counters = list(itertools.compress(values, map(operator.not_, kinds)))
-        at = (group.row[i], slice(group.program.hypers, None))
-        library = registry.library(group.numbers)
-        if group.mirror is None:
-            group.numbers = library.placed(group.numbers, at, counters)
-        elif counters:
-            given = np.array(counters, np.float64)
-            library.assign(group.numbers[at], library.on_device(given, group.kind.device))
+        """Replace the state of one leaf."""
+        self.assign_many({leaf: state})
+
+    def wind(self, clocks: Mapping[int, float]) -> None:
+        """Set the clocks of leaves."""
+        values = np.array(list(clocks.values()), np.float64)
+        with self.lock:
+            for group, members, which in self.found(clocks):
+                group.table = group.table.wind(members, values[which].tolist()).merge_equal()
         self.changed()
 
-    def change(self, leaves: Iterable[int], new: Callable[[Rule], Rule]) -> None:
+    def change(self, leaves: Iterable[int], new: Change) -> None:
         """Replace the rule of every one of the leaves; state stays, and so do rules' equal parts of it."""
-        wanted = np.array(list(leaves), np.int64)
-        moved: list[tuple[int, Rule, Any]] = []
-        for group in self.groups:
-            mask = np.isin(group.leaves, wanted)
-            if not mask.any():
-                continue
-            group.part(np.flatnonzero(mask))
-            moved += self.change_group(group, mask, new)
-            group.send()
-            group.join()
-        if moved:
-            self.move(moved)
-        self.changed()
+        self.change_many([(leaves, new)])
 
-    @staticmethod
-    def change_group(group: Group, mask: Any, new: Callable[[Rule], Rule]) -> list[tuple[int, Rule, Any]]:
-        """Change the rules of some leaves of a group; (leaf, rule, state) of those that no longer belong
-        there.
+    def change_many(self, changes: Sequence[tuple[Iterable[int], Change]]) -> None:
+        """Replace the rules of some leaves in one way, those of others in another; no leaf stands in two.
+
+        Where only hyper-parameters change, rows of tables are written; a leaf whose rule gets another
+        structure changes its group.
         """
-        moved: list[tuple[int, Rule, Any]] = []
-        for r in np.unique(group.row[mask]):
-            members = np.flatnonzero(group.row == r)
-            rule = new(group.rule_of(int(members[0])))
-            if skeleton(rule) == skeleton(group.rule):
-                followed = [v for v in numbers(rule) if not registry.library(v).is_fixed(v)]
-                if group.mirror is not None and followed:
-                    raise BadState(FOLLOWED)
-                if group.mirror is not None:
-                    group.mirror[r, : group.program.hypers] = [float(v) for v in numbers(rule)]
-                    continue
-                if followed and isinstance(group.numbers, np.ndarray):
-                    group.numbers = registry.library(followed[0]).table(group.numbers)
-                library = registry.library(group.numbers)
-                at = (r, slice(0, group.program.hypers))
-                on_host = isinstance(group.numbers, np.ndarray)
-                given = [float(v) if on_host else v for v in numbers(rule)]
-                group.numbers = library.placed(group.numbers, at, given)
-            else:
-                moved += [(int(group.leaves[i]), rule, group.state_of(int(i))) for i in members]
-        return moved
-
-    def move(self, moved: Sequence[tuple[int, Rule, Any]]) -> None:
-        """Give leaves rules of another structure, or states of another form: they change group."""
-        gone = {leaf for leaf, _, _ in moved}
-        entries = list(moved)
-        for group in self.groups:
-            if gone & set(map(int, group.leaves)):
-                entries += [
-                    (int(leaf), group.rule_of(i), group.state_of(i))
-                    for i, leaf in enumerate(group.leaves)
-                    if int(leaf) not in gone
-                ]
-        touched = {leaf for leaf, _, _ in entries}
-        kept = [g for g in self.groups if not touched & set(map(int, g.leaves))]
-        self.retired += [g for g in self.groups if g not in kept and g.captured]
-        self.groups = kept + grouped(sorted(entries, key=lambda e: e[0]), self.shapes)
-        self.index()
+        lists = [list(leaves) for leaves, _ in changes]
+        of = np.repeat(np.arange(len(lists)), [len(leaves) for leaves in lists])
+        moved: list[Entry] = []
+        with self.lock:
+            for group, members, which in self.found(itertools.chain.from_iterable(lists)):
+                label = np.full(len(group.leaves), -1)
+                label[members] = of[which]
+                moved += _changed(group, label, [new for _, new in changes])
+            if moved:
+                self.move(moved)
         self.changed()
+
+    def move(self, moved: Sequence[Entry]) -> None:
+        """Give leaves rules of another structure, or states of another form: they change group."""
+        gone = {entry.leaf for entry in moved}
+        with self.lock:
+            entries, kept = list(moved), list[Group]()
+            for group in self.groups:
+                if gone.isdisjoint(group.leaves.tolist()):
+                    kept.append(group)
+                    continue
+                entries += [
+                    group.entry(i) for i, leaf in enumerate(group.leaves.tolist()) if leaf not in gone
+                ]
+                if group.captured:
+                    self.retired.append(group)
+            self.groups = kept + grouped(sorted(entries, key=lambda e: e.leaf), self.shapes)
+            self.index()
+        self.changed()
+
+
+def _changed(group: Group, label: Indices, changes: Sequence[Change]) -> list[Entry]:
+    """Change the rules of the leaves of a group whose label is not -1; the entries of those that no longer
+    belong there.
+    """
+    table = group.table
+    if not (label == label[0]).all():
+        table = table.split_by(label)
+    moved: list[Entry] = []
+    rows: list[int] = []
+    written: list[list[Any]] = []
+    own = skeleton(group.rule)
+    touched = np.flatnonzero(label >= 0)
+    for r, first in zip(*np.unique(table.row[touched], return_index=True), strict=True):
+        i = int(touched[first])
+        rule = changes[label[i]](group.rule_of(i))
+        if skeleton(rule) == own:
+            rows.append(int(r))
+            written.append(numbers(rule))
+            continue
+        moved += [group.entry(k)._replace(rule=rule) for k in np.flatnonzero(table.row == r).tolist()]
+    if rows and table.hypers:
+        table = table.write_hypers(np.array(rows), slice(0, table.hypers), written)
+    group.table = table.merge_equal()
+    return moved

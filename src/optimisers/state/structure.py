@@ -18,13 +18,11 @@ class Structure:
         self.store = dataclasses.replace(
             store,
             groups=[_hollow(g) for g in store.groups],
-            frozen=store.frozen.copy(),
-            clock=None,
             handles={},
             known=None,
         )
         groups = (
-            (skeleton(g.rule), g.leaves.tobytes(), g.row.tobytes(), _slots_key(g), g.types)
+            (skeleton(g.rule), g.leaves.tobytes(), g.table.row.tobytes(), _slots_key(g), g.types)
             for g in store.groups
         )
         shapes = tuple(None if k is None else (k.name, k.shape, str(k.dtype), k.device) for k in store.shapes)
@@ -51,7 +49,7 @@ class Structure:
     def fits(self, arrays: Sequence[Any]) -> bool:
         """Whether these are arrays of the shapes that the structure knows, whose values may be looked at."""
         shapes = [s for g in self.store.groups for s in _shapes_of(g)]
-        found = list(arrays)[:-1]
+        found = list(arrays)
         return len(found) == len(shapes) and all(
             registry.isarray(a) and hasattr(a, "__array__") and tuple(a.shape) == s
             for a, s in zip(found, shapes, strict=True)
@@ -66,23 +64,28 @@ class Structure:
                 dataclasses.replace(p, buffers=[next(given) for _ in range(n)])
                 for p, n in zip(g.slots, map(_buffers, g.slots), strict=True)
             )
-            groups.append(dataclasses.replace(g, slots=slots, numbers=next(given), row=g.row.copy()))
-        new = object.__new__(Store)
-        changed = {"groups": groups, "frozen": self.store.frozen.copy(), "clock": next(given), "handles": {}}
-        vars(new).update(vars(self.store) | changed)
+            table = g.table.filled(next(given), next(given))
+            groups.append(dataclasses.replace(g, slots=slots, table=table))
+        new = self.store.apart(groups)
+        new.known = token_of(new), self
         new.changed()
         return new
 
 
 def structure_of(store: Store) -> Structure:
     """What is left of a store without its arrays; the same object as long as nothing of it changes."""
-    token = (
-        store.frozen.tobytes(),
-        *((id(g.program), g.row.tobytes(), len(g.numbers), g.loose) for g in store.groups),
-    )
+    token = token_of(store)
     if store.known is None or store.known[0] != token:
         store.known = token, Structure(store)
     return store.known[1]
+
+
+def token_of(store: Store) -> tuple[Any, ...]:
+    """What the structure of a store depends on."""
+    return (
+        store.frozen.tobytes(),
+        *((id(g.program), g.table.row.tobytes(), g.loose) for g in store.groups),
+    )
 
 
 class Pending:
@@ -110,8 +113,8 @@ NUMBERED: list[Structure] = []
 
 def _shapes_of(group: Group) -> list[tuple[int, ...]]:
     """The shapes of the buffers of a group, and of its table."""
-    table = int(group.row.max(initial=-1)) + 1, len(group.program.names)
-    return [*(s for p in group.slots for s in _buffer_shapes(p)), table]
+    rows = int(group.table.row.max(initial=-1)) + 1
+    return [*(s for p in group.slots for s in _buffer_shapes(p)), (rows, len(group.program.names)), (rows,)]
 
 
 def _buffer_shapes(pack: Pack) -> list[tuple[int, ...]]:
@@ -128,7 +131,7 @@ def _buffer_shapes(pack: Pack) -> list[tuple[int, ...]]:
 
 def _hollow(group: Group) -> Group:
     slots = tuple(dataclasses.replace(p, buffers=[]) for p in group.slots)
-    return dataclasses.replace(group, slots=slots, numbers=None, row=group.row.copy())
+    return dataclasses.replace(group, slots=slots, table=group.table.filled(None, None))
 
 
 def _buffers(pack: Pack) -> int:

@@ -1,33 +1,607 @@
-"""The scalars of a group's leaves: hyper-parameters, then counters, a row for each history."""
+"""The scalar table of a group: hyper-parameters, then counters, in a row for each history, and its clock.
 
-from typing import Any
+Leaves that were always stepped together share a row; one that is adjusted, frozen or skipped gets its own,
+copied when they part. The clock of a row counts the updates that covered its leaves. There are three forms
+with one interface, and nobody else asks which: scalars of the host, those that a transform traces, and those
+that live on a device. Tables of the first two are values: what changes one gives another, so a step goes on
+with the one it has begun with. That of a device keeps its addresses, for graphs that were captured.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from optimisers.arrays import registry
+from optimisers.errors import BadState
 
-Table = np.ndarray[Any, np.dtype[np.float64]]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+
+CAPTURED = (
+    "a capturable state is for CUDA graphs; for steps that somebody differentiates, write setup without "
+    "capturable"
+)
+"""What is said to those who want to trace the scalars of a capturable state."""
 
 
-def duplicated(numbers: Any) -> Any:
-    """A table of numbers, to be changed apart from the old one."""
-    return registry.library(numbers).duplicate(numbers)
+class ScalarTable(Protocol):
+    """What all three forms answer."""
+
+    hypers: int
+    """How many of the columns are hyper-parameters; counters follow."""
+
+    @property
+    def values(self) -> Any:
+        """The scalars, a row for each history."""
+        ...
+
+    @property
+    def clock(self) -> Any:
+        """How many updates have covered the leaves of each row."""
+        ...
+
+    @property
+    def row(self) -> Indices:
+        """The row of each leaf."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        ...
+
+    @property
+    def traced(self) -> bool:
+        """Whether a step must be traced, since nobody here knows the scalars."""
+        ...
+
+    def split(self, members: Indices) -> "ScalarTable":
+        """The table in which these leaves share no row with others."""
+        ...
+
+    def split_by(self, label: Indices) -> "ScalarTable":
+        """The table in which leaves share a row only if their labels are equal; all of label -1 may."""
+        ...
+
+    def merge_equal(self) -> "ScalarTable":
+        """The table with one row for equal scalars: what has not parted, or has met again, is one history."""
+        ...
+
+    def read_hypers(self, i: int) -> Any:
+        """The hyper-parameters of leaf i."""
+        ...
+
+    def read_counters(self, i: int) -> Any:
+        """The counters of leaf i."""
+        ...
+
+    def read_clock(self, i: int) -> Any:
+        """The clock of leaf i: a number, or what is traced in its place."""
+        ...
+
+    def column(self, rows: Indices, j: int) -> Any:
+        """A hyper-parameter of some rows."""
+        ...
+
+    def write_hypers(self, rows: Indices, columns: Any, values: Any) -> "ScalarTable":
+        """The table with other hyper-parameters in some rows; values may be traced."""
+        ...
+
+    def write_counters(
+        self, members: Indices | None, counters: Sequence[Any], *, of_leaf: bool, computed: "ScalarTable"
+    ) -> "ScalarTable":
+        """The table with the counters that a step has computed from another one, by row or by leaf, for the
+        leaves that it stepped (None for all).
+        """
+        ...
+
+    def assign_counters(self, members: Indices, values: Sequence[Sequence[Any]]) -> "ScalarTable":
+        """The table with other counters of some leaves, each given its own."""
+        ...
+
+    def tick(self, members: Indices | None, skipped: Any = None) -> "ScalarTable":
+        """The table after an update that covered these leaves (None for all); on a device it is none where
+        `skipped` is not 0.
+        """
+        ...
+
+    def wind(self, members: Indices, clocks: Sequence[float]) -> "ScalarTable":
+        """The table with other clocks of some leaves."""
+        ...
+
+    def copy(self) -> "ScalarTable":
+        """A table to be changed apart from this one."""
+        ...
+
+    def to_traced(self, library: Any) -> "ScalarTable":
+        """The same scalars as arrays of a library that traces them."""
+        ...
+
+    def settle(self) -> "ScalarTable":
+        """The same on the host, once nobody traces what becomes of it."""
+        ...
+
+    def arrays(self) -> tuple[Any, Any]:
+        """What a structure hands on: the scalars and the clock."""
+        ...
+
+    def filled(self, values: Any, clock: Any) -> "ScalarTable":
+        """A table with these arrays and the rows of this one."""
+        ...
+
+
+# -- the forms -----------------------------------------------------------------------------------------------
+
+
+class HostTable:
+    """Scalars and clock in float64 on the host; never written, always replaced."""
+
+    __slots__ = ("clock", "hypers", "row", "values")
+    traced = False
+
+    def __init__(self, values: Floats, clock: Floats, row: Indices, hypers: int) -> None:
+        self.values, self.clock, self.row, self.hypers = values, clock, row, hypers
+
+    @property
+    def rows(self) -> int:
+        return len(self.values)
+
+    def split(self, members: Indices) -> "HostTable":
+        found = _parted(self.row, len(self.values), members)
+        return self if found is None else self._at(*found)
+
+    def split_by(self, label: Indices) -> "HostTable":
+        return self._at(*_labelled(self.row, label))
+
+    def _at(self, source: Indices, row: Indices) -> "HostTable":
+        return HostTable(self.values[source], self.clock[source], row, self.hypers)
+
+    def merge_equal(self) -> "HostTable":
+        if len(self.values) == 1:
+            return self
+        used, row = np.unique(self.row, return_inverse=True)
+        whole = np.column_stack([self.values, self.clock])[used]
+        table, which = np.unique(whole, axis=0, return_inverse=True)
+        return HostTable(table[:, :-1], table[:, -1], which.ravel()[row.ravel()], self.hypers)
+
+    def read_hypers(self, i: int) -> Floats:
+        return self.values[self.row[i], : self.hypers]
+
+    def read_counters(self, i: int) -> Floats:
+        return self.values[self.row[i], self.hypers :]
+
+    def read_clock(self, i: int) -> int:
+        return int(self.clock[self.row[i]])
+
+    def column(self, rows: Indices, j: int) -> Floats:
+        return self.values[rows, j]
+
+    def write_hypers(self, rows: Indices, columns: Any, values: Any) -> "HostTable | TracedTable":
+        if (library := _tracer(values)) is not None:
+            return self.to_traced(library).write_hypers(rows, columns, values)
+        new = self.values.copy()
+        new[_block(rows, columns)] = _on_host(values)
+        return HostTable(new, self.clock, self.row, self.hypers)
+
+    def write_counters(
+        self, members: Indices | None, counters: Sequence[Any], *, of_leaf: bool, computed: ScalarTable
+    ) -> "HostTable":
+        if not counters:
+            return self
+        if not of_leaf and computed.row is not self.row:  # somebody has changed the rows meanwhile
+            counters, of_leaf = _spread(counters, computed.row, members), True
+        if of_leaf:
+            stepped = np.arange(len(self.row)) if members is None else members
+            new, row = self.values[self.row], np.arange(len(self.row))
+            for j, value in enumerate(counters, self.hypers):
+                new[stepped, j] = value
+            return HostTable(new, self.clock[self.row], row, self.hypers).merge_equal()
+        new = self.values.copy()
+        if members is None:
+            for j, value in enumerate(counters, self.hypers):
+                new[:, j] = value
+        else:
+            rows = np.unique(self.row[members])
+            for j, value in enumerate(counters, self.hypers):
+                new[rows, j] = value if np.ndim(value) == 0 else value[rows]
+        return HostTable(new, self.clock, self.row, self.hypers)
+
+    def assign_counters(self, members: Indices, values: Sequence[Sequence[Any]]) -> "HostTable | TracedTable":
+        if (library := _tracer(values)) is not None:
+            return self.to_traced(library).assign_counters(members, values)
+        apart = self.split_by(_own(self.row, members))
+        new = apart.values.copy()
+        new[apart.row[members], self.hypers : self.hypers + len(values[0])] = values
+        return HostTable(new, apart.clock, apart.row, self.hypers)
+
+    def tick(self, members: Indices | None, skipped: Any = None) -> "HostTable":
+        if members is None:
+            return HostTable(self.values, self.clock + 1, self.row, self.hypers)
+        new = self.split(members)
+        clock = new.clock.copy()
+        clock[np.unique(new.row[members])] += 1
+        return HostTable(new.values, clock, new.row, self.hypers)
+
+    def wind(self, members: Indices, clocks: Sequence[float]) -> "HostTable":
+        new = self.split_by(_own(self.row, members))
+        clock = new.clock.copy()
+        clock[new.row[members]] = clocks
+        return HostTable(new.values, clock, new.row, self.hypers)
+
+    def copy(self) -> Self:
+        return self
+
+    def to_traced(self, library: Any) -> "TracedTable":
+        return TracedTable(library.table(self.values), library.counted(self.clock), self.row, self.hypers)
+
+    def settle(self) -> Self:
+        return self
+
+    def arrays(self) -> tuple[Any, Any]:
+        return self.values, self.clock
+
+    def filled(self, values: Any, clock: Any) -> "TracedTable":
+        return TracedTable(values, clock, self.row, self.hypers)
+
+    def __reduce__(self) -> Any:
+        return HostTable, (self.values, self.clock, self.row, self.hypers)
+
+
+class TracedTable:
+    """Scalars and clock as arrays of a library, which a transform may trace; what it does not know it does
+    not compare.
+    """
+
+    __slots__ = ("clock", "hypers", "row", "values")
+
+    def __init__(self, values: Any, clock: Any, row: Indices, hypers: int) -> None:
+        self.values, self.clock, self.row, self.hypers = values, clock, row, hypers
+
+    @property
+    def traced(self) -> bool:
+        return True
+
+    @property
+    def library(self) -> Any:
+        """The library whose arrays these are."""
+        return registry.library(self.values)
+
+    @property
+    def rows(self) -> int:
+        return int(self.row.max(initial=-1)) + 1
+
+    def split(self, members: Indices) -> "TracedTable":
+        found = _parted(self.row, self.rows, members)
+        return self if found is None else self._at(*found)
+
+    def split_by(self, label: Indices) -> "TracedTable":
+        return self._at(*_labelled(self.row, label))
+
+    def _at(self, source: Indices, row: Indices) -> "TracedTable":
+        return TracedTable(self.values[source], self.clock[source], row, self.hypers)
+
+    def merge_equal(self) -> Self:
+        return self
+
+    def read_hypers(self, i: int) -> Any:
+        return self.values[self.row[i], : self.hypers]
+
+    def read_counters(self, i: int) -> Any:
+        return self.values[self.row[i], self.hypers :]
+
+    def read_clock(self, i: int) -> Any:
+        clock = self.clock[self.row[i]]
+        return int(clock) if self.library.is_fixed(clock) else clock
+
+    def column(self, rows: Indices, j: int) -> Any:
+        return self.values[rows, j]
+
+    def write_hypers(self, rows: Indices, columns: Any, values: Any) -> "TracedTable":
+        new = self.library.placed(self.values, _block(rows, columns), self._taken(values))
+        return TracedTable(new, self.clock, self.row, self.hypers)
+
+    def _taken(self, values: Any) -> Any:
+        """Scalars as this library takes them: rows of them as a table."""
+        if not isinstance(values, list):
+            return values
+        return self.library.table(values if _tracer(values) is not None else np.array(_on_host(values)))
+
+    def write_counters(
+        self, members: Indices | None, counters: Sequence[Any], *, of_leaf: bool, computed: ScalarTable
+    ) -> "TracedTable":
+        if not counters:
+            return self
+        values, clock, row = self.values, self.clock, self.row
+        if of_leaf:
+            values, clock, row = values[row], clock[row], np.arange(len(row))
+            rows = row if members is None else members
+        else:
+            rows = np.arange(self.rows) if members is None else np.unique(row[members])
+            counters = [v if np.ndim(v) == 0 else v[rows] for v in counters]
+        at = (rows[:, None], self.hypers + np.arange(len(counters)))
+        new = self.library.placed(values, at, self.library.columns(counters, len(rows)))
+        return TracedTable(new, clock, row, self.hypers)
+
+    def assign_counters(self, members: Indices, values: Sequence[Sequence[Any]]) -> "TracedTable":
+        new = self.split_by(_own(self.row, members))
+        at = (new.row[members][:, None], self.hypers + np.arange(len(values[0])))
+        whole = self.library.placed(new.values, at, self.library.table(list(values)))
+        return TracedTable(whole, new.clock, new.row, self.hypers)
+
+    def tick(self, members: Indices | None, skipped: Any = None) -> "TracedTable":
+        if members is None:
+            return TracedTable(self.values, self.clock + 1, self.row, self.hypers)
+        new = self.split(members)
+        rows = np.unique(new.row[members])
+        clock = self.library.placed(new.clock, rows, new.clock[rows] + 1)
+        return TracedTable(new.values, clock, new.row, self.hypers)
+
+    def wind(self, members: Indices, clocks: Sequence[float]) -> "TracedTable":
+        new = self.split_by(_own(self.row, members))
+        clock = self.library.placed(new.clock, new.row[members], np.asarray(clocks))
+        return TracedTable(new.values, clock, new.row, self.hypers)
+
+    def copy(self) -> "TracedTable":
+        duplicate = self.library.duplicate
+        return TracedTable(duplicate(self.values), duplicate(self.clock), self.row, self.hypers)
+
+    def to_traced(self, library: Any) -> Self:
+        return self
+
+    def settle(self) -> "HostTable | TracedTable":
+        library = self.library
+        if library.immutable or not (library.is_fixed(self.values) and library.is_fixed(self.clock)):
+            return self
+        values, clock = (np.array(library.to_numpy(a), np.float64) for a in (self.values, self.clock))
+        return HostTable(values, clock, self.row, self.hypers)
+
+    def arrays(self) -> tuple[Any, Any]:
+        return self.values, self.clock
+
+    def filled(self, values: Any, clock: Any) -> "TracedTable":
+        return TracedTable(values, clock, self.row, self.hypers)
+
+    def __reduce__(self) -> Any:
+        return TracedTable, (self.values, self.clock, self.row, self.hypers)
+
+
+class DeviceTable:
+    """Scalars and clock on a device, a row for each leaf, at addresses that stay: a graph that was captured
+    reads and writes them there. Only the host changes hyper-parameters, so what it has sent it need not read
+    back.
+    """
+
+    __slots__ = ("clock", "covered", "device", "hypers", "library", "mirror", "row", "values")
+    traced = False
+
+    def __init__(self, host: HostTable, library: Any, device: str) -> None:
+        self.library, self.device = library, device
+        self.hypers, self.row, self.mirror = host.hypers, host.row, host.values[:, : host.hypers]
+        self.values = library.on_device(host.values, device)
+        self.clock = library.on_device(host.clock, device)
+        self.covered: dict[bytes, Any] = {}
+        """Which rows some leaves have, on the device."""
+
+    @property
+    def rows(self) -> int:
+        return len(self.row)
+
+    def split(self, members: Indices) -> Self:
+        return self  # no leaf shares its row
+
+    def split_by(self, label: Indices) -> Self:
+        return self
+
+    def merge_equal(self) -> Self:
+        return self
+
+    def read_hypers(self, i: int) -> Floats:
+        return self.mirror[self.row[i]]
+
+    def read_counters(self, i: int) -> Floats:
+        return self.library.to_numpy(self.values[int(self.row[i]), self.hypers :])
+
+    def read_clock(self, i: int) -> int:
+        return int(self.clock[int(self.row[i])])
+
+    def column(self, rows: Indices, j: int) -> Floats:
+        return self.mirror[rows, j]
+
+    def write_hypers(self, rows: Indices, columns: Any, values: Any) -> Self:
+        """The same table with other hyper-parameters.
+
+        Raises BadState for traced ones, and while a graph is captured, which would not hold the change.
+        """
+        if _tracer(values) is not None:
+            raise BadState(CAPTURED)
+        if self.library.capturing(self.device):
+            raise BadState(
+                "the numbers of a capturable state were changed while a graph is captured; change them "
+                "before, or between its replays"
+            )
+        mirror = self.mirror.copy()
+        mirror[_block(rows, columns)] = _on_host(values)
+        self.library.assign(self.values[:, : self.hypers], self.library.on_device(mirror, self.device))
+        self.mirror = mirror
+        return self
+
+    def write_counters(
+        self, members: Indices | None, counters: Sequence[Any], *, of_leaf: bool, computed: ScalarTable
+    ) -> Self:
+        """Kernels have written counters where they lie; those of other engines are sent."""
+        stepped = np.arange(len(self.row)) if members is None else members
+        if counters and not of_leaf:
+            counters = _spread(counters, computed.row, members)
+        for j, value in enumerate(counters, self.hypers):
+            column = self.library.to_numpy(self.values[:, j]).copy()
+            column[self.row[stepped]] = value
+            self.library.assign(self.values[:, j], self.library.on_device(column, self.device))
+        return self
+
+    def assign_counters(self, members: Indices, values: Sequence[Sequence[Any]]) -> Self:
+        if _tracer(values) is not None:
+            raise BadState(CAPTURED)
+        given = self.library.on_device(np.array(values, np.float64), self.device)
+        for i, new in zip(self.row[members].tolist(), given, strict=True):
+            self.library.assign(self.values[i, self.hypers : self.hypers + len(new)], new)
+        return self
+
+    def tick(self, members: Indices | None, skipped: Any = None) -> Self:
+        covered = None
+        if members is not None:
+            key = members.tobytes()
+            if key not in self.covered:
+                mask = np.zeros(len(self.row))
+                mask[self.row[members]] = 1
+                self.covered[key] = self.library.on_device(mask, self.device)
+            covered = self.covered[key]
+        self.clock = self.library.ticked(self.clock, skipped, covered)
+        return self
+
+    def wind(self, members: Indices, clocks: Sequence[float]) -> Self:
+        clock = self.library.to_numpy(self.clock).copy()
+        clock[self.row[members]] = clocks
+        self.library.assign(self.clock, self.library.on_device(clock, self.device))
+        return self
+
+    def copy(self) -> "DeviceTable":
+        new = object.__new__(DeviceTable)
+        new.library, new.device, new.hypers, new.row = self.library, self.device, self.hypers, self.row
+        new.mirror, new.covered = self.mirror, dict(self.covered)
+        new.values, new.clock = self.library.duplicate(self.values), self.library.duplicate(self.clock)
+        return new
+
+    def to_traced(self, library: Any) -> "TracedTable":
+        raise BadState(CAPTURED)
+
+    def settle(self) -> Self:
+        return self
+
+    def arrays(self) -> tuple[Any, Any]:
+        return self.values, self.clock
+
+    def filled(self, values: Any, clock: Any) -> "TracedTable":
+        return TracedTable(values, clock, self.row, self.hypers)
+
+    def __reduce__(self) -> Any:
+        return _sent, (self.values, self.clock, self.mirror, self.row, self.library.name, self.device)
+
+
+def _sent(values: Any, clock: Any, mirror: Floats, row: Indices, library: str, device: str) -> DeviceTable:
+    """A table of a device that was saved."""
+    new = object.__new__(DeviceTable)
+    new.values, new.clock, new.mirror, new.row, new.hypers = values, clock, mirror, row, mirror.shape[1]
+    new.library, new.device, new.covered = registry.named(library), device, {}
+    return new
+
+
+# -- making one ----------------------------------------------------------------------------------------------
+
+
+def table_of(
+    rows: Sequence[Sequence[Any]],
+    clocks: Sequence[Any],
+    hypers: int,
+    library: Any,
+    device: str,
+    *,
+    captured: bool,
+    apart: bool,
+) -> ScalarTable:
+    """The table of some leaves of a library, each given its scalars and clock: on the host, unless they are
+    traced, the library keeps none there, or they are to be `captured`. `apart` leaves each leaf its row.
+    """
+    row = np.arange(len(rows))
+    if (tracer := _tracer([*rows, clocks])) is not None:
+        if captured:
+            raise BadState(CAPTURED)
+        given = [[c] for c in clocks]
+        clock = tracer.table(given)[:, 0] if _tracer(clocks) is not None else np.array(clocks, np.float64)
+        return TracedTable(tracer.table(rows), tracer.counted(clock), row, hypers)
+    values = np.array([[float(v) for v in r] for r in rows], np.float64).reshape(len(rows), -1)
+    host = HostTable(values, np.array([float(c) for c in clocks]), row, hypers)
+    if captured:
+        return DeviceTable(host, library, device)
+    if not library.immutable or not apart:
+        host = host.merge_equal()
+    return host.to_traced(library) if library.immutable else host
 
 
 def as_kind(kind: type, value: Any) -> Any:
+    """A scalar of a table as a Python number of this type; what is traced stays."""
     if not isinstance(value, float | np.floating):
         library = registry.library(value)
-        if library.HOST_NUMBERS or not library.is_fixed(value):
-            return value  # somebody follows it
+        if not library.immutable or not library.is_fixed(value):
+            return value  # somebody traces it
         value = float(str(library.to_numpy(value)))  # 0.001, not 0.0010000000474974513
     return (
         int(value) if kind is int and value == int(value) else bool(value) if kind is bool else float(value)
     )
 
 
-def table_of(rows: list[list[Any]]) -> Any:
-    """The table of numbers: on the host in float64, unless somebody follows one of them."""
-    followed = [v for row in rows for v in row if not registry.library(v).is_fixed(v)]
-    if followed:
-        return registry.library(followed[0]).table(rows)
-    return registry.named("numpy").table(rows).reshape(len(rows), -1)
+# -- what the forms share ------------------------------------------------------------------------------------
+
+
+def _parted(row: Indices, rows: int, members: Indices) -> tuple[Indices, Indices] | None:
+    """(old row of every new one, new row of every leaf), with rows of their own for some leaves; None where
+    they share none with others.
+    """
+    among = np.bincount(row[members], minlength=rows)
+    split = np.flatnonzero((among > 0) & (among < np.bincount(row, minlength=rows)))
+    if not len(split):
+        return None
+    renamed = np.arange(rows)
+    renamed[split] = rows + np.arange(len(split))
+    new = row.copy()
+    new[members] = renamed[row[members]]
+    return np.concatenate([np.arange(rows), split]), new
+
+
+def _labelled(row: Indices, label: Indices) -> tuple[Indices, Indices]:
+    """(old row of every new one, new row of every leaf), with a row for each pair of row and label."""
+    pairs = row * (int(label.max(initial=-1)) + 2) + label + 1
+    _, first, new = np.unique(pairs, return_index=True, return_inverse=True)
+    return row[first], new.ravel()
+
+
+def _own(row: Indices, members: Indices) -> Indices:
+    """Labels by which each of some leaves has its own row."""
+    label = np.full(len(row), -1)
+    label[members] = np.arange(len(members))
+    return label
+
+
+def _spread(counters: Sequence[Any], row: Indices, members: Indices | None) -> list[Any]:
+    """Counters of rows as counters of the leaves that have them."""
+    of = row if members is None else row[members]
+    return [v if np.ndim(v) == 0 or len(v) == 1 else v[of] for v in counters]
+
+
+def _block(rows: Indices, columns: Any) -> Any:
+    """The index of some rows and columns."""
+    return (rows, columns) if np.ndim(columns) == 0 else (rows[:, None], np.asarray(columns))
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    if isinstance(values, list | tuple):
+        for v in values:
+            yield from _flat(v)
+    else:
+        yield values
+
+
+def _tracer(values: Any) -> Any:
+    """The library that traces one of some scalars; None if they all may be read."""
+    for v in _flat(values):
+        if not isinstance(v, float | int) and not (library := registry.library(v)).is_fixed(v):
+            return library
+    return None
+
+
+def _on_host(values: Any) -> Any:
+    """Scalars that may be read, as NumPy takes them."""
+    if isinstance(values, list | tuple):
+        items: Iterable[Any] = values
+        return [_on_host(v) for v in items]
+    return registry.library(values).to_numpy(values) if registry.isarray(values) else float(values)

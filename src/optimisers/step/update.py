@@ -24,10 +24,11 @@ from optimisers.engines.task import Job, Result, Task, ready
 from optimisers.errors import BadSetting, BadState, FloatParameter, NoMatch, NoParameters, TreeMismatch
 from optimisers.graph.passes import store_pass
 from optimisers.rule import Rule
-from optimisers.state.group import FOLLOWED, Group, Shape, grouped, started
+from optimisers.state.group import Group, Shape, grouped, started
 from optimisers.state.leaf import Branch, Leaf, handle, parts
 from optimisers.state.select import listed
 from optimisers.state.store import Store
+from optimisers.state.table import CAPTURED, ScalarTable
 from optimisers.tree.path import KeyPath, matches
 from optimisers.tree.walk import Layout, Node, gather, gather_gradients, rebuild, survey
 
@@ -77,10 +78,9 @@ def setup(rule: Any, model: Any, *, engine: str | None = None, capturable: bool 
         for i, (r, x) in enumerate(zip(rules, arrays, strict=True))
         if r is not None
     ]
-    clock = _clock_on_device(shapes) if capturable else 0
-    store = Store(
-        layout, shapes, grouped(entries, shapes), np.zeros(len(arrays), bool), clock=clock, engine=engine
-    )
+    if capturable:
+        _refuse_uncapturable(shapes)
+    store = Store(layout, shapes, grouped(entries, shapes), np.zeros(len(arrays), bool), engine=engine)
     for group in store.groups:
         task_for(group, engine, group.memo)
     for name in {kind.name for kind in shapes if kind is not None} & COMPILED.keys():
@@ -88,13 +88,12 @@ def setup(rule: Any, model: Any, *, engine: str | None = None, capturable: bool 
     return handle(store, layout.root, KeyPath())
 
 
-def _clock_on_device(shapes: Sequence[Shape | None]) -> Any:
-    """A clock of 0 where the parameters are; raises BadSetting unless all are on one device that has one."""
+def _refuse_uncapturable(shapes: Sequence[Shape | None]) -> None:
+    """Raise BadSetting unless the parameters are all on one device whose steps can be captured."""
     found = {(k.name, k.device) for k in shapes if k is not None}
-    if len(found) != 1 or not (library := registry.named(next(iter(found))[0])).CAPTURABLE:
+    if len(found) != 1 or not registry.named(next(iter(found))[0]).CAPTURABLE:
         where = ", ".join(f"{name} on {device}" for name, device in sorted(found)) or "nothing"
         raise BadSetting(f"capturable=True takes tensors of torch on one CUDA device; this model has {where}")
-    return library.on_device(np.zeros(()), next(iter(found))[1])
 
 
 def _refuse_model(model: Any) -> None:
@@ -252,8 +251,8 @@ def update_scaled(state: Any, model: Any, grads: Any, scaling: tuple[Any, Any]) 
     """
     store, node, path = parts(state)
     xs, orders = walked(node, path, model, (grads,))
-    library, device = registry.library(store.clock), registry.library(store.clock).device(store.clock)
-    scale, found = (library.moved(value, device) for value in scaling)
+    kind = store.groups[0].kind
+    scale, found = (kind.library.moved(value, kind.device) for value in scaling)
     _Step(store, node, xs, orders, inplace=True, scaling=(scale, found)).run()
 
 
@@ -309,8 +308,9 @@ class _Step:
         active = _active(store, plan, orders)
         self.symbolic = self.followed(xs, orders)
         if self.symbolic and store.capturable:
-            raise BadState(FOLLOWED)
-        self.jobs: list[tuple[Group, Any, Job, type[Task] | None]] = []
+            raise BadState(CAPTURED)
+        self.jobs: list[tuple[Group, Any, Job, ScalarTable, type[Task] | None]] = []
+        self.parts = plan.parts
         for g, inside, at in plan.parts:
             members, taken = inside, at
             if active is not None:
@@ -343,7 +343,7 @@ class _Step:
 
     def followed(self, xs: Sequence[Any], orders: list[Sequence[Any]]) -> bool:
         """Whether somebody follows what becomes of the numbers or of the arrays: a transform, a compiler."""
-        found = not self.store.on_host()
+        found = self.store.traced
         for library in {g.kind.name: g.kind.library for g in self.store.groups}.values():
             found = found or library.follows(xs, orders, inplace=self.inplace)
             if found and self.inplace:
@@ -355,8 +355,10 @@ class _Step:
 
     def job(
         self, g: int, members: Any, xs: Sequence[Any], grads: tuple[Sequence[Any], ...]
-    ) -> tuple[Group, Any, Job]:
-        """(group that takes the result, its members that are stepped, their job); members None for all."""
+    ) -> tuple[Group, Any, Job, ScalarTable]:
+        """(group that takes the result, its members that are stepped or None for all, their job, the table
+        that it reads).
+        """
         group = self.store.groups[g]
         if g not in self.targets:
             whole = members is None
@@ -364,15 +366,17 @@ class _Step:
                 group.owned() if self.inplace else group.successor(whole=whole, symbolic=self.symbolic)
             )
         target = self.targets[g]
-        row, memo, places, leaves = target.row, group.memo, group.places, group.leaves
+        memo, places, leaves = group.memo, group.places, group.leaves
         slots, out = group.slots, target.slots
         if members is not None:
-            target.part(members)
+            target.table = target.table.split(members)
             memo = _memo(group, members)
-            row, places, leaves = target.row[members], memo["places"], leaves[members]
+            places, leaves = memo["places"], leaves[members]
             slots = tuple(p.pick(q) for p, q in zip(slots, memo["slots"], strict=True))
             out = tuple(p.pick(q) for p, q in zip(out, memo["slots"], strict=True))
-        paths = self.store.layout.paths
+        if self.symbolic:
+            target.table = target.table.to_traced(group.kind.library)
+        table, paths = target.table, self.store.layout.paths
         job = Job(
             rule=group.rule,
             program=group.program_for(len(grads)),
@@ -385,9 +389,9 @@ class _Step:
             strides=places.strides,
             shapes=places.shapes,
             sizes=places.sizes,
-            numbers=target.numbers,
-            row=row,
-            clock=self.store.clock,
+            numbers=table.values,
+            row=table.row if members is None else table.row[members],
+            clock=table.clock,
             inplace=self.inplace,
             symbolic=self.symbolic,
             device=group.kind.device,
@@ -397,13 +401,13 @@ class _Step:
             code=lambda i, root: paths[leaves[i]].code(root),
             memo=memo,
         )
-        return target, members, job
+        return target, members, job, table
 
     def run(self) -> dict[int, Any]:
         """Take the step; the new parameters, by leaf, where they are other objects than the old."""
         tasks = [
             (kind or (symbolic_task(j.library) if j.symbolic else task_for(g, self.store.engine, j.memo)))(j)
-            for g, _, j, kind in self.jobs
+            for g, _, j, _, kind in self.jobs
         ]
         with np.errstate(
             all="ignore"
@@ -414,17 +418,29 @@ class _Step:
 
     def stored(self, results: Sequence[Result]) -> dict[int, Any]:
         new: dict[int, Any] = {}
-        for (target, members, job, _), result in zip(self.jobs, results, strict=True):
-            if job.symbolic and isinstance(target.numbers, np.ndarray):
-                target.numbers = job.library.table(target.numbers)
-            target.count(members, result.counters, of_leaf=result.of_leaf)
-            if result.x is not job.x:
-                leaves = (target.leaves if members is None else target.leaves[members]).tolist()
-                new.update({i: x for i, x, was in zip(leaves, result.x, job.x, strict=True) if x is not was})
+        with self.store.lock:
+            for (target, members, job, table, _), result in zip(self.jobs, results, strict=True):
+                target.table = target.table.write_counters(
+                    members, result.counters, of_leaf=result.of_leaf, computed=table
+                )
+                if result.x is not job.x:
+                    leaves = (target.leaves if members is None else target.leaves[members]).tolist()
+                    new.update(
+                        {i: x for i, x, was in zip(leaves, result.x, job.x, strict=True) if x is not was}
+                    )
+            self.tick()
         if self.inplace:
-            self.store.tick(None if self.scaling is None else self.scaling[1])
             self.store.changed()
         return new
+
+    def tick(self) -> None:
+        """Count the update for every leaf that it covered, stepped or not."""
+        skipped = None if self.scaling is None else self.scaling[1]
+        for g, inside, _ in self.parts:
+            if g not in self.targets:
+                group = self.store.groups[g]
+                self.targets[g] = group if self.inplace else group.fork()
+            self.targets[g].table = self.targets[g].table.tick(inside, skipped)
 
 
 _signals: Any = sys.modules.get("_signal", signal)

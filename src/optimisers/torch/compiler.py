@@ -47,7 +47,9 @@ def _numbered(store: Store) -> tuple[int, int]:
     """(the number of a structure, that of the same one with a row of numbers for each leaf)."""
     structure = structure_of(store)
     if structure not in _numbers:
-        rows = [dataclasses.replace(g, row=np.arange(len(g.row))) for g in store.groups]
+        rows = [
+            dataclasses.replace(g, table=g.table.split_by(np.arange(len(g.leaves)))) for g in store.groups
+        ]
         apart = Structure(dataclasses.replace(store, groups=rows, known=None, numbered=_numbered, handles={}))
         for new in (apart, structure):
             new.store.numbered = _numbered
@@ -89,12 +91,13 @@ def update(state: Any, model: Any, grads: Any, more: Any) -> Any:
             )
         number, apart = held.number
         arrays = [
-            *[
-                a
-                for g in held.groups
-                for a in (*[b for p in g.slots for b in p.buffers], torch.as_tensor(g.numbers))
-            ],
-            torch.tensor(held.clock),
+            a
+            for g in held.groups
+            for a in (
+                *[b for p in g.slots for b in p.buffers],
+                torch.as_tensor(g.table.values),
+                torch.as_tensor(g.table.clock),
+            )
         ]
     leaves, form = pytree.tree_flatten(model)
     at = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and _inexact(x)]
@@ -133,8 +136,9 @@ def step(
     for before, group in zip(old.groups, new.groups, strict=True):
         for pack, was in zip(group.slots, before.slots, strict=True):
             out += [b.clone() if b is a else b for b, a in zip(pack.buffers, was.buffers, strict=True)]
-        out.append(tensors.table(np.asarray(group.numbers)[group.row]))
-    return [*out, torch.tensor(new.clock)]
+        table = group.table
+        out += [tensors.table(np.asarray(a)[table.row]) for a in table.arrays()]
+    return out
 
 
 @step.register_fake
@@ -150,5 +154,5 @@ def _(
     for buffers, leaves in NUMBERED[number].counts():
         out += [torch.empty_like(next(given)) for _ in range(buffers)]
         table = next(given)
-        out.append(table.new_empty((leaves, table.shape[1])))
+        out += [table.new_empty((leaves, table.shape[1])), next(given).new_empty((leaves,))]
     return [*out, torch.empty_like(next(given))]

@@ -149,15 +149,16 @@ class TorchOptimizer(torch.optim.Optimizer):
             if rule is None:
                 continue
             now = {key: self._read(group[key]) for key in seen}
+            leaves = [self._leaf_of[p] for p in group["params"] if p in self._leaf_of]
             if now != seen:
                 changes = {_field(rule, k): v for k, v in now.items() if v != seen[k]}
-                leaves = [self._leaf_of[p] for p in group["params"] if p in self._leaf_of]
                 self._rules[n] = rule = adjusted(rule, changes)  # noqa: PLW2901 it goes on as the new one
                 self._scheduled[n] = _has_schedule(rule)
                 store.change(leaves, lambda old, changes=changes: adjusted(old, changes))
                 self._rule_of.update(dict.fromkeys(group["params"], rule))
             if now != seen or (self._scheduled[n] and not self._capturable):
-                meant = _defaults(rule, store.clock).items()
+                clock = store.clock_of(leaves[0]) if leaves else 0
+                meant = _defaults(rule, clock).items()
                 group.update({k: v for k, v in meant if k not in group or v != self._read(group[k])})
                 self._seen[n] = self._shown(group, rule)
 
@@ -263,7 +264,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             trained = {name: leaf for name, leaf in places.items() if store.shapes[leaf] is not None}
             leaf_of = {model[name]: leaf for name, leaf in trained.items()}
             for p, leaf in leaf_of.items():
-                store.frozen[leaf] = self._kept.get(p, (None, False))[1]
+                store.freeze([leaf], self._kept.get(p, (None, False))[1])
                 if self.state.get(p):
                     self._adopt(store, leaf, self.state[p])
             store.changed()
@@ -303,10 +304,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         if not self._leaf_of:
             return
         store = parts(self._tree)[0]
-        clock = float(store.clock)
         for p in parameters:
             group, i = store.where(self._leaf_of[p])
-            shown: dict[str, Any] = {"step": torch.tensor(clock)}
+            shown: dict[str, Any] = {"step": torch.tensor(float(group.table.read_clock(i)))}
             for path, value in flatten(group.state_of(i)):
                 tensor = registry.isarray(value)
                 shown[_key(path)] = value if tensor else torch.tensor(float(value), dtype=torch.float64)
@@ -342,8 +342,9 @@ class TorchOptimizer(torch.optim.Optimizer):
                     f"{tuple(value.shape)}"
                 )
         store.assign(leaf, unflatten(old, iter(new)))
-        store.wind(int(saved.get("step", 0)))
-        store.frozen[leaf] |= bool(saved.get("frozen", 0))
+        store.wind({leaf: int(saved.get("step", 0))})
+        if saved.get("frozen", 0):
+            store.freeze([leaf], True)
         if "settings" in saved:
             own = [float(v) for v in saved["settings"]]
             store.change([leaf], lambda rule: fill(rule, iter(own)))

@@ -271,7 +271,7 @@ def scalar_source(
             "vector": f"tl.load(vector{j} + k, mask=on, other=0)",
             "total": f"tl.load(total{j}) + tl.zeros([LANES], tl.float64)",
             "size": "tl.load(sizes + k, mask=on, other=0).to(tl.float64)",
-            "clock": "tl.load(clock).to(tl.float64) + tl.zeros([LANES], tl.float64)",
+            "clock": "tl.load(clock + h, mask=on, other=0).to(tl.float64)",
         }[what]
     body = ["k = at + tl.arange(0, LANES)", "on = k < leaves", "h = tl.load(row + k, mask=on, other=0)"]
     body += maths.lines([*wanted, *counters], given)
