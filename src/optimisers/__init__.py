@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from optimisers.arrays.registry import isnumeric, maywrite
+from optimisers.arrays.registry import Backend, isnumeric, load, maywrite, public, register_backend
 from optimisers.averaged import averaged
 from optimisers.compose.accumulate import AccumGrad
 from optimisers.compose.average import EMA
@@ -149,21 +149,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_LATER = {
-    "TorchOptimizer": "optimisers.torch.optimizer",
-    "as_optax": "optimisers.jax.optax",
-    "from_optax": "optimisers.jax.optax",
-    "vmap_axes": "optimisers.jax.pytree",
-}
-
 
 def __getattr__(name: str) -> Any:
     """What needs another library is imported when it is first asked for."""
-    if name not in _LATER:
+    module = public(name)
+    if module is None:
         raise AttributeError(f"module 'optimisers' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_LATER[name]), name)
+    return getattr(load(module), name)
 
 
 __all__ = [
@@ -175,6 +167,7 @@ __all__ = [
     "AdaMax",
     "Adam",
     "AdamW",
+    "Backend",
     "BadSetting",
     "BadState",
     "Becomes",
@@ -289,6 +282,7 @@ __all__ = [
     "real",
     "real_zeros_like",
     "register",
+    "register_backend",
     "reshape",
     "setup",
     "sign",

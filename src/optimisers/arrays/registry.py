@@ -1,37 +1,183 @@
-"""Finds the module of functions for an array, without importing a library that the user has not imported."""
+"""Which library is an array of, and what belongs to it? One record a back end; what it names is imported when
+an array of it comes, so that no library is imported that the user has not imported.
+"""
 
 import functools
 import importlib
 import numbers
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 from optimisers.arrays.protocol import Array, Library
+from optimisers.errors import BadSetting
 
-LIBRARIES = {
-    "numpy": "optimisers.arrays.numpy",
-    "torch": "optimisers.arrays.torch",
-    "jax": "optimisers.arrays.jax",
-    "jaxlib": "optimisers.arrays.jax",
-    "cupy": "optimisers.arrays.cupy",
+
+@dataclass(frozen=True)
+class Compiler:
+    """How a step stands in a graph that a library compiles."""
+
+    looks: Callable[[], bool]
+    """Whether a graph is being made now."""
+    update: Callable[..., Any]
+    """`update`, put into it."""
+    aside: Callable[..., Any]
+    """Calls a function that cannot stand in one."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a back end does beside what its arrays answer; None for what it does not."""
+
+    known: Callable[[Any], None] | None = None
+    """Told the store of every state that is set up for its arrays."""
+    compiler: Compiler | None = None
+    stepped: Callable[..., Any] | None = None
+    """(store, new parameters) after a whole step of (store, node, parameters, gradients of each order); None
+    where the engines shall run it.
+    """
+
+
+@dataclass(frozen=True)
+class Backend:
+    """All that this package knows of an array library, in one record.
+
+    What is a string names a module, or `module:attribute`, which is imported when it is needed.
+    """
+
+    name: str
+    """The name, as `Library.name` has it and `explain` prints it."""
+    packages: tuple[str, ...]
+    """The packages or modules in which the types of its arrays are defined."""
+    arrays: str | Library
+    """What its arrays answer: an instance of `Library`."""
+    containers: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Package of model classes -> the module whose `container_of(kind)` knows them."""
+    engines: tuple[str, ...] = ()
+    """Engines of its own, the fastest first; the interpreter serves every library."""
+    hooks: str | Hooks = field(default_factory=Hooks)
+    public: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Names of the root of this package that need the library -> their modules."""
+
+
+BACKENDS: dict[str, Backend] = {
+    b.name: b
+    for b in (
+        Backend("numpy", ("numpy",), "optimisers.arrays.numpy:library"),
+        Backend(
+            "torch",
+            ("torch",),
+            "optimisers.arrays.torch:library",
+            containers={"torch": "optimisers.tree.modules_torch"},
+            hooks="optimisers.torch.compiler:HOOKS",
+            public={"TorchOptimizer": "optimisers.torch.optimizer"},
+        ),
+        Backend(
+            "jax",
+            ("jax", "jaxlib"),
+            "optimisers.arrays.jax:library",
+            containers={"flax": "optimisers.tree.modules_jax", "equinox": "optimisers.tree.modules_jax"},
+            hooks="optimisers.jax.pytree:HOOKS",
+            public={
+                "as_optax": "optimisers.jax.optax",
+                "from_optax": "optimisers.jax.optax",
+                "vmap_axes": "optimisers.jax.pytree",
+            },
+        ),
+        Backend("cupy", ("cupy",), "optimisers.arrays.cupy:library"),
+    )
 }
-"""Top-level package of an array type -> the module here that speaks for it."""
+"""Library -> all that is known of it. Nowhere else stands which module serves which library."""
+
+
+def register_backend(backend: Backend) -> None:
+    """Let arrays of another library be trained: a record that names its types and what they answer.
+
+    Its `arrays` is an instance of a subclass of `optimisers.arrays.protocol.Library`. Raises BadSetting if
+    another back end has its name or one of its packages.
+    """
+    if not isinstance(backend, Backend):
+        raise BadSetting(f"register_backend takes a Backend; {backend!r} is not one")
+    if backend.name in BACKENDS:
+        raise BadSetting(f"there is a back end {backend.name!r} already; give this one another name")
+    for other in BACKENDS.values():
+        if both := sorted({*backend.packages} & {*other.packages}):
+            raise BadSetting(f"arrays of {both[0]!r} belong to the back end {other.name!r} already")
+    if not isinstance(backend.arrays, str) and backend.arrays.name != backend.name:
+        raise BadSetting(f"the back end {backend.name!r} has the arrays of {backend.arrays.name!r}")
+    BACKENDS[backend.name] = backend
+    forget()
+
+
+def forget() -> None:
+    """Look everything up anew."""
+    for cached in (library_of, named, hooks, container_module, _packages):
+        cached.cache_clear()
+
+
+def load(name: str) -> Any:
+    """What a string of a record names."""
+    module, _, attribute = name.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+@functools.cache
+def _packages() -> dict[str, str]:
+    """Package or module of array types -> name of the back end."""
+    return {package: b.name for b in BACKENDS.values() for package in b.packages}
+
+
+def _prefixes(module: str) -> Iterator[str]:
+    """`a.b.c`, `a.b`, `a`."""
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
 
 
 @functools.lru_cache(maxsize=1024)
 def library_of(kind: type) -> Library | None:
     """The library of arrays of this type, or None if it is not an array type."""
+    packages = _packages()
     for base in kind.__mro__:
-        if (name := base.__module__.partition(".")[0]) in LIBRARIES:
-            found = named(name)
-            if found.is_array_type(kind):
-                return found
+        name = next((packages[p] for p in _prefixes(base.__module__) if p in packages), None)
+        if name is not None and (found := named(name)).is_array_type(kind):
+            return found
     return None
 
 
 @functools.cache
 def named(name: str) -> Library:
     """The library of a name, imported now."""
-    return importlib.import_module(LIBRARIES[name]).library
+    arrays = BACKENDS[name].arrays
+    return load(arrays) if isinstance(arrays, str) else arrays
+
+
+@functools.cache
+def hooks(name: str) -> Hooks:
+    """What the back end of a name wants to be told, imported now."""
+    wanted = BACKENDS[name].hooks
+    found: Hooks = load(wanted) if isinstance(wanted, str) else wanted
+    if found.compiler is not None and found.compiler not in compilers:
+        compilers.append(found.compiler)
+    return found
+
+
+compilers: list[Compiler] = []
+"""Those of the libraries of whose arrays a state was made: every `update` asks them before it looks at
+anything else.
+"""
+
+
+@functools.cache
+def container_module(package: str) -> str | None:
+    """The module that knows the models of a package."""
+    return next((b.containers[package] for b in BACKENDS.values() if package in b.containers), None)
+
+
+def public(name: str) -> str | None:
+    """The module of a public name that needs a library."""
+    return next((b.public[name] for b in BACKENDS.values() if name in b.public), None)
 
 
 def library(*args: object) -> Library:
@@ -74,6 +220,12 @@ def maywrite(x: object) -> bool:
     """Whether `update_` may write into `x`; a read-only or broadcast array is replaced instead."""
     found = library_of(type(x))
     return found is not None and found.is_writable(cast("Array", x))
+
+
+def unknown_array(x: object) -> str:
+    """The module of an array of a library that nobody registered; empty for what is none."""
+    looks = not isarray(x) and not isinstance(x, type) and hasattr(x, "shape") and hasattr(x, "dtype")
+    return type(x).__module__ if looks and hasattr(x, "__add__") else ""
 
 
 module_of = library_of

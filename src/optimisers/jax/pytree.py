@@ -22,7 +22,7 @@ from optimisers.state.buffers import Bundled
 from optimisers.state.leaf import Branch, Leaf, opened
 from optimisers.state.store import Store
 from optimisers.state.structure import Pending, Structure, structure_of
-from optimisers.step.update import evaluated, refuse_untied, runners
+from optimisers.step.update import evaluated, refuse_untied
 from optimisers.tree.path import KeyPath
 from optimisers.tree.walk import Node, find
 
@@ -168,15 +168,10 @@ def _from_names(structure: Structure, children: Any, found: dict[str, Any]) -> l
 # -- steps ---------------------------------------------------------------------------------------------------
 
 
-def takes(store: Store, xs: Sequence[Any], orders: list[Any]) -> bool:
-    """Whether this is a step of concrete arrays of JAX: then it is jitted."""
-    if not store.groups or any(g.kind.name != "jax" for g in store.groups):
-        return False
+def _concrete(store: Store, xs: Sequence[Any], orders: list[Any]) -> bool:
+    """Whether no transform looks at what a step is made of: then it is jitted."""
     every = (*xs, *(g for gs in orders for g in gs), *store.arrays())
     return not any(arrays.is_traced(a) for a in every)
-
-
-runners.append(sys.modules[__name__])
 
 
 class _Out:
@@ -212,13 +207,15 @@ def _step(structure: Structure, path: KeyPath, held: Any, xs: Any, orders: Any) 
 _jitted = jax.jit(_step, static_argnums=(0, 1))
 
 
-def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store, dict[int, Any]]:
-    """(the store after a step, the new parameters by leaf), computed by one jitted function.
+def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store, dict[int, Any]] | None:
+    """(the store after a step, the new parameters by leaf), computed by one jitted function; None inside a
+    transform.
 
     Raises DomainError, naming the leaf, where a check of a rule fails: nothing was handed out then.
     """
-    if any(g is not None and registry.library_of(type(g)) is not arrays for o in orders for g in o):
-        return evaluated(store, node, xs, orders)  # it says what is wrong
+    foreign = any(g is not None and registry.library_of(type(g)) is not arrays for o in orders for g in o)
+    if foreign or not _concrete(store, xs, orders):
+        return None  # the engines say what is wrong
     refuse_untied(store, node, xs)
     structure = structure_of(store)
     out = _jitted(
@@ -227,6 +224,9 @@ def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store
     for (holds, *values), (message, paths) in zip(out.checks, out.about, strict=True):
         refuse(np.asarray(holds), [np.asarray(v) for v in values], message, paths)
     return (out.store.store() if isinstance(out.store, Pending) else out.store), out.new
+
+
+HOOKS = registry.Hooks(known=known, stepped=stepped)
 
 
 # -- populations ---------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ together.
 import contextlib
 import dataclasses
 import functools
-import importlib
 import itertools
 import operator
 import signal
@@ -49,7 +48,7 @@ def setup(rule: Any, model: Any, *, engine: str | None = None, capturable: bool 
     that no glob matches, TraceError for a rule that cannot be traced, BadSetting for an engine that cannot
     step the model, or a model that cannot be captured. Warns if there is nothing to train.
     """
-    for compiler in compilers:
+    for compiler in registry.compilers:
         if compiler.looks():
             return compiler.aside(setup, rule, model, engine=engine, capturable=capturable)
     _refuse_model(model)
@@ -83,8 +82,9 @@ def setup(rule: Any, model: Any, *, engine: str | None = None, capturable: bool 
     store = Store(layout, shapes, grouped(entries, shapes), np.zeros(len(arrays), bool), engine=engine)
     for group in store.groups:
         task_for(group, engine, group.memo)
-    for name in {kind.name for kind in shapes if kind is not None} & COMPILED.keys():
-        importlib.import_module(COMPILED[name]).known(store)
+    for name in {kind.name for kind in shapes if kind is not None}:
+        if (known := registry.hooks(name).known) is not None:
+            known(store)
     return handle(store, layout.root, KeyPath())
 
 
@@ -112,10 +112,6 @@ def _refuse_model(model: Any) -> None:
             "setup was given a generator where the model goes; write setup(rule, module), or a list of "
             "tensors"
         )
-
-
-COMPILED = {"torch": "optimisers.torch.compiler", "jax": "optimisers.jax.pytree"}
-"""Array library -> the module that puts steps into the graphs that it compiles."""
 
 
 def _choose(rule: Any, layout: Layout, arrays: list[Any]) -> list[Any]:
@@ -181,7 +177,7 @@ def update(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     Raises TreeMismatch, naming the path, if structure, shapes or types do not fit, BadState for mixed-up
     arguments, and what the rules raise, such as DomainError for a norm that is not finite.
     """
-    for compiler in compilers:
+    for compiler in registry.compilers:
         if compiler.looks():
             return compiler.update(state, model, _given(grads, "update"), more)
     if hasattr(type(state), "stepped"):
@@ -192,12 +188,6 @@ def update(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     return handle(successor, node, path), rebuild(node, model, new)
 
 
-compilers: list[Any] = []
-"""Modules that know how a step stands in a graph that their library compiles: `looks()` says whether one is
-being made, `update` puts the step into it.
-"""
-
-
 def walked(node: Node, path: KeyPath, model: Any, grads: tuple[Any, ...]) -> tuple[Any, list[Any]]:
     """(parameters, gradients of each order) at the places below a node."""
     return gather(node, model, path), [gather_gradients(node, g, path) for g in grads]
@@ -205,14 +195,10 @@ def walked(node: Node, path: KeyPath, model: Any, grads: tuple[Any, ...]) -> tup
 
 def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store, dict[int, Any]]:
     """(the store after a step with new arrays, the new parameters by leaf)."""
-    for runner in runners:
-        if runner.takes(store, xs, orders):
-            return runner.stepped(store, node, xs, orders)
-    return evaluated(store, node, xs, orders)
-
-
-runners: list[Any] = []
-"""Modules that run whole steps of arrays of their library, instead of one job after the other."""
+    names = {group.kind.name for group in store.groups}
+    run = registry.hooks(names.pop()).stepped if len(names) == 1 else None
+    found = None if run is None else run(store, node, xs, orders)
+    return evaluated(store, node, xs, orders) if found is None else found
 
 
 def evaluated(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store, dict[int, Any]]:
@@ -230,7 +216,7 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     Arrays that may not be written (read-only ones) are replaced in the model that is returned, and only
     there. If it raises, nothing has changed. Arguments and errors are those of `update`.
     """
-    for compiler in compilers:
+    for compiler in registry.compilers:
         if compiler.looks():
             return compiler.aside(update_, state, model, grads, *more)
     if hasattr(type(state), "stepped"):

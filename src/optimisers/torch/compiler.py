@@ -9,19 +9,19 @@ another number, and the graph is made anew once.
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 
 import dataclasses
-import sys
 from typing import Any
 
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
 
+from optimisers.arrays.registry import Compiler, Hooks
 from optimisers.arrays.torch import library as tensors
 from optimisers.errors import BadState
 from optimisers.state.leaf import Branch, Leaf
 from optimisers.state.store import Store
 from optimisers.state.structure import NUMBERED, Pending, Structure, structure_of
-from optimisers.step.update import compilers, stepped
+from optimisers.step.update import stepped
 from optimisers.step.update import update as eager
 
 _numbers: dict[Structure, int] = {}
@@ -36,8 +36,6 @@ def known(store: Store) -> None:
     """Number the structure of a store, now and whenever it changes; capturable ones go into no graph of the
     compiler.
     """
-    if not compilers:
-        compilers.append(sys.modules[__name__])
     if not store.capturable:
         store.numbered = _numbered
         store.changed()
@@ -156,3 +154,6 @@ def _(
         table = next(given)
         out += [table.new_empty((leaves, table.shape[1])), next(given).new_empty((leaves,))]
     return [*out, torch.empty_like(next(given))]
+
+
+HOOKS = Hooks(known=known, compiler=Compiler(looks, update, aside))

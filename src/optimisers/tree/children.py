@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from optimisers.arrays import registry
 from optimisers.tree.path import Attr
 
 
@@ -110,15 +111,6 @@ REGISTERED: dict[type, Container] = {}
 kinds.
 """
 
-FOREIGN = {
-    "torch": "optimisers.tree.modules_torch",
-    "flax": "optimisers.tree.modules_jax",
-    "equinox": "optimisers.tree.modules_jax",
-}
-"""Top-level package of a class -> the module here that knows its models; none is imported before the user has
-it.
-"""
-
 
 def register(
     cls: type | None = None,
@@ -154,7 +146,7 @@ def container(obj: Any) -> Container | None:
 @functools.lru_cache(maxsize=4096)
 def _foreign_or_builtin(kind: type) -> Container | None:
     for base in kind.__mro__:
-        name = FOREIGN.get(base.__module__.partition(".")[0])
+        name = registry.container_module(base.__module__.partition(".")[0])
         if name is not None and (found := importlib.import_module(name).container_of(kind)) is not None:
             return found
     return _builtin(kind)
