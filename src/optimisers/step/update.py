@@ -7,9 +7,6 @@ import dataclasses
 import functools
 import itertools
 import operator
-import signal
-import sys
-import threading
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +15,7 @@ import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.engines.choose import symbolic_task, task_for
+from optimisers.engines.signals import held
 from optimisers.engines.sparse import Rows, by_rows, sparse
 from optimisers.engines.task import Job, Result, Task, ready
 from optimisers.errors import BadSetting, BadState, FloatParameter, NoMatch, NoParameters, TreeMismatch
@@ -215,6 +213,10 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
 
     Arrays that may not be written (read-only ones) are replaced in the model that is returned, and only
     there. If it raises, nothing has changed. Arguments and errors are those of `update`.
+
+    While the step is stored, handlers of signals that are written in Python (Ctrl-C is one) wait, in the main
+    thread: they are called when all of it is stored, and find no half step. For that they are replaced for
+    this moment, and put back; `update`, whose new arrays nobody has yet, replaces none.
     """
     for compiler in registry.compilers:
         if compiler.looks():
@@ -225,7 +227,8 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     xs, orders = walked(node, path, model, (_given(grads, "update_"), *more))
     if any(g.kind.library.REPLACES for g in store.groups):
         successor, new = stepped(store, node, xs, orders)
-        store.become(successor)
+        with held():
+            store.become(successor)
     else:
         new = _Step(store, node, xs, orders, inplace=True).run()
     return state, rebuild(node, model, new, inplace=True) if new else model
@@ -399,7 +402,7 @@ class _Step:
             all="ignore"
         ):  # infinities and NaN are answers; checks of the rules say which are not
             ready(tasks)
-            with uninterrupted():
+            with held() if self.inplace else contextlib.nullcontext():  # what is written anew, nobody sees
                 return self.stored([t.commit() for t in tasks])
 
     def stored(self, results: Sequence[Result]) -> dict[int, Any]:
@@ -427,30 +430,6 @@ class _Step:
                 group = self.store.groups[g]
                 self.targets[g] = group if self.inplace else group.fork()
             self.targets[g].table = self.targets[g].table.tick(inside, skipped)
-
-
-_signals: Any = sys.modules.get("_signal", signal)
-"""Without the names that `signal` makes of numbers: they take longer than a launch."""
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Generator[None]:
-    """Hold back Ctrl-C while a step is stored: half a step would be worse than a late interrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught: list[Any] = []
-    before = _signals.getsignal(signal.SIGINT)
-    if before is None:
-        yield
-        return
-    _signals.signal(signal.SIGINT, lambda *args: caught.append(args))
-    try:
-        yield
-    finally:
-        _signals.signal(signal.SIGINT, before)
-        if caught and callable(before):
-            before(*caught[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ def refusal(program: Program, library: str, device: str, dtype: str) -> str | No
         return f"arrays on {device}"
     if dtype not in kernels.ARITHMETIC:
         return f"element type {dtype}"
-    return printable(program, dtype, printed)
+    return cache.switched_off() or printable(program, dtype, printed)
 
 
 def printed(program: Program, p: Pass, dtype: str, *, inplace: bool) -> str:
@@ -71,9 +71,13 @@ class Fused(Addressed):
         counter = np.zeros(1, np.int64)
         at = counter.ctypes.data
         row = np.ascontiguousarray(row, np.int64)
-        threads.together(
-            lambda: kernel(at, chunks.spans, chunks.table, addresses, table, row, *partial), chunks.elements
-        )
+
+        def run(
+            _held: object = (counter, self),
+        ) -> None:  # whoever runs this keeps what lies at the addresses
+            kernel(at, chunks.spans, chunks.table, addresses, table, row, *partial)
+
+        threads.together(run, chunks.elements)
 
     def kernel(self, p: Pass) -> Callable[..., None]:
         """The compiled kernel of a pass."""

@@ -11,7 +11,8 @@ import os
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any
+
+from optimisers.engines.signals import held
 
 SERIAL_BELOW = 1 << 18
 """Elements below which waking a thread costs more than it brings."""
@@ -20,37 +21,73 @@ MOST = 16
 """Memory, not arithmetic, limits a step: more threads add nothing."""
 
 
+class _Shared:
+    """A function that several threads run at once, and who of the helpers does."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self.function = function
+        self.closed = False
+        """Whether helpers who come now need not begin."""
+        self.begun: list[None] = []
+        self.ended: list[BaseException | None] = []
+        self.token: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def help(self) -> None:
+        """Run the function, in a helper, unless it is closed. Says that it has begun before it looks, so that
+        whoever closes it either sees that or is seen.
+        """
+        self.begun.append(None)
+        error: BaseException | None = None
+        try:
+            if not self.closed:
+                self.function()
+        except BaseException as raised:  # noqa: BLE001 handed to the caller
+            error = raised
+        self.ended.append(error)
+        self.token.put(None)
+
+    def settle(self) -> None:
+        """Wait until no helper runs the function any more; what is raised meanwhile is raised afterwards.
+
+        May be called again where it was left: all that counts is in the lists.
+        """
+        raised: BaseException | None = None
+        while not self.closed or len(self.ended) < len(self.begun):
+            try:
+                self.closed = True
+                while len(self.ended) < len(self.begun):
+                    self.token.get()
+            except BaseException as error:  # noqa: BLE001 it is raised below
+                raised = error
+        if raised is not None:
+            raise raised
+
+
 class _Pool:
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.reset()
 
     def reset(self) -> None:
-        """Forget threads that did not survive a fork."""
-        self.lock = threading.Lock()
-        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        """Forget threads that did not survive a fork, and who held the lock then."""
+        self.lock = threading.RLock()  # a finaliser that steps may come while this thread holds it
+        self.inbox: queue.SimpleQueue[_Shared] = queue.SimpleQueue()
         self.started = 0
 
     def grow(self, count: int) -> int:
         """Have this many threads, or as many as the system gives; how many there are."""
-        with self.lock, contextlib.suppress(RuntimeError):
-            while self.started < count:
-                threading.Thread(target=self.work, args=(self.inbox,), daemon=True, name="optimisers").start()
-                self.started += 1
+        if self.started < count:
+            with self.lock, contextlib.suppress(RuntimeError):
+                while self.started < count:
+                    threading.Thread(
+                        target=self.work, args=(self.inbox,), daemon=True, name="optimisers"
+                    ).start()
+                    self.started += 1
         return min(count, self.started)
 
     @staticmethod
-    def work(inbox: "queue.SimpleQueue[Any]") -> None:
+    def work(inbox: "queue.SimpleQueue[_Shared]") -> None:
         while True:
-            function, ticket, done = inbox.get()
-            if not ticket.acquire(blocking=False):
-                continue
-            try:
-                function()
-            except BaseException as error:  # noqa: BLE001 handed to the caller
-                done.put(error)
-            else:
-                done.put(None)
+            inbox.get().help()
 
 
 _pool = _Pool()
@@ -64,35 +101,26 @@ def available() -> int:
     return min(cores, MOST)
 
 
-def together(function: Callable[[], Any], elements: int, threads: int | None = None) -> None:
+def together(function: Callable[[], object], elements: int, threads: int | None = None) -> None:
     """Run `function` on several threads at once, this one included, and return when all have; serially if
     small.
+
+    Returns or raises only when no thread runs it any more, whatever a handler of a signal raises: what it
+    writes may be freed by then.
     """
     count = threads if threads is not None else available()
     count = min(count, 1 + elements // SERIAL_BELOW)
     if count <= 1:
         function()
         return
-    helpers = _pool.grow(count - 1)
-    done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-    tickets = [threading.Lock() for _ in range(helpers)]
-    for ticket in tickets:
-        _pool.inbox.put((function, ticket, done))
-    try:
-        function()
-    finally:  # whoever has begun may still be writing, so an interrupt waits too; who has not, need not begin
-        failures = [_wait(done) for ticket in tickets if not ticket.acquire(blocking=False)]
-    for failure in failures:
+    shared = _Shared(function)
+    with held():
+        try:
+            for _ in range(_pool.grow(count - 1)):
+                _pool.inbox.put(shared)
+            function()
+        finally:
+            shared.settle()
+    for failure in shared.ended:
         if failure is not None:
             raise failure
-
-
-def _wait(done: "queue.SimpleQueue[BaseException | None]") -> BaseException | None:
-    interrupted: KeyboardInterrupt | None = None
-    while True:
-        try:
-            result = done.get()
-        except KeyboardInterrupt as error:
-            interrupted = error
-        else:
-            return interrupted or result

@@ -8,7 +8,6 @@ Nothing about a process stands in the call: compiled computations may be kept on
 import functools
 import hashlib
 import importlib.util
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,15 +92,13 @@ def _tried() -> bool:
 
 # -- targets -------------------------------------------------------------------------------------------------
 
-_loading = threading.Lock()
-
 
 def target(source: str, *, sums: bool = False) -> str:
     """The name by which XLA knows the kernel of this source; loaded when it is first asked for.
 
     Raises OSError where the interface of this jaxlib is not the one that handlers were written for.
     """
-    with _loading:
+    with cache.lock():
         return _registered(source, sums=sums)
 
 

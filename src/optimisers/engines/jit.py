@@ -1,0 +1,96 @@
+"""Numba's decorators for our own kernels, with a cache beside their file.
+
+Numba chooses where compiled code is kept by its configuration, which is the whole process's, and makes its
+files by the umask. Here the place is known, trusted (see `cache`), and its files are this user's alone; what
+NUMBA_CACHE_DIR says is for the kernels of others, and their compilations go on meanwhile.
+"""
+
+# Numba promises nothing about its caches; `tests/engines/test_kernel_cache.py` holds what is used of them.
+# pyright: reportPrivateUsage=false
+
+import contextlib
+import os
+import sys
+import uuid
+from collections.abc import Callable, Generator
+from io import BufferedWriter
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core import sigutils
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, InTreeCacheLocator
+from numba.core.ccallback import CFunc
+from numba.core.compiler_lock import global_compiler_lock
+
+lock: Any = global_compiler_lock
+"""Held by whoever compiles, ours or others': one lock, so that nobody waits for another in a ring."""
+
+if hasattr(os, "register_at_fork"):  # a child would wait for ever for a thread that it does not have
+    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+
+
+class Files(IndexDataCacheFile):
+    """The files of one function: written whole, and by this user alone, whatever the umask."""
+
+    @contextlib.contextmanager
+    def _open_for_write(self, filepath: str) -> Generator[BufferedWriter]:
+        temporary = Path(f"{filepath}.tmp.{uuid.uuid4().hex[:16]}")
+        try:
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                yield file
+            temporary.replace(filepath)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+class Form(CompileResultCacheImpl):
+    """How compiled code becomes bytes; it lies beside the file of its function."""
+
+    def __init__(self, function: Any) -> None:
+        path = function.__code__.co_filename
+        self._lineno = function.__code__.co_firstlineno
+        self._locator = InTreeCacheLocator(function, path)
+        name = f"{Path(path).stem}.{function.__qualname__}"
+        self._filename_base = self.get_filename_base(name, getattr(sys, "abiflags", ""))
+
+
+class Kept(FunctionCache):
+    """The compiled code of one function, on disk."""
+
+    _impl_class = Form
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        self._cache_file = Files(
+            self._cache_path, self._impl.filename_base, self._impl.locator.get_source_stamp()
+        )
+
+
+def njit(signature: str | None = None, *, cache: bool = False, **options: Any) -> Callable[[Any], Any]:
+    """As `numba.njit`."""
+
+    def decorated(function: Any) -> Any:
+        made: Any = numba.njit(**options)(function)
+        if cache:
+            made._cache = Kept(function)
+        if signature is not None:
+            made.compile(signature)
+            made.disable_compile()
+        return made
+
+    return decorated
+
+
+def cfunc(signature: str, *, cache: bool = False, **options: Any) -> Callable[[Any], Any]:
+    """As `numba.cfunc`."""
+
+    def decorated(function: Any) -> Any:
+        made: Any = CFunc(function, sigutils.normalize_signature(signature), {}, options)
+        if cache:
+            made._cache = Kept(function)
+        made.compile()
+        return made
+
+    return decorated
