@@ -29,7 +29,7 @@ import optax
 
 import optimisers as opt
 from benchmarks import shapes
-from benchmarks.numpy_engine import child, show, verdict
+from benchmarks.printing import child, show, verdict
 from benchmarks.timing import Timings, interleaved, judged
 from optimisers.engines.xla import call as ffi
 

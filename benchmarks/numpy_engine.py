@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,9 +22,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import shapes
+from benchmarks.printing import child, show, verdict
 from benchmarks.timing import Timings, interleaved
-
-ROOT = Path(__file__).resolve().parent.parent
 
 ETA, BETA, LAM, EPSILON = 1e-3, (0.9, 0.999), 0.01, 1e-8
 
@@ -193,20 +191,6 @@ def split(step: Callable[[], object], rounds: int = 300) -> dict[str, list[float
 # -- what needs a process of its own -------------------------------------------------------------------------
 
 
-def child(*args: str, module: str = "benchmarks.numpy_engine", cache: str | None = None) -> dict[str, Any]:
-    """Run one of the measurements of a module in a fresh process; its answers."""
-    env = dict(os.environ)
-    source = str(ROOT / "src")
-    env["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [env.get("PYTHONPATH")])])
-    if cache is not None:
-        env["XDG_CACHE_HOME"] = cache
-    command = [sys.executable, "-m", module, "--child", *args]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def import_time() -> dict[str, Any]:
     """Seconds of `import optimisers` after NumPy, and what it should not have loaded."""
     before = set(sys.modules)
@@ -315,35 +299,6 @@ CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 # -- printing ------------------------------------------------------------------------------------------------
-
-
-def show(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table; the first column is text, the others are figures."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
-        print(f"\n{title}")
-        for line in (head, *rows):
-            cells = [
-                c.ljust(w) if i == 0 else c.rjust(w)
-                for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            ]
-            print("  " + "  ".join(cells).rstrip())
-        return
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for i, column in enumerate(head):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(table)
-
-
-def verdict(value: float, bound: float, *, least: bool = False) -> str:
-    """Whether a target is met."""
-    return "met" if (value >= bound if least else value <= bound) else "missed"
 
 
 def show_steps(name: str, timings: Timings, bytes_of: dict[str, int], note: str = "in turn") -> None:

@@ -1,8 +1,45 @@
-"""Kernels for CUDA run on the CPU here, by Triton's interpreter, unless somebody says otherwise.
+"""The two lanes of the tests, and what must be said before anything is imported.
 
-Triton asks once, when it is imported.
+`pytest` runs every case. `pytest --quick` runs at most `FEW` cases of each test, spread over its parameters,
+and none of what is marked slow: programs in processes of their own, compilers, whole trainings.
+
+Kernels for CUDA run on the CPU here, by Triton's interpreter, unless somebody says otherwise; Triton asks
+once, when it is imported.
 """
 
 import os
 
+import pytest
+
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+FEW = 3
+"""Cases of one test in the quick lane."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="a few cases of each test, and nothing slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: left out of the quick lane")
+
+
+def spread(cases: list[pytest.Item], most: int) -> list[pytest.Item]:
+    """So many cases of one test, evenly spaced, so that they differ in every parameter that they can."""
+    if len(cases) <= most:
+        return cases
+    return [cases[(2 * i + 1) * len(cases) // (2 * most)] for i in range(most)]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--quick"):
+        return
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = (item for cases in tests.values() for item in spread(cases, FEW))
+    chosen = set(map(id, kept))
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
+    items[:] = [item for item in items if id(item) in chosen]

@@ -8,9 +8,7 @@ import torch
 
 import optimisers as opt
 from benchmarks.cuda.place import NEEDS, SCALE, WARM, Place, Report, Step, said
-from benchmarks.torch_cpu import (
-    LAM,
-)
+from benchmarks.torch_peers import LAM
 from optimisers.nest import flatten
 
 

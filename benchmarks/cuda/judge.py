@@ -8,7 +8,7 @@ from benchmarks.cuda.measure import Measured, Session
 from benchmarks.cuda.place import Table
 from benchmarks.cuda.rows import FUSED
 from benchmarks.cuda.ways import Given, Running, adamw, ours
-from benchmarks.numpy_engine import verdict
+from benchmarks.printing import verdict
 from benchmarks.timing import interleaved, judged
 
 

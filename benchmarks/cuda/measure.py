@@ -15,9 +15,7 @@ from benchmarks.cuda.place import CHECKED, NEEDS, Place, Report, Table, said
 from benchmarks.cuda.rows import ROWS
 from benchmarks.cuda.ways import Given, Row, Running, Way
 from benchmarks.timing import Timings, interleaved
-from benchmarks.torch_cpu import (
-    quiet,
-)
+from benchmarks.torch_cpu import quiet
 
 MANY = 200
 """Tensors from which on torch.compile takes minutes."""

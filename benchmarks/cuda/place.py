@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.numpy_engine import show
+from benchmarks.printing import show
 
 Step = Callable[[], object]
 

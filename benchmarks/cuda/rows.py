@@ -22,17 +22,7 @@ from benchmarks.cuda.ways import (
     ours,
     running,
 )
-from benchmarks.torch_cpu import (
-    BELIEF,
-    BETA,
-    EPSILON,
-    ETA,
-    LAM,
-    NORM,
-    RHO,
-    belief_foreach,
-    torch_adamw,
-)
+from benchmarks.torch_peers import BELIEF, BETA, EPSILON, ETA, LAM, NORM, RHO, belief_foreach, torch_adamw
 from optimisers.step.update import update_scaled
 
 

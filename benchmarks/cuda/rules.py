@@ -11,13 +11,9 @@ import torch
 
 import optimisers as opt
 from benchmarks.cuda.place import Place, Report, said
-from benchmarks.numpy_engine import child
-from benchmarks.torch_cpu import (
-    BELIEF,
-    BETA,
-    ETA,
-    quiet,
-)
+from benchmarks.printing import child
+from benchmarks.torch_cpu import quiet
+from benchmarks.torch_peers import BELIEF, BETA, ETA
 from optimisers.nest import flatten, unflatten
 
 

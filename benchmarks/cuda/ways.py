@@ -12,13 +12,7 @@ import optimisers as opt
 from benchmarks import shapes
 from benchmarks.cuda.device import graphed
 from benchmarks.cuda.place import WARM, Place, Step
-from benchmarks.torch_cpu import (
-    BETA,
-    EPSILON,
-    ETA,
-    LAM,
-    torch_adamw,
-)
+from benchmarks.torch_peers import BETA, EPSILON, ETA, LAM, torch_adamw
 
 
 # -- what is timed -------------------------------------------------------------------------------------------

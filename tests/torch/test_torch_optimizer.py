@@ -448,7 +448,7 @@ def test_a_group_has_its_own_momentum(momentum: str) -> None:
             lambda g: torch.optim.SGD(g, 0.02, 0.9, weight_decay=0.1),
         ),
     ],
-    ids=repr,
+    ids=["beside the step", "inside the gradient"],
 )
 def test_decay_leaves_out_a_group_that_wants_none(rule: opt.Rule, peer: Callable[[Any], Any]) -> None:
     def groups(model: Model) -> list[dict[str, Any]]:
