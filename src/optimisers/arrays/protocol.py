@@ -92,9 +92,7 @@ class Library(Protocol[A, D]):
     """The name of the library, as its package is called."""
 
     immutable: bool = False
-    """Whether arrays cannot be written, so that a step in place replaces them and scalars are computed by the
-    library itself.
-    """
+    """Whether arrays cannot be written, so that a step in place replaces them."""
 
     sorts_dicts: bool = False
     """Whether the library hands dicts on with their keys sorted."""
@@ -146,7 +144,7 @@ class Library(Protocol[A, D]):
         """Whether what becomes of these is differentiated, transformed or compiled: then a step is made of
         arrays alone, each made anew.
         """
-        return self.immutable
+        return False
 
     def unready(self, x: A) -> str:
         """What must be done before this can be trained; empty if nothing."""
@@ -418,10 +416,6 @@ class Library(Protocol[A, D]):
     """The functions of `optimisers.ops` by their names."""
 
     NAME = property(lambda self: self.name)
-    HOST_NUMBERS = property(lambda self: not self.immutable)
-    REPLACES = property(lambda self: self.immutable)
-    SORTS = property(lambda self: self.sorts_dicts)
-    CAPTURABLE = property(lambda self: self.capturable)
     WORDS = property(lambda self: self.operations)
 
     # -- said with these, for all libraries -----------------------------------------------------------------

@@ -224,8 +224,9 @@ def maywrite(x: object) -> bool:
 
 def unknown_array(x: object) -> str:
     """The module of an array of a library that nobody registered; empty for what is none."""
-    looks = not isarray(x) and not isinstance(x, type) and hasattr(x, "shape") and hasattr(x, "dtype")
-    return type(x).__module__ if looks and hasattr(x, "__add__") else ""
+    kind, packages = type(x), _packages()
+    known = any(p in packages for base in kind.__mro__ for p in _prefixes(base.__module__))
+    return "" if known or not all(hasattr(x, n) for n in ("shape", "dtype", "__add__")) else kind.__module__
 
 
 module_of = library_of

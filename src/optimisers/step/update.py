@@ -89,7 +89,7 @@ def setup(rule: Any, model: Any, *, engine: str | None = None, capturable: bool 
 def _refuse_uncapturable(shapes: Sequence[Shape | None]) -> None:
     """Raise BadSetting unless the parameters are all on one device whose steps can be captured."""
     found = {(k.name, k.device) for k in shapes if k is not None}
-    if len(found) != 1 or not registry.named(next(iter(found))[0]).CAPTURABLE:
+    if len(found) != 1 or not registry.named(next(iter(found))[0]).capturable:
         where = ", ".join(f"{name} on {device}" for name, device in sorted(found)) or "nothing"
         raise BadSetting(f"capturable=True takes tensors of torch on one CUDA device; this model has {where}")
 
@@ -225,7 +225,7 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
         return state.stepped(model, _given(grads, "update_"))
     store, node, path = _opened(state, model)
     xs, orders = walked(node, path, model, (_given(grads, "update_"), *more))
-    if any(g.kind.library.REPLACES for g in store.groups):
+    if any(g.kind.library.immutable for g in store.groups):
         successor, new = stepped(store, node, xs, orders)
         with held():
             store.become(successor)

@@ -145,7 +145,7 @@ class _Survey:
                 f"the model is the Python number {model!r}; write np.array({model!r}) to train it"
             )
         root = self.visit(model, KeyPath(), listed=False)
-        if self.arrays and not self.ordered and all(registry.library(x).SORTS for x in self.arrays):
+        if self.arrays and not self.ordered and all(registry.library(x).sorts_dicts for x in self.arrays):
             return _Survey(ordered=True).run(model)
         self.refuse_overlaps()
         return Layout(root, [p[0] for p in self.places], self.places, self.floats), self.arrays
@@ -225,7 +225,7 @@ class _Survey:
         library = registry.library(x)
         if library.unready(x):
             raise TreeMismatch(f"{path.code()} {library.unready(x)}")
-        where = ("empty", id(x)) if library.size(x) == 0 else (library.NAME, library.memory(x))
+        where = ("empty", id(x)) if library.size(x) == 0 else (library.name, library.memory(x))
         number = self.known.setdefault(where, len(self.arrays))
         if number == len(self.arrays):
             self.arrays.append(x)
@@ -254,6 +254,11 @@ class _Survey:
             )
         if isinstance(obj, str | bytes | range | type | ModuleType):
             return
+        if module := registry.unknown_array(obj):
+            raise TreeMismatch(
+                f"{path.code()} is an array of {module}, a library that is not known here; "
+                "opt.register_backend teaches it"
+            )
         held = [(f" in {path.code()}.{name}", value) for name, value in attributes(obj)]
         several = isinstance(obj, Collection) and not isinstance(obj, Mapping)
         held += [("", item) for item in obj] if several else []
