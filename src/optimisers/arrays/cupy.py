@@ -236,6 +236,9 @@ class CupyLibrary(NumpyLike):
 
     # -- scalars --------------------------------------------------------------------------------------------
 
+    def stack(self, arrays: Sequence[Any]) -> Any:
+        return cp.stack(list(arrays))
+
     def stacked(self, values: Sequence[HostArray | Scalar]) -> Any:
         return np.array([self.to_host(v) for v in values])
 

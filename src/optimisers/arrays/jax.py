@@ -310,6 +310,9 @@ class JaxLibrary(Library[Array, Dtype]):
     def constant(self, values: Any, beside: Array) -> Any:
         return jnp.asarray(values, beside.dtype)
 
+    def stack(self, arrays: Sequence[Array]) -> Array:
+        return jnp.stack(list(arrays))
+
     def stacked(self, values: Sequence[Array | Scalar]) -> Array:
         return jnp.stack([jnp.asarray(v) for v in values])
 

@@ -1,6 +1,6 @@
 """NumPy arrays, including those of the half-precision types of ml_dtypes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -142,6 +142,40 @@ class NumpyLibrary(NumpyLike):
 
     def stacked(self, values: Sequence[HostArray | Scalar]) -> HostArray:
         return np.array(values)
+
+    # -- stacks of arrays of one shape -----------------------------------------------------------------------
+
+    into: Mapping[str, Callable[..., Any]] = {
+        "add": np.add,
+        "subtract": np.subtract,
+        "multiply": np.multiply,
+        "divide": np.divide,
+        "negative": np.negative,
+    }
+    adds_products = False
+
+    def stack(self, arrays: Sequence[HostArray]) -> HostArray:
+        return np.stack(arrays)
+
+    def product(
+        self,
+        a: HostArray,
+        b: HostArray,
+        target: HostArray | None,
+        c: HostArray | None,
+        alpha: Any,
+        beta: Any,
+        spare: HostArray | None,
+    ) -> HostArray:
+        found: HostArray = np.matmul(a, b) if target is None else np.matmul(a, b, out=target)
+        if np.ndim(alpha) or alpha != 1:
+            found *= np.asarray(alpha, found.dtype)
+        if c is None:
+            return found
+        if np.ndim(beta) or beta != 1:
+            c = np.multiply(c, np.asarray(beta, found.dtype), out=spare)
+        found += c
+        return found
 
 
 library = NumpyLibrary()

@@ -9,6 +9,7 @@ shared. Functions take arrays of the library alone, unless a parameter says othe
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -409,6 +410,31 @@ class Library(Protocol[A, D]):
     def stream(self, device: str) -> int | None:
         """The handle of the stream on which arrays of a device are computed; None for that of PyTorch."""
         return None
+
+    # -- stacks of arrays of one shape -----------------------------------------------------------------------
+
+    into: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+    """Operations that write into the array that they are given as `out`."""
+
+    adds_products = True
+    """Whether `product` needs no second buffer for what it adds."""
+
+    def stack(self, arrays: Sequence[A]) -> A:
+        """Arrays of one shape along a new first axis."""
+        raise NotImplementedError
+
+    def product(
+        self, a: A, b: A, target: A | None, c: A | None, alpha: Any, beta: Any, spare: A | None
+    ) -> Any:
+        """alpha a @ b + beta c of stacks of matrices: in `target`, or in a new array.
+
+        `spare` is as large and may be written; factors are floats, or arrays of one number a matrix.
+        """
+        found: Any = self.operations["matmul"](a, b)
+        found = found if isinstance(alpha, float | int) and alpha == 1 else found * alpha
+        if c is None:
+            return found
+        return found + (c if isinstance(beta, float | int) and beta == 1 else c * beta)
 
     # -- operations -----------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, final
 
 import numpy as np
@@ -510,6 +510,39 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
 
     def capturing(self, device: str) -> bool:
         return device.startswith("cuda") and torch.cuda.is_current_stream_capturing()
+
+    # -- stacks of arrays of one shape -----------------------------------------------------------------------
+
+    into: Mapping[str, Callable[..., Any]] = {
+        "add": torch.add,
+        "subtract": torch.sub,
+        "multiply": torch.mul,
+        "divide": torch.div,
+        "negative": torch.neg,
+    }
+
+    def stack(self, arrays: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(arrays))
+
+    def product(
+        self,
+        a: Tensor,
+        b: Tensor,
+        target: Tensor | None,
+        c: Tensor | None,
+        alpha: Any,
+        beta: Any,
+        spare: Tensor | None,
+    ) -> Tensor:
+        if a.ndim != 3 or isinstance(alpha, Tensor) or isinstance(beta, Tensor):
+            found = torch.matmul(a, b, out=target)
+            if isinstance(alpha, Tensor) or alpha != 1:
+                found = torch.mul(found, alpha, out=target)
+            return found if c is None else torch.add(found, c * beta, out=target)
+        if c is not None:
+            return torch.baddbmm(c, a, b, beta=beta, alpha=alpha, out=target)
+        found = torch.bmm(a, b, out=target)
+        return found if alpha == 1 else torch.mul(found, alpha, out=target)
 
 
 library = TorchLibrary()

@@ -9,6 +9,7 @@ arrays: a later one computes again, in registers, what it needs from the unchang
 import dataclasses
 from collections.abc import Sequence
 
+from optimisers import ops
 from optimisers.graph.expr import Expr, cuts, order
 from optimisers.graph.memo import kept
 from optimisers.graph.trace import Program, fold
@@ -40,6 +41,11 @@ class Pass:
         """
         return bool(self.reductions) and not any(e.op in _OF_BITS for e in self.body)
 
+    @property
+    def fills(self) -> bool:
+        """Whether it writes stacks for the array library, and nothing else."""
+        return any(name.startswith("w") for name, _ in self.stores)
+
 
 _OF_BITS = frozenset({"join_bits", "high_bits", "low_bits"})
 
@@ -57,7 +63,8 @@ def outputs(program: Program, holds: tuple[bool, ...] | None) -> Outputs:
     """The arrays that a step stores where condition i of the program holds or not; what does not run is left
     out. With None the conditions stay in the graph.
 
-    Scalar nodes stay the very ones of the program, so their values serve every variant.
+    Scalar nodes, and others that no condition is in, stay the very ones of the program, so their values serve
+    every variant.
     """
     if holds is None:
         return Outputs(program.new_x, program.new_slots)
@@ -71,7 +78,9 @@ def outputs(program: Program, holds: tuple[bool, ...] | None) -> Outputs:
         elif e.domain == "scalar":
             new[id(e)] = e
         else:
-            new[id(e)] = fold(table, e, tuple(new[id(a)] for a in e.args), ())
+            args = tuple(new[id(a)] for a in e.args)
+            same = all(a is b for a, b in zip(args, e.args, strict=True))
+            new[id(e)] = e if same else fold(table, e, args, ())
     x = None if program.new_x is None else new[id(program.new_x)]
     return Outputs(x, tuple(new[id(s)] for s in program.new_slots))
 
@@ -94,7 +103,7 @@ def reduce_pass(program: Program, level: int, wanted: tuple[bool, ...]) -> Pass 
         for r, w in zip(stages(program)[level].reductions, wanted, strict=True)
         if w and r.args[0].domain == "array"
     ]
-    return _pass([], chosen) if chosen else None
+    return pass_of([], chosen) if chosen else None
 
 
 @kept
@@ -109,7 +118,7 @@ def store_pass(program: Program, holds: tuple[bool, ...] | None) -> Pass | None:
             stores.append((slot.name, e))
     if new.x is not None and not is_input(new.x, "x"):
         stores.append(("x", new.x))
-    return _pass(stores, []) if stores else None
+    return pass_of(stores, []) if stores else None
 
 
 def number_of(array: str) -> int:
@@ -123,7 +132,17 @@ def is_input(e: Expr, name: str) -> bool:
     return e.op == "input" and e.value == name
 
 
-def _pass(stores: list[tuple[str, Expr]], reductions: list[Expr]) -> Pass:
+def in_pass(e: Expr) -> bool:
+    """Whether a value of another shape is made in the pass that reads it: a function of the elements of one
+    other.
+    """
+    if e.domain != "free" or e.op not in ops.WORDS or ops.WORDS[e.op].family != "elementwise":
+        return False
+    return e.type == "real" and [a.type for a in e.args if a.domain != "scalar"] == ["real"]
+
+
+def pass_of(stores: list[tuple[str, Expr]], reductions: list[Expr]) -> Pass:
+    """The pass that stores these values in arrays by these names, and takes these reductions."""
     body: list[Expr] = []
     loads: list[str] = []
     free: dict[int, Expr] = {}
@@ -134,7 +153,7 @@ def _pass(stores: list[tuple[str, Expr]], reductions: list[Expr]) -> Pass:
         e, ready = stack.pop()
         if ready:
             body.append(e)
-        elif e.domain == "free":
+        elif e.domain == "free" and not in_pass(e):
             free.setdefault(id(e), e)
         elif e.domain == "scalar":
             scalars.setdefault(id(e), e)

@@ -8,6 +8,7 @@ from typing import Any
 from optimisers.arrays import registry
 from optimisers.errors import TraceError
 from optimisers.graph.expr import Expr, Guard, cuts, lift, make, order, tracing
+from optimisers.graph.turn import turned
 from optimisers.nest import flatten, form, unflatten
 from optimisers.ops import Becomes
 from optimisers.rule import Rule, stepped
@@ -308,7 +309,8 @@ def fold(table: dict[Any, Expr], e: Expr, args: tuple[Expr, ...], guard: Guard) 
         found = simpler(new)
         if found is not None:
             return _merge(table, found)
-    return _merge(table, new)
+    last = turned(new, functools.partial(_merge, table))
+    return _merge(table, new if last is None else last)
 
 
 def _masked(table: dict[Any, Expr], s: Expr, guard: Guard) -> Expr:

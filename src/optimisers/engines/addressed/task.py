@@ -20,10 +20,12 @@ from optimisers.engines.addressed.pointers import CHUNK, Chunks, Form, Scratch
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu.printer import Unprintable
 from optimisers.engines.interpret import Values
+from optimisers.engines.stacks import Stacks, Workspace
 from optimisers.engines.task import Job, Result, Task, merged
-from optimisers.errors import TraceError, TreeMismatch
+from optimisers.errors import TreeMismatch
 from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Pass, is_input, number_of, outputs, reduce_pass, stages, store_pass
+from optimisers.graph.plan import operations
 from optimisers.graph.trace import Program
 from optimisers.state.buffers import Indices
 
@@ -56,6 +58,8 @@ def kinds_of(program: Program, p: Pass, dtype: str, gradient: str) -> dict[str, 
     kinds |= {f"new {name}": kind for name, kind in kinds.items()}
     real = arithmetic_of(program, dtype)
     whole = {"float32": "complex64", "float64": "complex128"}.get(real, real)
+    stacks = {name: whole if e.type == "complex" else real for name, e in p.stores if name.startswith("w")}
+    kinds |= stacks | {f"new {name}": kind for name, kind in stacks.items()}
     return kinds | {f"f{j}": whole if e.type == "complex" else real for j, e in enumerate(p.free)}
 
 
@@ -92,7 +96,7 @@ def labels_of(program: Program) -> dict[str, str]:
     return {s.name: name for s, name in zip(program.slots, unique, strict=True)}
 
 
-_RESERVED = re.compile(r"x$|dx\d*$|[sf]\d+$|new_")
+_RESERVED = re.compile(r"x$|dx\d*$|[sfw]\d+$|new_")
 """Names that a kernel gives to its other arrays."""
 
 
@@ -139,7 +143,7 @@ class Addressed(Task):
             self.dx_at = [at for _, at in found]
         else:
             self.dx, self.dx_at = list(job.grads), [at for at, _ in looked]
-        self.free: dict[int, list[Any]] = {}
+        self.ran: tuple[int, ...] = ()
 
     def look(self, name: str, arrays: Sequence[Any], dtype: Any, *, write: bool) -> tuple[Indices, Indices]:
         """(addresses, the numbers of arrays that are not laid out like the state)."""
@@ -194,20 +198,42 @@ class Addressed(Task):
     # -- passes --
 
     def reduce(self, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
-        leaves = len(self.job.row)
         found: dict[Expr, Any] = {}
-        for r, w in zip(self.stages[level].reductions, wanted, strict=True):
-            if w and r.args[0].domain != "array":
-                word = self.job.library.WORDS[r.op]
-                found[r] = self.stacked([word(Values(self, k).get(r.args[0])) for k in range(leaves)])
         p = reduce_pass(self.job.program, level, wanted)
+        others = [r for r, w in zip(self.stages[level].reductions, wanted, strict=True) if w]
+        others = [r for r in others if r.args[0].domain == "free"]
+        if others or (p is not None and p.free):
+            self.stacks.ensure(operations(self.job.program, level, done=self.ran), None)
+            self.ran = (*self.ran, level)
+        found.update((r, self.stacked(self.stacks.reduced(r))) for r in others)
         if p is not None:
             found.update(zip(p.reductions, self.reductions(p), strict=True))
         return found
 
-    def stacked(self, values: list[Any]) -> Any:
-        """Values of the leaves, each of the array library, as a vector of the host."""
-        return np.array([self.job.library.to_host(v) for v in values], float)
+    def stacked(self, values: Any) -> Any:
+        """A vector of the array library, a number of each leaf, as one of the host."""
+        return np.array(self.job.library.to_numpy(values), float)
+
+    # -- what the array library computes, on stacks --
+
+    @functools.cached_property
+    def stacks(self) -> Stacks:
+        return Stacks(
+            self.job, self.scalars, self.scratch.kept("workspace", Workspace), self.fill, self.given
+        )
+
+    def given(self, name: str, leaf: int) -> Any:
+        """An array that a pass reads, laid out like the state."""
+        if name == "x":
+            return self.x[leaf]
+        return (
+            self.dx[number_of(name)][leaf] if name.startswith("d") else self.job.slots[number_of(name)][leaf]
+        )
+
+    def fill(self, p: Pass, members: Any, at: list[Indices]) -> None:
+        """Run a pass that writes stacks, at these addresses."""
+        new = {f"{new}w{j}": a for j, a in enumerate(at) for new in ("", "new ")}
+        self.launch(p, self.chunks if members is None else self.chunks_of(members), members, new)
 
     def rows(self, p: Pass, new: dict[str, Indices]) -> list[Indices]:
         """The address table of a pass."""
@@ -220,7 +246,7 @@ class Addressed(Task):
             elif name.startswith("d"):
                 out.append(self.dx_at[number_of(name)])
             elif name.startswith("f"):
-                out.append(self.of_free(p.free[number_of(name)]))
+                out.append(self.stacks.addresses(p.free[number_of(name)]))
             else:
                 out.append(self.job.slots[number_of(name)].addresses)
         return out
@@ -232,31 +258,6 @@ class Addressed(Task):
         rows = self.rows(p, new)
         return (rows, row) if members is None else ([r[members] for r in rows], row[members])
 
-    def of_free(self, e: Expr) -> Indices:
-        """Addresses of a value of another shape, computed by the array library and spread to the shape of
-        x.
-        """
-        if id(e) not in self.free:
-            job = self.job
-            kind = self.wide if e.type == "complex" else job.library.real_of(self.wide)
-            self.free[id(e)] = [
-                job.library.laid_out(self.spread(Values(self, k).get(e), k), kind, *self.layout(k))
-                for k in range(len(job.row))
-            ]
-        return np.array([self.job.library.address(a) for a in self.free[id(e)]], np.int64)
-
-    def spread(self, value: Any, leaf: int) -> Any:
-        """A value of another shape in the shape of the parameters; raises TraceError if it does not
-        broadcast.
-        """
-        try:
-            return self.job.library.broadcast(value, self.job.shapes[leaf])
-        except ValueError:
-            raise TraceError(
-                f"{type(self.job.rule).__name__} combined an array of shape {np.shape(value)} with "
-                f"parameters of shape {self.job.shapes[leaf]}, at {self.job.code(leaf, 'model')}"
-            ) from None
-
     # -- storing --
 
     def prepare(self) -> None:
@@ -266,18 +267,24 @@ class Addressed(Task):
         for holds, members in self.branches():
             out = outputs(job.program, holds)
             p = store_pass(job.program, holds)
+            self.stacks.ensure(operations(job.program, None, holds, self.ran), members)
             self.plan.append((p, members))
             for j, (slot, e, pack) in enumerate(zip(job.program.slots, out.slots, job.slots, strict=True)):
                 if slot.shape is not None and not is_input(e, slot.name):
                     for k in range(len(job.row)) if members is None else members:
-                        value = self.fitting(
-                            Values(self, int(k)).get(e), pack.places.shapes[k], int(k), "a state"
+                        known = e.domain == "free" and e.op != "input"
+                        value = (
+                            self.stacks.value(e, int(k))
+                            if known
+                            else job.library.duplicate(Values(self, int(k)).get(e))
                         )
-                        self.other.append((j, int(k), job.library.duplicate(value)))
+                        self.other.append(
+                            (j, int(k), self.fitting(value, pack.places.shapes[k], int(k), "a state"))
+                        )
             if p is not None:
                 self.kernel(p)
                 for e in p.free:
-                    self.of_free(e)
+                    self.stacks.addresses(e)
 
     def separate(self, begin: Indices, end: Indices) -> None:
         """Copy gradients that lie where this step writes: `{"a": model["b"], "b": model["a"]}` is a

@@ -157,7 +157,7 @@ class Fused(Addressed):
 
     def launch(self, p: Pass, chunks: Chunks, members: Any, new: dict[str, Indices], *partial: Any) -> None:
         far = self.scalars.far(p.scalars)
-        counters = self.job.program.new_counters if self.blind and not p.reductions else ()
+        counters = self.job.program.new_counters if self.blind and not (p.reductions or p.fills) else ()
         with on(self.job.library, self.device):
             on_device, table, row = None, None, self.job.row
             if far or counters:
@@ -231,11 +231,9 @@ class Fused(Addressed):
     def received(self, total: Any) -> Any:
         return total
 
-    def stacked(self, values: list[Any]) -> Any:
-        """Values of the leaves, which stay on the device where that can be."""
-        if self.job.library.NAME != "torch":
-            return super().stacked(values)
-        return torch.stack([v.to(torch.float64) for v in values])
+    def stacked(self, values: Any) -> Any:
+        """A number of each leaf, which stays on the device where that can be."""
+        return values.to(torch.float64) if self.job.library.NAME == "torch" else super().stacked(values)
 
     def prepare(self) -> None:
         super().prepare()

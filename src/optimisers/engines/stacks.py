@@ -1,0 +1,452 @@
+"""What the array library computes for all leaves of a shape at once: products and other values of another
+shape, on stacks of matrices.
+
+A round of the plan (see `graph.plan`) reads stacks that a pass has written, one matrix after the other, and
+goes through its operations block by block, so that a block stays in the cache of the processor from its first
+product to its last. Buffers belong to the group and are used again: a warm step allocates none. What the
+array library cannot do on a stack it does leaf by leaf.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from optimisers import ops
+from optimisers.arrays.layout import contiguous_strides
+from optimisers.engines.workspace import Batch, Bucket, Found, Workspace
+from optimisers.errors import TraceError
+from optimisers.graph.expr import Expr
+from optimisers.graph.passes import Pass
+from optimisers.graph.plan import Operations, Round, filling
+from optimisers.graph.recipe import Operand, Operation, Recipe, Shape, recipe
+from optimisers.state.buffers import Indices
+
+BLOCK = 1 << 21
+"""Bytes of the matrices that go through a round together: they and what is made of them stay in a cache."""
+
+BATCHES = 16
+"""How many patterns of stepped leaves are remembered."""
+
+_CONDITIONS = frozenset({"logical_and", "logical_or", "logical_not", "where", "call", "reshape", "transpose"})
+"""Operations that leave conditions as they are; for all others they count as 0 and 1."""
+
+
+class Stacks:
+    """The values of another shape that a step of a job needs, each computed once."""
+
+    def __init__(
+        self,
+        job: Any,
+        scalars: Any,
+        workspace: Workspace,
+        fill: Callable[[Pass, Indices | None, list[Indices]], None],
+        given: Callable[[str, int], Any],
+    ) -> None:
+        self.job, self.scalars, self.workspace = job, scalars, workspace
+        self.fill, self.given = fill, given
+        self.library, self.wide = job.library, job.wide
+        self.real = self.library.real_of(self.wide)
+        self.found: dict[int, list[Found]] = {}
+        self.sums: dict[int, Any] = {}
+        self.known: dict[tuple[int, int], Any] = {}
+        self.calls = 0
+
+    def kind(self, e: Expr) -> Any:
+        return self.wide if e.type == "complex" else self.real
+
+    # -- what is asked for --
+
+    def ensure(self, what: Operations, members: Indices | None) -> None:
+        """Compute what is not known yet, for some leaves (None for all)."""
+        for part in what.rounds:
+            self.run(part, members)
+
+    def addresses(self, e: Expr) -> Indices:
+        """Where a value of each leaf lies, spread to the shape and layout of x; 0 where it is not known."""
+        at = np.zeros(len(self.job.row), np.int64)
+        for found in self.found[id(e)]:
+            if found.at is None:
+                found.at = self.spread(e, found)
+            for bucket, _ in found.stacks:
+                at[bucket.leaves] = found.at[bucket.leaves]
+        return at
+
+    def value(self, e: Expr, leaf: int) -> Any:
+        """A value of one leaf."""
+        for found in self.found[id(e)]:
+            for bucket, stack in found.stacks:
+                where = np.flatnonzero(bucket.leaves == leaf)
+                if len(where):
+                    return stack[int(where[0])]
+        raise LookupError(f"{e.op} is not known yet")
+
+    def spread(self, e: Expr, found: Found) -> Indices:
+        """Addresses of a value in the layout of x; where it lies otherwise, of a copy."""
+        library, job = self.library, self.job
+        kind = self.kind(e)
+        size = kind.itemsize
+        at = np.zeros(len(job.row), np.int64)
+        for bucket, held in found.stacks:
+            stack, n, each = held, len(bucket.leaves), math.prod(bucket.shape)
+            laid = tuple(s * size for s in (each, *bucket.strides))
+            same = tuple(stack.shape) == (n, *bucket.shape) and stack.dtype == kind
+            if not same or (library.layout(stack)[1] != laid and n * each > 0):
+                try:
+                    wide = stack.reshape(n, *(1,) * (len(bucket.shape) - stack.ndim + 1), *stack.shape[1:])
+                    wide = library.broadcast(wide, (n, *bucket.shape))
+                except (ValueError, RuntimeError):
+                    raise TraceError(
+                        f"{type(job.rule).__name__} combined an array of shape {tuple(stack.shape[1:])} with "
+                        f"parameters of shape {bucket.shape}, at {job.code(int(bucket.leaves[0]), 'model')}"
+                    ) from None
+                stack = self.buffer(
+                    ("spread", self.calls, bucket.offset), (n, *bucket.shape), kind, laid=bucket
+                )
+                self.calls += 1
+                library.assign(stack, wide)
+            found.hold = (found.hold, stack)
+            at[bucket.leaves] = library.address(stack) + size * each * np.arange(n)
+        return at
+
+    def reduced(self, r: Expr) -> Any:
+        """A reduction of a value to one number, of every leaf, as a vector of the array library."""
+        parts = self.sums[id(r)]
+        if len(parts) == 1:
+            return parts[0][1]
+        leaves = np.concatenate([leaves for leaves, _ in parts])
+        return self.library.joined([v for _, v in parts])[np.argsort(leaves).tolist()]
+
+    # -- a round --
+
+    def run(self, what: Round, members: Indices | None) -> None:
+        batch = self.batch(members)
+        self.calls += 1
+        flats = self.filled(what, batch, members)
+        outputs = [Found([]) for _ in what.wanted]
+        for bucket in batch.buckets:
+            stacks = [self.input(e, flats.get(j), bucket) for j, e in enumerate(what.inputs)]
+            for f, stack in zip(outputs, self.bucket(what, bucket, stacks), strict=True):
+                f.stacks.append((bucket, stack))
+        for e, f in zip(what.wanted, outputs, strict=True):
+            self.found.setdefault(id(e), []).append(f)
+
+    def batch(self, members: Indices | None) -> Batch:
+        """How these leaves lie in stacks; None for all."""
+        job, batches = self.job, self.workspace.batches
+        key = b"" if members is None else members.tobytes()
+        if key not in batches:
+            if len(batches) >= BATCHES:
+                batches.clear()
+            leaves = range(len(job.row)) if members is None else members.tolist()
+            batches[key] = Batch.of(leaves, job.shapes, job.strides)
+        return batches[key]
+
+    def filled(self, what: Round, batch: Batch, members: Indices | None) -> dict[int, Any]:
+        """Have a pass write the inputs of a round, but for arrays that are a stack of one as they are."""
+        single = all(len(b.leaves) == 1 for b in batch.buckets)
+        which = tuple(j for j, e in enumerate(what.inputs) if not (single and self.is_plain(e)))
+        flats: dict[int, Any] = {}
+        at: list[Indices] = []
+        for j in which:
+            kind = self.kind(what.inputs[j])
+            purpose = ("w", self.calls, j)
+            flats[j] = self.workspace.flat(self.library, purpose, batch.size, kind, self.job.device)
+            at.append(self.library.address(flats[j]) + kind.itemsize * batch.at)
+        if which:
+            self.fill(filling(what, which), members, at)
+        return flats
+
+    def input(self, e: Expr, flat: Any, bucket: Bucket) -> Any:
+        """An input of a round for the leaves of a bucket; `flat` is what a pass wrote, if it did."""
+        if flat is None:
+            return _plain(self.given(e.value, int(bucket.leaves[0])))[None]
+        stack = self.viewed(flat, bucket, bucket.offset)
+        return stack != 0 if e.type == "bool" else stack
+
+    def is_plain(self, e: Expr) -> bool:
+        """Whether a value of the shape of x is an array that lies somewhere already, in the right type."""
+        if e.op != "input" or e.type == "bool":
+            return False
+        return self.given(e.value, 0).dtype == self.kind(e)
+
+    def viewed(self, flat: Any, bucket: Bucket, offset: int) -> Any:
+        """The part of a buffer that holds the matrices of a bucket."""
+        n, each = len(bucket.leaves), math.prod(bucket.shape)
+        return self.library.view(flat, offset, (n, *bucket.shape), (each, *bucket.strides))
+
+    def buffer(
+        self, purpose: tuple[object, ...], shape: Shape, dtype: Any, laid: Bucket | None = None
+    ) -> Any:
+        """An array of the workspace."""
+        n = math.prod(shape)
+        flat = self.workspace.flat(self.library, purpose, n, dtype, self.job.device)
+        if laid is not None:
+            return self.viewed(flat, laid, 0)
+        return self.library.view(flat, 0, shape, contiguous_strides(shape))
+
+    def bucket(self, what: Round, bucket: Bucket, stacks: list[Any]) -> list[Any]:
+        """The wanted values of a bucket, block by block."""
+        todo = recipe(what, bucket.shape)
+        n, each = len(bucket.leaves), max(1, math.prod(bucket.shape)) * self.real.itemsize
+        blocks = -(-n // max(1, BLOCK // each))
+        step = -(-n // blocks)
+        run = _Run(self, todo, what, bucket, n)
+        for low in range(0, n, step):
+            run.block(stacks, low, min(n, low + step))
+        for r, parts in run.sums.items():
+            joined = parts[0] if len(parts) == 1 else self.library.joined(parts)
+            self.sums.setdefault(r, []).append((bucket.leaves, joined))
+        return [run.out[j] for j in range(len(what.wanted))]
+
+    def of_bucket(self, e: Expr, bucket: Bucket) -> Any:
+        """A scalar of every leaf of a bucket; one number where they agree and it is known."""
+        key = (id(e), id(bucket))
+        if key not in self.known:
+            self.known[key] = self.looked_up(e, bucket), e, bucket
+        return self.known[key][0]
+
+    def looked_up(self, e: Expr, bucket: Bucket) -> Any:
+        kind = self.kind(e)
+        values = e.value if e.op == "const" else self.scalars.of_leaves(e)
+        if e.op == "const" or isinstance(values, np.ndarray):
+            values = np.full(1, values) if e.op == "const" else values[bucket.leaves]
+            if len(values) and (values == values[0]).all():
+                value = values[0]
+                return np.bool_(value) if e.type == "bool" else self.library.number(value.item(), kind)
+        whole = len(bucket.leaves) == len(self.job.row)
+        values = values if whole or isinstance(values, np.ndarray) else values[bucket.leaves.tolist()]
+        return _Vector(values)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Vector:
+    """A number of every leaf of a bucket."""
+
+    values: Any
+
+
+class _Run:
+    """One bucket on its way through a recipe."""
+
+    def __init__(self, stacks: Stacks, todo: Recipe, what: Round, bucket: Bucket, n: int) -> None:
+        self.s, self.todo, self.what, self.bucket, self.n = stacks, todo, what, bucket, n
+        self.library = stacks.library
+        self.out: dict[int, Any] = {}
+        self.sums: dict[int, list[Any]] = {}
+        self.direct = {
+            o.value: j for j, (_, o) in enumerate(todo.outputs) if not o.turned and o.constant is None
+        }
+        self.pure = stacks.job.symbolic or self.library.immutable
+        self.pieces: dict[int, list[Any]] = {}
+
+    def block(self, stacks: list[Any], low: int, high: int) -> None:
+        self.low, self.high = low, high
+        self.values: dict[int, Any] = {}
+        for number, stack in zip(self.todo.inputs, stacks, strict=True):
+            self.values[number] = stack[low:high]
+        for e, number in self.todo.older:
+            self.values[number] = self.old(e)
+        made: set[int] = set()
+        for op in self.todo.operations:
+            if op.kind == "reduce":
+                self.reduce(op)
+                continue
+            target = self.target(op)
+            found = self.compute(op, target)
+            if target is not None and found is not target:
+                self.library.assign(target, found)
+                found = target
+            self.values[op.out] = found
+            if target is not None and self.direct.get(op.out, -1) in self.out:
+                made.add(self.direct[op.out])
+        for j, (e, o) in enumerate(self.todo.outputs):
+            if j not in made:
+                self.keep(j, e, self.read(o))
+
+    # -- where values lie --
+
+    def old(self, e: Expr) -> Any:
+        """A value of an earlier round, or an array of the state."""
+        s, leaves = self.s, self.bucket.leaves[self.low : self.high]
+        if id(e) in s.found:
+            for f in s.found[id(e)]:
+                for bucket, stack in f.stacks:
+                    if bucket is self.bucket:
+                        return stack[self.low : self.high]
+            return stack_of(self.library, [s.value(e, int(i)) for i in leaves])
+        kind = s.kind(e)
+        arrays = [self.library.cast(s.given(e.value, int(i)), kind) for i in leaves]
+        return stack_of(self.library, arrays)
+
+    def target(self, op: Operation) -> Any:
+        """Where an operation writes its value; None where the library decides."""
+        if op.shape is None or op.node.type != "real" or self.pure:
+            return None
+        kind, count = self.s.real, self.high - self.low
+        if op.register < 0:
+            j = self.direct[op.out]
+            if j not in self.out:
+                shape, laid = op.shape, self.bucket if op.shape == self.bucket.shape else None
+                purpose = ("f", self.s.calls, j, self.bucket.offset)
+                self.out[j] = self.s.buffer(purpose, (self.n, *shape), kind, laid)
+            return self.out[j][self.low : self.high]
+        return self.s.buffer(("t", op.register), (count, *op.shape), kind)
+
+    def keep(self, j: int, e: Expr, value: Any) -> None:
+        """Note a wanted value of this block."""
+        if self.pure:
+            self.out[j] = value
+            return
+        if j not in self.out:
+            shape, dtype = tuple(value.shape[1:]), value.dtype
+            laid = self.bucket if shape == self.bucket.shape else None
+            purpose = ("f", self.s.calls, j, self.bucket.offset)
+            self.out[j] = self.s.buffer(purpose, (self.n, *shape), dtype, laid)
+        self.library.assign(self.out[j][self.low : self.high], value)
+
+    def read(self, o: Operand) -> Any:
+        """The value of an operand: a stack, or a number."""
+        if o.scalar is not None:
+            return self.number(o.scalar)
+        if o.constant is not None:
+            value = stack_of(self.library, [o.constant.value] * (self.high - self.low))
+        else:
+            value = self.values[o.value]
+        return self.library.operations["transpose"](value) if o.turned else value
+
+    def number(self, e: Expr) -> Any:
+        """A scalar: a number, or a vector of those of this block."""
+        value = self.s.of_bucket(e, self.bucket)
+        if not isinstance(value, _Vector):
+            return value
+        part = value.values[self.low : self.high]
+        if isinstance(part, np.ndarray) and self.library.NAME != "numpy":
+            beside = next(iter(self.values.values()))
+            part = self.library.constant(part.astype(float) if e.type == "bool" else part, beside)
+            part = part != 0 if e.type == "bool" else part
+        return part if e.type == "bool" else self.library.cast(part, self.s.kind(e))
+
+    # -- what is computed --
+
+    def compute(self, op: Operation, target: Any) -> Any:
+        try:
+            if op.kind == "product":
+                return self.multiplied(op, target)
+            return self.applied(op, target)
+        except (ValueError, RuntimeError, TypeError) as error:
+            job, leaf = self.s.job, int(self.bucket.leaves[self.low])
+            args = [self.read(o) for o in op.args]
+            shapes = " and ".join(str(tuple(np.shape(a))[1:]) for a in args)
+            raise TraceError(
+                f"{type(job.rule).__name__}: {op.node.op} of arrays of shape {shapes}: {error}, at "
+                f"{job.code(leaf, 'model')}"
+            ) from error
+
+    def multiplied(self, op: Operation, target: Any) -> Any:
+        a, b, *rest = (self.read(o) for o in op.args)
+        alpha, beta = self.factor(op.alpha, op.signs[0]), self.factor(op.beta, op.signs[1])
+        spare = None
+        if target is not None and rest and not self.library.adds_products:
+            spare = self.s.buffer(("t", op.spare), tuple(target.shape), self.s.real)
+        return self.library.product(a, b, target, rest[0] if rest else None, alpha, beta, spare)
+
+    def factor(self, scalars: tuple[Expr, ...], sign: int) -> Any:
+        """The product of some scalars, shaped to multiply matrices."""
+        value: Any = float(sign)
+        for e in scalars:
+            value = value * self.shaped(self.number(e), 2)
+        return value
+
+    @staticmethod
+    def shaped(value: Any, rank: int) -> Any:
+        """A vector of numbers, one a matrix, as it stands beside stacks of arrays of this many axes."""
+        return value.reshape(value.shape[0], *(1,) * rank) if len(np.shape(value)) == 1 else value
+
+    def applied(self, op: Operation, target: Any) -> Any:
+        e, s = op.node, self.s
+        args = [self.read(o) for o in op.args]
+        if e.op not in _CONDITIONS:
+            args = [
+                self.library.cast(a, s.real) if n.type == "bool" else a
+                for a, n in zip(args, e.args, strict=True)
+            ]
+        kind = ops.WORDS[e.op].family
+        if kind == "elementwise":
+            return self.elementwise(e, args, target)
+        (first, *_) = args
+        if e.op == "transpose" and first.ndim > 2:
+            return self.library.operations["transpose"](first)
+        if e.op == "reshape":
+            return first.reshape(first.shape[0], *np.atleast_1d(dict(e.options)["shape"]).tolist())
+        if kind == "reduce" and (axis := _moved(dict(e.options), first.ndim - 1)) is not None:
+            return self.library.operations[e.op](first, **(dict(e.options) | {"axis": axis}))
+        return self.leaf_by_leaf(e, args)
+
+    def elementwise(self, e: Expr, args: list[Any], target: Any) -> Any:
+        ranks = [
+            a.ndim - 1 for a, n in zip(args, e.args, strict=True) if n.domain != "scalar" and np.ndim(a) > 0
+        ]
+        rank = max(ranks)
+        args = [
+            self.shaped(a, rank) if n.domain == "scalar" else _raised(a, rank)
+            for a, n in zip(args, e.args, strict=True)
+        ]
+        into = self.library.into.get(e.op)
+        if into is not None and target is not None and all(n.type == "real" for n in e.args):
+            if len(args) == 2 and np.ndim(args[0]) == 0 and e.op in ("add", "multiply"):
+                args.reverse()
+            kinds = {a.dtype for a in args if np.ndim(a)}
+            if kinds == {self.s.real} and np.ndim(args[0]):
+                return into(*args, out=target)
+        return self.library.operations[e.op](*args, **dict(e.options))
+
+    def leaf_by_leaf(self, e: Expr, args: list[Any]) -> Any:
+        word, options = self.library.operations[e.op], dict(e.options)
+        found: list[Any] = []
+        for i in range(self.high - self.low):
+            own = [a[i] if np.ndim(a) else a for a in args]
+            found.append(word(options["function"], *own) if e.op == "call" else word(*own, **options))
+        return stack_of(self.library, found)
+
+    def reduce(self, op: Operation) -> None:
+        """A reduction of every matrix to one number."""
+        (o,) = op.args
+        value = self.read(o)
+        if op.node.args[0].type == "bool":
+            value = self.library.cast(value, self.s.real)
+        found = self.library.operations[op.node.op](value.reshape(value.shape[0], -1), axis=1)
+        self.sums.setdefault(id(op.node), []).append(found)
+
+
+def _moved(options: dict[str, Any], rank: int) -> Any:
+    """The axes of a reduction as they stand in a stack; None if they are not there."""
+    axes = options.get("axis")
+    if axes is None:
+        return tuple(range(1, rank + 1))
+    several = isinstance(axes, tuple | list)
+    found = list(axes) if several else [axes]
+    if not all(isinstance(a, int) and -rank <= a < rank for a in found):
+        return None
+    moved = tuple(a + 1 if a >= 0 else a for a in found)
+    return moved if several else moved[0]
+
+
+def _raised(a: Any, rank: int) -> Any:
+    """A stack whose arrays have as many axes as those beside them."""
+    missing = rank - (a.ndim - 1)
+    return a.reshape(a.shape[0], *(1,) * missing, *a.shape[1:]) if missing > 0 else a
+
+
+def stack_of(library: Any, arrays: list[Any]) -> Any:
+    """A stack of arrays of one shape; no copy of a single one."""
+    if len(arrays) == 1:
+        return library.operations["reshape"](arrays[0], (1, *np.shape(arrays[0])))
+    return library.stack(arrays)
+
+
+def _plain(x: Any) -> Any:
+    """An array that no gradient follows."""
+    return x.detach() if hasattr(x, "detach") else x

@@ -1,0 +1,366 @@
+"""A round of array operations -> a recipe for matrices of one shape: operations, and buffers between them.
+
+Transposes are not computed: every value is stored the way round in which its readers want it, and others read
+it turned. A product with what is added to it is one operation. Buffers are used again once nobody reads them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from optimisers import ops
+from optimisers.graph.expr import Expr, order
+from optimisers.graph.memo import kept
+from optimisers.graph.plan import Round
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """What an operation reads: the value with this number, transposed or not; or a scalar."""
+
+    value: int
+    turned: bool = False
+    scalar: Expr | None = None
+    constant: Expr | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operation:
+    """One thing for the array library to do, for all matrices of a stack at once."""
+
+    kind: str
+    """`product`: alpha a @ b + beta c; `apply`: the operation of a node; `reduce`: to one number a leaf."""
+    node: Expr
+    args: tuple[Operand, ...]
+    out: int
+    """The number of its value."""
+    register: int
+    """Which buffer of the workspace holds it; -1 for an output of the recipe."""
+    shape: Shape | None
+    """Of one matrix; None where only the array library knows."""
+    alpha: tuple[Expr, ...] = ()
+    beta: tuple[Expr, ...] = ()
+    """Factors of a product and of what is added to it, multiplied with each other."""
+    signs: tuple[int, int] = (1, 1)
+    spare: int = -1
+    """A register for c, where the library cannot add while it multiplies."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recipe:
+    """A round for matrices of one shape."""
+
+    operations: tuple[Operation, ...]
+    inputs: tuple[int, ...]
+    """The number of every input of the round."""
+    older: tuple[tuple[Expr, int], ...]
+    """(value of another round or of the state, its number)."""
+    outputs: tuple[tuple[Expr, Operand], ...]
+    """Every wanted node, and where it is found."""
+    registers: int
+    flops: int
+    """Of all products, for one matrix."""
+
+
+@kept
+def recipe(what: Round, shape: Shape) -> Recipe:
+    """The recipe of a round for leaves of this shape; made once."""
+    return _Writer(what, shape).written()
+
+
+def _elementwise(e: Expr) -> bool:
+    return ops.WORDS[e.op].family == "elementwise" if e.op in ops.WORDS else False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Sum:
+    """A sum of a product and another value, each with factors."""
+
+    value: Expr
+    turned: bool
+    factors: tuple[Expr, ...]
+    other: Expr
+    other_turned: bool
+    other_factors: tuple[Expr, ...]
+    signs: tuple[int, int]
+
+
+class _Writer:
+    """Writes the recipe of one round."""
+
+    def __init__(self, what: Round, shape: Shape) -> None:
+        self.what, self.shape = what, shape
+        self.mine = {id(e) for e in what.nodes}
+        self.shapes: dict[int, Shape | None] = {}
+        self.readers: dict[int, list[Expr]] = {}
+        for e in what.nodes:
+            for a in e.args:
+                self.readers.setdefault(id(a), []).append(e)
+        self.wanted = {id(e) for e in what.wanted} | {id(r.args[0]) for r in what.reductions}
+        self.flip = self.flips()
+        self.numbers: dict[int, int] = {}
+        self.out: list[Operation] = []
+        self.inside: set[int] = set()
+        self.flops = 0
+
+    # -- shapes --
+
+    def known(self, e: Expr) -> Shape | None:
+        """The shape of a value for one leaf; None if only the array library knows."""
+        if e.domain == "scalar":
+            return ()
+        if e.domain == "array":
+            return self.shape
+        for node in order([e], self.shapes, given=True):
+            if node.domain == "free":
+                self.shapes[id(node)] = self.shape_of(node)
+        return self.shapes[id(e)]
+
+    def shape_of(self, e: Expr) -> Shape | None:
+        """The same for a node whose arguments are known."""
+        if e.op in ("input", "const"):
+            return e.shape_
+        here = {"scalar": (), "array": self.shape}
+        args = [here[a.domain] if a.domain in here else self.shapes[id(a)] for a in e.args]
+        shapes = [a for a in args if a is not None]
+        if len(shapes) < len(args):
+            return None
+        if e.op == "transpose":
+            return _turned(shapes[0], True) if len(shapes[0]) >= 2 else None
+        if e.op == "matmul":
+            return _multiplied(*shapes)
+        return _broadcast(shapes) if _elementwise(e) else None
+
+    # -- which way round --
+
+    def base(self, e: Expr) -> tuple[Expr, bool]:
+        """A value under its transposes, and whether it is turned by them."""
+        turned = False
+        while e.op == "transpose" and id(e) in self.mine and self.known(e) is not None:
+            e, turned = e.args[0], not turned
+        return e, turned
+
+    def turnable(self, e: Expr) -> bool:
+        """Whether a node can be computed the other way round."""
+        shape = self.known(e)
+        if shape is None or len(shape) < 2:
+            return False
+        if e.op == "matmul":
+            return True
+        args = [self.known(a) for a in e.args if a.domain != "scalar"]
+        return _elementwise(e) and all(a is not None and len(a) == len(shape) for a in args)
+
+    def flips(self) -> dict[int, bool]:
+        """Which nodes are computed transposed: as those wish who read them element by element."""
+        wish: dict[int, bool] = {}
+        for e in (*self.what.wanted, *(r.args[0] for r in self.what.reductions)):
+            base, turned = self.base(e)
+            wish.setdefault(id(base), turned)
+        flip: dict[int, bool] = {}
+        for e in reversed(self.what.nodes):
+            if self.base(e)[0] is not e:
+                continue
+            flip[id(e)] = wish.get(id(e), False) if self.turnable(e) else False
+            if _elementwise(e):
+                for a in e.args:
+                    if id(a) in self.mine:
+                        base, turned = self.base(a)
+                        wish.setdefault(id(base), turned != flip[id(e)])
+        return flip
+
+    def operand(self, a: Expr, turned: bool) -> Operand:
+        """A value as an operation reads it, transposed or not."""
+        if a.domain == "scalar":
+            return Operand(-1, scalar=a)
+        base, more = self.base(a)
+        if base.op == "const":
+            return Operand(-1, turned != more, constant=base)
+        return Operand(self.number(base), turned ^ more ^ self.flip.get(id(base), False))
+
+    def number(self, e: Expr) -> int:
+        return self.numbers.setdefault(id(e), len(self.numbers))
+
+    # -- products with what is added to them --
+
+    def term(self, e: Expr, owner: Expr) -> tuple[Expr, bool, int, tuple[Expr, ...]]:
+        """(value, transposed, sign, factors) of a term that nobody but its sum reads."""
+        sign, factors, turned = 1, list[Expr](), False
+        reader = owner
+        while self.alone(e, reader):
+            if e.op == "negative":
+                sign, reader, e = -sign, e, e.args[0]
+            elif e.op == "multiply" and any(a.domain == "scalar" for a in e.args):
+                at = 0 if e.args[0].domain == "scalar" else 1
+                factors.append(e.args[at])
+                reader, e = e, e.args[1 - at]
+            elif e.op == "transpose" and self.base(e)[0] is not e:
+                turned = not turned
+                reader, e = e, e.args[0]
+            else:
+                break
+        return e, turned, sign, tuple(factors)
+
+    def alone(self, e: Expr, reader: Expr) -> bool:
+        """Whether a node is computed for one reader only."""
+        return (
+            id(e) in self.mine
+            and id(e) not in self.wanted
+            and len(self.readers.get(id(e), ())) == 1
+            and self.readers[id(e)][0] is reader
+        )
+
+    def sum_of(self, e: Expr) -> "_Sum | None":
+        """A node as `alpha a @ b + beta c`, if it is one."""
+        shape = self.known(e)
+        if e.op not in ("add", "subtract") or shape is None or any(a.domain == "scalar" for a in e.args):
+            return None
+        terms = [self.term(a, e) for a in e.args]
+        if e.op == "subtract":
+            value, turned, sign, factors = terms[1]
+            terms[1] = (value, turned, -sign, factors)
+        for product, other in (terms, terms[::-1]):
+            (value, turned, sign, factors), (c, c_turned, c_sign, c_factors) = product, other
+            lonely = value.op == "matmul" and id(value) in self.mine and len(self.readers[id(value)]) == 1
+            same = _turned(self.known(value), turned) == shape == _turned(self.known(c), c_turned)
+            real = all(a.type == "real" for a in (e, value, c, *factors, *c_factors))
+            if lonely and id(value) not in self.wanted and same and real:
+                return _Sum(value, turned, factors, c, c_turned, c_factors, (sign, c_sign))
+        return None
+
+    def swallowed(self, e: Expr, product: Expr) -> set[int]:
+        """The nodes of a sum that its one operation stands for."""
+        found: set[int] = set()
+        for term in e.args:
+            a, reader = term, e
+            while self.alone(a, reader) and (a.op in ("negative", "transpose") or _scaled(a)):
+                found.add(id(a))
+                reader, a = a, next(b for b in a.args if b.domain != "scalar")
+        return found | {id(product)}
+
+    def factors_of(self, e: Expr, turned: bool) -> tuple[Operand, Operand]:
+        """The factors of a product, or of its transpose: those in turn, each transposed."""
+        a, b = e.args[::-1] if turned else e.args
+        return self.operand(a, turned), self.operand(b, turned)
+
+    # -- writing --
+
+    def write(
+        self,
+        kind: str,
+        e: Expr,
+        args: tuple[Operand, ...],
+        alpha: tuple[Expr, ...] = (),
+        beta: tuple[Expr, ...] = (),
+        signs: tuple[int, int] = (1, 1),
+    ) -> None:
+        shape = self.known(e)
+        if kind != "reduce" and self.flip.get(id(e), False):
+            shape = _turned(shape, True)
+        number = -1 if kind == "reduce" else self.number(e)
+        self.out.append(Operation(kind, e, args, number, 0, shape, alpha, beta, signs))
+
+    def written(self) -> Recipe:
+        what = self.what
+        inputs = tuple(self.number(e) for e in what.inputs)
+        sums: dict[int, _Sum] = {}
+        for e in reversed(what.nodes):
+            found = None if id(e) in self.inside or self.base(e)[0] is not e else self.sum_of(e)
+            if found is not None:
+                sums[id(e)] = found
+                self.inside |= self.swallowed(e, found.value)
+        for e in what.nodes:
+            if self.base(e)[0] is e and id(e) not in self.inside and e.op not in ("const", "input"):
+                self.write_node(e, sums.get(id(e)))
+        for r in what.reductions:
+            self.write("reduce", r, (self.operand(r.args[0], False),))
+        outputs = tuple((e, self.operand(e, False)) for e in what.wanted)
+        done = {op.out for op in self.out}
+        direct = {o.value for _, o in outputs if not o.turned}
+        found, registers = registered(self.out, direct & done)
+        names = {n: i for i, n in self.numbers.items()}
+        by_id = {id(e): e for n in what.nodes for e in (n, *n.args)}
+        older = tuple((by_id[names[n]], n) for n in sorted(names) if n not in done and n not in inputs)
+        return Recipe(tuple(found), inputs, older, outputs, registers, self.counted())
+
+    def write_node(self, e: Expr, found: "_Sum | None") -> None:
+        flip = self.flip[id(e)]
+        if found is not None:
+            a, b = self.factors_of(found.value, found.turned != flip)
+            c = self.operand(found.other, found.other_turned != flip)
+            self.write("product", e, (a, b, c), found.factors, found.other_factors, found.signs)
+        elif e.op == "matmul" and self.known(e) is not None:
+            self.write("product", e, self.factors_of(e, flip))
+        else:
+            self.write("apply", e, tuple(self.operand(a, flip) for a in e.args))
+
+    def counted(self) -> int:
+        flops = 0
+        for e in self.what.nodes:
+            a, out = self.known(e.args[0]) if e.args else None, self.known(e)
+            if e.op == "matmul" and a is not None and out is not None:
+                n = 1
+                for d in out:
+                    n *= d
+                flops += 2 * n * a[-1]
+        return flops
+
+
+def _scaled(e: Expr) -> bool:
+    """Whether a node is another times a number."""
+    return e.op == "multiply" and sum(a.domain == "scalar" for a in e.args) == 1
+
+
+def _turned(shape: Shape | None, turned: bool) -> Shape | None:
+    if shape is None or not turned or len(shape) < 2:
+        return shape
+    *outer, rows, columns = shape
+    return (*outer, columns, rows)
+
+
+def _multiplied(a: Shape, b: Shape) -> Shape | None:
+    """The shape of a product of matrices; None where the operands are no two matrices that fit."""
+    if min(len(a), len(b)) < 2 or len(a) != len(b):
+        return None
+    *outer, rows, inner = a
+    *others, between, columns = b
+    return (*outer, rows, columns) if inner == between and outer == others else None
+
+
+def _broadcast(shapes: Sequence[Shape]) -> Shape | None:
+    """The shape of an operation element by element; None if the shapes do not fit."""
+    out: list[int] = []
+    for k in range(1, max(len(s) for s in shapes) + 1):
+        sizes = {s[-k] for s in shapes if len(s) >= k} - {1}
+        if len(sizes) > 1:
+            return None
+        out.append(sizes.pop() if sizes else 1)
+    return tuple(reversed(out))
+
+
+def registered(code: Sequence[Operation], outputs: set[int]) -> tuple[list[Operation], int]:
+    """The operations with a buffer for every value: one is used again once nobody reads what is in it."""
+    last = {o.value: i for i, op in enumerate(code) for o in op.args if o.value >= 0}
+    at: dict[int, int] = {}
+    idle: list[int] = []
+    count = 0
+    found: list[Operation] = []
+
+    def taken() -> int:
+        nonlocal count
+        if idle:
+            return idle.pop()
+        count += 1
+        return count - 1
+
+    for i, op in enumerate(code):
+        register, spare = -1, -1
+        if op.kind != "reduce" and op.out not in outputs:
+            register = at[op.out] = taken()
+        if op.kind == "product" and len(op.args) == 3:
+            spare = taken()
+            idle.append(spare)
+        found.append(dataclasses.replace(op, register=register, spare=spare))
+        done = {o.value for o in op.args if last.get(o.value) == i}
+        idle += [at[v] for v in done if v in at]
+    return found, count

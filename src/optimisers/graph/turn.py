@@ -1,0 +1,34 @@
+"""Transposes come last: what is done to elements of a transposed array is done before it is transposed.
+
+So `transpose(g) / norm(transpose(g))` is maths on the elements of g, which passes do, and one transpose.
+"""
+
+from collections.abc import Callable
+
+from optimisers import ops
+from optimisers.graph.expr import Expr, cuts
+
+
+def turned(e: Expr, made: Callable[[Expr], Expr]) -> Expr | None:
+    """A node with its transposes moved to the end; None if that changes nothing.
+
+    `made` merges a new node with an equal one.
+    """
+    if e.op == "transpose" and _is_transpose(e.args[0]):
+        return e.args[0].args[0]
+    if cuts(e) and _is_transpose(e.args[0]):
+        return Expr(e.op, e.args[0].args, type=e.type, options=e.options, guard=e.guard)
+    if e.domain != "free" or e.op not in ops.WORDS or ops.WORDS[e.op].family != "elementwise":
+        return None
+    arrays = [a for a in e.args if a.domain != "scalar"]
+    if not all(_is_transpose(a) and a.args[0].domain == "array" for a in arrays):
+        return None
+    args = tuple(a if a.domain == "scalar" else a.args[0] for a in e.args)
+    shape = arrays[0].args[0].shape_
+    inner = made(Expr(e.op, args, domain="array", type=e.type, options=e.options, shape=shape))
+    return Expr("transpose", (inner,), domain="free", type=e.type)
+
+
+def _is_transpose(e: Expr) -> bool:
+    """Whether a node exchanges the axes of an array that has two."""
+    return e.op == "transpose" and (e.args[0].domain == "free" or len(e.args[0].shape_ or ()) >= 2)
