@@ -1,8 +1,8 @@
 """What is a rule? A value with `init` and `apply`, written for one array."""
 
 import contextvars
-import functools
 import inspect
+import weakref
 from typing import Any, ClassVar, Self
 
 from optimisers.errors import BadSetting, TraceError, UnknownField
@@ -97,9 +97,17 @@ def needed(rule: Rule) -> int:
     return max((further(type(part))[0] for part in parts(rule) if isinstance(part, Rule)), default=0)
 
 
-@functools.cache
+_further: "weakref.WeakKeyDictionary[type[Rule], tuple[int, int]]" = weakref.WeakKeyDictionary()
+
+
 def further(cls: type[Rule]) -> tuple[int, int]:
     """How many gradients beyond the first `apply` of this class needs, and how many it takes."""
+    if cls not in _further:
+        _further[cls] = _further_of(cls)
+    return _further[cls]
+
+
+def _further_of(cls: type[Rule]) -> tuple[int, int]:
     parameters = list(inspect.signature(cls.apply).parameters.values())
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return 0, 1 << 30

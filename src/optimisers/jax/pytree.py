@@ -5,8 +5,10 @@ An eager step jits itself, once for each structure: rates and schedules are numb
 them compiles nothing; freezing a leaf is another structure.
 """
 
+import collections
 import functools
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +20,8 @@ from optimisers.arrays import registry
 from optimisers.arrays.jax import library as arrays
 from optimisers.engines.task import refuse, watches
 from optimisers.errors import TreeMismatch, UnknownField
+from optimisers.graph.memo import kept
+from optimisers.settings import parts
 from optimisers.state.buffers import Bundled
 from optimisers.state.leaf import Branch, Leaf, opened
 from optimisers.state.store import Store
@@ -174,37 +178,69 @@ def _concrete(store: Store, xs: Sequence[Any], orders: list[Any]) -> bool:
     return not any(arrays.is_traced(a) for a in every)
 
 
+class _After:
+    """The structure that a step leads to, and what its checks say. JAX keeps it beside what it compiles, as
+    long as the function lives that was compiled: a structure, which holds that function, would never be
+    freed.
+    """
+
+    def __init__(self, structure: Structure, about: tuple[Any, ...]) -> None:
+        self.structure, self.about = weakref.ref(structure), about
+
+
 class _Out:
-    """What a jitted step gives: a store and new parameters; the store's structure is static."""
+    """What a jitted step gives: the arrays of a state, new parameters, and whether checks hold."""
 
-    def __init__(self, store: Any, new: dict[int, Any], checks: Any, about: Any) -> None:
-        self.store, self.new, self.checks, self.about = store, new, checks, about
-
-
-def _out_parts(out: _Out) -> tuple[Any, Any]:
-    held, structure = _apart(out.store)
-    return (held, out.new, out.checks), (structure, out.about)
+    def __init__(self, held: Any, new: dict[int, Any], checks: Any, after: _After) -> None:
+        self.held, self.new, self.checks, self.after = held, new, checks, after
 
 
-def _out_whole(static: Any, children: Any) -> _Out:
-    return _Out(Pending(static[0], children[0]), children[1], children[2], static[1])
+jax.tree_util.register_pytree_node(
+    _Out, lambda out: ((out.held, out.new, out.checks), out.after), lambda after, parts: _Out(*parts, after)
+)
 
 
-jax.tree_util.register_pytree_node(_Out, _out_parts, _out_whole)
-
-
-def _step(structure: Structure, path: KeyPath, held: Any, xs: Any, orders: Any) -> Any:
+def _step(structure: Structure, path: KeyPath, held: Any, xs: Any, orders: Any) -> _Out:
     node, notes = _located(structure, path), list[Any]()
     token = watches.set(notes)
     try:
         store, new = evaluated(structure.filled(held), node, xs, orders)
     finally:
         watches.reset(token)
-    checks = [found for found, _, _ in notes]
-    return _Out(store, new, checks, tuple((message, tuple(paths)) for _, message, paths in notes))
+    held, after = _apart(store)
+    if after is not structure:
+        structure.later.append(after)
+    about = tuple((message, tuple(paths)) for _, message, paths in notes)
+    return _Out(held, new, [found for found, _, _ in notes], _After(after, about))
 
 
-_jitted = jax.jit(_step, static_argnums=(0, 1))
+@kept
+def jitted(structure: Structure, path: KeyPath) -> Any:
+    """The compiled step of a part of the states of one structure."""
+    _remember(structure)
+    return jax.jit(functools.partial(_step, structure, path))
+
+
+RECENT = 16
+"""Structures, of rules without a class of their user, whose compiled steps outlive the states: a sweep makes
+states anew.
+"""
+
+_recent: "collections.deque[Structure]" = collections.deque(maxlen=RECENT)
+
+
+def _remember(structure: Structure) -> None:
+    """Keep a structure for a while: for long if it is among the last ones, but no longer than the classes of
+    which its rules are.
+    """
+    found = {type(part) for g in structure.store.groups for part in parts(g.rule)}
+    own = next((cls for cls in found if cls.__module__.partition(".")[0] != "optimisers"), None)
+    if own is None:
+        _recent.append(structure)
+        return
+    if "__recent__" not in vars(own):
+        type.__setattr__(own, "__recent__", collections.deque(maxlen=RECENT))
+    vars(own)["__recent__"].append(structure)
 
 
 def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store, dict[int, Any]] | None:
@@ -218,12 +254,11 @@ def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store
         return None  # the engines say what is wrong
     refuse_untied(store, node, xs)
     structure = structure_of(store)
-    out = _jitted(
-        structure, _path_of(store.layout.root, node), store.arrays(), list(xs), [list(o) for o in orders]
-    )
-    for (holds, *values), (message, paths) in zip(out.checks, out.about, strict=True):
+    run = jitted(structure, _path_of(store.layout.root, node))
+    out = run(store.arrays(), list(xs), [list(o) for o in orders])
+    for (holds, *values), (message, paths) in zip(out.checks, out.after.about, strict=True):
         refuse(np.asarray(holds), [np.asarray(v) for v in values], message, paths)
-    return (out.store.store() if isinstance(out.store, Pending) else out.store), out.new
+    return out.after.structure().filled(out.held), out.new
 
 
 HOOKS = registry.Hooks(known=known, stepped=stepped)

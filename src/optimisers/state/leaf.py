@@ -214,7 +214,7 @@ def unseen(state: Leaf | Branch) -> bool:
     """Whether a transform has put something else in place of the arrays: axes, shapes, populations."""
     held = opened_late(state)
     return isinstance(held, Pending) and not (
-        isinstance(held.structure, int) or held.structure.fits(held.arrays)
+        held.structure.store.compiled is not None or held.structure.fits(held.arrays)
     )
 
 

@@ -46,10 +46,10 @@ class Store:
     """Groups that took no further part: a graph that was captured may still write into their arrays."""
     known: Any = None
     """The structure found last, and what it depends on."""
-    numbered: Callable[["Store"], Any] | None = None
-    """Numbers the structure for those who cannot look at it; called whenever it may have changed."""
-    number: Any = None
-    """What `numbered` said last."""
+    compiled: Callable[["Store"], Any] | None = None
+    """Finds the structure for a compiler, which cannot look for it; called whenever it may have changed."""
+    structure: Any = None
+    """What `compiled` found last."""
     lock: Any = dataclasses.field(default_factory=threading.RLock)
     """Held while groups or tables are exchanged."""
 
@@ -116,7 +116,9 @@ class Store:
         self.changed()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"handles": {}, "plans": {}, "known": None, "numbered": None, "number": None, "retired": []}
+        fresh = {"handles": {}, "plans": {}, "retired": []} | dict.fromkeys(
+            ("known", "compiled", "structure")
+        )
         return {k: v for k, v in vars(self).items() if k != "lock"} | fresh
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
@@ -137,8 +139,8 @@ class Store:
 
     def changed(self) -> None:
         """Take note that the structure may be another."""
-        if self.numbered is not None:
-            self.number = self.numbered(self)
+        if self.compiled is not None:
+            self.structure = self.compiled(self)
 
     def settle(self) -> None:
         """Bring scalars to the host that nobody traces any more."""

@@ -1,6 +1,8 @@
 """A store without its arrays, and a store that nobody has looked at yet."""
 
 import dataclasses
+import hashlib
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,24 +14,31 @@ from optimisers.state.store import Store
 
 
 class Structure:
-    """A store without its arrays; equal for stores of the same rules over the same model, and hashable."""
+    """A store without its arrays; equal for stores of the same rules over the same model, and hashable.
 
-    def __init__(self, store: Store) -> None:
+    There is one object for all equal ones, which lives as long as a store, or what was compiled for it, does:
+    ask `structure_of`.
+    """
+
+    name: str
+    """Under which compiled graphs know it; equal structures have equal names, now and later."""
+    apart: "Structure"
+    """The same one with a row of numbers for each leaf."""
+
+    def __init__(self, store: Store, key: Any) -> None:
         self.store = dataclasses.replace(
             store,
             groups=[_hollow(g) for g in store.groups],
             handles={},
             known=None,
+            structure=None,
         )
-        groups = (
-            (skeleton(g.rule), g.leaves.tobytes(), g.table.row.tobytes(), _slots_key(g), g.types)
-            for g in store.groups
-        )
-        shapes = tuple(None if k is None else (k.name, k.shape, str(k.dtype), k.device) for k in store.shapes)
-        self.key = (store.layout.key, shapes, store.frozen.tobytes(), store.engine, tuple(groups))
+        self.key = key
         self.hashed = hash(self.key)
         self.names: Any = None
         """Names of the arrays, for those who ask for them."""
+        self.later: list[Structure] = []
+        """What structures compiled steps of it lead to; what was compiled does not keep them itself."""
 
     def __eq__(self, other: object) -> bool:
         return self is other or (
@@ -76,7 +85,7 @@ def structure_of(store: Store) -> Structure:
     """What is left of a store without its arrays; the same object as long as nothing of it changes."""
     token = token_of(store)
     if store.known is None or store.known[0] != token:
-        store.known = token, Structure(store)
+        store.known = token, shared(store)
     return store.known[1]
 
 
@@ -86,6 +95,47 @@ def token_of(store: Store) -> tuple[Any, ...]:
         store.frozen.tobytes(),
         *((id(g.program), g.table.row.tobytes(), g.loose) for g in store.groups),
     )
+
+
+_shared: "weakref.WeakValueDictionary[int, Structure]" = weakref.WeakValueDictionary()
+"""Structures that somebody holds, by the hash of their key: the key itself would keep classes of rules."""
+
+
+def shared(store: Store) -> Structure:
+    """The structure of a store, which is that of all stores like it."""
+    groups = (
+        (skeleton(g.rule), g.leaves.tobytes(), g.table.row.tobytes(), _slots_key(g), g.types)
+        for g in store.groups
+    )
+    shapes = tuple(None if k is None else (k.name, k.shape, str(k.dtype), k.device) for k in store.shapes)
+    key = (store.layout.key, shapes, store.frozen.tobytes(), store.engine, tuple(groups))
+    found = _shared.get(hash(key))
+    if found is None or found.key != key:
+        found = _shared[hash(key)] = Structure(store, key)
+    return found
+
+
+named: "weakref.WeakValueDictionary[str, Structure]" = weakref.WeakValueDictionary()
+"""Structures that somebody holds, by the name under which compiled graphs know them."""
+
+
+def name(structure: Structure) -> None:
+    """Give a structure its name: what is baked into a graph must not keep a structure, nor number it anew."""
+    digest = hashlib.blake2b(described(structure.key).encode(), digest_size=12).hexdigest()
+    while named.setdefault(digest, structure) is not structure:
+        digest += "+"  # classes of one name: the other one lives
+    structure.name = digest
+
+
+def described(key: Any) -> str:
+    """A key as text; what has no text that tells it from all others is told by where it lies."""
+    if isinstance(key, tuple):
+        return f"({', '.join(map(described, key))})"
+    if isinstance(key, type):
+        return f"{key.__module__}.{key.__qualname__}"
+    if isinstance(key, str | bytes | int | float | None):
+        return repr(key)
+    return f"{described(type(key))} {id(key)}"
 
 
 class Pending:
@@ -100,15 +150,10 @@ class Pending:
 
     def store(self) -> Store:
         """The store itself."""
-        if not isinstance(self.structure, int):
-            return self.structure.filled(self.arrays)
-        store = NUMBERED[self.structure].filled(self.arrays)
-        store.settle()
+        store = self.structure.filled(self.arrays)
+        if store.compiled is not None:
+            store.settle()
         return store
-
-
-NUMBERED: list[Structure] = []
-"""Structures by the number under which compiled graphs know them."""
 
 
 def _shapes_of(group: Group) -> list[tuple[int, ...]]:

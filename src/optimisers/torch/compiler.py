@@ -1,8 +1,9 @@
 """How does a step stand in a graph that `torch.compile` makes? As one operator, which runs the fused kernels.
 
 The compiler sees tensors alone: parameters, gradients, and what a state is made of. The structure of the
-state, which it could not look at, has a number; a change of structure (a frozen leaf, another rule) is
-another number, and the graph is made anew once.
+state, which it could not look at, has a name; a change of structure (a frozen leaf, another rule) is
+another name, and the graph is made anew once. A graph holds names only, and finds the structure that the
+state at hand has: it keeps none alive.
 """
 
 # PyTorch answers some questions only in private.
@@ -20,11 +21,9 @@ from optimisers.arrays.torch import library as tensors
 from optimisers.errors import BadState
 from optimisers.state.leaf import Branch, Leaf
 from optimisers.state.store import Store
-from optimisers.state.structure import NUMBERED, Pending, Structure, structure_of
+from optimisers.state.structure import Pending, Structure, name, named, shared, structure_of
 from optimisers.step.update import stepped
 from optimisers.step.update import update as eager
-
-_numbers: dict[Structure, int] = {}
 
 
 def looks() -> bool:
@@ -33,35 +32,28 @@ def looks() -> bool:
 
 
 def known(store: Store) -> None:
-    """Number the structure of a store, now and whenever it changes; capturable ones go into no graph of the
+    """Name the structure of a store, now and whenever it changes; capturable ones go into no graph of the
     compiler.
     """
     if not store.capturable:
-        store.numbered = _numbered
+        store.compiled = _named
         store.changed()
 
 
-def _numbered(store: Store) -> tuple[int, int]:
-    """(the number of a structure, that of the same one with a row of numbers for each leaf)."""
+def _named(store: Store) -> Structure:
+    """The structure of a store, with its name and the one with a row of numbers for each leaf."""
     structure = structure_of(store)
-    if structure not in _numbers:
+    if not hasattr(structure, "apart"):
+        name(structure)
         rows = [
             dataclasses.replace(g, table=g.table.split_by(np.arange(len(g.leaves)))) for g in store.groups
         ]
-        apart = Structure(dataclasses.replace(store, groups=rows, known=None, numbered=_numbered, handles={}))
-        for new in (apart, structure):
-            new.store.numbered = _numbered
-            if new not in _numbers:
-                _numbers[new] = len(NUMBERED)
-                NUMBERED.append(new)
-        _apart[_numbers[structure]] = _apart[_numbers[apart]] = _numbers[apart]
-    number = _numbers[structure]
-    if NUMBERED[number] is not structure:  # equal ones are told from each other at a glance from now on
-        store.known = store.known[0], NUMBERED[number]
-    return number, _apart[number]
-
-
-_apart: dict[int, int] = {}
+        apart = shared(dataclasses.replace(store, groups=rows, compiled=None, structure=None))
+        if not hasattr(apart, "apart"):
+            name(apart)
+            apart.apart, apart.store.compiled = apart, _named
+        structure.apart, structure.store.compiled = apart, _named
+    return structure
 
 
 @torch.compiler.disable(
@@ -80,14 +72,14 @@ def update(state: Any, model: Any, grads: Any, more: Any) -> Any:
     if not isinstance(state, Branch | Leaf) or more:
         raise BadState("inside torch.compile, update takes (state, model, grads)")
     held, node = state._held, state._node
+    structure = held.structure
     if isinstance(held, Pending):
-        number, apart, arrays = held.structure, held.structure, held.arrays
+        arrays = held.arrays
     else:
-        if held.number is None:
+        if structure is None:
             raise BadState(
                 "a capturable state is for CUDA graphs; inside torch.compile, write setup without capturable"
             )
-        number, apart = held.number
         arrays = [
             a
             for g in held.groups
@@ -105,11 +97,11 @@ def update(state: Any, model: Any, grads: Any, more: Any) -> Any:
     slopes = [g for g in slopes if g is None or isinstance(g, torch.Tensor)]
     if len(slopes) == len(leaves):
         slopes = [slopes[i] for i in at]
-    found = step(number, [leaves[i].detach() for i in at], slopes, arrays)
+    found = step(structure.name, [leaves[i].detach() for i in at], slopes, arrays)
     count = len(found) - len(arrays)
     for i, leaf in zip(at, node.leaves):  # noqa: B905 the compiler knows no strict
         leaves[i] = found[leaf]
-    pending = Pending(apart, found[count:])
+    pending = Pending(structure.apart, found[count:])
     new = Leaf(pending, node) if isinstance(state, Leaf) else Branch(pending, node, state._path)
     return new, pytree.tree_unflatten(leaves, form)
 
@@ -120,13 +112,13 @@ def _inexact(x: Any) -> bool:
 
 @torch.library.custom_op("optimisers::step", mutates_args=())
 def step(
-    number: int,
+    structure: str,
     xs: list[torch.Tensor],
     grads: list[torch.Tensor | None],
     arrays: list[torch.Tensor],
 ) -> list[torch.Tensor]:
     """The parameters of every leaf after a step, then the arrays of the state."""
-    old = NUMBERED[number].filled(arrays)
+    old = named[structure].filled(arrays)
     node = old.layout.root
     new, changed = stepped(old, node, xs, [grads])
     first = [node.leaves.index(leaf) for leaf in range(len(old.shapes))]
@@ -141,19 +133,19 @@ def step(
 
 @step.register_fake
 def _(
-    number: int,
+    structure: str,
     xs: list[torch.Tensor],
     grads: list[torch.Tensor | None],
     arrays: list[torch.Tensor],
 ) -> list[torch.Tensor]:
-    store = NUMBERED[number].store
+    store = named[structure].store
     node, given = store.layout.root, iter(arrays)
     out = [torch.empty_like(xs[node.leaves.index(leaf)]) for leaf in range(len(store.shapes))]
-    for buffers, leaves in NUMBERED[number].counts():
+    for buffers, leaves in named[structure].counts():
         out += [torch.empty_like(next(given)) for _ in range(buffers)]
         table = next(given)
         out += [table.new_empty((leaves, table.shape[1])), next(given).new_empty((leaves,))]
-    return [*out, torch.empty_like(next(given))]
+    return out
 
 
 HOOKS = Hooks(known=known, compiler=Compiler(looks, update, aside))
