@@ -3,8 +3,10 @@
 # PyTorch answers some questions only in private.
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 
+import functools
 import operator
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -68,7 +70,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         self._seen: list[dict[str, Any]] = []
         self._scheduled: list[bool] = []
         self._kept: dict[Any, tuple[Any, bool]] = {}
-        self._tensors: dict[int, tuple[Any, int, Any]] = {}
+        self._tensors: dict[int, tuple[weakref.ref[torch.Tensor], int, Any]] = {}
         self._forget()
         if isinstance(params, torch.nn.Module):
             wrapped = isinstance(params, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel)
@@ -167,10 +169,12 @@ class TorchOptimizer(torch.optim.Optimizer):
         if not isinstance(value, torch.Tensor):
             return _plain(value)
         known = self._tensors.get(id(value))
-        if known is None or known[0] is not value or known[1] != value._version:
+        if known is None or known[0]() is not value or known[1] != value._version:
             if tensors.capturing(str(value.device)):
                 raise BadState("a setting was changed; write read_groups() before a graph is captured")
-            known = self._tensors[id(value)] = value, value._version, _plain(value)
+            forget = functools.partial(self._tensors.pop, id(value), None)
+            held = weakref.ref(value, lambda _: forget())
+            known = self._tensors[id(value)] = held, value._version, _plain(value)
         return known[2]
 
     # -- the step --
