@@ -8,7 +8,7 @@ from optimisers.rule import Rule
 from optimisers.state.leaf import Branch, Leaf
 from optimisers.tree.children import container
 from optimisers.tree.path import KeyPath
-from optimisers.tree.walk import Layout, gather, rebuild, survey
+from optimisers.tree.walk import Layout, Ties, gather, rebuild, survey
 
 
 class Restructure:
@@ -86,31 +86,31 @@ def runs(like: list[tuple[Any, Any]], ends: list[int]) -> list[tuple[slice, int,
     return out
 
 
-def destructure(model: Any) -> tuple[Any, Restructure]:
+def destructure(model: Any, *, ties: Ties = ()) -> tuple[Any, Restructure]:
     """(flat, re): all trainable numbers of a model in one vector, and the way back.
 
     The vector has the type to which those of all arrays promote, ties occur once, order is that of
-    `trainables`. `setup(rule, flat)` then trains the whole model as one array.
+    `trainables`. `setup(rule, flat)` then trains the whole model as one array. `ties` are those of `setup`.
     """
-    layout, arrays = _survey(model, "destructure")
+    layout, arrays = _survey(model, "destructure", ties)
     library = registry.library(*arrays) if arrays else registry.library(0.0)
     return library.flattened(arrays), Restructure(model, layout, arrays)
 
 
-def trainables(model: Any, *, path: bool = False) -> list[Any]:
+def trainables(model: Any, *, path: bool = False, ties: Ties = ()) -> list[Any]:
     """The arrays that `setup` would train, in its order, tied ones once; with `path`, as pairs (KeyPath,
     array).
 
-    They are the model's own arrays: writing into them changes the model.
+    `ties` are those of `setup`. They are the model's own arrays: writing into them changes the model.
     """
-    layout, arrays = _survey(model, "trainables")
+    layout, arrays = _survey(model, "trainables", ties)
     return list(zip(layout.paths, arrays, strict=True)) if path else arrays
 
 
-def _survey(model: Any, name: str) -> Any:
+def _survey(model: Any, name: str, ties: Ties) -> Any:
     if isinstance(model, Leaf | Branch | Rule):
         raise BadState(f"{name} was given a {type(model).__name__}; it takes a model")
-    return survey(model)
+    return survey(model, ties)
 
 
 def trainable(x: Any) -> dict[Any, Any]:

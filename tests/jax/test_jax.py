@@ -534,7 +534,7 @@ def test_a_part_of_a_state_is_a_pytree_too() -> None:
 def test_ties_survive_flattening_and_transforms() -> None:
     x = jnp.asarray([1.0, 2.0])
     model = {"embed": x, "head": x, "b": jnp.zeros(2)}
-    state = opt.setup(opt.Momentum(0.1), model)
+    state = opt.setup(opt.Momentum(0.1), model, ties=[("embed", "head")])
     grads = {"embed": jnp.ones(2), "head": jnp.full(2, 2.0), "b": jnp.ones(2)}
 
     assert sum(v.size for v in jax.tree.leaves(state)) == 2 * 2 + 2 + 1
@@ -1310,7 +1310,7 @@ def test_destructure_may_itself_be_differentiated_and_ties_count_once() -> None:
         return jnp.sum(flat**2)
 
     np.testing.assert_allclose(jax.grad(norm)(x), 20 * x)
-    flat, re = opt.destructure({"a": x, "b": x})
+    flat, re = opt.destructure({"a": x, "b": x}, ties=[("a", "b")])
     assert flat.shape == (2,)
     back = re(2 * flat)
     assert back["a"] is back["b"]
@@ -1696,7 +1696,7 @@ def test_a_reduction_that_reads_no_gradient_is_mapped_and_differentiated() -> No
 def test_arrays_that_were_untied_are_refused() -> None:
     shared = jnp.zeros(3)
     model = {"a": shared, "b": shared}
-    state = opt.setup(opt.Descent(0.1), model)
+    state = opt.setup(opt.Descent(0.1), model, ties=[("a", "b")])
     model["b"] = jnp.full(3, 7.0)
     with pytest.raises(opt.TreeMismatch, match="were one array at `setup` and are not now"):
         opt.update(state, model, model)

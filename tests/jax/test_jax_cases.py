@@ -205,7 +205,7 @@ def test_case_16_tied_leaves_have_one_state_which_may_be_donated() -> None:
     """Inside a transform the two places are two arrays, which stay equal; outside they are one."""
     x = jnp.asarray([1.0, 2.0])
     model = {"a": x, "b": x}
-    state = opt.setup(opt.Momentum(0.1), model)
+    state = opt.setup(opt.Momentum(0.1), model, ties=[("a", "b")])
     one = jnp.ones(2)
     state, model = opt.update(state, model, {"a": one, "b": one})
 

@@ -640,7 +640,7 @@ def test_a_transformation_of_optax_steps_eagerly_and_models_of_any_kind(step: Ca
 def test_a_tied_array_counts_once_in_a_transformation_of_optax() -> None:
     x = jnp.asarray([1.0, 2.0])
     model = {"a": x, "b": x}
-    state = opt.setup(opt.from_optax(optax.sgd(0.1)), model)
+    state = opt.setup(opt.from_optax(optax.sgd(0.1)), model, ties=[("a", "b")])
     _, new = opt.update(state, model, {"a": jnp.ones(2), "b": jnp.full(2, 2.0)})
 
     assert new["a"] is new["b"]

@@ -33,8 +33,8 @@ class Hooks:
     """Told the store of every state that is set up for its arrays."""
     compiler: Compiler | None = None
     stepped: Callable[..., Any] | None = None
-    """(store, new parameters) after a whole step of (store, node, parameters, gradients of each order); None
-    where the engines shall run it.
+    """(store, new parameters) after a whole step of (store, node, path, parameters, gradients of each order);
+    None where the engines shall run it.
     """
 
 

@@ -12,7 +12,7 @@ from optimisers.errors import BadState, TreeMismatch
 from optimisers.rule import Rule
 from optimisers.step.update import setup, update
 from optimisers.tree.path import KeyPath
-from optimisers.tree.walk import gather, gather_gradients, rebuild, survey
+from optimisers.tree.walk import Ties, gather, gather_gradients, rebuild, survey
 
 __all__ = ["as_optax", "from_optax"]
 
@@ -163,9 +163,9 @@ class from_optax:  # noqa: N801 it is used as a function
     def __repr__(self) -> str:
         return f"from_optax({self.tx!r})"
 
-    def setup(self, model: Any) -> WholeState:
+    def setup(self, model: Any, ties: Ties = ()) -> WholeState:
         """The state for a model."""
-        layout, arrays = survey(model)
+        layout, arrays = survey(model, ties)
         for path, x in zip(layout.paths, arrays, strict=True):
             if registry.library(x).NAME != "jax":
                 raise BadState(f"{path.code()} is no array of JAX, which is what Optax steps")

@@ -94,16 +94,6 @@ def _located(structure: Structure, path: KeyPath) -> Node:
     return node
 
 
-def _path_of(root: Node, wanted: Node, path: KeyPath = KeyPath()) -> KeyPath:  # noqa: B008 it is a value
-    """The path to a node of a layout."""
-    if root is wanted or (root.leaf >= 0 and root.leaf == wanted.leaf):
-        return path
-    for key, child in root.live:
-        if child is wanted or set(wanted.leaves) <= set(child.leaves):
-            return _path_of(child, wanted, KeyPath(path, key))
-    return path
-
-
 for _kind in (Leaf, Branch):
     jax.tree_util.register_pytree_with_keys(
         _kind, _flatten_with_keys, functools.partial(_unflatten, _kind), _parts
@@ -243,7 +233,9 @@ def _remember(structure: Structure) -> None:
     vars(own)["__recent__"].append(structure)
 
 
-def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store, dict[int, Any]] | None:
+def stepped(
+    store: Store, node: Node, path: KeyPath, xs: Any, orders: list[Any]
+) -> tuple[Store, dict[int, Any]] | None:
     """(the store after a step, the new parameters by leaf), computed by one jitted function; None inside a
     transform.
 
@@ -254,14 +246,24 @@ def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store
         return None  # the engines say what is wrong
     refuse_untied(store, node, xs)
     structure = structure_of(store)
-    run = jitted(structure, _path_of(store.layout.root, node))
-    out = run(store.arrays(), list(xs), [list(o) for o in orders])
+    run = jitted(structure, path)
+    out = run(store.arrays(), list(xs), [_once(node, o) for o in orders])
     for (holds, *values), (message, paths) in zip(out.checks, out.after.about, strict=True):
         refuse(np.asarray(holds), [np.asarray(v) for v in values], message, paths)
     return out.after.structure().filled(out.held), out.new
 
 
 HOOKS = registry.Hooks(known=known, stepped=stepped)
+
+
+def _once(node: Node, grads: Sequence[Any]) -> list[Any]:
+    """Gradients, each object once among the places of a leaf: inside the step they are objects no more."""
+    seen = set[tuple[int, int]]()
+    found: list[Any] = []
+    for leaf, g in zip(node.leaves, grads, strict=True):
+        found.append(None if (leaf, id(g)) in seen else g)
+        seen.add((leaf, id(g)))
+    return found
 
 
 # -- populations ---------------------------------------------------------------------------------------------

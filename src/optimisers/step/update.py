@@ -27,12 +27,19 @@ from optimisers.state.select import listed
 from optimisers.state.store import Store
 from optimisers.state.table import CAPTURED, ScalarTable
 from optimisers.tree.path import KeyPath, matches
-from optimisers.tree.walk import Layout, Node, gather, gather_gradients, rebuild, survey
+from optimisers.tree.walk import Layout, Node, Ties, gather, gather_gradients, rebuild, survey
 
 # -- setup ---------------------------------------------------------------------------------------------------
 
 
-def setup(rule: Any, model: Any, *, engine: str | None = None, capturable: bool = False) -> Any:
+def setup(
+    rule: Any,
+    model: Any,
+    *,
+    engine: str | None = None,
+    capturable: bool = False,
+    ties: Ties = (),
+) -> Any:
     """The state that trains `model` by `rule`: a tree with the model's structure and a Leaf for each array.
 
     `rule` is a rule; or a dict {glob: rule}, where the first glob that matches a path wins; or a function
@@ -42,17 +49,21 @@ def setup(rule: Any, model: Any, *, engine: str | None = None, capturable: bool 
     adjusted between its replays counts from the next one on; checks of the rules are left out, since nobody
     waits for them.
 
+    Where arrays can be written, the same array at several places is one parameter. Arrays of JAX are tied by
+    an object of Flax NNX that stands at several places, or by `ties`: tuples of the paths that hold one
+    array, or of globs that match one path each, such as `ties=[("encoder.w", "decoder.w")]`.
+
     Raises BadState if rule and model are mixed up, NoMatch for a glob that matches nothing or a parameter
     that no glob matches, TraceError for a rule that cannot be traced, BadSetting for an engine that cannot
     step the model, or a model that cannot be captured. Warns if there is nothing to train.
     """
     for compiler in registry.compilers:
         if compiler.looks():
-            return compiler.aside(setup, rule, model, engine=engine, capturable=capturable)
+            return compiler.aside(setup, rule, model, engine=engine, capturable=capturable, ties=ties)
     _refuse_model(model)
     if not isinstance(rule, type) and hasattr(rule, "setup"):
-        return rule.setup(model)
-    layout, arrays = survey(model)
+        return rule.setup(model, ties)
+    layout, arrays = survey(model, ties)
     for path, value in layout.floats if arrays else []:
         warnings.warn(
             f"{path.code()} is the number {value}, which does not train; write np.array({value}) to train it",
@@ -182,7 +193,7 @@ def update(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
         return state.stepped(model, _given(grads, "update"))
     store, node, path = _opened(state, model)
     xs, orders = walked(node, path, model, (_given(grads, "update"), *more))
-    successor, new = stepped(store, node, xs, orders)
+    successor, new = stepped(store, node, path, xs, orders)
     return handle(successor, node, path), rebuild(node, model, new)
 
 
@@ -191,11 +202,13 @@ def walked(node: Node, path: KeyPath, model: Any, grads: tuple[Any, ...]) -> tup
     return gather(node, model, path), [gather_gradients(node, g, path) for g in grads]
 
 
-def stepped(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store, dict[int, Any]]:
+def stepped(
+    store: Store, node: Node, path: KeyPath, xs: Any, orders: list[Any]
+) -> tuple[Store, dict[int, Any]]:
     """(the store after a step with new arrays, the new parameters by leaf)."""
     names = {group.kind.name for group in store.groups}
     run = registry.hooks(names.pop()).stepped if len(names) == 1 else None
-    found = None if run is None else run(store, node, xs, orders)
+    found = None if run is None else run(store, node, path, xs, orders)
     return evaluated(store, node, xs, orders) if found is None else found
 
 
@@ -226,7 +239,7 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     store, node, path = _opened(state, model)
     xs, orders = walked(node, path, model, (_given(grads, "update_"), *more))
     if any(g.kind.library.immutable for g in store.groups):
-        successor, new = stepped(store, node, xs, orders)
+        successor, new = stepped(store, node, path, xs, orders)
         with held():
             store.become(successor)
     else:

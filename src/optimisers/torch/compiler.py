@@ -22,7 +22,7 @@ from optimisers.errors import BadState
 from optimisers.state.leaf import Branch, Leaf
 from optimisers.state.store import Store
 from optimisers.state.structure import Pending, Structure, name, named, shared, structure_of
-from optimisers.step.update import stepped
+from optimisers.step.update import evaluated
 from optimisers.step.update import update as eager
 
 
@@ -120,7 +120,7 @@ def step(
     """The parameters of every leaf after a step, then the arrays of the state."""
     old = named[structure].filled(arrays)
     node = old.layout.root
-    new, changed = stepped(old, node, xs, [grads])
+    new, changed = evaluated(old, node, xs, [grads])
     first = [node.leaves.index(leaf) for leaf in range(len(old.shapes))]
     out = [changed[i] if i in changed else xs[n].clone() for i, n in enumerate(first)]
     for before, group in zip(old.groups, new.groups, strict=True):

@@ -29,6 +29,8 @@ class Container:
     """The gradients that the container itself keeps, by name."""
     bare: bool = False
     """Whether it is but the wrapper of one array: then it is no key of a path, and a gradient may be bare."""
+    shared: bool = False
+    """Whether an object that stands at two places is one, and so are its arrays, of whatever library."""
     direct: bool = True
     """Whether children may be read by item or attribute, past `read`."""
     write: Callable[[Any, dict[Any, Any]], Any] | None = None

@@ -20,6 +20,8 @@ def container_of(kind: type) -> Container | None:
     if variable is not None and issubclass(kind, variable):
         trained = issubclass(kind, sys.modules["flax"].nnx.Param)
         return PARAMETER if trained else VARIABLE
+    if any(base.__module__.startswith("flax.nnx") for base in kind.__mro__):
+        return OBJECT
     if any(base.__module__.partition(".")[0] in ("flax", "equinox") for base in kind.__mro__):
         return PYTREE
     return None
@@ -73,5 +75,6 @@ def _write(obj: Any, changes: dict[Any, Any]) -> Any:
 
 
 PYTREE = Container(_keys, _read, _rebuild, direct=False)
-PARAMETER = Container(_keys, _read, _rebuild, direct=False, bare=True, write=_write)
-VARIABLE = Container(_keys, _read, _rebuild, direct=False, trainable=())
+OBJECT = Container(_keys, _read, _rebuild, direct=False, shared=True)
+PARAMETER = Container(_keys, _read, _rebuild, direct=False, shared=True, bare=True, write=_write)
+VARIABLE = Container(_keys, _read, _rebuild, direct=False, shared=True, trainable=())

@@ -2,7 +2,8 @@
 
 The layout is a tree of nodes that mirrors the model: containers, and leaves where arrays are trained. The
 same array at several places (the same memory: one object, equal views of it, or transposed views) is one leaf
-with several places.
+with several places. Of arrays that cannot be written, being one object means nothing: any copy loses it.
+There a tie is declared, by an object that stands at two places, or by whoever calls.
 """
 
 import contextlib
@@ -16,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import registry
-from optimisers.errors import TreeMismatch
+from optimisers.errors import BadSetting, NoMatch, TreeMismatch
 from optimisers.tree.children import Container, container, container_of, loose
-from optimisers.tree.path import Attr, KeyPath
+from optimisers.tree.path import Attr, KeyPath, matches
 
 
 @dataclasses.dataclass(eq=False)
@@ -115,13 +116,29 @@ FROZEN = Node(frozen=True)
 # -- the first walk ------------------------------------------------------------------------------------------
 
 
-def survey(model: Any) -> tuple[Layout, list[Any]]:
+Ties = Sequence[tuple[str, ...]]
+"""Places that hold one array, by their paths, or by globs that match one path each."""
+
+
+def survey(model: Any, ties: Ties = ()) -> tuple[Layout, list[Any]]:
     """The layout of a model, and the array of each leaf.
 
     Raises TreeMismatch for a container that holds itself, a class that hides arrays without being registered,
-    and parameters that overlap in memory without being the same.
+    parameters that overlap in memory without being the same, and declared ties of arrays that cannot be one;
+    NoMatch for a tie that names no place, or several.
     """
-    return _Survey().run(model)
+    return _Survey(checked_ties(ties)).run(model)
+
+
+def checked_ties(ties: Any) -> Ties:
+    """Declared ties; raises BadSetting for what are none."""
+    found = [ties] if isinstance(ties, str) else list(ties)
+    for tie in found:
+        if isinstance(tie, str) or len(tie) < 2 or not all(isinstance(name, str) for name in tie):
+            raise BadSetting(
+                f'ties holds {tie!r}; it takes tuples of paths, such as ties=[("encoder.w", "decoder.w")]'
+            )
+    return [tuple(tie) for tie in found]
 
 
 class _Survey:
@@ -129,8 +146,8 @@ class _Survey:
     one order.
     """
 
-    def __init__(self, *, ordered: bool = False) -> None:
-        self.ordered = ordered
+    def __init__(self, ties: Ties = (), *, ordered: bool = False) -> None:
+        self.ties, self.ordered = ties, ordered
         self.arrays: list[Any] = []
         self.places: list[list[KeyPath]] = []
         self.known: dict[Any, int] = {}
@@ -146,8 +163,10 @@ class _Survey:
             )
         root = self.visit(model, KeyPath(), listed=False)
         if self.arrays and not self.ordered and all(registry.library(x).sorts_dicts for x in self.arrays):
-            return _Survey(ordered=True).run(model)
+            return _Survey(self.ties, ordered=True).run(model)
         self.refuse_overlaps()
+        for tie in self.ties:
+            self.refuse_tie(tie)
         return Layout(root, [p[0] for p in self.places], self.places, self.floats), self.arrays
 
     def visit(self, obj: Any, path: KeyPath, *, listed: bool) -> Node:
@@ -164,7 +183,7 @@ class _Survey:
         if ways is None:
             self.refuse_hidden(obj, path, listed=listed)
             return EMPTY
-        if id(obj) in self.nodes:
+        if id(obj) in self.nodes and (ways.shared or self.writable(self.nodes[id(obj)])):
             return self.seen_again(self.nodes[id(obj)], path)
         if id(obj) in self.open:
             raise TreeMismatch(f"{path.code()} holds itself; a model is a tree")
@@ -225,13 +244,17 @@ class _Survey:
         library = registry.library(x)
         if library.unready(x):
             raise TreeMismatch(f"{path.code()} {library.unready(x)}")
-        where = ("empty", id(x)) if library.size(x) == 0 else (library.name, library.memory(x))
+        where = self.identity(x, path)
         number = self.known.setdefault(where, len(self.arrays))
         if number == len(self.arrays):
             self.arrays.append(x)
             self.places.append([path])
             return Node(leaf=number, leaves=(number,))
         first = self.arrays[number]
+        if library.immutable:
+            self.refuse_other(first, x, self.places[number][0], path)
+            self.places[number].append(path)
+            return Node(leaf=number, leaves=(number,), again=True)
         if first.dtype != x.dtype:
             raise TreeMismatch(
                 f"{path.code()} is the memory of {self.places[number][0].code()} read as {x.dtype} instead "
@@ -239,6 +262,54 @@ class _Survey:
             )
         self.places[number].append(path)
         return Node(leaf=number, axes=library.axes_between(first, x), leaves=(number,), again=True)
+
+    def identity(self, x: Any, path: KeyPath) -> Any:
+        """What places of one array share: memory, or where arrays cannot be written a declared tie."""
+        library = registry.library(x)
+        if library.immutable:
+            declared = (n for n, tie in enumerate(self.ties) if any(matches(name, path) for name in tie))
+            return "tie", next(declared, -1 - len(self.arrays))
+        return ("empty", id(x)) if library.size(x) == 0 else (library.name, library.memory(x))
+
+    def writable(self, node: Node) -> bool:
+        """Whether all arrays below a node could be written."""
+        return not any(registry.library(self.arrays[i]).immutable for i in node.leaves)
+
+    @staticmethod
+    def refuse_other(first: Any, x: Any, there: KeyPath, path: KeyPath) -> None:
+        """Raise TreeMismatch where two places that were declared to be one array cannot be."""
+        both, library = f"{there.code()} and {path.code()}", registry.library(x)
+        if (first.shape, first.dtype) != (x.shape, x.dtype):
+            raise TreeMismatch(
+                f"{both} are tied, and hold arrays of {first.dtype}, {tuple(first.shape)} and of {x.dtype}, "
+                f"{tuple(x.shape)}; ties take arrays of one shape and type"
+            )
+        seen = all(hasattr(a, "__array__") for a in (first, x))
+        if seen and not library.same_array(first, x):
+            raise TreeMismatch(
+                f"{both} are tied, and hold different numbers; put one array at both places first"
+            )
+
+    def refuse_tie(self, tie: tuple[str, ...]) -> None:
+        """Raise NoMatch unless each name of a tie is one place, TreeMismatch unless they hold one array."""
+        found: list[tuple[int, KeyPath]] = []
+        for name in tie:
+            fitting = [(i, p) for i, ps in enumerate(self.places) for p in ps if matches(name, p)]
+            if len(fitting) != 1:
+                there = ", ".join(str(p) for _, p in fitting[:4]) or "no parameter"
+                known = ", ".join(str(ps[0]) for ps in self.places[:8])
+                raise NoMatch(
+                    f"{name!r} in ties matches {there}; it takes the path of one; there are {known}"
+                )
+            found += fitting
+        first, at = found[0]
+        for leaf, path in found[1:]:
+            if leaf != first:
+                a, b = at.code(), path.code()
+                raise TreeMismatch(
+                    f"{a} and {b} are tied, and are two arrays in memory; put the same array at both places "
+                    f"first: {b} = {a}"
+                )
 
     def seen_again(self, node: Node, path: KeyPath) -> Node:
         """A container met before: a node that knows the first, so that the rebuilt model shares it too."""
