@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optimisers.arrays import registry
+from optimisers.arrays.protocol import Array, Operand, Scalar, Shape
 from optimisers.errors import DomainError, TraceError
 
 
@@ -39,7 +40,7 @@ def _word(
         WORDS[name] = Word(name, family, gives)
 
         @functools.wraps(declaration)
-        def say(*args: Any, **options: Any) -> Any:
+        def say(*args: object, **options: object) -> Any:
             return speak(name, args, options)
 
         return say
@@ -47,91 +48,91 @@ def _word(
     return register
 
 
-def speak(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+def speak(name: str, args: tuple[object, ...], options: dict[str, object]) -> Any:
     """The value of a word: written into the graph if an argument is a symbol, else computed by its array
     library.
     """
     for a in args:
         if (write := getattr(type(a), "__word__", None)) is not None:
             return write(name, args, options)
-    return registry.library(*args).WORDS[name](*args, **options)
+    return registry.library(*args).operations[name](*args, **options)
 
 
 # -- arithmetic; the operators + - * / ** < & ... of a symbol are these --------------------------------------
 
 
 @_word()
-def add(a: Any, b: Any) -> Any:
+def add(a: Operand, b: Operand) -> Any:
     """a + b."""
 
 
 @_word()
-def subtract(a: Any, b: Any) -> Any:
+def subtract(a: Operand, b: Operand) -> Any:
     """a - b."""
 
 
 @_word()
-def multiply(a: Any, b: Any) -> Any:
+def multiply(a: Operand, b: Operand) -> Any:
     """a * b."""
 
 
 @_word()
-def divide(a: Any, b: Any) -> Any:
+def divide(a: Operand, b: Operand) -> Any:
     """a / b."""
 
 
 @_word()
-def power(a: Any, b: Any) -> Any:
+def power(a: Operand, b: Operand) -> Any:
     """a ** b."""
 
 
 @_word()
-def negative(x: Any) -> Any:
+def negative(x: Operand) -> Any:
     """-x."""
 
 
 @_word(gives="bool")
-def less(a: Any, b: Any) -> Any:
+def less(a: Operand, b: Operand) -> Any:
     """a < b."""
 
 
 @_word(gives="bool")
-def less_equal(a: Any, b: Any) -> Any:
+def less_equal(a: Operand, b: Operand) -> Any:
     """a <= b."""
 
 
 @_word(gives="bool")
-def greater(a: Any, b: Any) -> Any:
+def greater(a: Operand, b: Operand) -> Any:
     """a > b."""
 
 
 @_word(gives="bool")
-def greater_equal(a: Any, b: Any) -> Any:
+def greater_equal(a: Operand, b: Operand) -> Any:
     """a >= b."""
 
 
 @_word(gives="bool")
-def equal(a: Any, b: Any) -> Any:
+def equal(a: Operand, b: Operand) -> Any:
     """a == b, element by element."""
 
 
 @_word(gives="bool")
-def not_equal(a: Any, b: Any) -> Any:
+def not_equal(a: Operand, b: Operand) -> Any:
     """a != b, element by element."""
 
 
 @_word(gives="bool")
-def logical_and(a: Any, b: Any) -> Any:
+def logical_and(a: Operand, b: Operand) -> Any:
     """a & b of conditions."""
 
 
 @_word(gives="bool")
-def logical_or(a: Any, b: Any) -> Any:
+def logical_or(a: Operand, b: Operand) -> Any:
     """a | b of conditions."""
 
 
 @_word(gives="bool")
-def logical_not(a: Any) -> Any:
+def logical_not(a: Operand) -> Any:
     """~a of a condition."""
 
 
@@ -139,142 +140,142 @@ def logical_not(a: Any) -> Any:
 
 
 @_word()
-def sqrt(x: Any) -> Any:
+def sqrt(x: Operand) -> Any:
     """Square root; where an engine differentiates, its derivative at 0 is 0."""
 
 
 @_word()
-def exp(x: Any) -> Any:
+def exp(x: Operand) -> Any:
     """e to the power x."""
 
 
 @_word()
-def expm1(x: Any) -> Any:
+def expm1(x: Operand) -> Any:
     """exp(x) - 1 without cancellation near 0."""
 
 
 @_word()
-def log(x: Any) -> Any:
+def log(x: Operand) -> Any:
     """Natural logarithm."""
 
 
 @_word()
-def log1p(x: Any) -> Any:
+def log1p(x: Operand) -> Any:
     """log(1 + x) without cancellation near 0."""
 
 
 @_word()
-def sin(x: Any) -> Any:
+def sin(x: Operand) -> Any:
     """Sine of x in radians."""
 
 
 @_word()
-def cos(x: Any) -> Any:
+def cos(x: Operand) -> Any:
     """Cosine of x in radians."""
 
 
 @_word()
-def tanh(x: Any) -> Any:
+def tanh(x: Operand) -> Any:
     """Hyperbolic tangent."""
 
 
 @_word()
-def arctan(x: Any) -> Any:
+def arctan(x: Operand) -> Any:
     """Inverse tangent, in radians."""
 
 
 @_word()
-def floor(x: Any) -> Any:
+def floor(x: Operand) -> Any:
     """The largest whole number not above x."""
 
 
 @_word()
-def ceil(x: Any) -> Any:
+def ceil(x: Operand) -> Any:
     """The smallest whole number not below x."""
 
 
 @_word()
-def sign(x: Any) -> Any:
+def sign(x: Operand) -> Any:
     """-1, 0 or 1; z/|z| for complex z; NaN stays NaN."""
 
 
 @_word(gives="real")
-def abs_(x: Any) -> Any:
+def abs_(x: Operand) -> Any:
     """|x|, real also for complex x."""
 
 
 @_word(gives="real")
-def abs2(x: Any) -> Any:
+def abs2(x: Operand) -> Any:
     """|x|^2, real also for complex x."""
 
 
 @_word(gives="real")
-def real(x: Any) -> Any:
+def real(x: Operand) -> Any:
     """The real part."""
 
 
 @_word(gives="real")
-def imag(x: Any) -> Any:
+def imag(x: Operand) -> Any:
     """The imaginary part."""
 
 
 @_word()
-def conj(x: Any) -> Any:
+def conj(x: Operand) -> Any:
     """The complex conjugate."""
 
 
 @_word(gives="bool")
-def isfinite(x: Any) -> Any:
+def isfinite(x: Operand) -> Any:
     """Whether x is neither infinite nor NaN."""
 
 
 @_word(gives="bool")
-def isnan(x: Any) -> Any:
+def isnan(x: Operand) -> Any:
     """Whether x is NaN."""
 
 
 @_word()
-def maximum(a: Any, b: Any) -> Any:
+def maximum(a: Operand, b: Operand) -> Any:
     """The larger of a and b, element by element; NaN if one of them is NaN."""
 
 
 @_word()
-def minimum(a: Any, b: Any) -> Any:
+def minimum(a: Operand, b: Operand) -> Any:
     """The smaller of a and b, element by element; NaN if one of them is NaN."""
 
 
 @_word(gives="branch")
-def where(condition: Any, a: Any, b: Any) -> Any:
+def where(condition: Operand, a: Operand, b: Operand) -> Any:
     """a where the condition holds, else b; the one not taken may hold anything, NaN included."""
 
 
 @_word(gives="real")
-def join_bits(high: Any, low: Any) -> Any:
+def join_bits(high: Operand, low: Operand) -> Any:
     """The float32 whose bits are those of `high`, a bfloat16, plus the whole number `low`."""
 
 
 @_word(gives="real")
-def high_bits(x: Any) -> Any:
+def high_bits(x: Operand) -> Any:
     """The bfloat16 nearest to a float32, halves rounded up; with `low_bits` it keeps all of x."""
 
 
 @_word(gives="real")
-def low_bits(x: Any) -> Any:
+def low_bits(x: Operand) -> Any:
     """What `high_bits` leaves of the bits of a float32: a whole number in [-32768, 32767]."""
 
 
 @_word()
-def to_float16(x: Any) -> Any:
+def to_float16(x: Operand) -> Any:
     """x as it comes back from an array of float16: rounded to the nearest, halves to even, and read again."""
 
 
 @_word()
-def to_bfloat16(x: Any) -> Any:
+def to_bfloat16(x: Operand) -> Any:
     """x as it comes back from an array of bfloat16."""
 
 
 @_word()
-def to_float32(x: Any) -> Any:
+def to_float32(x: Operand) -> Any:
     """x as it comes back from an array of float32."""
 
 
@@ -282,17 +283,17 @@ def to_float32(x: Any) -> Any:
 
 
 @_word("reduce")
-def sum_(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+def sum_(x: Operand, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
     """The sum over all elements of this array, in float64 inside fused kernels; or along `axis`."""
 
 
 @_word("reduce")
-def max_(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+def max_(x: Operand, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
     """The largest element of this array (NaN if there is one); or along `axis`."""
 
 
 @_word("reduce")
-def min_(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+def min_(x: Operand, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
     """The smallest element of this array (NaN if there is one); or along `axis`."""
 
 
@@ -300,29 +301,29 @@ def min_(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
 
 
 @_word("shape")
-def matmul(a: Any, b: Any) -> Any:
+def matmul(a: Operand, b: Operand) -> Any:
     """The matrix product a @ b."""
 
 
 @_word("shape")
-def transpose(x: Any) -> Any:
+def transpose(x: Operand) -> Any:
     """The array with its last two axes exchanged."""
 
 
 @_word("shape")
-def reshape(x: Any, shape: Any) -> Any:
+def reshape(x: Operand, shape: Shape) -> Any:
     """The same elements in another shape."""
 
 
 @_word("shape")
-def call(function: Any, *args: Any) -> Any:
+def call(function: Callable[..., Any], *args: object) -> Any:
     """`function(*arrays)`: any function of the array library, on whole arrays; it must be pure."""
 
 
 # -- the tree ------------------------------------------------------------------------------------------------
 
 
-def total(s: Any) -> Any:
+def total(s: Operand) -> Any:
     """The sum of the scalar `s` over all leaves stepped together whose rule asks for it too.
 
     The first total of a type of rule is one sum, whatever stands before and behind that rule and whatever its
@@ -335,7 +336,7 @@ def total(s: Any) -> Any:
     return s if write is None else write(s)
 
 
-def when(condition: Any, dx: Any) -> Any:
+def when(condition: Operand, dx: Operand) -> Any:
     """The answer of a rule that steps only where the scalar condition holds.
 
     Elsewhere the rest of the chain does not run, its state stays, and so does the parameter. Inside a trace
@@ -363,14 +364,14 @@ class Becomes:
     """The value before it was rounded, for those who keep averages; None for the value itself."""
 
 
-def landing(x: Any, dx: Any) -> Any:
+def landing(x: Operand, dx: Operand) -> Any:
     """The new value of x after a rule answered `dx`, as exactly as it is known."""
     if isinstance(dx, Becomes):
         return dx.value if dx.exact is None else dx.exact
     return x - dx
 
 
-def rounded(x: Any, dtype: str) -> Any:
+def rounded(x: Array, dtype: str) -> Any:
     """x as it comes back from an array of this type, where that is narrower than some arithmetic."""
     return speak(f"to_{dtype}", (x,), {}) if f"to_{dtype}" in ROUNDINGS else x
 
@@ -378,13 +379,13 @@ def rounded(x: Any, dtype: str) -> Any:
 ROUNDINGS = ("to_float16", "to_bfloat16", "to_float32")
 
 
-def stored_as(x: Any, value: Any) -> Any:
+def stored_as(x: Array, value: Array) -> Any:
     """`value` as it comes back from where `x` is stored: an array of parameters, or of the state."""
     read = getattr(type(x), "__stored_type__", None)
     return rounded(value, registry.library(x).dtype_name(x) if read is None else read(x))
 
 
-def under(dx: Any) -> contextlib.AbstractContextManager[Any]:
+def under(dx: Operand) -> contextlib.AbstractContextManager[Any]:
     """The scope in which the rest of a chain runs after a rule answered `dx`: what is made in it holds only
     with it.
     """
@@ -392,7 +393,7 @@ def under(dx: Any) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if enter is None else enter(dx)
 
 
-def check(condition: Any, message: str, *values: Any) -> None:
+def check(condition: Operand, message: str, *values: Operand) -> None:
     """Raise DomainError where the scalar condition fails, before anything of the step is written.
 
     `message` is a format string for `values`, which are scalars too; the path of the leaf is added to it.
@@ -408,7 +409,7 @@ def check(condition: Any, message: str, *values: Any) -> None:
 # -- making state --------------------------------------------------------------------------------------------
 
 
-def zeros_like(x: Any) -> Any:
+def zeros_like(x: Array) -> Any:
     """Zeros in the shape of `x`, in the type of the arithmetic: that of `x`, but float32 at least.
 
     A mean or a sum kept in half precision would lose its small terms (0.999 is 1 in bfloat16), so state for
@@ -417,29 +418,29 @@ def zeros_like(x: Any) -> Any:
     return full_like(x, 0)
 
 
-def ones_like(x: Any) -> Any:
+def ones_like(x: Array) -> Any:
     """Ones in the shape of `x`, in the type of the arithmetic (see `zeros_like`)."""
     return full_like(x, 1)
 
 
-def full_like(x: Any, value: Any) -> Any:
+def full_like(x: Array, value: Scalar) -> Any:
     """An array in the shape of `x` filled with `value`, in the type of the arithmetic (see `zeros_like`)."""
     write = getattr(type(x), "__full_like__", None)
     return registry.library(x).full_like(x, value) if write is None else write(x, value)
 
 
-def typed_zeros_like(x: Any, dtype: Any) -> Any:
+def typed_zeros_like(x: Array, dtype: str) -> Any:
     """Zeros in the shape and layout of `x`, in a type of their own."""
     return registry.library(x).full_like(x, 0, dtype=dtype)
 
 
-def real_zeros_like(x: Any) -> Any:
+def real_zeros_like(x: Array) -> Any:
     """Real zeros in the shape of `x`, also for complex `x`: for state such as a mean of |dx|^2."""
     write = getattr(type(x), "__full_like__", None)
     return registry.library(x).full_like(x, 0, real=True) if write is None else write(x, 0)
 
 
-def copy(x: Any, dtype: Any = None) -> Any:
+def copy(x: Array, dtype: str | None = None) -> Any:
     """A copy of `x`, for state that starts at the parameters; in the type of the arithmetic, or in
     `dtype`.
     """
@@ -450,37 +451,38 @@ def copy(x: Any, dtype: Any = None) -> Any:
 # -- said with these words -----------------------------------------------------------------------------------
 
 
-def square(x: Any) -> Any:
+def square(x: Operand) -> Any:
     """x * x, complex for complex x (`abs2` is the real one)."""
     return x * x
 
 
-def ema(beta: Any, m: Any, x: Any) -> Any:
+def ema(beta: Operand, m: Operand, x: Operand) -> Any:
     """One step of an exponential moving average: beta m + (1 - beta) x."""
     return beta * m + (1 - beta) * x
 
 
-def clip(x: Any, low: Any, high: Any) -> Any:
+def clip(x: Operand, low: Operand, high: Operand) -> Any:
     """x limited to the interval [low, high]."""
     return minimum(maximum(x, low), high)
 
 
-def size_of(x: Any) -> Any:
+def size_of(x: Operand) -> Any:
     """The number of elements; a symbol in a trace."""
-    return x.size if hasattr(type(x), "__word__") else registry.library(x).size(x)
+    one: Any = x
+    return one.size if hasattr(type(x), "__word__") else registry.library(one).size(one)
 
 
-def mean(x: Any) -> Any:
+def mean(x: Operand) -> Any:
     """The mean over all elements of this array."""
     return sum_(x) / size_of(x)
 
 
-def dot(a: Any, b: Any) -> Any:
+def dot(a: Operand, b: Operand) -> Any:
     """The sum over all elements of conj(a) * b."""
     return sum_(conj(a) * b)
 
 
-def norm(x: Any, p: float = 2.0) -> Any:
+def norm(x: Operand, p: float = 2.0) -> Any:
     """The p-norm of all elements of this array; p = 0 counts those that are not zero, -inf takes the
     least.
     """

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
 from optimisers.ops import when, where, zeros_like
 from optimisers.rule import Rule
@@ -27,10 +28,10 @@ class AccumGrad(Rule):
         if isinstance(self.n, int) and self.n < 1:
             raise BadSetting(f"AccumGrad.n is {self.n!r}; it takes a whole number, 1 or more")
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> AccumState:
         return AccumState(zeros_like(x), 0)
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: AccumState, x: Array, dx: Array) -> Any:
         gathered = where(state.taken == 0, 0, state.sum) + dx
         taken = state.taken + 1
         full = taken >= self.n

@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar, NamedTuple
 
+from optimisers.arrays.protocol import Array
 from optimisers.ops import copy, ema, landing, under
 from optimisers.rule import Rule, a_rule, in_unit_interval, stepped
 
@@ -30,13 +31,13 @@ class EMA(Rule):
         a_rule(self, self.rule)
         in_unit_interval(self, "rho")
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> AverageState:
         return AverageState(copy(x), self.rule.init(x))
 
-    def apply(self, state: Any, x: Any, dx: Any, *more: Any) -> Any:
-        inner, dx = stepped(self.rule, state.inner, x, dx, more)
-        if dx is None:
+    def apply(self, state: AverageState, x: Array, dx: Array, *more: Array) -> Any:
+        inner, step = stepped(self.rule, state.inner, x, dx, more)
+        if step is None:
             return AverageState(state.average, inner), None
-        with under(dx):
-            average = ema(self.rho, state.average, landing(x, dx))
-        return AverageState(average, inner), dx
+        with under(step):
+            average = ema(self.rho, state.average, landing(x, step))
+        return AverageState(average, inner), step

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting, UnknownField
 from optimisers.ops import under
 from optimisers.rule import Rule, stepped
@@ -47,10 +48,10 @@ class Chain(Rule):
                 f"{name}(Chain(...))"
             )
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> tuple[Any, ...]:
         return tuple(rule.init(x) for rule in self.rules)
 
-    def apply(self, state: Any, x: Any, dx: Any, *more: Any) -> Any:
+    def apply(self, state: tuple[Any, ...], x: Array, dx: Array | None, *more: Array) -> Any:
         new: list[Any] = []
         for rule, old in zip(self.rules, state, strict=True):
             if dx is None:

@@ -3,6 +3,7 @@
 import warnings
 from typing import Any, ClassVar, NamedTuple
 
+from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
 from optimisers.ops import (
     Becomes,
@@ -70,13 +71,13 @@ class MixedPrecision(Rule):
         if self.dtype not in ("float32", "float64"):
             raise BadSetting(f"MixedPrecision.dtype is {self.dtype!r}; it takes 'float32' or 'float64'")
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> MasterState:
         if "complex" in str(x.dtype) or x.dtype.itemsize > int(self.dtype[5:]) // 8:
             raise BadSetting(f"MixedPrecision keeps {self.dtype} masters; the parameters are {x.dtype}")
         master = copy(x, self.dtype)
         return MasterState(master, self.rule.init(master))
 
-    def apply(self, state: Any, x: Any, dx: Any, *more: Any) -> Any:
+    def apply(self, state: MasterState, x: Array, dx: Array, *more: Array) -> Any:
         master = where(stored_as(x, state.master) == x, state.master, x)
         inner, step = stepped(self.rule, state.inner, master, dx, more)
         if step is None:
@@ -106,12 +107,12 @@ class SplitPrecision(Rule):
         a_rule(self, self.rule)
         one_master(self)
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> SplitState:
         if "bfloat16" not in str(x.dtype):
             raise BadSetting(f"SplitPrecision completes bfloat16 to float32; the parameters are {x.dtype}")
         return SplitState(typed_zeros_like(x, "int16"), self.rule.init(copy(x, "float32")))
 
-    def apply(self, state: Any, x: Any, dx: Any, *more: Any) -> Any:
+    def apply(self, state: SplitState, x: Array, dx: Array, *more: Array) -> Any:
         master = join_bits(x, fitting(x, state.low))
         inner, step = stepped(self.rule, state.inner, master, dx, more)
         if step is None:

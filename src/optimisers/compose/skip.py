@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from optimisers.arrays.protocol import Array
 from optimisers.ops import isfinite, sum_, total, under, when, where
 from optimisers.rule import Rule, a_rule, stepped
 
@@ -25,10 +26,10 @@ class SkipNonFinite(Rule):
     def check(self) -> None:
         a_rule(self, self.rule)
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> SkipState:
         return SkipState(0, self.rule.init(x))
 
-    def apply(self, state: Any, x: Any, dx: Any, *more: Any) -> Any:
+    def apply(self, state: SkipState, x: Array, dx: Array, *more: Array) -> Any:
         bad = total(sum_(where(isfinite(dx), 0.0, 1.0)))
         skipped = state.skipped + where(bad > 0, 1, 0)
         sound = when(bad == 0, dx)

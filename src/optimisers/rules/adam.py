@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from optimisers.arrays.protocol import Array
 from optimisers.ops import abs2, abs_, ema, full_like, maximum, real_zeros_like, sqrt, where, zeros_like
 from optimisers.rule import Rule, in_unit_interval, not_negative, one_of, static
 
@@ -18,7 +19,7 @@ class AdamState(NamedTuple):
     """
 
 
-def adam_state(x: Any) -> AdamState:
+def adam_state(x: Array) -> AdamState:
     """The moments before the first step."""
     return AdamState(zeros_like(x), real_zeros_like(x), (0.0, 0.0))
 
@@ -29,12 +30,12 @@ def check_moments(rule: Rule) -> None:
     not_negative(rule, "epsilon")
 
 
-def weights(beta: Any, old: Any) -> tuple[Any, Any]:
+def weights(beta: tuple[float, float], old: tuple[Any, Any]) -> tuple[Any, Any]:
     """The sums of the weights in two averages after one more step: averages of ones."""
     return ema(beta[0], old[0], 1), ema(beta[1], old[1], 1)
 
 
-def moments(beta: Any, state: AdamState, dx: Any) -> tuple[AdamState, Any, Any]:
+def moments(beta: tuple[float, float], state: AdamState, dx: Array) -> tuple[AdamState, Any, Any]:
     """(new state, m and v without bias): Kingma & Ba, algorithm 1."""
     m, v = ema(beta[0], state.m, dx), ema(beta[1], state.v, abs2(dx))
     weight = weights(beta, state.weight)
@@ -57,10 +58,10 @@ class Adam(Rule):
     def check(self) -> None:
         check_moments(self)
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> AdamState:
         return adam_state(x)
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: AdamState, x: Array, dx: Array) -> Any:
         state, m, v = moments(self.beta, state, dx)
         return state, self.eta * m / (sqrt(v) + self.epsilon)
 
@@ -83,10 +84,10 @@ class AdamW(Rule):
         check_moments(self)
         not_negative(self, "lam")
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> AdamState:
         return adam_state(x)
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: AdamState, x: Array, dx: Array) -> Any:
         state, m, v = moments(self.beta, state, dx)
         step = m / (sqrt(v) + self.epsilon)
         return state, self.eta * (step + self.lam * x) if self.couple else self.eta * step + self.lam * x
@@ -116,10 +117,10 @@ class RAdam(Rule):
         check_moments(self)
         one_of(self, "variant", "julia", "torch")
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> RAdamState:
         return RAdamState(adam_state(x), 0)
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: RAdamState, x: Array, dx: Array) -> Any:
         adam, m, v = moments(self.beta, state.adam, dx)
         t = state.t + 1
         weight = adam.weight[1]
@@ -160,10 +161,10 @@ class AdaMax(Rule):
     def check(self) -> None:
         check_moments(self)
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> AdaMaxState:
         return AdaMaxState(zeros_like(x), real_zeros_like(x), 0.0)
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: AdaMaxState, x: Array, dx: Array) -> Any:
         m, u = ema(self.beta[0], state.m, dx), maximum(self.beta[1] * state.u, abs_(dx))
         weight = ema(self.beta[0], state.weight, 1)
         return AdaMaxState(m, u, weight), self.eta / weight * m / (u + self.epsilon)
@@ -188,10 +189,10 @@ class OAdam(Rule):
     def check(self) -> None:
         check_moments(self)
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> OAdamState:
         return OAdamState(adam_state(x), zeros_like(x))
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: OAdamState, x: Array, dx: Array) -> Any:
         adam, m, v = moments(self.beta, state.adam, dx)
         term = self.eta * m / (sqrt(v) + self.epsilon)
         return OAdamState(adam, term), 2 * term - state.term
@@ -226,7 +227,7 @@ class AMSGrad(Rule):
         check_moments(self)
         one_of(self, "variant", "julia", "torch")
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> AMSGradState:
         start = self.epsilon if self.variant == "julia" else 0.0
         return AMSGradState(
             full_like(x, start),
@@ -235,7 +236,7 @@ class AMSGrad(Rule):
             (0.0, 0.0),
         )
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: AMSGradState, x: Array, dx: Array) -> Any:
         m, v = ema(self.beta[0], state.m, dx), ema(self.beta[1], state.v, abs2(dx))
         most = maximum(state.most, v)
         weight = weights(self.beta, state.weight)
@@ -270,10 +271,10 @@ class NAdam(Rule):
         check_moments(self)
         one_of(self, "variant", "julia", "torch")
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> NAdamState:
         return NAdamState(adam_state(x), 0, 1.0)
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: NAdamState, x: Array, dx: Array) -> Any:
         adam, _, v = moments(self.beta, state.adam, dx)
         beta, t = self.beta[0], state.t + 1
         if self.variant == "torch":
@@ -313,10 +314,10 @@ class AdaBelief(Rule):
     def check(self) -> None:
         check_moments(self)
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> AdaBeliefState:
         return AdaBeliefState(zeros_like(x), real_zeros_like(x), (0.0, 0.0))
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: AdaBeliefState, x: Array, dx: Array) -> Any:
         m = ema(self.beta[0], state.m, dx)
         s = ema(self.beta[1], state.s, abs2(dx - m)) + self.epsilon
         weight = weights(self.beta, state.weight)

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
 from optimisers.ops import (
     abs2,
@@ -49,16 +50,16 @@ class RMSProp(Rule):
         in_unit_interval(self, "rho")
         not_negative(self, "epsilon")
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> CentredState | RMSPropState:
         return (
             CentredState(real_zeros_like(x), zeros_like(x))
             if self.centred
             else RMSPropState(real_zeros_like(x))
         )
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: CentredState | RMSPropState, x: Array, dx: Array) -> Any:
         q = ema(self.rho, state.q, abs2(dx))
-        if not self.centred:
+        if isinstance(state, RMSPropState):
             return RMSPropState(q), self.eta * dx / (sqrt(q) + self.epsilon)
         mean = ema(self.rho, state.mean, dx)
         variance = maximum(q - abs2(mean), 0)
@@ -99,10 +100,10 @@ class Rprop(Rule):
                 wanted = "0 < shrink <= 1 <= grow" if name == "ell" else "0 < least <= most"
                 raise BadSetting(f"Rprop.{name} is {(low, high)!r}; it takes {wanted}")
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> RpropState:
         return RpropState(zeros_like(x), full_like(x, self.eta))
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: RpropState, x: Array, dx: Array) -> Any:
         (shrink, grow), (least, most) = self.ell, self.gamma
         agreement = state.g * dx
         size = where(agreement > 0, minimum(state.eta * grow, most), state.eta)
@@ -133,10 +134,10 @@ class AdaGrad(Rule):
         not_negative(self, "epsilon")
         one_of(self, "variant", "julia", "torch")
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> AdaGradState:
         return AdaGradState(full_like(real_zeros_like(x), self.epsilon if self.variant == "julia" else 0))
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: AdaGradState, x: Array, dx: Array) -> Any:
         a = state.sum + abs2(dx)
         return AdaGradState(a), self.eta * dx / (sqrt(a) + self.epsilon)
 
@@ -163,10 +164,10 @@ class AdaDelta(Rule):
         in_unit_interval(self, "rho")
         not_negative(self, "epsilon")
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> AdaDeltaState:
         return AdaDeltaState(real_zeros_like(x), real_zeros_like(x))
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: AdaDeltaState, x: Array, dx: Array) -> Any:
         a = ema(self.rho, state.a, abs2(dx))
         step = dx * sqrt(state.d + self.epsilon) / sqrt(a + self.epsilon)
         return AdaDeltaState(a, ema(self.rho, state.d, abs2(step))), step

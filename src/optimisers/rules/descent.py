@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from optimisers.arrays.protocol import Array
 from optimisers.ops import zeros_like
 from optimisers.rule import Rule, in_unit_interval
 
@@ -16,7 +17,7 @@ class Descent(Rule):
 
     eta: float = 0.1
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
         return state, self.eta * dx
 
 
@@ -39,10 +40,10 @@ class Momentum(Rule):
     def check(self) -> None:
         in_unit_interval(self, "rho")
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> MomentumState:
         return MomentumState(zeros_like(x))
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: MomentumState, x: Array, dx: Array) -> Any:
         v = self.rho * state.v + self.eta * dx
         return MomentumState(v), v
 
@@ -61,10 +62,10 @@ class Nesterov(Rule):
     def check(self) -> None:
         in_unit_interval(self, "rho")
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> MomentumState:
         return MomentumState(zeros_like(x))
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: MomentumState, x: Array, dx: Array) -> Any:
         v = state.v
         step = (1 + self.rho) * self.eta * dx - self.rho**2 * v
         return MomentumState(self.rho * v - self.eta * dx), step

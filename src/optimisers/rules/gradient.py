@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from optimisers.arrays.protocol import Array, Operand
 from optimisers.errors import BadSetting
 from optimisers.ops import abs2, check, clip, isfinite, minimum, norm, sign, sqrt, sum_, total, where
 from optimisers.rule import Rule, not_negative, static
 
 
-def decayed(lam: Any, x: Any, dx: Any) -> Any:
+def decayed(lam: float, x: Array, dx: Array) -> Any:
     """A gradient or a step that also pulls x towards 0."""
     return dx + lam * x
 
@@ -22,7 +23,7 @@ class WeightDecay(Rule):
     def check(self) -> None:
         not_negative(self, "lam")
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
         return state, decayed(self.lam, x, dx)
 
 
@@ -39,7 +40,7 @@ class DecoupledDecay(Rule):
     def check(self) -> None:
         not_negative(self, "lam")
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
         return state, decayed(self.lam, x, dx)
 
 
@@ -53,7 +54,7 @@ class SignDecay(Rule):
     def check(self) -> None:
         not_negative(self, "lam")
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
         return state, dx + self.lam * sign(x)
 
 
@@ -67,7 +68,7 @@ class ClipGrad(Rule):
     def check(self) -> None:
         not_negative(self, "delta")
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
         return state, clip(dx, -self.delta, self.delta)
 
 
@@ -89,7 +90,7 @@ class ClipNorm(Rule):
         if not isinstance(self.p, int | float) or isinstance(self.p, bool) or self.p != self.p:
             raise BadSetting(f"ClipNorm.p is {self.p!r}; it takes a number, inf or -inf")
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
         if self.p == 0:
             return state, dx
         size = norm(dx, self.p)
@@ -120,7 +121,7 @@ class ClipGlobalNorm(Rule):
     def check(self) -> None:
         not_negative(self, "omega")
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
         square = sum_(abs2(dx))
         size = sqrt(total(square))
         if self.throw:
@@ -133,6 +134,6 @@ class ClipGlobalNorm(Rule):
         return state, dx * shrink(self.omega, size)
 
 
-def shrink(omega: Any, size: Any) -> Any:
+def shrink(omega: float, size: Operand) -> Any:
     """The factor that brings a norm of `size` down to omega, where it is larger; 1 for a norm of 0."""
     return where(size == 0, 1, minimum(omega / where(size == 0, 1, size), 1))

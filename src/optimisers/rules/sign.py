@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from optimisers.arrays.protocol import Array
 from optimisers.ops import ema, sign, zeros_like
 from optimisers.rule import Rule, in_unit_interval
 
@@ -25,9 +26,9 @@ class Lion(Rule):
     def check(self) -> None:
         in_unit_interval(self, "beta")
 
-    def init(self, x: Any) -> Any:
+    def init(self, x: Array) -> LionState:
         return LionState(zeros_like(x))
 
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+    def apply(self, state: LionState, x: Array, dx: Array) -> Any:
         toward = ema(self.beta[0], state.m, dx)
         return LionState(ema(self.beta[1], state.m, dx)), self.eta * sign(toward)
