@@ -49,10 +49,10 @@ def tune(session: Session) -> None:
     """Print the time of a step on GPT-2 for other constants of the engine: in float32, and with bfloat16
     parameters beside float32 state, whose kernels take more registers.
     """
-    from optimisers.engines.cuda import task as engine
+    from optimisers.engines.cuda import launch as engine
 
     place = session.place
-    before = engine.Fused.chunk, engine.BLOCK, engine.OPTIONS, engine.NARROW
+    before = engine.CHUNK, engine.BLOCK, engine.OPTIONS, engine.NARROW
     for dtype in (torch.float32, torch.bfloat16):
         given = Given("tiny" if place.rehearse else "gpt2", dtype, place)
         rows: Table = []
@@ -62,7 +62,7 @@ def tune(session: Session) -> None:
             ):
                 if block > chunk or (place.rehearse and chunk > 2048):
                     continue
-                engine.Fused.chunk, engine.BLOCK = chunk, block
+                engine.CHUNK, engine.BLOCK = chunk, block
                 engine.OPTIONS = before[2] | {"num_warps": warps}
                 engine.NARROW = before[3] | {"num_warps": warps}
                 run = ours(adamw())(given)
@@ -79,7 +79,7 @@ def tune(session: Session) -> None:
                     ]
                 )
         finally:
-            engine.Fused.chunk, engine.BLOCK, engine.OPTIONS, engine.NARROW = before
+            engine.CHUNK, engine.BLOCK, engine.OPTIONS, engine.NARROW = before
         rows.sort(key=lambda r: float(r[3]))
         title = f"AdamW on GPT-2 small, {str(dtype).removeprefix('torch.')}"
         session.report.table(title, ["chunk", "block", "warps", "ms", "min"], rows)

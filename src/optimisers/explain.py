@@ -86,7 +86,7 @@ def explain(state: Any) -> Explanation:
 def _cost(group: Group, members: Any, engine: str | None) -> GroupCost:
     library, dtype, program = group.kind.library, group.kind.dtype, group.program
     name = library.type_name(dtype)
-    choice = choose.choice_for(group, engine, group.memo)
+    choice = choose.choice_for(group, engine)
     if choice.reason and choice.name != "xla":
         words = [e for e in order(program.roots) if e.args and e.domain != "scalar"]
         passes = len(words)
@@ -130,7 +130,7 @@ def kernel(rule: Rule, dtype: Any = "float32", *, inplace: bool = True, engine: 
     shape = Shape.of(x)
     (group,) = grouped([(0, rule, started(rule, x, "x"))], [shape])
     name = shape.library.type_name(shape.dtype)
-    printed = choose.fused(engine).printed
+    printed = importlib.import_module(choose.FUSED[engine].module).printed
     try:
         texts = [
             legend(p) + printed(group.program, p, name, inplace=inplace)

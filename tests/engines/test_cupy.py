@@ -23,7 +23,6 @@ from optimisers import ops
 from optimisers.arrays import registry
 from optimisers.arrays.numpy import library as host
 from optimisers.arrays.protocol import Library
-from optimisers.engines import choose
 from tests import operations as words
 from tests import standin_cupy as standin
 from tests.table import DTYPES, TABLE, Row, RowMoments, RowScaled, dtype_of
@@ -46,7 +45,6 @@ def _unload() -> None:
         package, _, short = name.rpartition(".")
         vars(sys.modules[package]).pop(short, None)
     registry.forget()
-    choose._own.cache_clear()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -242,7 +240,7 @@ def test_passes_element_by_element_are_fused(row: Row) -> None:
             if not row.matrix:
                 assert (group.engine == "cupy.fuse") == fused
             assert group.engine in ("cupy.fuse", "interpret")
-            assert bool(group.reason) == (group.engine == "interpret")
+            assert group.reason
 
 
 @pytest.mark.parametrize(
@@ -620,7 +618,7 @@ def test_triton_steps_arrays_of_cupy_where_it_reaches_them(
     row: Row, step: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernels take addresses; that of the stand-in is on the host, where Triton's interpreter is."""
-    triton = importlib.import_module("optimisers.engines.cuda.task")
+    triton = importlib.import_module("optimisers.engines.cuda.launch")
     monkeypatch.setattr(triton, "reaches", lambda _: True)
     monkeypatch.setattr(triton, "home", lambda _: importlib.import_module("torch").device("cpu"))
     models, states = {}, {}

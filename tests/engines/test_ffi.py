@@ -77,16 +77,15 @@ def steps(rule: opt.Rule, shapes: Sequence[tuple[int, ...]], dtype: Any = "float
     """Take a few steps and write down how."""
     x, g = arrays(shapes, dtype, 1), arrays(shapes, dtype, 2)
     calls: list[list[Call]] = []
-    whole = fused.Fused.launch
+    whole = fused.launch
 
-    def launch(task: Any, p: Any, chunks: Any, members: Any, new: Any, *partial: Any) -> None:
-        job = task.job
-        name = job.library.type_name(job.dtype)
-        kinds = fused.kinds_of(job.program, p, name, name)
-        table, row = task.scalars.table(p.scalars)
+    def launch(step: Any, p: Any, chunks: Any, members: Any, new: Any, *partial: Any) -> None:
+        name = step.library.type_name(step.kind.dtype)
+        kinds = fused.kinds_of(step.program, p, name, name)
+        table, row = step.scalars.table(p.scalars)
         calls[-1].append(
             Call(
-                fused.sources(job.program, p, kinds, name, inplace=True),
+                fused.sources(step.program, p, kinds, name, inplace=True),
                 kernels.columns(p, inplace=True),
                 [slot for slot, _ in p.stores],
                 [r.op for r in p.reductions],
@@ -94,7 +93,7 @@ def steps(rule: opt.Rule, shapes: Sequence[tuple[int, ...]], dtype: Any = "float
                 np.array(row),
             )
         )
-        whole(task, p, chunks, members, new, *partial)
+        whole(step, p, chunks, members, new, *partial)
         if partial:
             pairs = zip(p.reductions, partial[0], strict=True)
             calls[-1][-1].found = [fused.gathered(r.op, part, chunks.leaf, len(row)) for r, part in pairs]
@@ -103,7 +102,7 @@ def steps(rule: opt.Rule, shapes: Sequence[tuple[int, ...]], dtype: Any = "float
     state = opt.setup(rule, own, engine="numba")
     before = {"x": x, "dx": g, **slots(state)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused.Fused, "launch", launch)
+        patch.setattr(fused, "launch", launch)
         for _ in range(count):
             calls.append([])
             state, own = opt.update_(state, own, g)

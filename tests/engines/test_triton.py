@@ -23,7 +23,7 @@ import optimisers as opt
 from optimisers.arrays.torch import library
 from optimisers.engines import cache
 from optimisers.engines.addressed import pointers as addresses
-from optimisers.engines.cuda import device_functions
+from optimisers.engines.cuda import device_functions, launch, printer, tables
 from optimisers.engines.cuda import task as engine
 from optimisers.errors import BadState
 from optimisers.state.leaf import parts
@@ -84,7 +84,7 @@ PLACES: Places = (
     ((0, 2), torch.clone),
     ((2, 3, 2, 2), channels_last),
     ((7,), shifted),
-    ((engine.BLOCK + 13,), torch.clone),
+    ((launch.BLOCK + 13,), torch.clone),
 )
 """Shapes of a model, and how its tensors lie: one goes over a whole block and a bit, one may not be read 16
 bytes at a time.
@@ -94,7 +94,7 @@ MATRICES: Places = (
     ((3, 4), turned),
     ((1, 7), shifted),
     ((5, 5), torch.clone),
-    ((3, engine.BLOCK // 2), torch.clone),
+    ((3, launch.BLOCK // 2), torch.clone),
 )
 
 
@@ -149,12 +149,12 @@ def assert_close(got: tuple[Any, Any], wanted: tuple[Any, Any], dtype: str) -> N
 
 
 def test_triton_was_imported_after_it_was_decided_who_runs_kernels() -> None:
-    assert engine.interpreted() == device_functions.INTERPRETED
+    assert launch.interpreted() == device_functions.INTERPRETED
     assert (os.environ["TRITON_INTERPRET"] == "1") == device_functions.INTERPRETED
 
 
 def test_kernels_print_every_word_of_real_numbers() -> None:
-    assert set(engine.triton_kernels.WORDS) >= {*words.ELEMENTWISE, *words.REDUCE}
+    assert set(printer.WORDS) >= {*words.ELEMENTWISE, *words.REDUCE}
 
 
 @every_row
@@ -316,9 +316,9 @@ def test_update_equals_update_in_place_exactly(row: Row) -> None:
 
 
 LONG: Places = (
-    ((2 * engine.CHUNK + 77,), torch.clone),
+    ((2 * launch.CHUNK + 77,), torch.clone),
     ((2,), torch.clone),
-    ((engine.CHUNK + engine.BLOCK,), shifted),
+    ((launch.CHUNK + launch.BLOCK,), shifted),
 )
 """Several chunks with an odd end, a short leaf between them, and one that ends with a block."""
 
@@ -414,8 +414,8 @@ def test_a_kernel_reduces_as_numpy_does(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", words.REDUCE)
 def test_a_reduction_sees_every_element_of_a_long_array(name: str) -> None:
     """The one element that counts stands at a border of blocks or chunks, in one leaf after the other."""
-    n = 2 * engine.CHUNK + 77
-    borders = (0, engine.BLOCK, engine.CHUNK, 2 * engine.CHUNK)
+    n = 2 * launch.CHUNK + 77
+    borders = (0, launch.BLOCK, launch.CHUNK, 2 * launch.CHUNK)
     spots = [*borders, *(b - 1 for b in borders[1:]), n - 1]
     value = -3.0 if name == "min" else 3.0
     model = [on_device(np.zeros(n, np.float32)) for _ in spots]
@@ -439,7 +439,7 @@ def test_a_reduction_sees_every_element_of_a_long_array(name: str) -> None:
     ids=repr,
 )
 def test_what_is_not_finite_in_one_chunk_counts_for_the_leaf(name: str, special: dict[int, float]) -> None:
-    a = np.random.default_rng(0).standard_normal(2 * engine.CHUNK + 77)
+    a = np.random.default_rng(0).standard_normal(2 * launch.CHUNK + 77)
     for spot, value in special.items():
         a[spot] = value
     with np.errstate(all="ignore"):
@@ -890,7 +890,7 @@ def test_a_total_goes_over_all_groups(world: World) -> None:
 def test_a_model_may_have_more_leaves_than_a_program_takes(capturable: bool) -> None:
     def story(world: World) -> Any:
         rng = np.random.default_rng(0)
-        model, grads = ([world.put(a) for a in rng.standard_normal((engine.LANES + 3, 2))] for _ in range(2))
+        model, grads = ([world.put(a) for a in rng.standard_normal((launch.LANES + 3, 2))] for _ in range(2))
         state = world.setup(opt.Chain(opt.ClipGlobalNorm(0.5), opt.ClipNorm(0.05), opt.Adam(0.1)), model)
         return world.step(state, model, [None if n == 7 else g for n, g in enumerate(grads)])
 
@@ -1107,13 +1107,13 @@ def test_the_number_of_launches_does_not_depend_on_that_of_leaves(
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many words were copied to the device, copy by copy."""
     seen: list[int] = []
-    original = engine.copy_over
+    original = tables.copy_over
 
     def copy_over(memory: Any, host: Any, count: int, staged: Any) -> None:
         seen.append(count)
         original(memory, host, count, staged)
 
-    monkeypatch.setattr(engine, "copy_over", copy_over)
+    monkeypatch.setattr(tables, "copy_over", copy_over)
     return seen
 
 
@@ -1194,13 +1194,13 @@ def test_nothing_is_written_anew_when_settings_change(
 def sheets(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The tables of every pass that was launched."""
     seen: list[Any] = []
-    original = engine.Fused.sheet
+    original = engine.sheet_of
 
-    def sheet(self: Any, *args: Any) -> Any:
-        seen.append(original(self, *args))
+    def sheet(*args: Any) -> Any:
+        seen.append(original(*args))
         return seen[-1]
 
-    monkeypatch.setattr(engine.Fused, "sheet", sheet)
+    monkeypatch.setattr(engine, "sheet_of", sheet)
     return seen
 
 
@@ -1231,14 +1231,14 @@ def test_16_bytes_are_read_at_a_time_only_where_all_arrays_of_a_leaf_are_aligned
 def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Says whether what is launched from now on is noted in a graph."""
     now = [False]
-    monkeypatch.setattr(engine, "capturing", lambda _: now[0])
+    monkeypatch.setattr(launch, "capturing", lambda _: now[0])
     return lambda on: now.__setitem__(0, on)
 
 
 def captured(state: Any) -> list[Any]:
     """The tables that belong to graphs."""
-    kept = [s for g in parts(state)[0].groups for s in g.memo.get("captured", [])]
-    return [s for s in kept if isinstance(s, engine.Sheet)]
+    kept = [s for g in parts(state)[0].groups for s in (g.memo.whole.captured if g.memo.whole else [])]
+    return [s for s in kept if isinstance(s, tables.Sheet)]
 
 
 def test_a_captured_step_has_tables_of_its_own(capture: Callable[[bool], None], sheets: list[Any]) -> None:

@@ -22,6 +22,7 @@ import torch
 import optimisers as opt
 from optimisers.engines.addressed import task as fused
 from optimisers.engines.cpu import printer as kernels
+from optimisers.engines.cuda import launch
 from optimisers.engines.cuda import printer as triton_kernels
 from optimisers.engines.cuda import task as engine
 from optimisers.state.group import Shape, grouped, started
@@ -33,7 +34,7 @@ ARCHITECTURES = (80, 90)
 
 WORKERS = 2
 
-THREADS = 32 * engine.OPTIONS["num_warps"]
+THREADS = 32 * launch.OPTIONS["num_warps"]
 
 every_row = pytest.mark.parametrize("row", TABLE, ids=of_row)
 
@@ -165,12 +166,12 @@ def passes_of(
         read = [kinds[a] for a in (*p.loads, *(f"f{n}" for n in range(len(p.free))))]
         written = [kinds[a] for a, _ in p.stores]
         loads, stores = (
-            sum(engine.BLOCK // THREADS * kernels.BYTES[kind] // 16 for kind in kinds)
+            sum(launch.BLOCK // THREADS * kernels.BYTES[kind] // 16 for kind in kinds)
             for kinds in (read, written)
         )
         found.append(
             PassCase(
-                Case(title, text, *split(engine.options_of(kernels.BYTES[dtype]))),
+                Case(title, text, *split(launch.options_of(kernels.BYTES[dtype]))),
                 loads,
                 stores,
             )
@@ -219,16 +220,16 @@ def scalars_of(row: Row) -> list[Case]:
         finally:
             triton_kernels.scalar_source = original
     return [
-        Case(f"{row.name} scalars", text, {"LANES": engine.LANES}, engine.EXACT, kind) for text, kind in texts
+        Case(f"{row.name} scalars", text, {"LANES": launch.LANES}, launch.EXACT, kind) for text, kind in texts
     ]
 
 
 BY_HAND = [
     *(
-        Case(f"gather {op}", "gather", {"OP": op, "BLOCK": 1024}, engine.EXACT)
+        Case(f"gather {op}", "gather", {"OP": op, "BLOCK": 1024}, launch.EXACT)
         for op in ("sum", "max", "min")
     ),
-    Case("add_up", "add_up", {"BLOCK": 8192}, engine.EXACT | {"num_warps": 16}),
+    Case("add_up", "add_up", {"BLOCK": 8192}, launch.EXACT | {"num_warps": 16}),
 ]
 
 FOLLOWING = Row(
@@ -393,9 +394,9 @@ class Driver:
 triton.runtime.driver.set_active(Driver())
 
 import optimisers as opt
-from optimisers.engines import triton as engine
+from optimisers.engines.cuda import launch
 
-engine.reaches = lambda device: True
+launch.reaches = lambda device: True
 found = []
 for capturable in (False, True):
     for rule in (opt.AdamW(), opt.Chain(opt.ClipGlobalNorm(1.0, throw=False), opt.AdamW())):

@@ -6,6 +6,7 @@ stores is rounded once, into the arrays that it is given, at the end.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,16 +14,16 @@ import numpy as np
 
 from optimisers import ops
 from optimisers.arrays.cupy import ON_DEVICE, cp, library
-from optimisers.engines.interpret import Interpreter, input_of
-from optimisers.engines.task import Result
+from optimisers.engines import interpret
+from optimisers.engines.interpret import input_of
+from optimisers.engines.task import Engine, Holds, Members, Step
 from optimisers.graph.expr import Expr
 from optimisers.graph.memo import kept
-from optimisers.graph.passes import Pass, number_of, outputs, reduce_pass, store_pass
+from optimisers.graph.passes import Pass, number_of, reduce_pass, store_pass
 from optimisers.state.buffers import Indices
 from optimisers.state.group import Group
 
 NAME = "cupy.fuse"
-
 
 _OF_BITS = ("join_bits", "high_bits", "low_bits")
 
@@ -40,8 +41,8 @@ TYPES = frozenset({"float16", "float32", "float64", "complex64", "complex128"})
 # -- which groups it takes -----------------------------------------------------------------------------------
 
 
-def refusal(group: Group) -> str | None:
-    """Why CuPy does not fuse the steps of a group; None if it does."""
+def refusal(group: Group) -> str:
+    """Why CuPy does not fuse the steps of a group; empty if it does."""
     program = group.program
     p = store_pass(program, (True,) * len(program.guards))
     if any(s.shape is not None for s in program.slots):
@@ -50,7 +51,7 @@ def refusal(group: Group) -> str | None:
     odd = next((kind for kind in kinds if kind not in TYPES), None)
     if odd is not None:
         return f"element type {odd}"
-    return None if p is None else unfused(p)
+    return "" if p is None else unfused(p) or ""
 
 
 def unfused(p: Pass) -> str | None:
@@ -126,7 +127,7 @@ def _parts(args: Sequence[Any], reads: int, apart: int) -> tuple[Any, Any, Any]:
     return args[:reads], args[reads : reads + apart], args[reads + apart :]
 
 
-# -- the task ------------------------------------------------------------------------------------------------
+# -- the engine ----------------------------------------------------------------------------------------------
 
 
 @kept
@@ -154,102 +155,104 @@ class Call:
             self.kernel(*self.arrays, *self.scalars)
 
 
-class Fusion(Interpreter):
-    """Leaves of one group, each stepped by one kernel where a pass is element by element."""
+def begin(step: Step) -> None:
+    """Check the arrays; the calls of the last pass are noted as they are prepared."""
+    interpret.begin(step)
+    step.work = list[Call]()
 
-    def reduce(self, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
-        """CuPy's own sums over what one kernel makes of each leaf: a sum that is fused with it would keep one
-        block of threads busy, and no more.
-        """
-        p = reduce_pass(self.job.program, level, wanted)
-        if p is None or len(p.reductions) != sum(wanted) or not p.loads or not self.takes(p):
-            return super().reduce(level, wanted)
-        job = self.job
-        wide = library.promoted(job.wide, ["float64"]) if p.exact else job.wide
-        kernel, scalars = reducing(p, wide), self.columns(p, wide)
-        found: list[list[Any]] = []
-        for leaf in range(len(job.row)):
-            arrays = [input_of(job, leaf, name) for name in p.loads]
-            with arrays[0].device:
-                terms = kernel(*arrays, *(c[leaf] for c in scalars))
-            found.append([library.WORDS[r.op](t) for r, t in zip(p.reductions, terms, strict=True)])
-        return {
-            r: np.array([library.to_host(v[i]) for v in found], complex if r.type == "complex" else float)
-            for i, r in enumerate(p.reductions)
-        }
 
-    def takes(self, p: Pass) -> bool:
-        """Whether CuPy fuses a pass over the arrays of this job."""
-        kinds = {a.dtype for g in self.job.grads for a in g}
-        return unfused(p) is None and all(d.kind in "biu" or library.type_name(d) in TYPES for d in kinds)
+def reduce(step: Step, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any] | None:
+    """CuPy's own sums over what one kernel makes of each leaf: a sum that is fused with it would keep one
+    block of threads busy, and no more.
+    """
+    p = reduce_pass(step.program, level, wanted)
+    if p is None or len(p.reductions) != sum(wanted) or not p.loads or not takes(step, p):
+        return None
+    wide = library.promoted(step.wide, ["float64"]) if p.exact else step.wide
+    kernel, scalars = reducing(p, wide), columns(step, p, wide)
+    found: list[list[Any]] = []
+    for leaf in range(step.leaves):
+        arrays = [input_of(step, leaf, name) for name in p.loads]
+        with arrays[0].device:
+            terms = kernel(*arrays, *(c[leaf] for c in scalars))
+        found.append([library.operations[r.op](t) for r, t in zip(p.reductions, terms, strict=True)])
+    return {
+        r: np.array([library.to_host(v[i]) for v in found], complex if r.type == "complex" else float)
+        for i, r in enumerate(p.reductions)
+    }
 
-    def columns(self, p: Pass, wide: Any) -> list[Any]:
-        """The scalars of a pass, each for all leaves, in the type of the arithmetic."""
-        kinds = {"bool": np.dtype(bool), "complex": wide}
-        real = library.real_of(wide)
-        return [library.number(self.scalars.of_leaves(e), kinds.get(e.type, real)) for e in p.scalars]
 
-    def prepare(self) -> None:
-        """Make the new arrays and try every new kernel, since both may raise, before anything is written."""
-        job = self.job
-        self.new: dict[int, tuple[Any, list[Any]]] = {}
-        self.calls: list[Call] = []
-        for holds, members in self.branches():
-            leaves = list(range(len(job.row))) if members is None else members.tolist()
-            p, out = store_pass(job.program, holds), outputs(job.program, holds)
-            if p is None or not self.takes(p):
-                self.new |= {i: self.leaf_outputs(i, out.x, out.slots) for i in leaves}
+def takes(step: Step, p: Pass) -> bool:
+    """Whether CuPy fuses a pass over the arrays of this step."""
+    kinds = {a.dtype for g in step.grads for a in g}
+    return unfused(p) is None and all(d.kind in "biu" or library.type_name(d) in TYPES for d in kinds)
+
+
+def columns(step: Step, p: Pass, wide: Any) -> list[Any]:
+    """The scalars of a pass, each for all leaves, in the type of the arithmetic."""
+    kinds = {"bool": np.dtype(bool), "complex": wide}
+    real = library.real_of(wide)
+    return [library.number(step.scalars.of_leaves(e), kinds.get(e.type, real)) for e in p.scalars]
+
+
+def prepare(step: Step, holds: Holds, members: Members) -> Callable[[], None] | None:
+    """Make the new arrays and try every new kernel, since both may raise, before anything is written."""
+    p = store_pass(step.program, holds)
+    if p is None or not takes(step, p):
+        return None
+    scalars = columns(step, p, step.wide)
+    calls = [call_of(step, p, i, [c[i] for c in scalars]) for i in interpret.every(step, members)]
+    for c in calls:
+        kinds = tuple((a.dtype, a.ndim) for a in c.arrays)
+        tried(c.kernel, kinds, tuple(type(v) for v in c.scalars), c.arrays[0].device.id)
+    step.new.update((c.leaf, c.x) for c in calls if c.x is not None and c.x is not step.xs[c.leaf])
+    step.work += calls
+    return functools.partial(store, step, calls)
+
+
+def call_of(step: Step, p: Pass, leaf: int, scalars: list[Any]) -> Call:
+    """The kernel of a leaf, with its arrays: those of the state are written in place where that is asked for,
+    and so are parameters that may be written.
+    """
+    inplace = step.job.inplace
+    read = {name: input_of(step, leaf, name) for name in p.loads}
+    apart: dict[str, Any] = {}
+    x = None
+    for name, _ in p.stores:
+        if name == "x":
+            x = step.xs[leaf]
+            if not inplace or not library.is_writable(x):
+                with x.device:
+                    x = apart[name] = cp.empty_like(x)
+            elif name not in read:
+                apart[name] = x
+        elif not inplace or name not in read:
+            apart[name] = step.out[number_of(name)][leaf]
+    kernel = storing(p, step.wide, tuple(apart))
+    return Call(leaf, p, kernel, [*read.values(), *apart.values()], scalars, x)
+
+
+def separate(step: Step, begin: Indices, end: Indices) -> None:
+    """Copy what is read, and not written by the same kernel, where this step writes."""
+    for c in step.work:
+        for k, name in enumerate(c.p.loads):
+            if name.startswith("s") or c.arrays[k] is c.x:
                 continue
-            scalars = self.columns(p, job.wide)
-            self.calls += [self.call(p, i, [c[i] for c in scalars]) for i in leaves]
-        for c in self.calls:
-            tried(
-                c.kernel,
-                tuple((a.dtype, a.ndim) for a in c.arrays),
-                tuple(type(v) for v in c.scalars),
-                c.arrays[0].device.id,
-            )
+            low, high = library.bounds(c.arrays[k])
+            before = int(np.searchsorted(begin, high)) - 1
+            if low < high and before >= 0 and end[before] > low:
+                c.arrays[k] = library.duplicate(c.arrays[k])
 
-    def call(self, p: Pass, leaf: int, scalars: list[Any]) -> Call:
-        """The kernel of a leaf, with its arrays: those of the state are written in place where that is asked
-        for, and so are parameters that may be written.
-        """
-        job = self.job
-        read = {name: input_of(job, leaf, name) for name in p.loads}
-        apart: dict[str, Any] = {}
-        x = None
-        for name, _ in p.stores:
-            if name == "x":
-                x = job.x[leaf]
-                if not job.inplace or not library.is_writable(x):
-                    with x.device:
-                        x = apart[name] = cp.empty_like(x)
-                elif name not in read:
-                    apart[name] = x
-            elif not job.inplace or name not in read:
-                apart[name] = job.out[number_of(name)][leaf]
-        kernel = storing(p, job.wide, tuple(apart))
-        return Call(leaf, p, kernel, [*read.values(), *apart.values()], scalars, x)
 
-    def separate(self, begin: Indices, end: Indices) -> None:
-        """Copy what is read, and not written by the same kernel, where this step writes."""
-        for c in self.calls:
-            for k, name in enumerate(c.p.loads):
-                if name.startswith("s") or c.arrays[k] is c.x:
-                    continue
-                low, high = library.bounds(c.arrays[k])
-                before = int(np.searchsorted(begin, high)) - 1
-                if low < high and before >= 0 and end[before] > low:
-                    c.arrays[k] = library.duplicate(c.arrays[k])
+def store(step: Step, calls: list[Call]) -> None:
+    """Launch the kernels."""
+    for c in calls:
+        c.launch()
+        stored = {name for name, _ in c.p.stores}
+        for slot, pack, old in zip(step.program.slots, step.out, step.slots, strict=True):
+            if slot.name not in stored and pack is not old:
+                pack.put(c.leaf, old[c.leaf])
 
-    def commit(self) -> Result:
-        job = self.job
-        for c in self.calls:
-            c.launch()
-            stored = {name for name, _ in c.p.stores}
-            for slot, pack, old in zip(job.program.slots, job.out, job.slots, strict=True):
-                if slot.name not in stored and pack is not old:
-                    pack.put(c.leaf, old[c.leaf])
-        result = super().commit()
-        new = {c.leaf: c.x for c in self.calls if c.x is not None}
-        return dataclasses.replace(result, x=[new.get(i, x) for i, x in enumerate(result.x)])
+
+ENGINE = Engine(NAME, refusal, begin, reduce, prepare, interpret.spans, separate, otherwise=interpret.ENGINE)
+"""Leaves of one group, each stepped by one kernel where a pass is element by element."""

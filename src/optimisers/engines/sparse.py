@@ -4,12 +4,15 @@ import dataclasses
 from typing import Any
 
 from optimisers.arrays import registry
-from optimisers.engines.interpret import Interpreter
-from optimisers.engines.task import Job, Result
+from optimisers.engines import interpret
+from optimisers.engines.checks import checked_x
+from optimisers.engines.memory import Spans, looked
+from optimisers.engines.task import Engine, Step
 from optimisers.errors import TreeMismatch
 from optimisers.rule import Rule
 from optimisers.settings import parts
-from optimisers.state.buffers import Indices, Loose
+from optimisers.state.buffers import Loose, Pack
+from optimisers.state.group import Group
 
 
 def by_rows(rule: Rule) -> bool:
@@ -17,63 +20,81 @@ def by_rows(rule: Rule) -> bool:
     return all(part.lazy for part in parts(rule) if isinstance(part, Rule))
 
 
-class Rows(Interpreter):
-    """Leaves whose gradients are sparse along the first axis: a job of the rows that are touched."""
-
-    def __init__(self, job: Job) -> None:
-        self.whole, library = job, job.library
-        given = [library.rows(self.checked(job, i)) for i in range(len(job.row))]
-        self.rows = [rows for rows, _ in given]
-        picked = [library.taken(job.checked_x(i), rows) for i, rows in enumerate(self.rows)]
-        shapes = [tuple(x.shape) for x in picked]
-        slots = [self.picked(pack, shapes) for pack in job.slots]
-        super().__init__(
-            dataclasses.replace(
-                job,
-                x=picked,
-                grads=([values for _, values in given],),
-                slots=tuple(slots),
-                out=tuple(pack.copy() for pack in slots),
-                shapes=shapes,
-                inplace=False,
-            )
-        )
-
-    @staticmethod
-    def checked(job: Job, leaf: int) -> Any:
-        g = job.grads[0][leaf]
-        if tuple(g.shape) != job.shapes[leaf]:
-            raise TreeMismatch(
-                f"gradient of shape {tuple(g.shape)} for parameters of shape {job.shapes[leaf]}, at "
-                f"{job.code(leaf, 'grads')}"
-            )
-        return g
-
-    def picked(self, pack: Any, shapes: list[tuple[int, ...]]) -> Loose:
-        """The touched rows of a state array of every leaf."""
-        arrays = [pack.library.taken(pack[i], rows) for i, rows in enumerate(self.rows)]
-        places = dataclasses.replace(pack.places, shapes=shapes, number=range(len(shapes)))
-        return Loose(pack.name, pack.dtype, pack.device, places, arrays)
-
-    def written(self) -> tuple[Indices, Indices]:
-        return Interpreter.memory(self.whole)
-
-    def commit(self) -> Result:
-        result, job = super().commit(), self.whole
-        library = job.library
-        for new, pack, old in zip(self.job.out, job.out, job.slots, strict=True):
-            for i, rows in enumerate(self.rows):
-                if pack is not old:
-                    pack.put(i, old[i])
-                library.put_rows(pack[i], rows, new[i])
-        xs = [x if job.inplace else library.duplicate(x) for x in job.x]
-        for x, rows, new in zip(xs, self.rows, result.x, strict=True):
-            library.put_rows(x, rows, new)
-        if not job.inplace:
-            xs = [library.like(old, x) for old, x in zip(job.x, xs, strict=True)]
-        return Result(xs if not job.inplace else job.x, result.counters, result.of_leaf)
+def allowed(group: Group) -> bool:
+    """The same for the rule of a group; remembered by the group."""
+    if group.memo.by_rows is None:
+        group.memo.by_rows = by_rows(group.rule)
+    return group.memo.by_rows
 
 
-def sparse(grads: Any) -> list[bool]:
+def sparse(grads: list[Any]) -> list[bool]:
     """Which gradients touch only some rows."""
     return [g is not None and registry.library(g).has_rows(g) for g in grads]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Whole:
+    """The arrays of which the step sees the rows that are touched."""
+
+    rows: list[Any]
+    """The rows of each leaf."""
+    slots: tuple[Pack, ...]
+    out: tuple[Pack, ...]
+
+
+def begin(step: Step) -> None:
+    """Put the rows that are touched in the place of parameters, gradients and state."""
+    library, leaves = step.library, range(step.leaves)
+    given = [library.rows(_checked(step, i)) for i in leaves]
+    rows = [found for found, _ in given]
+    xs = [library.taken(checked_x(step, i), rows[i]) for i in leaves]
+    step.work = Whole(rows, step.slots, step.out)
+    step.xs, step.grads = xs, ([values for _, values in given],)
+    step.shapes = [tuple(x.shape) for x in xs]
+    step.slots = tuple(_picked(pack, rows, step.shapes) for pack in step.slots)
+    step.out = tuple(pack.copy() for pack in step.slots)
+    interpret.begin(step)
+
+
+def _checked(step: Step, leaf: int) -> Any:
+    g = step.grads[0][leaf]
+    if tuple(g.shape) != step.shapes[leaf]:
+        raise TreeMismatch(
+            f"gradient of shape {tuple(g.shape)} for parameters of shape {step.shapes[leaf]}, at "
+            f"{step.code(leaf, 'grads')}"
+        )
+    return g
+
+
+def _picked(pack: Pack, rows: list[Any], shapes: list[tuple[int, ...]]) -> Loose:
+    """The touched rows of a state array of every leaf."""
+    arrays = [pack.library.taken(pack[i], found) for i, found in enumerate(rows)]
+    places = dataclasses.replace(pack.places, shapes=shapes, number=range(len(shapes)))
+    return Loose(pack.name, pack.dtype, pack.device, places, arrays)
+
+
+def spans(step: Step) -> Spans:
+    """The memory of the whole arrays."""
+    whole: Whole = step.work
+    return looked(step.library, step.job.xs, whole.out, step.job.subset)
+
+
+def finish(step: Step) -> None:
+    """Bring the rows home."""
+    whole: Whole = step.work
+    library, job = step.library, step.job
+    for new, pack, old in zip(step.out, whole.out, whole.slots, strict=True):
+        for i, rows in enumerate(whole.rows):
+            if pack is not old:
+                pack.put(i, old[i])
+            library.put_rows(pack[i], rows, new[i])
+    touched, step.new = step.new, {}
+    for i, (x, rows) in enumerate(zip(job.xs, whole.rows, strict=True)):
+        to = x if job.inplace else library.duplicate(x)
+        library.put_rows(to, rows, touched.get(i, step.xs[i]))
+        if not job.inplace:
+            step.new[i] = library.like(x, to)
+
+
+ENGINE = Engine("rows", lambda _: "", begin, interpret.reduce, interpret.prepare, spans, finish=finish)
+"""Leaves whose gradients are sparse along the first axis."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from optimisers import ops
 from optimisers.arrays.layout import contiguous_strides
+from optimisers.engines.task import Step
 from optimisers.engines.workspace import Batch, Bucket, Found, Workspace
 from optimisers.errors import TraceError
 from optimisers.graph.expr import Expr
@@ -39,15 +40,14 @@ class Stacks:
 
     def __init__(
         self,
-        job: Any,
-        scalars: Any,
+        step: Step,
         workspace: Workspace,
         fill: Callable[[Pass, Indices | None, list[Indices]], None],
         given: Callable[[str, int], Any],
     ) -> None:
-        self.job, self.scalars, self.workspace = job, scalars, workspace
+        self.step, self.scalars, self.workspace = step, step.scalars, workspace
         self.fill, self.given = fill, given
-        self.library, self.wide = job.library, job.wide
+        self.library, self.wide = step.library, step.wide
         self.real = self.library.real_of(self.wide)
         self.found: dict[int, list[Found]] = {}
         self.sums: dict[int, Any] = {}
@@ -66,7 +66,7 @@ class Stacks:
 
     def addresses(self, e: Expr) -> Indices:
         """Where a value of each leaf lies, spread to the shape and layout of x; 0 where it is not known."""
-        at = np.zeros(len(self.job.row), np.int64)
+        at = np.zeros(self.step.leaves, np.int64)
         for found in self.found[id(e)]:
             if found.at is None:
                 found.at = self.spread(e, found)
@@ -85,10 +85,10 @@ class Stacks:
 
     def spread(self, e: Expr, found: Found) -> Indices:
         """Addresses of a value in the layout of x; where it lies otherwise, of a copy."""
-        library, job = self.library, self.job
+        library, step = self.library, self.step
         kind = self.kind(e)
         size = kind.itemsize
-        at = np.zeros(len(job.row), np.int64)
+        at = np.zeros(step.leaves, np.int64)
         for bucket, held in found.stacks:
             stack, n, each = held, len(bucket.leaves), math.prod(bucket.shape)
             laid = tuple(s * size for s in (each, *bucket.strides))
@@ -99,8 +99,9 @@ class Stacks:
                     wide = library.broadcast(wide, (n, *bucket.shape))
                 except (ValueError, RuntimeError):
                     raise TraceError(
-                        f"{type(job.rule).__name__} combined an array of shape {tuple(stack.shape[1:])} with "
-                        f"parameters of shape {bucket.shape}, at {job.code(int(bucket.leaves[0]), 'model')}"
+                        f"{type(step.job.group.rule).__name__} combined an array of shape "
+                        f"{tuple(stack.shape[1:])} with parameters of shape {bucket.shape}, at "
+                        f"{step.code(int(bucket.leaves[0]), 'model')}"
                     ) from None
                 stack = self.buffer(
                     ("spread", self.calls, bucket.offset), (n, *bucket.shape), kind, laid=bucket
@@ -135,13 +136,13 @@ class Stacks:
 
     def batch(self, members: Indices | None) -> Batch:
         """How these leaves lie in stacks; None for all."""
-        job, batches = self.job, self.workspace.batches
+        step, batches = self.step, self.workspace.batches
         key = b"" if members is None else members.tobytes()
         if key not in batches:
             if len(batches) >= BATCHES:
                 batches.clear()
-            leaves = range(len(job.row)) if members is None else members.tolist()
-            batches[key] = Batch.of(leaves, job.shapes, job.strides)
+            leaves = range(step.leaves) if members is None else members.tolist()
+            batches[key] = Batch.of(leaves, step.shapes, step.job.subset.places.strides)
         return batches[key]
 
     def filled(self, what: Round, batch: Batch, members: Indices | None) -> dict[int, Any]:
@@ -153,7 +154,7 @@ class Stacks:
         for j in which:
             kind = self.kind(what.inputs[j])
             purpose = ("w", self.calls, j)
-            flats[j] = self.workspace.flat(self.library, purpose, batch.size, kind, self.job.device)
+            flats[j] = self.workspace.flat(self.library, purpose, batch.size, kind, self.step.kind.device)
             at.append(self.library.address(flats[j]) + kind.itemsize * batch.at)
         if which:
             self.fill(filling(what, which), members, at)
@@ -182,7 +183,7 @@ class Stacks:
     ) -> Any:
         """An array of the workspace."""
         n = math.prod(shape)
-        flat = self.workspace.flat(self.library, purpose, n, dtype, self.job.device)
+        flat = self.workspace.flat(self.library, purpose, n, dtype, self.step.kind.device)
         if laid is not None:
             return self.viewed(flat, laid, 0)
         return self.library.view(flat, 0, shape, contiguous_strides(shape))
@@ -216,7 +217,7 @@ class Stacks:
             if len(values) and (values == values[0]).all():
                 value = values[0]
                 return np.bool_(value) if e.type == "bool" else self.library.number(value.item(), kind)
-        whole = len(bucket.leaves) == len(self.job.row)
+        whole = len(bucket.leaves) == self.step.leaves
         values = values if whole or isinstance(values, np.ndarray) else values[bucket.leaves.tolist()]
         return _Vector(values)
 
@@ -239,7 +240,7 @@ class _Run:
         self.direct = {
             o.value: j for j, (_, o) in enumerate(todo.outputs) if not o.turned and o.constant is None
         }
-        self.pure = stacks.job.symbolic or self.library.immutable
+        self.pure = stacks.step.job.symbolic or self.library.immutable
         self.pieces: dict[int, list[Any]] = {}
 
     def block(self, stacks: list[Any], low: int, high: int) -> None:
@@ -323,7 +324,7 @@ class _Run:
         if not isinstance(value, _Vector):
             return value
         part = value.values[self.low : self.high]
-        if isinstance(part, np.ndarray) and self.library.NAME != "numpy":
+        if isinstance(part, np.ndarray) and self.library.name != "numpy":
             beside = next(iter(self.values.values()))
             part = self.library.constant(part.astype(float) if e.type == "bool" else part, beside)
             part = part != 0 if e.type == "bool" else part
@@ -337,12 +338,12 @@ class _Run:
                 return self.multiplied(op, target)
             return self.applied(op, target)
         except (ValueError, RuntimeError, TypeError) as error:
-            job, leaf = self.s.job, int(self.bucket.leaves[self.low])
+            step, leaf = self.s.step, int(self.bucket.leaves[self.low])
             args = [self.read(o) for o in op.args]
             shapes = " and ".join(str(tuple(np.shape(a))[1:]) for a in args)
             raise TraceError(
-                f"{type(job.rule).__name__}: {op.node.op} of arrays of shape {shapes}: {error}, at "
-                f"{job.code(leaf, 'model')}"
+                f"{type(step.job.group.rule).__name__}: {op.node.op} of arrays of shape {shapes}: "
+                f"{error}, at {step.code(leaf, 'model')}"
             ) from error
 
     def multiplied(self, op: Operation, target: Any) -> Any:

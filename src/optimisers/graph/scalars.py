@@ -31,9 +31,17 @@ class Scalars:
         self.values: dict[int, Any] = {}
         self.of_leaf: dict[int, bool] = {}
 
+    @property
+    def near(self) -> "Scalars":
+        """The scalars that are computed here."""
+        return self
+
     def put(self, e: Expr, value: Any, *, of_leaf: bool) -> None:
         """Say what a reduction (a value for each leaf) or a total (one for all) came to."""
         self.values[id(e)], self.of_leaf[id(e)] = value, of_leaf
+
+    def fetch(self, wanted: Sequence[Expr]) -> None:
+        """Bring nodes to the host, for those that compute elsewhere."""
 
     def ahead(self, wanted: Sequence[Expr]) -> None:
         """Compute at one stroke those nodes that depend on nothing but numbers of the host and the clock."""

@@ -26,7 +26,8 @@ from optimisers.state.buffers import Bundled
 from optimisers.state.leaf import Branch, Leaf, opened
 from optimisers.state.store import Store
 from optimisers.state.structure import Pending, Structure, structure_of
-from optimisers.step.update import evaluated, refuse_untied
+from optimisers.step.plan import refuse_untied
+from optimisers.step.update import evaluated
 from optimisers.tree.path import KeyPath
 from optimisers.tree.walk import Node, find
 

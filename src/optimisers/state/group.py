@@ -20,6 +20,7 @@ from optimisers.nest import flatten, form, unflatten
 from optimisers.rule import Rule, needed
 from optimisers.settings import fill, numbers, skeleton
 from optimisers.state.buffers import Bundled, Indices, Loose, Pack, Places
+from optimisers.state.memo import Memo, Subset
 from optimisers.state.table import ScalarTable, as_kind, table_of
 
 
@@ -82,7 +83,8 @@ class Group:
     table: ScalarTable
     shared: bool = False
     """Whether another store may hold the same arrays: then they are copied before they are written."""
-    memo: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    memo: Memo = dataclasses.field(default_factory=Memo)
+    """What engines remember of this group."""
 
     def owned(self) -> "Group":
         """This group, its arrays no other store's: they may be written."""
@@ -106,7 +108,7 @@ class Group:
             table=self.table.copy(),
             slots=slots,
             shared=False,
-            memo={} if self.kind.capturable else self.memo,
+            memo=Memo() if self.kind.capturable else self.memo,
         )
 
     def successor(self, *, whole: bool, symbolic: bool) -> "Group":
@@ -120,14 +122,19 @@ class Group:
             table=self.table.copy(),
             slots=slots,
             shared=False,
-            memo={} if turned else self.memo,
+            memo=Memo() if turned else self.memo,
         )
 
     @property
     def captured(self) -> bool:
         """Whether a graph that was captured holds a step of some of the leaves."""
-        memos = (self.memo, *self.memo.get("subsets", {}).values())
-        return any(memo.get("captured") for memo in memos)
+        return self.memo.captured
+
+    def subset(self, members: Indices | None) -> Subset:
+        """All leaves of this group, or some members, with what engines remember of them."""
+        if members is None:
+            return self.memo.all_of(self.leaves, self.places, self.slots)
+        return self.memo.some_of(members, self.leaves, self.places, self.slots)
 
     @property
     def loose(self) -> bool:
@@ -147,7 +154,7 @@ class Group:
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         template = kept.pop("template")
-        vars(self).update(kept, memo={})
+        vars(self).update(kept, memo=Memo())
         arrays = iter([p.library.stand_in(p.places.shapes[0], p.dtype) for p in self.slots])
         state = unflatten(
             template, iter([next(arrays) if registry.isarray(v) else v for _, v in flatten(template)])

@@ -2,32 +2,25 @@
 together.
 """
 
-import contextlib
-import dataclasses
-import functools
-import itertools
-import operator
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from optimisers.arrays import registry
-from optimisers.engines.choose import symbolic_task, task_for
+from optimisers.engines.choose import choice_for
 from optimisers.engines.signals import held
-from optimisers.engines.sparse import Rows, by_rows, sparse
-from optimisers.engines.task import Job, Result, Task, ready
 from optimisers.errors import BadSetting, BadState, FloatParameter, NoMatch, NoParameters, TreeMismatch
 from optimisers.graph.passes import store_pass
 from optimisers.rule import Rule
-from optimisers.state.group import Group, Shape, grouped, started
+from optimisers.state.group import Shape, grouped, started
 from optimisers.state.leaf import Branch, Leaf, handle, parts
 from optimisers.state.select import listed
 from optimisers.state.store import Store
-from optimisers.state.table import CAPTURED, ScalarTable
+from optimisers.step.jobs import Steps
 from optimisers.tree.path import KeyPath, matches
-from optimisers.tree.walk import Layout, Node, Ties, gather, gather_gradients, rebuild, survey
+from optimisers.tree.walk import Layout, Node, Ties, gather, gather_gradients, rebuild, rebuilt, survey
 
 # -- setup ---------------------------------------------------------------------------------------------------
 
@@ -90,7 +83,7 @@ def setup(
         _refuse_uncapturable(shapes)
     store = Store(layout, shapes, grouped(entries, shapes), np.zeros(len(arrays), bool), engine=engine)
     for group in store.groups:
-        task_for(group, engine, group.memo)
+        choice_for(group, engine)
     for name in {kind.name for kind in shapes if kind is not None}:
         if (known := registry.hooks(name).known) is not None:
             known(store)
@@ -214,8 +207,9 @@ def stepped(
 
 def evaluated(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store, dict[int, Any]]:
     """The same, by the engines."""
-    step = _Step(store, node, xs, orders, inplace=False)
-    new = step.run()
+    step = Steps(store, node, xs, orders, inplace=False)
+    step.prepare()
+    new = step.store_all()
     groups = [step.targets.get(g) or group.fork() for g, group in enumerate(store.groups)]
     return store.successor(groups), new
 
@@ -240,11 +234,21 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     xs, orders = walked(node, path, model, (_given(grads, "update_"), *more))
     if any(g.kind.library.immutable for g in store.groups):
         successor, new = stepped(store, node, path, xs, orders)
+        made, writes = rebuilt(node, model, new)
         with held():
             store.become(successor)
-    else:
-        new = _Step(store, node, xs, orders, inplace=True).run()
-    return state, rebuild(node, model, new, inplace=True) if new else model
+            for write in writes:
+                write()
+        return state, made
+    step = Steps(store, node, xs, orders, inplace=True)
+    new = step.prepare()
+    # Constructors of containers may raise: they come before anything is written.
+    made, writes = rebuilt(node, model, new) if new else (model, ())
+    with held():
+        step.store_all()
+        for write in writes:
+            write()
+    return state, made
 
 
 def update_scaled(state: Any, model: Any, grads: Any, scaling: tuple[Any, Any]) -> None:
@@ -255,7 +259,10 @@ def update_scaled(state: Any, model: Any, grads: Any, scaling: tuple[Any, Any]) 
     xs, orders = walked(node, path, model, (grads,))
     kind = store.groups[0].kind
     scale, found = (kind.library.moved(value, kind.device) for value in scaling)
-    _Step(store, node, xs, orders, inplace=True, scaling=(scale, found)).run()
+    step = Steps(store, node, xs, orders, inplace=True, scaling=(scale, found))
+    step.prepare()
+    with held():
+        step.store_all()
 
 
 def takes_scaling(state: Any) -> bool:
@@ -286,306 +293,3 @@ def _given(grads: Any, name: str) -> Any:
     if grads is _MISSING:
         raise BadState(f"the gradients are missing; write state, model = {name}(state, model, grads)")
     return grads
-
-
-class _Step:
-    """One step of a part of a state, on its way to the engines and back."""
-
-    def __init__(
-        self,
-        store: Store,
-        node: Node,
-        xs: Sequence[Any],
-        orders: list[Sequence[Any]],
-        *,
-        inplace: bool,
-        scaling: tuple[Any, Any] | None = None,
-    ) -> None:
-        self.store, self.inplace, self.scaling = store, inplace, scaling
-        store.settle()
-        self.targets: dict[int, Group] = {}
-        plan = _plan(store, node)
-        if plan.first is not None:
-            xs, orders = plan.untied(xs, orders, store.layout)
-        active = _active(store, plan, orders)
-        self.symbolic = self.followed(xs, orders)
-        if self.symbolic and store.capturable:
-            raise BadState(CAPTURED)
-        self.jobs: list[tuple[Group, Any, Job, ScalarTable, type[Task] | None]] = []
-        self.parts = plan.parts
-        for g, inside, at in plan.parts:
-            members, taken = inside, at
-            if active is not None:
-                on = active[at]
-                if not on.all():
-                    members, taken = (np.arange(len(on)) if inside is None else inside)[on], at[on]
-            for chosen, at_chosen, kind in self.by_kind(g, members, taken, orders):
-                whole = plan.whole and chosen is None
-                given = [xs, *orders] if whole else [[v[i] for i in at_chosen] for v in (xs, *orders)]
-                self.jobs.append((*self.job(g, chosen, given[0], tuple(given[1:])), kind))
-
-    def by_kind(self, g: int, members: Any, taken: Any, orders: list[Sequence[Any]]) -> list[Any]:
-        """(members, where they stand, kind of task) of a group: those whose gradient touches a few rows are
-        stepped by rows, if the rule allows it.
-        """
-        group = self.store.groups[g]
-        if not len(taken):
-            return []
-        whole = group.kind.name == "numpy" or self.symbolic or self.store.capturable
-        if "by rows" not in group.memo:
-            group.memo["by rows"] = by_rows(group.rule)
-        if whole or len(orders) > 1 or not group.memo["by rows"]:
-            return [(members, taken, None)]
-        touched = np.array(sparse([orders[0][i] for i in taken]), bool)
-        if not touched.any():
-            return [(members, taken, None)]
-        every = np.arange(len(taken)) if members is None else members
-        found = [(every[touched], taken[touched], Rows), (every[~touched], taken[~touched], None)]
-        return [kinds for kinds in found if len(kinds[1])]
-
-    def followed(self, xs: Sequence[Any], orders: list[Sequence[Any]]) -> bool:
-        """Whether somebody follows what becomes of the numbers or of the arrays: a transform, a compiler."""
-        found = self.store.traced
-        for library in {g.kind.name: g.kind.library for g in self.store.groups}.values():
-            found = found or library.follows(xs, orders, inplace=self.inplace)
-            if found and self.inplace:
-                raise BadState(
-                    "update_ writes in place, which nobody can follow; write update for a step that is "
-                    "differentiated or compiled"
-                )
-        return found
-
-    def job(
-        self, g: int, members: Any, xs: Sequence[Any], grads: tuple[Sequence[Any], ...]
-    ) -> tuple[Group, Any, Job, ScalarTable]:
-        """(group that takes the result, its members that are stepped or None for all, their job, the table
-        that it reads).
-        """
-        group = self.store.groups[g]
-        if g not in self.targets:
-            whole = members is None
-            self.targets[g] = (
-                group.owned() if self.inplace else group.successor(whole=whole, symbolic=self.symbolic)
-            )
-        target = self.targets[g]
-        memo, places, leaves = group.memo, group.places, group.leaves
-        slots, out = group.slots, target.slots
-        if members is not None:
-            target.table = target.table.split(members)
-            memo = _memo(group, members)
-            places, leaves = memo["places"], leaves[members]
-            slots = tuple(p.pick(q) for p, q in zip(slots, memo["slots"], strict=True))
-            out = tuple(p.pick(q) for p, q in zip(out, memo["slots"], strict=True))
-        if self.symbolic:
-            target.table = target.table.to_traced(group.kind.library)
-        table, paths = target.table, self.store.layout.paths
-        job = Job(
-            rule=group.rule,
-            program=group.program_for(len(grads)),
-            library=group.kind.library,
-            dtype=group.kind.dtype,
-            x=xs,
-            grads=grads,
-            slots=slots,
-            out=out,
-            strides=places.strides,
-            shapes=places.shapes,
-            sizes=places.sizes,
-            numbers=table.values,
-            row=table.row if members is None else table.row[members],
-            clock=table.clock,
-            inplace=self.inplace,
-            symbolic=self.symbolic,
-            device=group.kind.device,
-            bundled=group.kind.bundled,
-            capturable=group.kind.capturable,
-            scaling=self.scaling,
-            code=lambda i, root: paths[leaves[i]].code(root),
-            memo=memo,
-        )
-        return target, members, job, table
-
-    def run(self) -> dict[int, Any]:
-        """Take the step; the new parameters, by leaf, where they are other objects than the old."""
-        tasks = [
-            (kind or (symbolic_task(j.library) if j.symbolic else task_for(g, self.store.engine, j.memo)))(j)
-            for g, _, j, _, kind in self.jobs
-        ]
-        with np.errstate(
-            all="ignore"
-        ):  # infinities and NaN are answers; checks of the rules say which are not
-            ready(tasks)
-            with held() if self.inplace else contextlib.nullcontext():  # what is written anew, nobody sees
-                return self.stored([t.commit() for t in tasks])
-
-    def stored(self, results: Sequence[Result]) -> dict[int, Any]:
-        new: dict[int, Any] = {}
-        with self.store.lock:
-            for (target, members, job, table, _), result in zip(self.jobs, results, strict=True):
-                target.table = target.table.write_counters(
-                    members, result.counters, of_leaf=result.of_leaf, computed=table
-                )
-                if result.x is not job.x:
-                    leaves = (target.leaves if members is None else target.leaves[members]).tolist()
-                    new.update(
-                        {i: x for i, x, was in zip(leaves, result.x, job.x, strict=True) if x is not was}
-                    )
-            self.tick()
-        if self.inplace:
-            self.store.changed()
-        return new
-
-    def tick(self) -> None:
-        """Count the update for every leaf that it covered, stepped or not."""
-        skipped = None if self.scaling is None else self.scaling[1]
-        for g, inside, _ in self.parts:
-            if g not in self.targets:
-                group = self.store.groups[g]
-                self.targets[g] = group if self.inplace else group.fork()
-            self.targets[g].table = self.targets[g].table.tick(inside, skipped)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Plan:
-    """How the places below a node come to the groups."""
-
-    leaves: list[int]
-    """The different leaves, in the order of the walk."""
-    parts: list[tuple[int, Any, Any]]
-    """(group, its members here or None for all, where they stand in `leaves`)."""
-    whole: bool
-    """Whether all of it is one group, in order."""
-    first: list[int] | None
-    """Where in the walk each leaf is met first; None where the walk meets each leaf once, as it is."""
-    ties: dict[int, list[tuple[int, Any]]]
-    """For each leaf (by its number in `leaves`) that has several places or other axes: (number in the walk,
-    axes).
-    """
-    numbers: Any
-    """The leaves as an index."""
-
-    def untied(self, xs: Sequence[Any], orders: list[Sequence[Any]], layout: Layout) -> Any:
-        """(parameters, gradients) of each leaf, with the axes of its first place in the model.
-
-        Gradients are summed over the places; the same object at several of them counts once.
-        """
-        assert self.first is not None
-        alone = [xs[i] for i in self.first]
-        summed = [[gs[i] for i in self.first] for gs in orders]
-        for n, places in self.ties.items():
-            paths = layout.places[self.leaves[n]]
-            views = [_turned(xs[place], axes) for place, axes in places]
-            for other in views[1:]:
-                _still_tied(views[0], other, paths)
-            alone[n] = views[0]
-            for gs, to in zip(orders, summed, strict=True):
-                to[n] = _sum_of_places([(gs[place], axes) for place, axes in places], paths)
-        return alone, summed
-
-
-def _turned(x: Any, axes: Any) -> Any:
-    """What stands at a place, with the axes of the first place of its leaf."""
-    if axes is None or not registry.isarray(x) or x.ndim != len(axes):
-        return x
-    return registry.library(x).permuted(x, tuple(np.argsort(axes)))
-
-
-def _plan(store: Store, node: Node) -> _Plan:
-    if id(node) not in store.plans:
-        leaves = [i for i in dict.fromkeys(node.leaves) if store.shapes[i] is not None]
-        seen: dict[int, list[tuple[int, Any]]] = {}
-        for place, (leaf, axes) in enumerate(_places(node)):
-            seen.setdefault(leaf, []).append((place, axes))
-        ties = {n: seen[i] for n, i in enumerate(leaves) if len(seen[i]) > 1 or seen[i][0][1] is not None}
-        first = None if leaves == list(node.leaves) and not ties else [seen[i][0][0] for i in leaves]
-        at = {leaf: n for n, leaf in enumerate(leaves)}
-        parts: list[tuple[int, Any, Any]] = []
-        for g, group in enumerate(store.groups):
-            members = np.array([m for m, leaf in enumerate(group.leaves) if int(leaf) in at], np.int64)
-            if len(members):
-                inside = None if len(members) == len(group.leaves) else members
-                parts.append((g, inside, np.array([at[int(i)] for i in group.leaves[members]], np.int64)))
-        whole = len(parts) == 1 and bool((parts[0][2] == np.arange(len(leaves))).all())
-        store.plans[id(node)] = node, _Plan(leaves, parts, whole, first, ties, np.array(leaves, np.int64))
-    return store.plans[id(node)][1]
-
-
-def _places(node: Node) -> Iterator[tuple[int, Any]]:
-    """(leaf, axes) of every place below a node, in the order of the walk."""
-    if node.leaf >= 0:
-        yield node.leaf, node.axes
-    for _, child in node.live:
-        yield from _places(child)
-
-
-def _active(store: Store, plan: _Plan, orders: list[Sequence[Any]]) -> Any:
-    """Which leaves are stepped, as a mask; None for all: those that are not frozen and have a gradient."""
-    some = any(map(operator.is_, orders[0], itertools.repeat(None)))
-    missing = [n for n, g in enumerate(orders[0]) if g is None] if some else []
-    frozen = store.frozen[plan.numbers]
-    if not missing and not frozen.any():
-        return None
-    active = ~frozen
-    active[missing] = False
-    return active
-
-
-def _still_tied(first: Any, other: Any, places: list[KeyPath]) -> None:
-    """Raise TreeMismatch unless two places still share one array, as `setup` saw."""
-    if first is other:
-        return
-    library = registry.library(first)
-    if registry.library_of(type(other)) is not library or not library.same_array(first, other):
-        names = " and ".join(p.code() for p in places)
-        raise TreeMismatch(
-            f"{names} were one array at `setup` and are not now; tie them again, or call `setup` again"
-        )
-
-
-def refuse_untied(store: Store, node: Node, xs: Sequence[Any]) -> None:
-    """Raise TreeMismatch where places that were one array at `setup` are not now."""
-    plan = _plan(store, node)
-    for n, places in plan.ties.items():
-        views = [_turned(xs[place], axes) for place, axes in places]
-        for other in views[1:]:
-            _still_tied(views[0], other, store.layout.places[plan.leaves[n]])
-
-
-def _sum_of_places(grads: Sequence[tuple[Any, Any]], paths: list[KeyPath]) -> Any:
-    """The gradient of a tied leaf: the sum of those that are there; None if there is none."""
-    found: list[Any] = []
-    for n, ((g, axes), path) in enumerate(zip(grads, paths, strict=False)):
-        if g is None or any(g is other for other, _ in grads[:n]):
-            continue
-        if not registry.isarray(g):
-            raise TreeMismatch(
-                f"{path.code('grads')} is a {type(g).__name__}; it takes an array, or None for no step"
-            )
-        found.append(_turned(g, axes))
-    for g in found[1:]:
-        if g.shape != found[0].shape:
-            raise TreeMismatch(
-                f"gradients of shapes {tuple(found[0].shape)} and {tuple(g.shape)} for one array, at "
-                f"{' and '.join(p.code('grads') for p in paths)}"
-            )
-    if len(found) <= 1:
-        return found[0] if found else None
-    add = registry.library(found[0]).WORDS["add"]  # which knows on which device
-    return functools.reduce(add, (registry.library(g).widened(g) for g in found))
-
-
-def _memo(group: Group, members: Any) -> dict[str, Any]:
-    """Tables for some of the members of a group, kept for the patterns seen last."""
-    subsets: dict[bytes, dict[str, Any]] = group.memo.setdefault("subsets", {})
-    key = members.tobytes()
-    if key not in subsets:
-        idle = [k for k, kept in subsets.items() if not kept.get("captured")]
-        if len(idle) >= SUBSETS:
-            subsets.pop(idle[0])
-        slots = [p.places.pick(members) for p in group.slots]
-        subsets[key] = {"places": group.places.pick(members), "slots": slots}
-    return subsets[key]
-
-
-SUBSETS = 16
-"""How many patterns of stepped leaves a group remembers."""

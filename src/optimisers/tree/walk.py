@@ -602,19 +602,32 @@ def _mirrored(node: Node, values: dict[str, Any], prefix: str) -> Any:
     return inner if any(not isinstance(k, int) for k in node.keys) else list(inner.values())
 
 
-def rebuild(
-    node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any] | None = None, *, inplace: bool = False
-) -> Any:
-    """The model with the leaves in `new` replaced; what holds none of them is the same object as before.
+def rebuild(node: Node, model: Any, new: dict[int, Any]) -> Any:
+    """The model with the leaves in `new` replaced; what holds none of them is the same object as before."""
+    memo: dict[int, Any] = {}
+    result = _rebuild(node, model, new, memo, None)
+    for relink, pairs in _by_relink(memo).items():
+        relink(pairs)
+    return result
 
-    With `inplace`, containers that can be written are.
+
+def rebuilt(node: Node, model: Any, new: dict[int, Any]) -> tuple[Any, list[Callable[[], Any]]]:
+    """(the same in place, what is left to do): containers that can be written are, but not before the rest is
+    done, since constructors of those that cannot may raise.
     """
-    if memo is None:
-        memo = {}
-        result = rebuild(node, model, new, memo, inplace=inplace)
-        for relink, pairs in _by_relink(memo).items():
-            relink(pairs)
-        return result
+    memo: dict[int, Any] = {}
+    writes: list[Callable[[], Any]] = []
+    result = _rebuild(node, model, new, memo, writes)
+    writes += [functools.partial(relink, pairs) for relink, pairs in _by_relink(memo).items()]
+    return result, writes
+
+
+def _rebuild(
+    node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any], writes: list[Callable[[], Any]] | None
+) -> Any:
+    """A part of the model with the leaves in `new` replaced; writing into it is left for later where `writes`
+    takes note.
+    """
     if node.leaf >= 0:
         x = new.get(node.leaf)
         if x is None:
@@ -622,11 +635,13 @@ def rebuild(
         return x if node.axes is None else registry.library(x).permuted(x, node.axes)
     here = id(node.first or node)
     if here not in memo:
-        memo[here] = _rebuilt(node, model, new, memo, inplace=inplace)
+        memo[here] = _changed(node, model, new, memo, writes)
     return memo[here]
 
 
-def _rebuilt(node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any], *, inplace: bool) -> Any:
+def _changed(
+    node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any], writes: list[Callable[[], Any]] | None
+) -> Any:
     """A container with the leaves in `new` replaced."""
     assert node.ways is not None
     changes: dict[Any, Any] = {}
@@ -638,11 +653,15 @@ def _rebuilt(node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any], 
     else:
         for key, child, value in model_children(node, model, KeyPath(), "setup"):
             if any(i in new for i in child.leaves):
-                made = rebuild(child, value, new, memo, inplace=inplace)
-                if made is not value or not inplace:
+                made = _rebuild(child, value, new, memo, writes)
+                if made is not value or writes is None:
                     changes[key] = made
-    change = node.ways.write if inplace and node.ways.write is not None else node.ways.rebuild
-    result = change(model, changes) if changes else model
+    if not changes:
+        return model
+    if writes is not None and node.ways.write is not None:
+        writes.append(functools.partial(node.ways.write, model, changes))
+        return model
+    result = node.ways.rebuild(model, changes)
     if result is not model and node.ways.relink is not None:
         memo.setdefault(-1, []).append((node.ways.relink, model, result))
     return result

@@ -32,6 +32,7 @@ class Chunks:
     """The chunk table for leaves of these sizes, and the spans of chunks that threads claim."""
 
     def __init__(self, sizes: Indices, chunk: int = CHUNK) -> None:
+        self.chunk = chunk
         pieces = -(-sizes // chunk)
         leaf = np.repeat(np.arange(len(sizes)), pieces)
         first = (np.arange(len(leaf)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * chunk

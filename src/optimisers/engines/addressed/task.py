@@ -6,28 +6,29 @@ are not laid out like the state, of another type, or overlapping what is written
 is used where it lies.
 """
 
+import dataclasses
 import functools
-import operator
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.arrays.layout import contiguous_strides
-from optimisers.engines.addressed.pointers import CHUNK, Chunks, Form, Scratch
+from optimisers.engines.addressed.pointers import Chunks, Form, Scratch
+from optimisers.engines.checks import checked_gradient, checked_x
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu.printer import Unprintable
-from optimisers.engines.interpret import Values
+from optimisers.engines.interpret import Values, every
+from optimisers.engines.memory import Spans
 from optimisers.engines.stacks import Stacks, Workspace
-from optimisers.engines.task import Job, Result, Task, merged
-from optimisers.errors import TreeMismatch
+from optimisers.engines.task import Holds, Members, Step
 from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Pass, is_input, number_of, outputs, reduce_pass, stages, store_pass
 from optimisers.graph.plan import operations
 from optimisers.graph.trace import Program
-from optimisers.state.buffers import Indices
+from optimisers.state.buffers import Indices, Pack
 
 # -- what a kernel of a program is made of -------------------------------------------------------------------
 
@@ -100,306 +101,359 @@ _RESERVED = re.compile(r"x$|dx\d*$|[sfw]\d+$|new_")
 """Names that a kernel gives to its other arrays."""
 
 
-# -- the task ------------------------------------------------------------------------------------------------
+# -- the arrays of a step ------------------------------------------------------------------------------------
 
 
 PATTERNS = 16
 """How many parts of a group that took branches of their own are remembered."""
 
 
-class Addressed(Task):
-    """Leaves of one group, on their way through kernels that find their arrays at addresses.
+@dataclasses.dataclass(eq=False)
+class Tables:
+    """What is remembered of leaves that are stepped together."""
 
-    An engine says how a pass is launched, and what a pass of reductions comes to.
-    """
+    form: Form
+    chunks: Chunks
+    scratch: Scratch
+    patterns: dict[bytes, Chunks]
+    """The chunk tables of some of the leaves, for the patterns seen last."""
+    apart: tuple[Indices, list[Indices]] | None = None
+    """Memory that is written, and gradients that do not lie in it."""
+    written: "Written | None" = None
 
-    chunk: ClassVar[int] = CHUNK
-    """Elements of one chunk."""
 
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
-        if "form" not in job.memo:
-            contiguous = [contiguous_strides(s) == t for s, t in zip(job.shapes, job.strides, strict=True)]
-            job.memo["form"] = Form(job.library.NAME, job.device, job.shapes, job.strides, contiguous)
-            job.memo["scratch"] = Scratch()
-            job.memo["chunks"] = Chunks(job.sizes, self.chunk)
-        self.form: Form = job.memo["form"]
-        self.chunks: Chunks = job.memo["chunks"]
-        self.scratch: Scratch = job.memo["scratch"]
-        kind = job.dtype
-        self.wide = job.wide
-        self.x, self.x_at = self.fitted("x", job.x, kind, job.checked_x, write=job.inplace)
-        self.gradient = kind
-        looked = [self.look(f"dx{n}", grads, kind, write=False) for n, grads in enumerate(job.grads)]
-        if any(len(misfits) for _, misfits in looked):
-            self.gradient = common_dtype(job.library, job.grads, kind, self.wide)
-            found = [
-                self.fitted(
-                    f"dx{n}", grads, self.gradient, functools.partial(job.checked_gradient, n), write=False
-                )
-                for n, grads in enumerate(job.grads)
-            ]
-            self.dx = [arrays for arrays, _ in found]
-            self.dx_at = [at for _, at in found]
+@dataclasses.dataclass(frozen=True, eq=False)
+class Written:
+    """The memory found last, and where parameters and state were then."""
+
+    x_at: Indices
+    state_at: list[Indices]
+    spans: Spans
+
+
+@dataclasses.dataclass(eq=False)
+class Arrays:
+    """The arrays of a step, each laid out like the state; where one is not, a copy that is."""
+
+    tables: Tables
+    x: Sequence[Any]
+    x_at: Indices
+    dx: list[Sequence[Any]]
+    dx_at: list[Indices]
+    gradient: Any
+    """The element type of the gradients."""
+    stacks: Stacks | None = None
+    """Values of another shape, computed by the array library."""
+    ran: tuple[int, ...] = ()
+    """The levels for which it has computed some."""
+
+
+def tables_of(step: Step, chunk: int) -> Tables:
+    """The tables of these leaves, made when they are first stepped; chunks have so many elements."""
+    found = step.job.subset.tables
+    if not isinstance(found, Tables):
+        places, name = step.job.subset.places, step.library.name
+        contiguous = [contiguous_strides(s) == t for s, t in zip(places.shapes, places.strides, strict=True)]
+        form = Form(name, step.kind.device, places.shapes, places.strides, contiguous)
+        found = step.job.subset.tables = Tables(form, Chunks(places.sizes, chunk), Scratch(), {})
+    return found
+
+
+def begin(step: Step, chunk: int) -> None:
+    """Find where the arrays of a step lie, and copy those that are not laid out like the state."""
+    tables, kind, library = tables_of(step, chunk), step.kind.dtype, step.library
+    inplace = step.job.inplace
+    x, (x_at, misfits) = step.xs, look(step, tables, "x", step.xs, kind, write=inplace)
+    if len(misfits):
+        x = _laid_out(step, tables, x, x_at, misfits, kind, functools.partial(checked_x, step))
+        for i in misfits.tolist() if inplace else ():
+            if not library.is_writable(step.xs[i]):
+                step.new[i] = library.like(step.xs[i], x[i])
+    gradient, found = kind, [look(step, tables, f"dx{n}", g, kind) for n, g in enumerate(step.grads)]
+    dx = list(step.grads)
+    if any(len(misfits) for _, misfits in found):
+        gradient = common_dtype(library, step.grads, kind, step.wide)
+        for n, grads in enumerate(step.grads):
+            at, misfits = found[n] = look(step, tables, f"dx{n}", grads, gradient)
+            if len(misfits):
+                checked = functools.partial(checked_gradient, step, n)
+                dx[n] = _laid_out(step, tables, grads, at, misfits, gradient, checked)
+    step.work = Arrays(tables, x, x_at, dx, [at for at, _ in found], gradient)
+
+
+def look(
+    step: Step, tables: Tables, name: str, arrays: Sequence[Any], dtype: Any, *, write: bool = False
+) -> tuple[Indices, Indices]:
+    """(addresses, the numbers of arrays that are not laid out like the state)."""
+    n, scratch = (step.leaves,), tables.scratch
+    at, misfit = scratch.array(name, n, np.int64), scratch.array("misfit " + name, n, np.int64)
+    return tables.form.addresses(arrays, dtype, at, misfit, write=write)
+
+
+def _laid_out(
+    step: Step,
+    tables: Tables,
+    arrays: Sequence[Any],
+    at: Indices,
+    misfits: Indices,
+    dtype: Any,
+    checked: Callable[[int], Any],
+) -> list[Any]:
+    """The arrays with copies of those that do not fit, whose addresses are noted."""
+    found = list(arrays)
+    for i in misfits.tolist():
+        found[i] = step.library.laid_out(checked(i), dtype, *layout(step, tables, i))
+        at[i] = step.library.address(found[i])
+    return found
+
+
+def layout(step: Step, tables: Tables, leaf: int) -> tuple[tuple[int, ...] | None, str]:
+    """(the strides of a leaf's arrays, None where they are contiguous; their device)."""
+    return None if tables.form.contiguous[leaf] else tables.form.strides[leaf], step.kind.device
+
+
+def chunks_of(step: Step, members: Members) -> Chunks:
+    """The chunk table of some leaves."""
+    tables: Tables = step.work.tables
+    if members is None:
+        return tables.chunks
+    key, patterns = members.tobytes(), tables.patterns
+    found = patterns.get(key)
+    if found is None:
+        while len(patterns) >= PATTERNS:
+            patterns.pop(next(iter(patterns)), None)
+        found = patterns[key] = Chunks(step.sizes[members], tables.chunks.chunk)
+    return found
+
+
+def addresses_of(packs: Sequence[Pack], step: Step) -> list[Indices]:
+    """Where the state arrays of a step lie, slot by slot, of the packs of its whole group."""
+    members = step.job.subset.members
+    return [p.addresses if members is None else p.addresses[members] for p in packs]
+
+
+# -- passes --------------------------------------------------------------------------------------------------
+
+
+def reduce(
+    step: Step,
+    level: int,
+    wanted: tuple[bool, ...],
+    launch: Callable[..., None],
+    reductions: Callable[[Step, Pass], list[Any]],
+    stacked: Callable[[Step, Any], Any],
+) -> dict[Expr, Any]:
+    """The wanted reductions of a level: those of whole arrays by a kernel, others by the array library."""
+    arrays: Arrays = step.work
+    p = reduce_pass(step.program, level, wanted)
+    others = [r for r, w in zip(step.stages[level].reductions, wanted, strict=True) if w]
+    others = [r for r in others if r.args[0].domain == "free"]
+    found: dict[Expr, Any] = {}
+    if others or (p is not None and p.free):
+        stacks = stacks_of(step, launch)
+        stacks.ensure(operations(step.program, level, done=arrays.ran), None)
+        arrays.ran = (*arrays.ran, level)
+        found.update((r, stacked(step, stacks.reduced(r))) for r in others)
+    if p is not None:
+        found.update(zip(p.reductions, reductions(step, p), strict=True))
+    return found
+
+
+def stacked(step: Step, values: Any) -> Any:
+    """A vector of the array library, a number of each leaf, as one of the host."""
+    return np.array(step.library.to_numpy(values), float)
+
+
+def stacks_of(step: Step, launch: Callable[..., None]) -> Stacks:
+    """What the array library computes for a step, on stacks that passes fill; `launch` runs a pass."""
+    arrays: Arrays = step.work
+    if arrays.stacks is None:
+        workspace = arrays.tables.scratch.kept("workspace", Workspace)
+        fill, given = functools.partial(_fill, step, launch), functools.partial(_given, step)
+        arrays.stacks = Stacks(step, workspace, fill, given)
+    return arrays.stacks
+
+
+def _given(step: Step, name: str, leaf: int) -> Any:
+    """An array that a pass reads, laid out like the state."""
+    arrays: Arrays = step.work
+    if name == "x":
+        return arrays.x[leaf]
+    return arrays.dx[number_of(name)][leaf] if name.startswith("d") else step.slots[number_of(name)][leaf]
+
+
+def _fill(step: Step, launch: Callable[..., None], p: Pass, members: Members, at: list[Indices]) -> None:
+    """Run a pass that writes stacks, at these addresses."""
+    new = {f"{new}w{j}": a for j, a in enumerate(at) for new in ("", "new ")}
+    launch(step, p, chunks_of(step, members), members, new)
+
+
+def rows(step: Step, p: Pass, new: dict[str, Indices], members: Members) -> list[Indices]:
+    """The address table of a pass, for all leaves or for some; `new` has the arrays that are written anew."""
+    arrays: Arrays = step.work
+    state = addresses_of(step.job.group.slots, step)
+    out: list[Indices] = []
+    for name in kernels.columns(p, inplace=step.job.inplace):
+        if name in new:
+            out.append(new[name])
+        elif name == "x":
+            out.append(arrays.x_at)
+        elif name.startswith("d"):
+            out.append(arrays.dx_at[number_of(name)])
+        elif name.startswith("f"):
+            assert arrays.stacks is not None
+            out.append(arrays.stacks.addresses(p.free[number_of(name)]))
         else:
-            self.dx, self.dx_at = list(job.grads), [at for at, _ in looked]
-        self.ran: tuple[int, ...] = ()
+            out.append(state[number_of(name)])
+    return out if members is None else [r[members] for r in out]
 
-    def look(self, name: str, arrays: Sequence[Any], dtype: Any, *, write: bool) -> tuple[Indices, Indices]:
-        """(addresses, the numbers of arrays that are not laid out like the state)."""
-        n = len(self.job.row)
-        at = self.scratch.array(name, (n,), np.int64)
-        return self.form.addresses(
-            arrays, dtype, at, self.scratch.array("misfit " + name, (n,), np.int64), write=write
-        )
 
-    def fitted(
-        self, name: str, arrays: Sequence[Any], dtype: Any, checked: Callable[[int], Any], *, write: bool
-    ) -> tuple[Sequence[Any], Indices]:
-        """(arrays, addresses) with every array laid out like the state: where one is not, a copy that is."""
-        at, misfits = self.look(name, arrays, dtype, write=write)
-        if len(misfits):
-            arrays = list(arrays)
-            for i in misfits:
-                arrays[i] = self.job.library.laid_out(checked(int(i)), dtype, *self.layout(i))
-                at[i] = self.job.library.address(arrays[i])
-        return arrays, at
+# -- storing -------------------------------------------------------------------------------------------------
 
-    def layout(self, leaf: int) -> tuple[tuple[int, ...] | None, str]:
-        """(the strides of a leaf's arrays, None where they are contiguous; their device)."""
-        return None if self.form.contiguous[leaf] else self.job.strides[leaf], self.job.device
 
-    def chunks_of(self, members: Any) -> Chunks:
-        """The chunk table of some leaves, kept for the patterns seen last."""
-        patterns = self.scratch.kept("patterns", dict)
-        key = members.tobytes()
-        if key not in patterns:
-            if len(patterns) >= PATTERNS:
-                patterns.pop(next(iter(patterns)))
-            patterns[key] = Chunks(self.job.sizes[members], self.chunk)
-        return patterns[key]
+@dataclasses.dataclass(frozen=True, eq=False)
+class Last:
+    """The last pass over some leaves, and what the array library has computed for them."""
 
-    # -- what an engine says --
+    p: Pass | None
+    members: Members
+    other: list[tuple[int, int, Any]]
+    """(slot, leaf, value) of state of another shape."""
 
-    def reductions(self, p: Pass) -> list[Any]:
-        """The reductions of a pass, each for every leaf."""
-        raise NotImplementedError
 
-    def launch(self, p: Pass, chunks: Chunks, members: Any, new: dict[str, Indices], *partial: Any) -> None:
-        """Run the kernel of a pass over these chunks; `new` has the addresses of the arrays that are written
-        anew.
-        """
-        raise NotImplementedError
+def prepared(step: Step, holds: Holds, members: Members, launch: Callable[..., None]) -> Last:
+    """Everything about the last pass that is not the kernel."""
+    arrays: Arrays = step.work
+    out, p = outputs(step.program, holds), store_pass(step.program, holds)
+    other: list[tuple[int, int, Any]] = []
+    if (what := operations(step.program, None, holds, arrays.ran)).rounds:
+        stacks_of(step, launch).ensure(what, members)
+    for j, (slot, e, pack) in enumerate(zip(step.program.slots, out.slots, step.slots, strict=True)):
+        if slot.shape is not None and not is_input(e, slot.name):
+            for k in every(step, members):
+                if e.domain == "free" and e.op != "input":
+                    value = stacks_of(step, launch).value(e, k)
+                else:
+                    value = step.library.duplicate(Values(step, k).get(e))
+                other.append((j, k, step.fitting(value, pack.places.shapes[k], k, "a state")))
+    for e in p.free if p is not None else ():
+        stacks_of(step, launch).addresses(e)
+    return Last(p, members, other)
 
-    def kernel(self, p: Pass) -> Any:
-        """The compiled kernel of a pass."""
-        raise NotImplementedError
 
-    # -- passes --
+def store(step: Step, last: Last, launch: Callable[..., None]) -> None:
+    """Launch the kernel of the last pass; `launch` takes (step, pass, chunks, members, new addresses)."""
+    p, members, job = last.p, last.members, step.job
+    new: dict[str, Indices] = {}
+    if not job.inplace:
+        new = {f"new s{j}": at for j, at in enumerate(addresses_of(job.target.slots, step))}
+        stored = {name for name, _ in p.stores} if p is not None else set[str]()
+        _keep(step, stored, members)
+        if "x" in stored:
+            new["new x"] = _targets(step, members)
+    elif p is not None:
+        new["new x"] = step.work.x_at
+    if p is not None:
+        launch(step, p, chunks_of(step, members), members, new)
+    for j, k, value in last.other:
+        step.out[j].put(k, value)
 
-    def reduce(self, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
-        found: dict[Expr, Any] = {}
-        p = reduce_pass(self.job.program, level, wanted)
-        others = [r for r, w in zip(self.stages[level].reductions, wanted, strict=True) if w]
-        others = [r for r in others if r.args[0].domain == "free"]
-        if others or (p is not None and p.free):
-            self.stacks.ensure(operations(self.job.program, level, done=self.ran), None)
-            self.ran = (*self.ran, level)
-        found.update((r, self.stacked(self.stacks.reduced(r))) for r in others)
-        if p is not None:
-            found.update(zip(p.reductions, self.reductions(p), strict=True))
-        return found
 
-    def stacked(self, values: Any) -> Any:
-        """A vector of the array library, a number of each leaf, as one of the host."""
-        return np.array(self.job.library.to_numpy(values), float)
+def _keep(step: Step, stored: set[str], members: Members) -> None:
+    """Carry over the state that this step leaves as it was."""
+    for j, (pack, old) in enumerate(zip(step.out, step.slots, strict=True)):
+        if f"s{j}" not in stored:
+            for k in every(step, members):
+                pack.put(k, old[k])
 
-    # -- what the array library computes, on stacks --
 
-    @functools.cached_property
-    def stacks(self) -> Stacks:
-        return Stacks(
-            self.job, self.scalars, self.scratch.kept("workspace", Workspace), self.fill, self.given
-        )
+def _targets(step: Step, members: Members) -> Indices:
+    """Where new parameters go: fresh arrays, which become the results."""
+    form, kind, library = step.work.tables.form, step.kind, step.library
+    new = [
+        library.fresh(shape, kind.dtype, None if flat else laid, kind.device)
+        for shape, flat, laid in zip(form.shapes, form.flat, form.strides, strict=True)
+    ]
+    at, misfits = look(step, step.work.tables, "new x", new, kind.dtype, write=True)
+    for k in misfits.tolist():
+        at[k] = library.address(new[k])
+    like, xs = library.like, step.xs
+    for k in every(step, members):
+        step.new[k] = like(xs[k], new[k])
+    return at
 
-    def given(self, name: str, leaf: int) -> Any:
-        """An array that a pass reads, laid out like the state."""
-        if name == "x":
-            return self.x[leaf]
-        return (
-            self.dx[number_of(name)][leaf] if name.startswith("d") else self.job.slots[number_of(name)][leaf]
-        )
 
-    def fill(self, p: Pass, members: Any, at: list[Indices]) -> None:
-        """Run a pass that writes stacks, at these addresses."""
-        new = {f"{new}w{j}": a for j, a in enumerate(at) for new in ("", "new ")}
-        self.launch(p, self.chunks if members is None else self.chunks_of(members), members, new)
+def finish(step: Step) -> None:
+    """Bring parameters that were stepped in a copy home, and say which arrays were written."""
+    arrays: Arrays = step.work
+    if not step.job.inplace:
+        return
+    if arrays.x is step.xs:
+        step.library.touched(step.xs)
+        return
+    step.library.touched([x for x, was in zip(arrays.x, step.xs, strict=True) if x is was])
+    for i, (new, old) in enumerate(zip(arrays.x, step.xs, strict=True)):
+        if new is not old and i not in step.new:
+            step.library.stored(old, new, inplace=True)
 
-    def rows(self, p: Pass, new: dict[str, Indices]) -> list[Indices]:
-        """The address table of a pass."""
-        out: list[Indices] = []
-        for name in kernels.columns(p, inplace=self.job.inplace):
-            if name in new:
-                out.append(new[name])
-            elif name == "x":
-                out.append(self.x_at)
-            elif name.startswith("d"):
-                out.append(self.dx_at[number_of(name)])
-            elif name.startswith("f"):
-                out.append(self.stacks.addresses(p.free[number_of(name)]))
-            else:
-                out.append(self.job.slots[number_of(name)].addresses)
-        return out
 
-    def addressed(
-        self, p: Pass, members: Any, new: dict[str, Indices], row: Indices
-    ) -> tuple[list[Indices], Indices]:
-        """(address table, rows of numbers) of a pass for all leaves, or for some members."""
-        rows = self.rows(p, new)
-        return (rows, row) if members is None else ([r[members] for r in rows], row[members])
+def separate(step: Step, begin: Indices, end: Indices) -> None:
+    """Copy gradients that lie where this step writes: `{"a": model["b"], "b": model["a"]}` is a gradient."""
+    if not len(begin):
+        return
+    arrays: Arrays = step.work
+    was = arrays.tables.apart
+    if (
+        was is not None
+        and was[0] is begin
+        and all((a == b).all() for a, b in zip(was[1], arrays.dx_at, strict=True))
+    ):
+        return
+    size = step.sizes * arrays.gradient.itemsize
+    apart = True
+    for n, at in enumerate(arrays.dx_at):
+        before = np.searchsorted(begin, at + size) - 1
+        for i in np.flatnonzero((end[before] > at) & (before >= 0) & (step.sizes > 0)).tolist():
+            copies = arrays.dx[n] = list(arrays.dx[n])
+            copies[i] = step.library.laid_out(copies[i], arrays.gradient, *layout(step, arrays.tables, i))
+            at[i] = step.library.address(copies[i])
+            apart = False
+    if apart:
+        arrays.tables.apart = begin, [at.copy() for at in arrays.dx_at]
 
-    # -- storing --
 
-    def prepare(self) -> None:
-        job = self.job
-        self.plan: list[tuple[Pass | None, Any]] = []
-        self.other: list[tuple[int, int, Any]] = []
-        for holds, members in self.branches():
-            out = outputs(job.program, holds)
-            p = store_pass(job.program, holds)
-            self.stacks.ensure(operations(job.program, None, holds, self.ran), members)
-            self.plan.append((p, members))
-            for j, (slot, e, pack) in enumerate(zip(job.program.slots, out.slots, job.slots, strict=True)):
-                if slot.shape is not None and not is_input(e, slot.name):
-                    for k in range(len(job.row)) if members is None else members:
-                        known = e.domain == "free" and e.op != "input"
-                        value = (
-                            self.stacks.value(e, int(k))
-                            if known
-                            else job.library.duplicate(Values(self, int(k)).get(e))
-                        )
-                        self.other.append(
-                            (j, int(k), self.fitting(value, pack.places.shapes[k], int(k), "a state"))
-                        )
-            if p is not None:
-                self.kernel(p)
-                for e in p.free:
-                    self.stacks.addresses(e)
-
-    def separate(self, begin: Indices, end: Indices) -> None:
-        """Copy gradients that lie where this step writes: `{"a": model["b"], "b": model["a"]}` is a
-        gradient.
-        """
-        if not len(begin):
-            return
-        was = self.job.memo.get("apart")
-        if was is not None and was[0] is begin and all(map(np.array_equal, was[1], self.dx_at)):
-            return
-        size = self.job.sizes * self.gradient.itemsize
-        apart = True
-        for n, at in enumerate(self.dx_at):
-            before = np.searchsorted(begin, at + size) - 1
-            for i in np.flatnonzero((end[before] > at) & (before >= 0) & (self.job.sizes > 0)).tolist():
-                arrays = self.dx[n] = list(self.dx[n])
-                arrays[i] = self.job.library.laid_out(arrays[i], self.gradient, *self.layout(i))
-                at[i] = self.job.library.address(arrays[i])
-                apart = False
-        if apart:
-            self.job.memo["apart"] = begin, [at.copy() for at in self.dx_at]
-
-    def written(self) -> tuple[Indices, Indices]:
-        """(begin, end) of the memory of parameters and state, sorted; remembered while it stays where it is.
-
-        Raises TreeMismatch for parameters that share memory: they would be stepped one after the other.
-        """
-        job = self.job
-        known = job.memo.get("written")
-        where = [p.addresses for p in job.slots]
-        if known is None or not (
-            np.array_equal(known[0], self.x_at) and all(map(operator.is_, known[3], where))
-        ):
-            buffers = [b for p in job.slots for b in p.buffers]
-            state_at = np.array([job.library.address(b) for b in buffers], np.int64)
-            at = np.concatenate([self.x_at, state_at])
-            size = np.concatenate(
-                [job.sizes * job.dtype.itemsize, np.array([b.nbytes for b in buffers], np.int64)]
-            )
-            by = np.argsort(at, kind="stable")
-            by = by[size[by] > 0]
-            begin, end = at[by], (at + size)[by]
-            clash = np.flatnonzero(begin[1:] < end[:-1])
-            if len(clash):
-                self.refuse_overlap(*by[clash[0] : clash[0] + 2].tolist())
-            known = job.memo["written"] = (self.x_at.copy(), begin, end, where)
-        if self.x is job.x:
-            return known[1], known[2]
-        home = [job.library.bounds(old) for old, new in zip(job.x, self.x, strict=True) if new is not old]
-        low, high = (np.array(part, np.int64) for part in zip(*home, strict=True))
-        return merged([(known[1], known[2]), (low, high)])
-
-    def refuse_overlap(self, i: int, j: int) -> None:
-        names = [self.job.code(k, "model") if k < len(self.job.row) else "the state" for k in (i, j)]
-        raise TreeMismatch(
-            f"{' and '.join(names)} share memory, which they did not at `setup`; call `setup` again, or copy"
-        )
-
-    def commit(self) -> Result:
-        job = self.job
-        results: Sequence[Any] = job.x if job.inplace else list(job.x)
-        for p, members in self.plan:
-            stored = {name for name, _ in p.stores} if p is not None else set[str]()
-            new: dict[str, Indices] = {}
-            if not job.inplace:
-                new = {f"new s{j}": pack.addresses for j, pack in enumerate(job.out)}
-                self.keep(stored, members)
-            if "x" in stored:
-                new["new x"] = self.targets(results, members)
-            if p is not None:
-                self.launch(
-                    p,
-                    self.chunks if members is None else self.chunks_of(members),
-                    members,
-                    new,
-                )
-        for j, k, value in self.other:
-            job.out[j].put(k, value)
-        if job.inplace:
-            moved = self.x is not job.x
-            stepped = [x for x, was in zip(self.x, job.x, strict=True) if x is was] if moved else job.x
-            job.library.touched(stepped)
-            if moved:
-                results = self.write_back()
-        return Result(results, *self.counters())
-
-    def keep(self, stored: set[str], members: Any) -> None:
-        """Carry over the state that this step leaves as it was."""
-        for j, (pack, old) in enumerate(zip(self.job.out, self.job.slots, strict=True)):
-            if f"s{j}" not in stored:
-                for k in range(len(old)) if members is None else members:
-                    pack.put(int(k), old[int(k)])
-
-    def targets(self, results: Any, members: Any) -> Indices:
-        """Where new parameters go: the arrays themselves in place, else fresh ones, which become the
-        results.
-        """
-        if self.job.inplace:
-            return self.x_at
-        fresh, contiguous, strides = self.job.library.fresh, self.form.flat, self.job.strides
-        new = [
-            fresh(shape, self.job.dtype, None if flat else laid, self.job.device)
-            for shape, flat, laid in zip(self.job.shapes, contiguous, strides, strict=True)
-        ]
-        at, misfits = self.look("new x", new, self.job.dtype, write=True)
-        for k in misfits.tolist():
-            at[k] = self.job.library.address(new[k])
-        for k in range(len(new)) if members is None else members:
-            results[k] = self.job.library.like(self.job.x[k], new[k])
-        return at
-
-    def write_back(self) -> list[Any]:
-        """Bring parameters that were stepped in a copy home; immutable ones are replaced by the copy."""
-        pairs = zip(self.job.x, self.x, strict=True)
-        return [old if new is old else self.job.library.stored(old, new, inplace=True) for old, new in pairs]
+def spans(step: Step) -> Spans:
+    """The memory of parameters and state; the very object found last, while all stays where it is."""
+    arrays: Arrays = step.work
+    packs = step.job.group.slots
+    where = [p.addresses for p in packs]
+    known = arrays.tables.written
+    if (
+        known is not None
+        and arrays.x is step.xs
+        and (known.x_at == arrays.x_at).all()
+        and all(a is b for a, b in zip(known.state_at, where, strict=True))
+    ):
+        return known.spans
+    buffers = [b for p in packs for b in p.buffers]
+    state_at = np.array([step.library.address(b) for b in buffers], np.int64)
+    state_size = np.array([b.nbytes for b in buffers], np.int64)
+    low, high = arrays.x_at.copy(), arrays.x_at + step.sizes * step.kind.dtype.itemsize
+    strides: list[Any] = []
+    for i, (new, old) in enumerate(zip(arrays.x, step.xs, strict=True)):
+        if new is not old:  # a copy: what counts is where the original lies
+            low[i], high[i] = step.library.bounds(old)
+            strides.append((i, step.library.layout(old)[1]))
+    owner = np.concatenate([np.arange(step.leaves), np.full(len(buffers), -1)])
+    begin, end = np.concatenate([low, state_at]), np.concatenate([high, state_at + state_size])
+    found = Spans.of(begin, end, owner, strides)
+    if arrays.x is step.xs:
+        arrays.tables.written = Written(low, where, found)
+    elif isinstance(step.job.subset.spans, Spans) and step.job.subset.spans.same(found):
+        return step.job.subset.spans
+    else:
+        step.job.subset.spans = found
+    return found
 
 
 def common_dtype(library: Any, grads: tuple[Sequence[Any], ...], dtype: Any, wide: Any) -> Any:

@@ -1,19 +1,24 @@
 """The CPU engine: one compiled kernel per pass, over the addresses of all leaves of a group."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from optimisers.engines import cache
-from optimisers.engines.addressed.pointers import LOOKS, Chunks
-from optimisers.engines.addressed.task import Addressed, arithmetic_of, kinds_of, labels_of, printable, titled
+from optimisers.engines.addressed import task as addressed
+from optimisers.engines.addressed.pointers import CHUNK, LOOKS, Chunks
+from optimisers.engines.addressed.task import arithmetic_of, kinds_of, labels_of, printable, titled
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu import threads
+from optimisers.engines.task import Engine, Holds, Members, Step
+from optimisers.graph.expr import Expr
 from optimisers.graph.memo import kept
 from optimisers.graph.passes import Pass
 from optimisers.graph.trace import Program
 from optimisers.state.buffers import Indices
+from optimisers.state.group import Group
 
 NAME = "numba"
 
@@ -21,15 +26,23 @@ NAME = "numba"
 # -- which groups it takes -----------------------------------------------------------------------------------
 
 
-def refusal(program: Program, library: str, device: str, dtype: str) -> str | None:
-    """Why this engine does not take a group; None if it does."""
-    if library not in LOOKS:
-        return f"arrays of {library}"
-    if device != "cpu":
-        return f"arrays on {device}"
+def refusal(group: Group) -> str:
+    """Why this engine does not take a group; empty if it does."""
+    kind = group.kind
+    if kind.name not in LOOKS:
+        return f"arrays of {kind.name}"
+    if group.loose or kind.loose:
+        return "state in arrays that each stand for themselves"
+    if kind.device != "cpu":
+        return f"arrays on {kind.device}"
+    return unprintable(group.program, kind.library.type_name(kind.dtype))
+
+
+def unprintable(program: Program, dtype: str) -> str:
+    """Why there is no kernel for a program over arrays of this type; empty if there is."""
     if dtype not in kernels.ARITHMETIC:
         return f"element type {dtype}"
-    return cache.switched_off() or printable(program, dtype, printed)
+    return cache.switched_off() or printable(program, dtype, printed) or ""
 
 
 def printed(program: Program, p: Pass, dtype: str, *, inplace: bool) -> str:
@@ -43,46 +56,64 @@ def sources(program: Program, p: Pass, kinds: dict[str, str], dtype: str, *, inp
     return kernels.source(p, kinds, real, labels_of(program), title, inplace=inplace)
 
 
-# -- the task ------------------------------------------------------------------------------------------------
+# -- the engine ----------------------------------------------------------------------------------------------
 
 
-class Fused(Addressed):
-    """Leaves of one group, on their way through compiled kernels."""
+def begin(step: Step) -> None:
+    """Find where the arrays lie."""
+    addressed.begin(step, CHUNK)
 
-    def reductions(self, p: Pass) -> list[Any]:
-        partial = np.empty((len(p.reductions), len(self.chunks.leaf)))
-        self.launch(p, self.chunks, None, {}, partial)
-        leaves = len(self.job.row)
-        return [
-            gathered(r.op, parts, self.chunks.leaf, leaves)
-            for r, parts in zip(p.reductions, partial, strict=True)
-        ]
 
-    def launch(self, p: Pass, chunks: Chunks, members: Any, new: dict[str, Indices], *partial: Any) -> None:
-        """Run the kernel of a pass over these chunks; `new` has the addresses of the arrays that are written
-        anew.
-        """
-        table, row = self.scalars.table(p.scalars)
-        rows, row = self.addressed(p, members, new, row)
-        addresses = self.scratch.array("addresses", (len(rows), len(row)), np.int64)
-        for i, r in enumerate(rows):
-            addresses[i] = r
-        kernel = self.kernel(p)
-        counter = np.zeros(1, np.int64)
-        at = counter.ctypes.data
-        row = np.ascontiguousarray(row, np.int64)
+def reduce(step: Step, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
+    """The wanted reductions of a level."""
+    return addressed.reduce(step, level, wanted, launch, reductions, addressed.stacked)
 
-        def run(
-            _held: object = (counter, self),
-        ) -> None:  # whoever runs this keeps what lies at the addresses
-            kernel(at, chunks.spans, chunks.table, addresses, table, row, *partial)
 
-        threads.together(run, chunks.elements)
+def reductions(step: Step, p: Pass) -> list[Any]:
+    """The reductions of a pass, each for every leaf."""
+    chunks = addressed.chunks_of(step, None)
+    partial = np.empty((len(p.reductions), len(chunks.leaf)))
+    launch(step, p, chunks, None, {}, partial)
+    return [
+        gathered(r.op, parts, chunks.leaf, step.leaves)
+        for r, parts in zip(p.reductions, partial, strict=True)
+    ]
 
-    def kernel(self, p: Pass) -> Callable[..., None]:
-        """The compiled kernel of a pass."""
-        names = (self.job.library.type_name(t) for t in (self.job.dtype, self.gradient))
-        return kernel_of(self.job.program, p, *names, inplace=self.job.inplace)
+
+def prepare(step: Step, holds: Holds, members: Members) -> Callable[[], None]:
+    """Compile the kernel of the last pass, and compute what it takes from the array library."""
+    last = addressed.prepared(step, holds, members, launch)
+    if last.p is not None:
+        kernel(step, last.p)
+    return functools.partial(addressed.store, step, last, launch)
+
+
+def launch(
+    step: Step, p: Pass, chunks: Chunks, members: Members, new: dict[str, Indices], *partial: Any
+) -> None:
+    """Run the kernel of a pass over these chunks; `new` has the addresses of the arrays that are written
+    anew.
+    """
+    table, row = step.scalars.table(p.scalars)
+    rows = addressed.rows(step, p, new, members)
+    row = np.ascontiguousarray(row if members is None else row[members], np.int64)
+    addresses = step.work.tables.scratch.array("addresses", (len(rows), len(row)), np.int64)
+    for i, r in enumerate(rows):
+        addresses[i] = r
+    compiled = kernel(step, p)
+    counter = np.zeros(1, np.int64)
+    at = counter.ctypes.data
+
+    def run(_held: object = (counter, step)) -> None:  # whoever runs this keeps what lies at the addresses
+        compiled(at, chunks.spans, chunks.table, addresses, table, row, *partial)
+
+    threads.together(run, chunks.elements)
+
+
+def kernel(step: Step, p: Pass) -> Callable[..., None]:
+    """The compiled kernel of a pass."""
+    dtype, gradient = map(step.library.type_name, (step.kind.dtype, step.work.gradient))
+    return kernel_of(step.program, p, dtype, gradient, inplace=step.job.inplace)
 
 
 @kept
@@ -99,3 +130,7 @@ def gathered(op: str, partial: Any, leaf: Indices, leaves: int) -> Any:
     out = np.full(leaves, -np.inf if op == "max" else np.inf)
     (np.maximum if op == "max" else np.minimum).at(out, leaf, partial)
     return out
+
+
+ENGINE = Engine(NAME, refusal, begin, reduce, prepare, addressed.spans, addressed.separate, addressed.finish)
+"""Leaves of one group, on their way through compiled kernels."""

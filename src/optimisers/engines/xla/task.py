@@ -5,20 +5,21 @@ CPU, where Numba and a known interface of XLA are there, the same kernel that se
 instead, at the addresses of XLA's buffers; other devices, `vmap` and `grad` take the evaluation.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from optimisers.arrays.jax import library
+from optimisers.engines import interpret
 from optimisers.engines.addressed import task as fused
 from optimisers.engines.cpu import task as numba
 from optimisers.engines.cpu.printer import Unprintable, columns
-from optimisers.engines.interpret import Interpreter
-from optimisers.engines.task import Result
+from optimisers.engines.task import Engine, Holds, Members, Step
 from optimisers.engines.xla import call as ffi
 from optimisers.graph.expr import Expr
 from optimisers.graph.memo import kept
@@ -33,180 +34,177 @@ CALL = 64
 NAME = "xla"
 
 
-def refusal(group: Group) -> str | None:
-    """Why the CPU kernel does not step a group; None if it does."""
+def refusal(group: Group) -> str:
+    """Why the CPU kernel does not step a group; empty if it does."""
     p = store_pass(group.program, None)
     if p is None or p.free or any(s.shape is not None for s in group.program.slots):
         return "values of another shape than the parameters"
     name = library.type_name(group.kind.dtype)
     if _source(group.program, p, name, name) is None:
-        return numba.refusal(group.program, "numpy", "cpu", name) or "no kernel"
+        return numba.unprintable(group.program, name) or "no kernel"
     if not group.kind.bundled:
         return "arrays on several devices, or asked for"
     if jax.default_backend() != "cpu":
         return f"arrays on {jax.default_backend()}"
-    return None if ffi.available() else "Numba or a known interface of XLA is not there"
+    return "" if ffi.available() else "Numba or a known interface of XLA is not there"
 
 
-class Xla(Interpreter):
-    """Leaves of one group whose arrays are replaced."""
+# -- the engine ----------------------------------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        p = store_pass(self.job.program, None)
-        self.whole = p is not None and self.takes(p)
-        if not self.whole:
-            super().prepare()
-            return
-        assert p is not None
-        job = self.job
-        self.results: list[Any] = list(job.x)
-        table, row = self.scalars.symbols(p.scalars)
-        for units in _calls(self.units()):
-            self.call(p, table, row, units)
+Bundles: TypeAlias = list[list[int]]
+"""The leaves of each buffer of the state."""
 
-    def takes(self, p: Pass) -> bool:
-        """Whether a pass can be evaluated element by element on whole bundles of this job."""
-        job = self.job
-        slots = all(s.shape is None for s in job.program.slots)
-        whole = all(len(pack) == len(set(pack.places.number.tolist())) == _held(pack) for pack in job.slots)
-        return slots and whole and not p.free
 
-    def units(self) -> list[list[int]]:
-        """The leaves of each bundle, in order; without state small leaves are bundled the same way."""
-        bundles = [pack for pack in self.job.slots if isinstance(pack, Bundled)]
-        if not bundles:
-            return [[i] for i in range(len(self.job.row))]
-        found: dict[int, list[int]] = {}
-        for i, b in enumerate(bundles[0].places.buffer.tolist()):
-            found.setdefault(b, []).append(i)
-        return list(found.values())
+def prepare(step: Step, holds: Holds, members: Members) -> Callable[[], None] | None:
+    """Step the leaves in as few operations as can be: nothing is written, arrays are replaced."""
+    p = store_pass(step.program, holds)
+    if p is None or members is not None or not takes(step, p):
+        return None
+    table, row = step.scalars.near.symbols(p.scalars)
+    found = [(part, call_of(step, p, table, row, part)) for part in _calls(units(step))]
+    return functools.partial(store, step, found)
 
-    def call(self, p: Pass, table: Any, row: Indices, units: list[list[int]]) -> None:
-        """Step the leaves of some bundles."""
-        job = self.job
-        leaves = [i for unit in units for i in unit]
-        names = list(p.loads)
-        stored = [name for name, _ in p.stores]
-        held = {name: self.held(name, units, leaves) for name in dict.fromkeys([*names, *stored])}
-        given = [a for name in names for a in held[name]]
-        shape = [len(held[name]) for name in names]
-        kinds = tuple((name, [(a.shape, a.dtype) for a in held[name]]) for name in stored)
-        plain = functools.partial(
-            _evaluated, p, job.wide, names, shape, kinds, row, units, leaves, job.shapes
-        )
-        out = self.fast(p, table, row, units, leaves, held, plain)([table, *given])
-        at = 0
-        for name, like in kinds:
-            self.keep(name, out[at : at + len(like)], units, leaves)
-            at += len(like)
 
-    def held(self, name: str, units: list[list[int]], leaves: list[int]) -> list[Any]:
-        """The arrays behind a name: parameters and gradients leaf by leaf, state by buffer."""
-        job = self.job
-        if name == "x":
-            return [job.x[i] for i in leaves]
-        if name.startswith("d"):
-            return [job.grads[number_of(name)][i] for i in leaves]
-        pack = job.slots[number_of(name)]
-        return [pack.buffers[_buffer(pack, unit[0])] for unit in units]
+def takes(step: Step, p: Pass) -> bool:
+    """Whether a pass can be evaluated element by element on whole bundles of this step."""
+    slots = all(s.shape is None for s in step.program.slots)
+    whole = all(len(pack) == len(set(pack.places.number.tolist())) == _held(pack) for pack in step.slots)
+    return slots and whole and not p.free
 
-    def keep(self, name: str, new: Sequence[Any], units: list[list[int]], leaves: list[int]) -> None:
-        """Note new arrays."""
-        if name == "x":
-            for i, x in zip(leaves, new, strict=True):
-                self.results[i] = x
-            return
-        pack = self.job.out[number_of(name)]
-        for unit, a in zip(units, new, strict=True):
-            pack.buffers[_buffer(pack, unit[0])] = a
 
-    def fast(
-        self,
-        p: Pass,
-        table: Any,
-        row: Indices,
-        units: list[list[int]],
-        leaves: list[int],
-        held: Any,
-        plain: Any,
-    ) -> Any:
-        """The kernel where there is one, else the evaluation."""
-        job = self.job
-        source = _source(
-            job.program, p, library.type_name(job.dtype), _gradient(job.grads, leaves, job.dtype)
-        )
-        if source is None or not job.bundled or not ffi.available():
-            return plain
-        first, count = _firsts({name: len(held[name]) for name in p.loads})
-        stored = {name: len(held[name]) for name, _ in p.stores}
-        written, _ = _firsts(stored)
-        aliases = {
-            first[name] + k: written[name] + k
-            for name in stored
-            if name in first
-            for k in range(stored[name])
-        }
-        base = {name: first.get(name, count + written.get(name, 0)) for name in columns(p, inplace=True)}
-        options = {
-            "outputs": [jax.ShapeDtypeStruct(a.shape, a.dtype) for name in stored for a in held[name]],
-            "aliases": aliases,
-            "places": self.places(base, units, leaves),
-            "row": np.asarray(row)[leaves],
-            "sizes": np.asarray(job.sizes)[leaves],
-        }
-        return ffi.with_fallback(functools.partial(_launched, source, options), plain)
+def units(step: Step) -> Bundles:
+    """The leaves of each bundle, in order; without state small leaves are bundled the same way."""
+    bundles = [pack for pack in step.slots if isinstance(pack, Bundled)]
+    if not bundles:
+        return [[i] for i in range(step.leaves)]
+    found: dict[int, list[int]] = {}
+    for i, b in enumerate(bundles[0].places.buffer.tolist()):
+        found.setdefault(b, []).append(i)
+    return list(found.values())
 
-    def places(self, base: dict[str, int], units: list[list[int]], leaves: list[int]) -> Any:
-        """(buffer, byte offset) of the arrays of a kernel for every leaf; `base`: first buffer of each."""
-        found = np.zeros((len(base), len(leaves), 2), np.int64)
-        position = {i: k for k, i in enumerate(leaves)}
-        for c, (name, first) in enumerate(base.items()):
-            if name == "x" or name.startswith("d"):
-                found[c, :, 0] = first + np.arange(len(leaves))
+
+def call_of(step: Step, p: Pass, table: Any, row: Indices, part: Bundles) -> dict[str, list[Any]]:
+    """The new arrays behind each name, of the leaves of some bundles."""
+    leaves = [i for unit in part for i in unit]
+    names = list(p.loads)
+    stored = [name for name, _ in p.stores]
+    held = {name: arrays_of(step, name, part, leaves) for name in dict.fromkeys([*names, *stored])}
+    given = [a for name in names for a in held[name]]
+    shape = [len(held[name]) for name in names]
+    kinds = tuple((name, [(a.shape, a.dtype) for a in held[name]]) for name in stored)
+    plain = functools.partial(_evaluated, p, step.wide, names, shape, kinds, row, part, leaves, step.shapes)
+    out = iter(fast(step, p, row, part, leaves, held, plain)([table, *given]))
+    return {name: [next(out) for _ in like] for name, like in kinds}
+
+
+def arrays_of(step: Step, name: str, part: Bundles, leaves: list[int]) -> list[Any]:
+    """The arrays behind a name: parameters and gradients leaf by leaf, state by buffer."""
+    if name == "x":
+        return [step.xs[i] for i in leaves]
+    if name.startswith("d"):
+        return [step.grads[number_of(name)][i] for i in leaves]
+    pack = step.slots[number_of(name)]
+    return [pack.buffers[_buffer(pack, unit[0])] for unit in part]
+
+
+def store(step: Step, found: list[tuple[Bundles, dict[str, list[Any]]]]) -> None:
+    """Note new arrays."""
+    for part, arrays in found:
+        for name, new in arrays.items():
+            if name == "x":
+                step.new.update(zip((i for unit in part for i in unit), new, strict=True))
                 continue
-            pack = self.job.slots[number_of(name)]
-            for u, unit in enumerate(units):
-                at = [position[i] for i in unit]
-                found[c, at, 0] = first + u
-                found[c, at, 1] = pack.places.offset[unit] * pack.dtype.itemsize
-        return found
+            pack = step.out[number_of(name)]
+            for unit, a in zip(part, new, strict=True):
+                pack.buffers[_buffer(pack, unit[0])] = a
 
-    def reduce(self, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
-        """Reductions of whole arrays in one call of the kernel, for all leaves; others as ever."""
-        p = reduce_pass(self.job.program, level, wanted)
-        job = self.job
-        chosen = [r for r, w in zip(self.stages[level].reductions, wanted, strict=True) if w]
-        leaves = list(range(len(job.row)))
-        gradient = _gradient(job.grads, leaves, job.dtype)
-        source = None if p is None else _source(job.program, p, library.type_name(job.dtype), gradient)
-        if source is None or p is None or len(p.reductions) != len(chosen) or not self.takes(p):
-            return super().reduce(level, wanted)
-        if not job.bundled or not ffi.available():
-            return super().reduce(level, wanted)
-        units = self.units()
-        held = {name: self.held(name, units, leaves) for name in p.loads}
-        table, row = self.scalars.symbols(p.scalars)
-        first, _ = _firsts({name: len(held[name]) for name in p.loads})
-        ops = [r.op for r in p.reductions]
-        options = {
-            "outputs": [],
-            "aliases": {},
-            "places": self.places({name: first[name] for name in columns(p, inplace=True)}, units, leaves),
-            "row": np.asarray(row),
-            "sizes": np.asarray(job.sizes),
-            "sums": len(ops),
-            "ops": ops,
-        }
-        counts = [len(held[name]) for name in p.loads]
-        plain = functools.partial(_reduced, p, job.wide, list(p.loads), counts, row, units, job.shapes)
-        fast = functools.partial(_launched, source, options)
-        (sums,) = ffi.with_fallback(fast, plain)([table, *(a for name in p.loads for a in held[name])])
-        return dict(zip(p.reductions, sums, strict=True))
 
-    def commit(self) -> Result:
-        if not self.whole:
-            return super().commit()
-        return Result(self.results, *self.counters())
+def fast(
+    step: Step,
+    p: Pass,
+    row: Indices,
+    part: Bundles,
+    leaves: list[int],
+    held: dict[str, list[Any]],
+    plain: Callable[[list[Any]], list[Any]],
+) -> Callable[[list[Any]], list[Any]]:
+    """The kernel where there is one, else the evaluation."""
+    source = _source(
+        step.program, p, library.type_name(step.kind.dtype), _gradient(step.grads, leaves, step.kind.dtype)
+    )
+    if source is None or not step.kind.bundled or not ffi.available():
+        return plain
+    first, count = _firsts({name: len(held[name]) for name in p.loads})
+    stored = {name: len(held[name]) for name, _ in p.stores}
+    written, _ = _firsts(stored)
+    aliases = {
+        first[name] + k: written[name] + k for name in stored if name in first for k in range(stored[name])
+    }
+    base = {name: first.get(name, count + written.get(name, 0)) for name in columns(p, inplace=True)}
+    options = {
+        "outputs": [jax.ShapeDtypeStruct(a.shape, a.dtype) for name in stored for a in held[name]],
+        "aliases": aliases,
+        "places": buffers_of(step, base, part, leaves),
+        "row": np.asarray(row)[leaves],
+        "sizes": np.asarray(step.sizes)[leaves],
+    }
+    return ffi.with_fallback(functools.partial(_launched, source, options), plain)
+
+
+def buffers_of(step: Step, base: dict[str, int], part: Bundles, leaves: list[int]) -> Any:
+    """(buffer, byte offset) of the arrays of a kernel for every leaf; `base`: first buffer of each."""
+    found = np.zeros((len(base), len(leaves), 2), np.int64)
+    position = {i: k for k, i in enumerate(leaves)}
+    for c, (name, first) in enumerate(base.items()):
+        if name == "x" or name.startswith("d"):
+            found[c, :, 0] = first + np.arange(len(leaves))
+            continue
+        pack = step.slots[number_of(name)]
+        for u, unit in enumerate(part):
+            at = [position[i] for i in unit]
+            found[c, at, 0] = first + u
+            found[c, at, 1] = pack.places.offset[unit] * pack.dtype.itemsize
+    return found
+
+
+def reduce(step: Step, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any] | None:
+    """Reductions of whole arrays in one call of the kernel, for all leaves."""
+    p = reduce_pass(step.program, level, wanted)
+    if p is None or len(p.reductions) != sum(wanted) or not takes(step, p):
+        return None
+    leaves = list(range(step.leaves))
+    gradient = _gradient(step.grads, leaves, step.kind.dtype)
+    source = _source(step.program, p, library.type_name(step.kind.dtype), gradient)
+    if source is None or not step.kind.bundled or not ffi.available():
+        return None
+    part = units(step)
+    held = {name: arrays_of(step, name, part, leaves) for name in p.loads}
+    table, row = step.scalars.near.symbols(p.scalars)
+    first, _ = _firsts({name: len(held[name]) for name in p.loads})
+    ops = [r.op for r in p.reductions]
+    options = {
+        "outputs": [],
+        "aliases": {},
+        "places": buffers_of(step, {name: first[name] for name in columns(p, inplace=True)}, part, leaves),
+        "row": np.asarray(row),
+        "sizes": np.asarray(step.sizes),
+        "sums": len(ops),
+        "ops": ops,
+    }
+    counts = [len(held[name]) for name in p.loads]
+    plain = functools.partial(_reduced, p, step.wide, list(p.loads), counts, row, part, step.shapes)
+    run = ffi.with_fallback(functools.partial(_launched, source, options), plain)
+    (sums,) = run([table, *(a for name in p.loads for a in held[name])])
+    return dict(zip(p.reductions, sums, strict=True))
+
+
+OPERATIONS = Engine(
+    NAME, lambda _: "", interpret.begin, reduce, prepare, interpret.spans, otherwise=interpret.ENGINE
+)
+"""Leaves of one group whose arrays are replaced, in operations of XLA."""
+
+KERNELS = dataclasses.replace(OPERATIONS, name=numba.NAME, refusal=refusal)
+"""The same steps, where a kernel of the CPU takes the place of XLA's operations."""
 
 
 def _launched(source: str, options: dict[str, Any], given: Any) -> list[Any]:
@@ -258,7 +256,7 @@ def _gradient(grads: Any, leaves: list[int], dtype: Any) -> str:
 @kept
 def _source(program: Program, p: Pass, dtype: str, gradient: str) -> str | None:
     """The kernel of a pass in place; None where there is none."""
-    if numba.refusal(program, "numpy", "cpu", dtype) is not None or not gradient:
+    if numba.unprintable(program, dtype) or not gradient:
         return None
     if ("complex" in gradient) != ("complex" in dtype):
         return None
@@ -353,7 +351,7 @@ def _reduced(
             start += size
             values = _values(p, wide, inputs, table[int(row[i])])
             for out, r in zip(found, p.reductions, strict=True):
-                out.append(jnp.asarray(library.WORDS[r.op](values(r.args[0], number=True)), kind))
+                out.append(jnp.asarray(library.operations[r.op](values(r.args[0], number=True)), kind))
     return [jnp.stack([jnp.stack(column) for column in found])]
 
 
@@ -435,5 +433,5 @@ def _values(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any) -> Callabl
             operand(a, number=not steers and not (e.op == "where" and (i == 0 or e.type == "bool")))
             for i, a in enumerate(e.args)
         ]
-        values[id(e)] = library.WORDS[e.op](*args, **dict(e.options))
+        values[id(e)] = library.operations[e.op](*args, **dict(e.options))
     return operand

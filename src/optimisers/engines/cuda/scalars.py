@@ -1,0 +1,211 @@
+"""Scalars of a step that are known on the device only: they are computed there, so that nobody waits."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from optimisers.engines import cache
+from optimisers.engines.cuda import printer
+from optimisers.engines.cuda.launch import EXACT, LANES, compiled, launched, on, support
+from optimisers.engines.cuda.tables import Fixed, Sheet, lasting, placed
+from optimisers.engines.task import Step
+from optimisers.graph.expr import Expr, cuts
+from optimisers.graph.scalars import Table, below
+from optimisers.state.buffers import Indices
+
+
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """A reduction of every chunk, on the device."""
+
+    op: str
+    values: Any
+
+
+class DeviceScalars:
+    """The scalars of a step, some of which are known on the device only: reductions, totals, and the numbers
+    of a capturable state. They are fetched when the host asks for them.
+    """
+
+    def __init__(self, step: Step, device: Any) -> None:
+        self.step, self.device, self.near = step, device, step.scalars.near
+        self.scratch, self.chunks = step.work.tables.scratch, step.work.tables.chunks
+        self.capturable = step.kind.capturable
+        self.partials: dict[int, Any] = {}
+        """Reductions of every chunk, or of every leaf."""
+        self.totals: dict[int, Any] = {}
+        self.put_here: list[int] = []
+        self.shown: dict[int, Any] = {}
+        self.learn()
+
+    def put(self, e: Expr, value: Any, *, of_leaf: bool) -> None:
+        if isinstance(value, Partial) or (isinstance(value, torch.Tensor) and value.ndim):
+            self.partials[id(e)] = value
+        elif isinstance(value, torch.Tensor):
+            self.totals[id(e)] = value
+        else:
+            self.put_here.append(id(e))
+            self.near.put(e, value, of_leaf=of_leaf)
+        self.learn()
+
+    def learn(self) -> None:
+        """Take note that more is known; every step comes to know the same."""
+        self.stage = (tuple(self.partials), tuple(self.totals), tuple(self.put_here))
+        self.memo: dict[int, bool] = self.scratch.kept(("far", self.stage), dict)
+
+    def is_far(self, e: Expr) -> bool:
+        """Whether the host does not know what a node depends on."""
+        if id(e) not in self.memo:
+            self.memo[id(e)] = id(e) not in self.put_here and any(
+                id(n) in self.partials
+                or id(n) in self.totals
+                or (self.capturable and n.op in ("number", "clock"))
+                for n in below(e)
+            )
+        return self.memo[id(e)]
+
+    def far(self, wanted: Sequence[Expr]) -> bool:
+        """Whether one of some nodes is such; most rules know all from the host."""
+        if not (self.partials or self.totals or self.capturable):
+            return False
+        return any(self.is_far(e) for e in wanted)
+
+    def of_leaves(self, e: Expr) -> Any:
+        """The value of a scalar node for every leaf."""
+        if not self.capturable or not self.is_far(e):
+            if id(e) not in self.near.values:
+                self.fetch([e])
+            return self.near.of_leaves(e)
+        if id(e) not in self.shown:
+            with on(self.step.library, self.device):
+                found = self.columns([e])[:, 0]
+            self.shown[id(e)] = found != 0 if e.type == "bool" else found
+        return self.shown[id(e)]
+
+    def fetch(self, wanted: Sequence[Expr]) -> None:
+        """Bring nodes to the host: it waits until the device has computed them."""
+        if not self.far(wanted):
+            return
+        apart = [e for e in dict.fromkeys(wanted) if self.is_far(e)]
+        with on(self.step.library, self.device):
+            found = self.columns(apart).cpu().numpy()
+        for e, column in zip(apart, found.T, strict=True):
+            self.put(e, column != 0 if e.type == "bool" else column.copy(), of_leaf=True)
+
+    def table(self, scalars: tuple[Expr, ...]) -> tuple[Table, Any]:
+        """The scalar table of a pass of which the host knows all."""
+        return self.near.table(scalars)
+
+    def sum(self, e: Expr) -> Any:
+        """The sum over the leaves, on the device if the host does not know what is summed."""
+        if not self.far([e]):
+            return self.near.sum(e)
+        with on(self.step.library, self.device):
+            out = self.kept("total", e, 1)
+            known = self.partials.get(id(e))
+            if isinstance(known, Partial) and known.op == "sum" and len(self.chunks.leaf):
+                given = known.values, len(self.chunks.leaf), out
+                launched(self.step, support().add_up, 1, given, BLOCK=8192, **EXACT | {"num_warps": 16})
+            else:
+                self.run([e], (), out, total=True)
+            # Totals of several groups are added on the stream of PyTorch; others have streams of their own.
+            return out[0] if self.step.library.name == "torch" else float(out.cpu()[0])
+
+    def columns(self, wanted: Sequence[Expr], counters: Sequence[Expr] = ()) -> Any:
+        """A table on the device: a row for every leaf, a column for every node; new counters are stored."""
+        shape = (self.step.leaves, max(1, len(wanted)))
+        out = torch.empty(shape, dtype=torch.float64, device=self.device)
+        if self.step.leaves:
+            self.run(wanted, counters, out, total=False)
+        return out
+
+    def kept(self, what: str, e: Expr, n: int) -> Any:
+        """A vector on the device that is there again at the next step."""
+        return self.scratch.kept((what, id(e)), lambda: lasting((n,), torch.float64, self.device))
+
+    def found(self, wanted: Sequence[Expr], counters: Sequence[Expr], *, total: bool) -> Any:
+        """What `kernel` gives for some nodes, kept, and its name."""
+        key = ("scalars", total, self.stage, *map(id, wanted), None, *map(id, counters))
+        held, _ = self.scratch.kept(
+            key, lambda: (self.kernel(wanted, counters, total=total), (wanted, counters))
+        )
+        return *held, key
+
+    def run(self, wanted: Sequence[Expr], counters: Sequence[Expr], out: Any, *, total: bool) -> None:
+        """Compute scalars by one launch."""
+        kernel, near, vectors, totals, key = self.found(wanted, counters, total=total)
+        device, leaves = self.device, self.step.leaves
+        found: Any = self.scratch.kept("found", lambda: lasting((1,), torch.float32, device).zero_())
+        if self.capturable:
+            table, row, clock = self.near.numbers, self.fixed("row", self.step.row), self.near.clock
+            found = self.step.job.scaling[1] if self.step.job.scaling else found
+        else:
+            host, rows = self.near.table(near)
+            sheet = self.scratch.kept(("near", key, host.shape), lambda: Sheet(device, host.size, 0, leaves))
+            sheet.send(host, [], rows)
+            table, row, clock = sheet.table, sheet.row, found
+        sizes = self.fixed("sizes", self.step.sizes)
+        held = [self.gathered(e) for e in vectors]
+        sums = [self.totals[id(e)] for e in totals]
+        grid = 1 if total else -(-leaves // LANES)
+        given = (table, row, sizes, clock, found, out, *held, *sums, leaves)
+        launched(self.step, kernel, grid, given, LANES=LANES, **EXACT)
+
+    def prepare(self, wanted: Sequence[Expr], counters: Sequence[Expr]) -> None:
+        """Have the kernel compiled that computes these and stores the counters."""
+        kernel, _, vectors, totals, _ = self.found(wanted, counters, total=False)
+        clock = self.near.clock.dtype if isinstance(self.near.clock, torch.Tensor) else torch.float32
+        kinds = [torch.float64, torch.int64, torch.int64, clock, torch.float32, torch.float64]
+        kinds += [torch.float64] * (len(vectors) + len(totals))
+        compiled(kernel, (*kinds, 3), self.device, LANES=LANES, **EXACT)
+
+    def kernel(self, wanted: Sequence[Expr], counters: Sequence[Expr], *, total: bool) -> Any:
+        """(kernel, the nodes that the host gives it, reductions, totals) for some scalars."""
+        inputs: list[tuple[Expr, str]] = []
+        near: list[Expr] = []
+        vectors: list[Expr] = []
+        totals: list[Expr] = []
+        seen: set[int] = set()
+        stack = [*wanted, *counters]
+        while stack:
+            e = stack.pop()
+            if id(e) in seen or e.op == "const":
+                continue
+            seen.add(id(e))
+            if id(e) in self.partials:
+                vectors.append(e)
+                inputs.append((e, f"vector {len(vectors) - 1}"))
+            elif id(e) in self.totals:
+                totals.append(e)
+                inputs.append((e, f"total {len(totals) - 1}"))
+            elif e.op == "size":
+                inputs.append((e, "size"))
+            elif self.capturable and e.op in ("number", "clock"):
+                inputs.append((e, "clock" if e.op == "clock" else f"number {e.value}"))
+            elif not self.capturable and not self.is_far(e):
+                near.append(e)
+                inputs.append((e, f"number {len(near) - 1}"))
+            else:
+                assert not cuts(e), "a reduction that nobody has computed"
+                stack.extend(e.args)
+        width = len(self.step.program.names) if self.capturable else max(1, len(near))
+        text = printer.scalar_source(wanted, counters, inputs, width, self.step.program.hypers, total=total)
+        return cache.load(text).kernel, tuple(near), tuple(vectors), tuple(totals)
+
+    def gathered(self, e: Expr) -> Any:
+        """A reduction of every leaf, from those of its chunks."""
+        known = self.partials[id(e)]
+        if not isinstance(known, Partial):
+            return known
+        out = self.kept("gathered", e, self.step.leaves)
+        begin = placed(self.chunks, "begin", self.device)
+        given = known.values, begin, out
+        launched(self.step, support().gather, self.step.leaves, given, OP=known.op, BLOCK=1024, **EXACT)
+        return out
+
+    def fixed(self, name: str, values: Indices) -> Any:
+        """A vector of the host on the device; it goes over when it changes."""
+        held = self.scratch.kept(("fixed", name, len(values)), lambda: Fixed(self.device, len(values)))
+        return held.of(values)

@@ -1,0 +1,45 @@
+"""What do leaves of several groups sum to?"""
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from optimisers.arrays import registry
+from optimisers.graph.expr import Expr
+from optimisers.graph.passes import Stage
+from optimisers.graph.trace import total_key
+
+
+class Totals:
+    """Sums over all leaves stepped together, across steps: known once everyone who asks for one has given his
+    part.
+    """
+
+    def __init__(self, stages: Sequence[tuple[Stage, ...]], *, symbolic: bool) -> None:
+        self.symbolic = symbolic
+        self.askers: dict[str, int] = {}
+        for one in stages:
+            for stage in one:
+                for t in stage.totals:
+                    self.askers[total_key(t)] = self.askers.get(total_key(t), 0) + 1
+        self.parts: dict[str, list[Any]] = {}
+
+    def give(self, total: Expr, part: Any) -> None:
+        """Add the part of one step."""
+        self.parts.setdefault(total_key(total), []).append(part)
+
+    def known(self, total: Expr) -> Any:
+        """The sum of all parts; None while one is missing."""
+        key = total_key(total)
+        parts = self.parts.get(key, [])
+        if len(parts) < self.askers[key]:
+            return None
+        if len({str(getattr(part, "device", "host")) for part in parts}) > 1 and not self.symbolic:
+            parts = [on_host(part) for part in parts]
+        return functools.reduce(operator.add, parts)
+
+
+def on_host(value: Any) -> Any:
+    """A total as a number of the host."""
+    return registry.library(value).to_host(value) if registry.isarray(value) else value

@@ -1,0 +1,157 @@
+"""What does a step of a part of a state come to? One job for each group of leaves; each goes to an engine."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from optimisers.engines import sparse
+from optimisers.engines.choose import engine_for
+from optimisers.engines.task import Engine, Job, Step, ready
+from optimisers.errors import BadState
+from optimisers.state.buffers import Indices
+from optimisers.state.group import Group
+from optimisers.state.store import Store
+from optimisers.state.table import CAPTURED
+from optimisers.step.plan import Plan, active, plan_of
+from optimisers.tree.walk import Node
+
+
+class Steps:
+    """The steps of all groups with leaves below a node, on their way to the engines and back."""
+
+    targets: dict[int, Group]
+    """The groups that take the new state."""
+
+    def __init__(
+        self,
+        store: Store,
+        node: Node,
+        xs: Sequence[Any],
+        orders: list[Sequence[Any]],
+        *,
+        inplace: bool,
+        scaling: tuple[Any, Any] | None = None,
+    ) -> None:
+        self.store, self.inplace, self.scaling = store, inplace, scaling
+        store.settle()
+        self.targets = {}
+        self.plan = plan = plan_of(store, node)
+        if plan.first is not None:
+            xs, orders = plan.untied(xs, orders, store.layout)
+        self.symbolic = self.followed(xs, orders)
+        if self.symbolic and store.capturable:
+            raise BadState(CAPTURED)
+        self.jobs = self.made(plan, xs, orders)
+
+    def made(self, plan: Plan, xs: Sequence[Any], orders: list[Sequence[Any]]) -> list[tuple[Job, Engine]]:
+        """The jobs, each with its engine: only leaves that are not frozen and have a gradient are stepped."""
+        mask = active(self.store, plan, orders)
+        jobs: list[tuple[Job, Engine]] = []
+        for g, inside, at in plan.parts:
+            members, taken = inside, at
+            if mask is not None:
+                on = mask[at]
+                if not on.all():
+                    members, taken = (np.arange(len(on)) if inside is None else inside)[on], at[on]
+            if not len(taken):
+                continue
+            for chosen, at_chosen, engine in self.by_kind(g, members, taken, orders):
+                given = [xs, *orders]
+                if not plan.whole or chosen is not None:
+                    given = [[v[i] for i in at_chosen] for v in given]
+                jobs.append((self.job(g, chosen, given[0], tuple(given[1:])), engine))
+        return jobs
+
+    def by_kind(
+        self, g: int, members: Any, taken: Any, orders: list[Sequence[Any]]
+    ) -> list[tuple[Indices | None, Indices, Engine]]:
+        """(members, where they stand, engine) of a group: those whose gradient touches a few rows are stepped
+        by rows, if the rule allows it.
+        """
+        group = self.store.groups[g]
+        engine = engine_for(group, self.store.engine, symbolic=self.symbolic)
+        whole = group.kind.name == "numpy" or self.symbolic or group.kind.capturable or len(orders) > 1
+        if whole or not sparse.allowed(group):
+            return [(members, taken, engine)]
+        touched = np.array(sparse.sparse([orders[0][i] for i in taken]), bool)
+        if not touched.any():
+            return [(members, taken, engine)]
+        every = np.arange(len(taken)) if members is None else members
+        found = [(every[touched], taken[touched], sparse.ENGINE), (every[~touched], taken[~touched], engine)]
+        return [kinds for kinds in found if len(kinds[1])]
+
+    def followed(self, xs: Sequence[Any], orders: list[Sequence[Any]]) -> bool:
+        """Whether somebody follows what becomes of the numbers or of the arrays: a transform, a compiler."""
+        found = self.store.traced
+        for library in {g.kind.name: g.kind.library for g in self.store.groups}.values():
+            found = found or library.follows(xs, orders, inplace=self.inplace)
+            if found and self.inplace:
+                raise BadState(
+                    "update_ writes in place, which nobody can follow; write update for a step that is "
+                    "differentiated or compiled"
+                )
+        return found
+
+    def job(
+        self, g: int, members: Indices | None, xs: Sequence[Any], grads: tuple[Sequence[Any], ...]
+    ) -> Job:
+        """The job of some members of a group, None for all; its target takes the new state."""
+        group, target = self.store.groups[g], self.targets.get(g)
+        if target is None:
+            if self.inplace:
+                target = group.owned()
+            else:
+                target = group.successor(whole=members is None, symbolic=self.symbolic)
+            self.targets[g] = target
+        if members is not None:
+            target.table = target.table.split(members)
+        if self.symbolic:
+            target.table = target.table.to_traced(group.kind.library)
+        return Job(
+            group,
+            target,
+            group.subset(members),
+            xs,
+            grads,
+            target.table,
+            self.store.layout.paths,
+            self.inplace,
+            self.symbolic,
+            self.scaling,
+        )
+
+    def prepare(self) -> dict[int, Any]:
+        """Everything that may fail; the new parameters by leaf, where they are known to be new objects."""
+        self.steps = [Step(job, engine) for job, engine in self.jobs]
+        with np.errstate(all="ignore"):  # infinities and NaN are answers; checks of rules say which are not
+            ready(self.steps, self.plan.known)
+        return self.new()
+
+    def store_all(self) -> dict[int, Any]:
+        """Store; the new parameters, by leaf, where they are other objects than the old."""
+        with np.errstate(all="ignore"), self.store.lock:
+            for step in self.steps:
+                step.store()
+            self.tick()
+        if self.inplace:
+            self.store.changed()
+        return self.new()
+
+    def tick(self) -> None:
+        """Count the update for every leaf that it covered, stepped or not."""
+        skipped = None if self.scaling is None else self.scaling[1]
+        for g, inside, _ in self.plan.parts:
+            if g not in self.targets:
+                group = self.store.groups[g]
+                self.targets[g] = group if self.inplace else group.fork()
+            self.targets[g].table = self.targets[g].table.tick(inside, skipped)
+
+    def new(self) -> dict[int, Any]:
+        """The new parameters, by leaf of the model."""
+        found: dict[int, Any] = {}
+        for step in self.steps:
+            if step.new:
+                leaves = step.job.subset.leaves
+                found.update((int(leaves[i]), x) for i, x in step.new.items())
+        return found
