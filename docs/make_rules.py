@@ -314,6 +314,16 @@ def owners(rule: opt.Rule) -> list[tuple[tuple[Any, ...], opt.Rule]]:
     return out
 
 
+def counted(program: Program) -> tuple[Expr, ...]:
+    """The new values of the counters in the state of a rule."""
+    return program.new_counters[: len(shown(program))]
+
+
+def shown(program: Program) -> tuple[str, ...]:
+    """The names of the counters in the state of a rule."""
+    return program.names[program.hypers : len(program.names) - program.hidden]
+
+
 class Printer:
     """The equations of one program."""
 
@@ -330,7 +340,7 @@ class Printer:
             self.variables.setdefault(self.keys.of(e), name)
         self.counts_steps = [
             name == "t" and new.op == "add" and new.args[0] is not new.args[1] and _is(new.args[1], 1)
-            for name, new in zip(program.names[program.hypers :], program.new_counters, strict=True)
+            for name, new in zip(shown(program), counted(program), strict=False)
         ]
 
     def _settings(self) -> list[str]:
@@ -347,7 +357,7 @@ class Printer:
         ]
 
     def _counters(self) -> list[str]:
-        names = self.program.names[self.program.hypers :]
+        names = shown(self.program)
         return [letter(n, self.owner) for n in names]
 
     # -- choosing what gets an equation of its own --
@@ -358,7 +368,7 @@ class Printer:
         outputs: list[tuple[str, Expr]] = []
         for slot, new in zip(program.slots, program.new_slots, strict=True):
             outputs.append((subscripted(self.slots[slot.name], "t"), new))
-        for i, new in enumerate(program.new_counters):
+        for i, new in enumerate(counted(program)):
             name = self.numbers[program.hypers + i]
             outputs.append(("t" if self.counts_steps[i] else subscripted(name, "t"), new))
         if program.new_x is not None:

@@ -353,6 +353,14 @@ def when(condition: Operand, dx: Operand) -> Any:
     return dx if condition else None
 
 
+def clock(dx: Any, otherwise: Any) -> Any:
+    """How many updates have covered the array whose gradient is `dx`; behind a rule that answers `when`, how
+    many steps were taken there. Where `apply` is called outside any update, nobody counts: `otherwise`.
+    """
+    read = getattr(type(dx), "__clock__", None)
+    return otherwise if read is None else read()
+
+
 @dataclass(frozen=True)
 class Becomes:
     """The answer of a rule that knows the new value of x, not the step to it; x is that value, rounded

@@ -3,6 +3,7 @@
 import contextvars
 import inspect
 import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 from optimisers.errors import BadSetting, TraceError, UnknownField
@@ -79,9 +80,10 @@ def stepped(rule: Rule, state: Any, x: Any, dx: Any, more: tuple[Any, ...] = ())
             f"{type(rule).__name__} takes {needs + 1} gradients, and {len(more) + 1} came; write "
             f"update(state, model, grads, {', '.join(f'grads{i + 2}' for i in range(needs))})"
         )
+    now = at_clock.get()
     token = asking.set(type(rule))
     try:
-        return rule.apply(state, x, dx, *more[:takes])
+        return (rule if now is None else now(rule)).apply(state, x, dx, *more[:takes])
     finally:
         asking.reset(token)
 
@@ -89,6 +91,14 @@ def stepped(rule: Rule, state: Any, x: Any, dx: Any, more: tuple[Any, ...] = ())
 asking: contextvars.ContextVar[type | None] = contextvars.ContextVar("asking", default=None)
 """The type of the rule that is being applied: a total is summed over the leaves whose rules of this type ask
 for it.
+"""
+
+
+at_clock: contextvars.ContextVar[Callable[[Rule], Rule] | None] = contextvars.ContextVar(
+    "at_clock", default=None
+)
+"""Gives a rule that is about to be stepped with its schedules at the clock of the scope: behind a `when` that
+of the steps taken.
 """
 
 

@@ -269,9 +269,9 @@ def replaced(value: Any, changes: dict[str, Any]) -> Any:
     return new
 
 
-def schedules(value: Value, resolve: Callable[[str, Callable[[Any], Any]], Any]) -> Any:
-    """`value` with every schedule in a numeric field replaced by `resolve(name, schedule)`, at every
-    depth.
+def schedules(value: Value, resolve: Callable[[str, Callable[[Any], Any], Value], Any]) -> Any:
+    """`value` with every schedule in a numeric field replaced by `resolve(name, schedule, its owner)`, at
+    every depth.
     """
     changes: dict[str, Any] = {}
     for field in fields(value):
@@ -282,7 +282,7 @@ def schedules(value: Value, resolve: Callable[[str, Callable[[Any], Any]], Any])
         if want is not None:
             name = f"{type(value).__name__}.{field.name}"
             parts = old if isinstance(want, tuple) else (old,)
-            new = tuple(resolve(name, v) if callable(v) and not is_number(v) else v for v in parts)
+            new = tuple(resolve(name, v, value) if callable(v) and not is_number(v) else v for v in parts)
             changes[field.name] = new if isinstance(want, tuple) else new[0]
         else:
             changes[field.name] = inner(old, lambda v: schedules(v, resolve))

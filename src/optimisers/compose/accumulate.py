@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
-from optimisers.ops import when, where, zeros_like
+from optimisers.ops import clock, floor, maximum, when, where, zeros_like
 from optimisers.rule import Rule
 
 
@@ -19,7 +19,11 @@ class AccumGrad(Rule):
     """Passes on the mean of n gradients at every n-th update; in between there is no step, and later rules do
     not run.
 
-    `Chain(AccumGrad(4), Adam())` steps as Adam does on a batch four times as large.
+    `Chain(AccumGrad(4), Adam())` steps as Adam does on a batch four times as large. The updates that cover an
+    array are counted, whether it has a gradient there or not, so all arrays step together; a gradient that is
+    missing counts as zero in the mean. An array that has none at the n-th update itself takes no step there:
+    what it has gathered goes into its next step, whose mean is then over all that it holds, if they are more
+    than n.
     """
 
     n: int
@@ -34,5 +38,7 @@ class AccumGrad(Rule):
     def apply(self, state: AccumState, x: Array, dx: Array) -> Any:
         gathered = where(state.taken == 0, 0, state.sum) + dx
         taken = state.taken + 1
-        full = taken >= self.n
-        return AccumState(gathered, where(full, 0, taken)), when(full, gathered / taken)
+        windows = (clock(dx, state.taken) + 1) / self.n
+        full = floor(windows) == windows
+        mean = gathered / maximum(taken, self.n)
+        return AccumState(gathered, where(full, 0, taken)), when(full, mean)

@@ -37,6 +37,8 @@ class Trace:
         self.scope: list[Guard] = []
         self.checks: list[tuple[Expr, str, tuple[Expr, ...], Guard]] = []
         self.shape_read = False
+        self.clocks: Any = None
+        """The clocks of its scopes."""
         self.totals: dict[str, int] = {}
         """How many totals each type of rule has asked for."""
 
@@ -315,6 +317,10 @@ class Expr:
         result = make("identity", (dx,))
         result.guard = merged(result.guard, (condition, *condition.guard))
         return result
+
+    @staticmethod
+    def __clock__() -> "Expr":
+        return current().clocks.now()
 
     @staticmethod
     def __under__(dx: "Expr") -> Any:

@@ -7,12 +7,13 @@ from typing import Any
 
 from optimisers.arrays import registry
 from optimisers.errors import TraceError
+from optimisers.graph.clocks import Clocks
 from optimisers.graph.expr import Expr, Guard, cuts, lift, make, order, tracing
 from optimisers.graph.turn import turned
 from optimisers.nest import flatten, form, unflatten
 from optimisers.ops import Becomes
-from optimisers.rule import Rule, stepped
-from optimisers.settings import fill, schedules, walk
+from optimisers.rule import Rule, at_clock, stepped
+from optimisers.settings import fill, walk
 
 # -- the program ---------------------------------------------------------------------------------------------
 
@@ -44,6 +45,8 @@ class Program:
     hypers: int
     hidden: int
     """How many counters at the end are no part of the state: steps taken under each condition of `when`."""
+    clocks: tuple[int, ...]
+    """Which clock the schedules of each part of the rule read: UPDATES, or the number of such a counter."""
     new_x: Expr | None
     new_slots: tuple[Expr, ...]
     new_counters: tuple[Expr, ...]
@@ -74,20 +77,25 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
     with tracing() as notes:
         paths = [path for path, _ in walk(rule)]
         hypers = [Expr("number", value=i, options=(("name", _name(p)),)) for i, p in enumerate(paths)]
-        clock = Expr("clock")
-        symbolic = schedules(fill(rule, iter(hypers)), functools.partial(_scheduled, clock))
+        symbolic = fill(rule, iter(hypers))
         inputs = [
             Expr("input", value=n, domain="array", type=kind, shape=shape, options=stored if n == "x" else ())
             for n in _gradients(more, "x")
         ]
         slots, names, symbols = _state_symbols(state, shape, len(hypers))
+        clocks = notes.clocks = Clocks(symbolic, len(hypers) + len(names))
+        token = at_clock.set(clocks)
         try:
             answer = stepped(
                 symbolic, unflatten(state, iter(symbols)), inputs[0], inputs[1], tuple(inputs[2:])
             )
         except TraceError as error:
             name = type(rule).__name__
-            raise TraceError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
+            raise TraceError(
+                str(error) if str(error).startswith((name, "the schedule of")) else f"{name}: {error}"
+            ) from error
+        finally:
+            at_clock.reset(token)
         new_state, dx = _answer(rule, answer)
         if shape and isinstance(dx, Expr) and dx.domain == "scalar":
             raise TraceError(
@@ -100,6 +108,8 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
             inputs[0] if dx is None else lift(dx.value if isinstance(dx, Becomes) else inputs[0] - lift(dx))
         ]
         _types(rule, kind, wanted[0], state, new, symbols)
+        steps, hidden, counted = clocks.counters()
+        symbols, new = [*symbols, *hidden], [*new, *counted]
         olds = [inputs[0], *symbols]
         outputs = [_guarded(e, old) for e, old in zip([*wanted, *new], olds, strict=True)]
         checks = [
@@ -114,9 +124,10 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
         title=repr(rule),
         template=unflatten(state, iter([_blank(v) for _, v in flatten(state)])),
         slots=tuple(slots),
-        names=(*(_name(p) for p in paths), *names),
+        names=(*(_name(p) for p in paths), *names, *steps),
         hypers=len(hypers),
-        hidden=0,
+        hidden=len(hidden),
+        clocks=tuple(clocks.read),
         new_x=None if dx is None else cleaned[0],
         new_slots=tuple(by_symbol[s] for s in symbols if s.op == "input"),
         new_counters=tuple(by_symbol[s] for s in symbols if s.op == "number"),
@@ -129,19 +140,6 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
 def _blank(value: Any) -> Any:
     """Only the form of a template is used: it keeps no arrays alive."""
     return registry.library(value).stand_in((0,), value.dtype) if registry.isarray(value) else value
-
-
-def _scheduled(clock: Expr, name: str, schedule: Any) -> Expr:
-    """The value of a schedule at the symbolic clock."""
-    try:
-        value = lift(schedule(clock))
-    except TraceError as error:
-        raise TraceError(
-            f"the schedule of {name}: {str(error).replace('a rule', 'a schedule', 1)}"
-        ) from error
-    if value.domain != "scalar" or value.type == "complex":
-        raise TraceError(f"the schedule of {name} gives no real number for the clock")
-    return make("scheduled", (value,))
 
 
 def _gradients(more: int, *first: str) -> list[str]:

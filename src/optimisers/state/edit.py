@@ -7,8 +7,11 @@ import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.errors import BadState, UnknownField
+from optimisers.graph.clocks import UPDATES
 from optimisers.rule import Rule, changes_of
-from optimisers.settings import adjustable, adjusted, refuse_unknown, schedules, walk
+from optimisers.settings import Value, adjustable, adjusted, refuse_unknown, schedules, walk
+from optimisers.settings import parts as parts_of_value
+from optimisers.state.group import Group
 from optimisers.state.leaf import Leaf, handle, parts
 from optimisers.state.select import Where, leaves_of
 from optimisers.state.store import Store
@@ -98,12 +101,24 @@ def current(state: Any) -> Any:
     """
     store = parts(state)[0]
     if isinstance(state, Leaf):
-        clock = store.clock_of(leaves_of(state)[0])
-        return schedules(state.rule, lambda _, schedule: float(schedule(clock)))
+        return present(*store.where(leaves_of(state)[0]))
     return {
         str(store.layout.paths[i]): current(handle(store, Node(leaf=i, leaves=(i,)), store.layout.paths[i]))
         for i in leaves_of(state)
     }
+
+
+def present(group: Group, i: int, rule: Rule | None = None) -> Any:
+    """The rule of leaf i of a group, or one of its structure, with schedules at their present value."""
+    rule = group.rule_of(i) if rule is None else rule
+    read = {id(part): k for part, k in zip(parts_of_value(rule), group.program.clocks, strict=True)}
+    counters = group.table.read_counters(i)[len(group.types) :]
+
+    def value(_: str, schedule: Callable[[Any], Any], owner: Value) -> float:
+        k = read[id(owner)]
+        return float(schedule(group.table.read_clock(i) if k == UPDATES else int(counters[k])))
+
+    return schedules(rule, value)
 
 
 def hyperparameters(state: Any) -> dict[str, Any]:

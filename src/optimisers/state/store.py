@@ -187,12 +187,29 @@ class Store:
         """Replace the state of one leaf."""
         self.assign_many({leaf: state})
 
-    def wind(self, clocks: Mapping[int, float]) -> None:
-        """Set the clocks of leaves."""
-        values = np.array(list(clocks.values()), np.float64)
+    def progress_of(self, leaf: int) -> dict[str, Any]:
+        """How many updates have covered a leaf, as "step"; and under their names how many steps it has taken
+        under each condition of its rule.
+        """
+        group, i = self.where(leaf)
+        names = group.program.names[group.program.hypers + len(group.types) :]
+        counters = group.table.read_counters(i)[len(group.types) :]
+        return {"step": group.table.read_clock(i)} | dict(zip(names, counters, strict=True))
+
+    def wind(self, progress: Mapping[int, Mapping[str, float]]) -> None:
+        """Set the clocks of leaves, given as `progress_of` gives them; steps that are not named are those of
+        every update.
+        """
+        values = list(progress.values())
         with self.lock:
-            for group, members, which in self.found(clocks):
-                group.table = group.table.wind(members, values[which].tolist()).merge_equal()
+            for group, members, which in self.found(progress):
+                names = group.program.names[group.program.hypers + len(group.types) :]
+                clocks = [values[w].get("step", 0) for w in which]
+                steps = [[values[w].get(n, c) for n in names] for w, c in zip(which, clocks, strict=True)]
+                table = group.table.wind(members, clocks)
+                if names:
+                    table = table.assign_counters(members, steps, skip=len(group.types))
+                group.table = table.merge_equal()
         self.changed()
 
     def change(self, leaves: Iterable[int], new: Change) -> None:

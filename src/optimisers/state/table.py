@@ -96,8 +96,12 @@ class ScalarTable(Protocol):
         """
         ...
 
-    def assign_counters(self, members: Indices, values: Sequence[Sequence[Any]]) -> "ScalarTable":
-        """The table with other counters of some leaves, each given its own."""
+    def assign_counters(
+        self, members: Indices, values: Sequence[Sequence[Any]], skip: int = 0
+    ) -> "ScalarTable":
+        """The table with other counters of some leaves, each given its own; the first `skip` counters
+        stay.
+        """
         ...
 
     def tick(self, members: Indices | None, skipped: Any = None) -> "ScalarTable":
@@ -207,12 +211,15 @@ class HostTable:
                 new[rows, j] = value if np.ndim(value) == 0 else value[rows]
         return HostTable(new, self.clock, self.row, self.hypers)
 
-    def assign_counters(self, members: Indices, values: Sequence[Sequence[Any]]) -> "HostTable | TracedTable":
+    def assign_counters(
+        self, members: Indices, values: Sequence[Sequence[Any]], skip: int = 0
+    ) -> "HostTable | TracedTable":
         if (library := _tracer(values)) is not None:
-            return self.to_traced(library).assign_counters(members, values)
+            return self.to_traced(library).assign_counters(members, values, skip)
         apart = self.split_by(_own(self.row, members))
         new = apart.values.copy()
-        new[apart.row[members], self.hypers : self.hypers + len(values[0])] = values
+        at = self.hypers + skip
+        new[apart.row[members], at : at + len(values[0])] = values
         return HostTable(new, apart.clock, apart.row, self.hypers)
 
     def tick(self, members: Indices | None, skipped: Any = None) -> "HostTable":
@@ -323,9 +330,11 @@ class TracedTable:
         new = self.library.placed(values, at, self.library.columns(counters, len(rows)))
         return TracedTable(new, clock, row, self.hypers)
 
-    def assign_counters(self, members: Indices, values: Sequence[Sequence[Any]]) -> "TracedTable":
+    def assign_counters(
+        self, members: Indices, values: Sequence[Sequence[Any]], skip: int = 0
+    ) -> "TracedTable":
         new = self.split_by(_own(self.row, members))
-        at = (new.row[members][:, None], self.hypers + np.arange(len(values[0])))
+        at = (new.row[members][:, None], self.hypers + skip + np.arange(len(values[0])))
         whole = self.library.placed(new.values, at, self.library.table(list(values)))
         return TracedTable(whole, new.clock, new.row, self.hypers)
 
@@ -439,12 +448,13 @@ class DeviceTable:
             self.library.assign(self.values[:, j], self.library.on_device(column, self.device))
         return self
 
-    def assign_counters(self, members: Indices, values: Sequence[Sequence[Any]]) -> Self:
+    def assign_counters(self, members: Indices, values: Sequence[Sequence[Any]], skip: int = 0) -> Self:
         if _tracer(values) is not None:
             raise BadState(CAPTURED)
         given = self.library.on_device(np.array(values, np.float64), self.device)
         for i, new in zip(self.row[members].tolist(), given, strict=True):
-            self.library.assign(self.values[i, self.hypers : self.hypers + len(new)], new)
+            at = self.hypers + skip
+            self.library.assign(self.values[i, at : at + len(new)], new)
         return self
 
     def tick(self, members: Indices | None, skipped: Any = None) -> Self:

@@ -20,6 +20,7 @@ from optimisers.rule import Rule
 from optimisers.rules.descent import Momentum, Nesterov
 from optimisers.settings import ELSEWHERE, adjustable, adjusted, fill, numbers, refuse_unknown, settings
 from optimisers.settings import parts as parts_of_value
+from optimisers.state.edit import present
 from optimisers.state.leaf import parts
 from optimisers.step.update import setup, takes_scaling, update_, update_scaled
 from optimisers.tree.path import KeyPath, matches
@@ -159,8 +160,8 @@ class TorchOptimizer(torch.optim.Optimizer):
                 store.change(leaves, lambda old, changes=changes: adjusted(old, changes))
                 self._rule_of.update(dict.fromkeys(group["params"], rule))
             if now != seen or (self._scheduled[n] and not self._capturable):
-                clock = store.clock_of(leaves[0]) if leaves else 0
-                meant = _defaults(rule, clock).items()
+                now = present(*store.where(leaves[0]), rule) if leaves else rule
+                meant = _defaults(now).items()
                 group.update({k: v for k, v in meant if k not in group or v != self._read(group[k])})
                 self._seen[n] = self._shown(group, rule)
 
@@ -310,7 +311,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         store = parts(self._tree)[0]
         for p in parameters:
             group, i = store.where(self._leaf_of[p])
-            shown: dict[str, Any] = {"step": torch.tensor(float(group.table.read_clock(i)))}
+            shown: dict[str, Any] = {
+                k: torch.tensor(float(v)) for k, v in store.progress_of(self._leaf_of[p]).items()
+            }
             for path, value in flatten(group.state_of(i)):
                 tensor = registry.isarray(value)
                 shown[_key(path)] = value if tensor else torch.tensor(float(value), dtype=torch.float64)
@@ -327,7 +330,8 @@ class TorchOptimizer(torch.optim.Optimizer):
         group, i = store.where(leaf)
         old, name = group.state_of(i), str(store.layout.paths[leaf])
         entries = [(_key(path), value) for path, value in flatten(old)]
-        known, extra = {key for key, _ in entries}, {"step", "settings", "frozen"}
+        clocks = store.progress_of(leaf)
+        known, extra = {key for key, _ in entries}, {*clocks, "settings", "frozen"}
         if set(saved) - extra != known:
             raise TreeMismatch(
                 f"the state of {name!r} has {', '.join(map(repr, saved))}; {group.rule_of(i)!r} keeps "
@@ -346,7 +350,7 @@ class TorchOptimizer(torch.optim.Optimizer):
                     f"{tuple(value.shape)}"
                 )
         store.assign(leaf, unflatten(old, iter(new)))
-        store.wind({leaf: int(saved.get("step", 0))})
+        store.wind({leaf: {k: int(saved[k]) for k in clocks if k in saved}})
         if saved.get("frozen", 0):
             store.freeze([leaf], True)
         if "settings" in saved:
