@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from optimisers.engines import cache
-from optimisers.engines.addressed.pointers import Chunks, Form
+from optimisers.engines.addressed.chunks import Chunks
+from optimisers.engines.addressed.pointers import Form
 from optimisers.engines.cpu import threads
 from optimisers.state.leaf import parts
 
@@ -66,7 +67,7 @@ def limit(state: Any, model: dict[str, Any], grads: dict[str, Any]) -> Callable[
     (group,) = parts(state)[0].groups
     kind = np.dtype(group.kind.dtype)
     places = group.places
-    form = Form(places.shapes, places.strides, [True] * len(places.shapes))
+    form = Form("numpy", "cpu", places.shapes, places.strides, [True] * len(places.shapes))
     n = len(places.shapes)
     at_and_misfit = np.empty((2, 2, n), np.int64)
     for arrays, (where, misfit) in zip((model, grads), at_and_misfit, strict=True):

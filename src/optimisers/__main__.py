@@ -23,6 +23,7 @@ import numpy as np
 
 import optimisers as opt
 from optimisers.engines import cache
+from optimisers.engines.addressed import pointers
 from optimisers.engines.cpu import threads
 
 NEEDED = ("optimisers", "numpy", "numba", "platformdirs")
@@ -139,10 +140,17 @@ def doctor() -> int:
         "threads": f"{threads.available()}, alone below {threads.SERIAL_BELOW:,} elements",
         "kernel cache": described(cache.directory()),
         "fused engine": step,
+        "addresses": "; ".join(f"{name}: {road}" for name, road in addresses().items()),
         "CUDA engine": step_there,
     }.items():
         print(f"{name:<14}{found}")
     return 0 if works and works_there else 1
+
+
+def addresses() -> dict[str, str]:
+    """How kernels find the arrays of each library that is installed."""
+    here = [name for name in pointers.LOOKS if importlib.util.find_spec(name) is not None]
+    return {name: str(pointers.road(name, "cpu")) for name in here}
 
 
 def version(distribution: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from optimisers.arrays.registry import isnumeric
 from optimisers.engines import choose
+from optimisers.engines.addressed import pointers
 from optimisers.engines.addressed import task as fused
 from optimisers.engines.cpu.printer import Unprintable, legend
 from optimisers.errors import BadSetting, BadState
@@ -36,6 +37,8 @@ class GroupCost:
     state_bytes: int
     histories: int
     """How many different rows of numbers the leaves have."""
+    addresses: str = ""
+    """How kernels find the arrays; empty where none do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Explanation:
                 f"  engine {g.engine}{why}: {g.passes} pass{'es' * (g.passes != 1)} over memory, "
                 f"{g.bytes_per_parameter} bytes per parameter"
             )
+            if "(" in g.addresses:  # not the fastest road
+                lines.append(f"  addresses are {g.addresses}")
         lines.append(
             f"{self.clock} update{'s' * (self.clock != 1)} so far"
             + (f", {self.frozen} array{'s' * (self.frozen != 1)} frozen" if self.frozen else "")
@@ -107,6 +112,7 @@ def _cost(group: Group, members: Any, engine: str | None) -> GroupCost:
         bytes_per_parameter=moved,
         state_bytes=sum(int(p.places.sizes[members].sum()) * p.dtype.itemsize for p in group.slots),
         histories=rows,
+        addresses=str(pointers.road(group.kind.name, group.kind.device) or "") if not choice.reason else "",
     )
 
 

@@ -647,7 +647,9 @@ def test_the_compiled_look_sees_what_python_sees() -> None:
     strides = [contiguous_strides(s) for s in asked]
     form = addresses.Form("numpy", "cpu", asked, strides, [True] * len(asked))
 
-    assert addresses.look_at_numpy("cpu") is not None
+    taken = addresses.road("numpy", "cpu")
+    assert taken is not None
+    assert taken.look is not None
     for write in (False, True):
         for given in (arrays, tuple(arrays)):
             tables = np.empty(len(arrays), np.int64), np.empty(len(arrays), np.int64)

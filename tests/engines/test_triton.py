@@ -1332,8 +1332,8 @@ def test_a_step_makes_no_tensors_on_other_devices(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch, "zeros", zeros)
-    addresses.look_at_torch.cache_clear()
-    addresses.look_at_torch("cpu")
+    monkeypatch.delitem(addresses._roads, ("torch", "cpu"), raising=False)
+    addresses.road("torch", "cpu")
 
     assert made
     assert set(made) <= {"cpu", "meta", "None"}

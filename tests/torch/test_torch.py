@@ -619,7 +619,9 @@ def test_the_compiled_look_sees_what_python_sees(dtype: torch.dtype) -> None:
     own = [tuple(x.stride()) if x.layout is torch.strided else d for x, d in zip(arrays, dense, strict=True)]
     other = shapes[1:] + shapes[:1]
 
-    assert addresses.look_at_torch("cpu") is not None
+    taken = addresses.road("torch", "cpu")
+    assert taken is not None
+    assert taken.look is not None
     for asked, strides in ((shapes, dense), (shapes, own), (other, [*dense[1:], dense[0]])):
         flat = [contiguous_strides(s) == t for s, t in zip(asked, strides, strict=True)]
         form = addresses.Form("torch", "cpu", asked, strides, flat)
@@ -636,7 +638,8 @@ def test_the_compiled_look_sees_what_python_sees(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("found", [True, False])
 def test_steps_are_the_same_without_the_compiled_look(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not found:
-        monkeypatch.setitem(addresses.LOOKS, "torch", lambda _: None)
+        public = addresses.Road(None, addresses.torch_addresses, "asked for")
+        monkeypatch.setitem(addresses._roads, ("torch", "cpu"), public)
     model = {n: lay(two(shape)[0]) for n, (shape, lay, e) in LAYOUTS.items() if e == "numba"}
     state = opt.setup(RULE, model, engine="numba")
     _, new = opt.update_(state, model, {n: two(LAYOUTS[n][0])[1] for n in model})

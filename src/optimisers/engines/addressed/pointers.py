@@ -1,73 +1,53 @@
 """Where do a thousand arrays lie, laid out as expected? Asked anew at every step, in microseconds.
 
-Addresses are never kept: arrays are replaced, resized and freed behind one's back. Reading the address of one
-array in Python costs a microsecond, as much as stepping it; so a compiled function reads them from the array
-objects. The layout of NumPy's is part of its stable C interface (`PyArrayObject_fields` in `ndarraytypes.h`),
-that of lists and tuples of CPython's. PyTorch promises none; where its tensors keep what is looked for is
-found out by looking at a few whose contents are known. Whether all that works is tried once in every process;
-where it does not, Python asks each array.
+Addresses are never kept unseen: arrays are replaced, resized and freed behind one's back. Asking one array in
+Python costs microseconds, as much as stepping it. There are two roads: a compiled function reads the objects
+of the arrays (`objects`), with the versions it was tested with; the public road asks a whole list at once,
+with one function of the library for each question, and a step of small arrays takes about half as long again.
+Where that finds something odd, Python asks each array.
 """
 
 import ctypes
+import dataclasses
 import functools
-import sys
-import threading
+import importlib
+import operator
+import weakref
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.engines import cache
+from optimisers.engines.addressed import objects
 from optimisers.state.buffers import Indices
 
-CHUNK = 1 << 16
-"""Elements of one chunk: large enough that its set-up costs nothing, small enough to share out."""
 
-SPAN = 1 << 14
-"""Elements that a thread claims at least: several small leaves at once."""
+@dataclasses.dataclass(frozen=True)
+class Road:
+    """How addresses of the arrays of a library are found."""
 
+    look: objects.Look | None
+    """The compiled look at objects; None on the public road."""
+    bulk: Callable[..., Any]
+    reason: str
+    """Why it is the public road; empty if it is not."""
 
-class Chunks:
-    """The chunk table for leaves of these sizes, and the spans of chunks that threads claim."""
-
-    def __init__(self, sizes: Indices, chunk: int = CHUNK) -> None:
-        self.chunk = chunk
-        pieces = -(-sizes // chunk)
-        leaf = np.repeat(np.arange(len(sizes)), pieces)
-        first = (np.arange(len(leaf)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * chunk
-        length = np.minimum(chunk, sizes[leaf] - first)
-        self.leaf: Indices = leaf
-        self.table: Indices = np.stack([leaf, first, length], axis=1).astype(np.int64)
-        self.begin: Indices = np.concatenate([[0], np.cumsum(pieces)]).astype(np.int64)
-        """Of each leaf: its first chunk; then how many there are."""
-        self.elements = int(sizes.sum())
-        self.placed: dict[Any, Any] = {}
-        """What engines have made of these tables elsewhere."""
-        group = (np.cumsum(length) - length) // SPAN
-        self.spans: Indices = np.append(np.flatnonzero(np.diff(group, prepend=-1)), len(leaf)).astype(
-            np.int64
-        )
+    def __str__(self) -> str:
+        return f"asked of the arrays ({self.reason})" if self.reason else "read from their objects"
 
 
-class Scratch(threading.local):
-    """Small tables that every step needs again; each thread has its own."""
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """Tensors that fitted when they were looked at, and what would show that they are others now."""
 
-    def __init__(self) -> None:
-        self.arrays: dict[Any, Any] = {}
-
-    def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
-        """An array to be filled; the one of the last call by this name, if it has this shape."""
-        found = self.arrays.get(name)
-        if found is None or found.shape != shape:
-            found = self.arrays[name] = np.empty(shape, dtype)
-        return found
-
-    def kept(self, name: Any, make: Callable[[], Any]) -> Any:
-        """What `make` made when this was first asked for."""
-        if name not in self.arrays:
-            self.arrays[name] = make()
-        return self.arrays[name]
+    ids: list[int]
+    arrays: list[Callable[[], Any]]
+    at: list[int]
+    sizes: list[int]
+    """What arrays and addresses are empty of until the same list has come twice."""
 
 
 class Form:
@@ -88,17 +68,38 @@ class Form:
         self.shape = np.array([n for s in shapes for n in s], np.int64)
         self.stride = np.array([n for s in strides for n in s], np.int64)
 
+        self.flats = np.array(contiguous, bool)
+        places = list(zip(shapes, strides, strict=True))
+        reach = [1 + sum((n - 1) * t for n, t in zip(*place, strict=True)) for place in places]
+        self.reach = np.array([0 if 0 in s else r for s, r in zip(shapes, reach, strict=True)], np.int64)
+        """How many elements of memory each array spans."""
+        self.known: dict[str, Known] = {}
+        """What was looked at last on the public road, by name."""
+
     def addresses(
-        self, arrays: Sequence[Any], dtype: Any, at: Indices, misfit: Indices, *, write: bool
+        self,
+        arrays: Sequence[Any],
+        dtype: Any,
+        at: Indices,
+        misfit: Indices,
+        *,
+        write: bool,
+        name: str = "",
     ) -> tuple[Indices, Indices]:
         """(the address of each array, the numbers of those that are not as expected: their address means
-        nothing).
+        nothing). `name` tells the lists of a step apart: less is asked of one that came before.
         """
-        look = LOOKS[self.library](self.device) if self.library in LOOKS else None
-        if look is None or type(arrays) not in (list, tuple):
-            return self.asked(arrays, dtype, write=write)
-        count = look(self, _items(arrays), dtype, at, misfit, write=write)
-        return at, misfit[:count]
+        taken = road(self.library, self.device)
+        if taken is not None and type(arrays) in (list, tuple):
+            if taken.look is not None:
+                count = taken.look(self, objects.first_item(arrays), dtype, at, misfit, write=write)
+                return at, misfit[:count]
+            try:
+                if (fits := taken.bulk(self, arrays, dtype, at, write=write, name=name)) is not None:
+                    return at, np.flatnonzero(~fits)
+            except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+                pass  # something that is no plain array: each is asked
+        return self.asked(arrays, dtype, write=write)
 
     def asked(self, arrays: Sequence[Any], dtype: Any, *, write: bool) -> tuple[Indices, Indices]:
         """The same, asking every array in Python."""
@@ -115,6 +116,8 @@ class Form:
             a, self.device, write=write
         ):
             return False
+        if self.library == "torch" and (a.is_inference() or lacks_memory(a)):
+            return False
         shape, strides = library.layout(a)
         wanted = tuple(s * dtype.itemsize for s in self.strides[i])
         return (
@@ -124,57 +127,11 @@ class Form:
         )
 
 
-LOOK = '''"""Reads the addresses of arrays from their objects, and counts those not laid out as expected."""
-from numba import njit
-
-from optimisers.engines.cpu.intrinsics import peek32, peek64
-
-
-@njit("i8(i8, i8, i8, i8, i8, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], i8[::1])",
-      error_model="numpy", cache=True)
-def look(items, array_type, dtype, itemsize, flags, contiguous, begin, shape, stride, at, misfit):
-    count = 0
-    for k in range(at.size):
-        array = peek64(items + 8 * k)
-        fits = peek64(array + 8) == array_type
-        if fits:
-            ndim = begin[k + 1] - begin[k]
-            found = peek32(array + 64)
-            fits = peek32(array + 24) == ndim and peek64(array + 56) == dtype and (found & flags) == flags
-            if fits:
-                laid = contiguous[k] == 1 and (found & 1) == 1
-                for d in range(ndim):
-                    fits = fits and peek64(peek64(array + 32) + 8 * d) == shape[begin[k] + d]
-                    step = itemsize * stride[begin[k] + d]
-                    fits = fits and (laid or peek64(peek64(array + 40) + 8 * d) == step)
-            at[k] = peek64(array + 16)
-        if not fits:
-            misfit[count] = k
-            count += 1
-    return count
-'''
-
-
-def _items(arrays: Sequence[Any]) -> int:
-    """The address of the first reference in a list or tuple."""
-    inline = id(arrays) + 24
-    return inline if type(arrays) is tuple else ctypes.c_int64.from_address(inline).value
-
-
-def _looks_work() -> bool:
-    """Whether objects lie in memory as CPython has them."""
-    return (
-        sys.implementation.name == "cpython"
-        and sys.maxsize == 2**63 - 1
-        and getattr(sys, "_is_gil_enabled", lambda: True)()
-    )
-
-
-def _agrees(look: Any, form: Form, arrays: list[Any], dtype: Any) -> bool:
+def agrees(look: objects.Look, form: Form, arrays: list[Any], dtype: Any) -> bool:
     """Whether a compiled look says of some arrays what Python says."""
     for given in (arrays, tuple(arrays)):
         at, misfit = np.empty(len(given), np.int64), np.empty(len(given), np.int64)
-        misfits = misfit[: look(form, _items(given), dtype, at, misfit, write=True)]
+        misfits = misfit[: look(form, objects.first_item(given), dtype, at, misfit, write=True)]
         expected_at, expected = form.asked(given, dtype, write=True)
         fitting = np.setdiff1d(np.arange(len(given)), expected)
         if not np.array_equal(misfits, expected) or not np.array_equal(at[fitting], expected_at[fitting]):
@@ -182,28 +139,107 @@ def _agrees(look: Any, form: Form, arrays: list[Any], dtype: Any) -> bool:
     return True
 
 
+LOOKS: dict[str, Callable[[str], objects.Look | None]] = {
+    "numpy": objects.numpy_look,
+    "torch": objects.torch_look,
+}
+"""What makes the compiled look at the arrays of each library that kernels serve."""
+
+
+_roads: dict[tuple[str, str], Road] = {}
+
+
+def road(library: str, device: str) -> Road | None:
+    """How addresses of a library's arrays on a device are found; None where each must be asked."""
+    found = _roads.get((library, device))
+    if found is None and library in LOOKS:
+        found, lasting = _chosen(library, device)
+        if lasting:
+            _roads[library, device] = found
+    return found
+
+
+def choose(library: str, device: str, taken: Road) -> None:
+    """Take this road from now on: for tests and timings of another than the one that was found."""
+    _roads[library, device] = taken
+
+
+def _chosen(library: str, device: str) -> tuple[Road, bool]:
+    """(the road, whether it is the same at the next step)."""
+    bulk = BULK[library]
+    if (reason := objects.refusal(library)) is not None:
+        return Road(None, bulk, reason), True
+    form, arrays, dtype = SAMPLES[library](device)
+    if is_fake(arrays[0]):
+        return Road(None, bulk, "a mode of PyTorch makes other tensors now"), False
+    look = LOOKS[library](device)
+    if look is None or not agrees(look, form, arrays, dtype):
+        return Road(None, bulk, "objects of another layout were found"), True
+    return Road(look, bulk, ""), True
+
+
+# -- NumPy ---------------------------------------------------------------------------------------------------
+
+READ = '''"""Reads the addresses of arrays from their `__array_struct__`, and counts those not as expected."""
+from numba import njit
+
+from optimisers.engines.cpu.intrinsics import peek32, peek64
+from optimisers.engines.xla.c_api import call
+
+
+@njit("i8(i8, i8[::1], i8, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], b1[::1])",
+      error_model="numpy", cache=True)
+def look(get_pointer, capsules, flags, contiguous, begin, shape, stride, at, fits):
+    for k in range(at.size):
+        found = call(get_pointer, capsules[k], 0)
+        ndim, itemsize, has = peek32(found + 4), peek32(found + 12), peek32(found + 16)
+        fit = ndim == begin[k + 1] - begin[k] and (has & flags) == flags
+        if fit:
+            laid = contiguous[k] == 1 and (has & 1) == 1
+            for d in range(ndim):
+                fit = fit and peek64(peek64(found + 24) + 8 * d) == shape[begin[k] + d]
+                step = itemsize * stride[begin[k] + d]
+                fit = fit and (laid or peek64(peek64(found + 32) + 8 * d) == step)
+        at[k] = peek64(found + 40)
+        fits[k] = fits[k] and fit
+    return 0
+'''
+"""NumPy's array interface in C: a `PyArrayInterface` has axes, element size, flags, shape, strides, data."""
+
+NOTSWAPPED = 0x200
+
+
 @functools.cache
-def look_at_numpy(device: str) -> Any:
-    """The compiled look at arrays of NumPy, if it agrees with Python on a handful; else None."""
-    if not _looks_work():
-        return None
-    compiled = cache.load(LOOK).look
+def _reader() -> tuple[Any, int]:
+    """(the compiled reader, the address of the function that opens a capsule)."""
+    pointer = ctypes.cast(ctypes.pythonapi.PyCapsule_GetPointer, ctypes.c_void_p).value
+    return cache.load(READ).look, pointer or 0
 
-    def look(form: Form, items: int, dtype: Any, at: Indices, misfit: Indices, *, write: bool) -> int:
-        return compiled(
-            items,
-            id(np.ndarray),
-            id(dtype),
-            dtype.itemsize,
-            0x500 if write else 0x100,
-            form.contiguous,
-            form.begin,
-            form.shape,
-            form.stride,
-            at,
-            misfit,
-        )
 
+def numpy_addresses(
+    form: Form, arrays: Sequence[Any], dtype: Any, at: Indices, *, write: bool, name: str
+) -> Any:
+    """Which arrays fit; their addresses in `at`."""
+    del name  # an array may be resized where it is: it is looked at every time
+    kinds = list(map(type, arrays))
+    fits = np.ones(len(arrays), bool)
+    if kinds.count(np.ndarray) < len(kinds):
+        fits &= [kind is np.ndarray for kind in kinds]
+        if not all(issubclass(kind, np.ndarray) for kind in kinds):
+            return None
+    dtypes = list(map(attrgetter("dtype"), arrays))
+    if dtypes.count(dtype) < len(dtypes):
+        fits &= [found == dtype for found in dtypes]
+    capsules = list(map(attrgetter("__array_struct__"), arrays))
+    compiled, pointer = _reader()
+    flags = objects.ALIGNED | NOTSWAPPED | (objects.WRITEABLE if write else 0)
+    ids = np.fromiter(map(id, capsules), np.int64, len(capsules))
+    compiled(pointer, ids, flags, form.contiguous, form.begin, form.shape, form.stride, at, fits)
+    return fits
+
+
+def numpy_samples(device: str) -> tuple[Form, list[Any], Any]:
+    """Arrays that fit and some that do not."""
     arrays = [
         np.zeros((2, 3), np.float32),
         np.zeros((3, 2), np.float32).T,
@@ -213,75 +249,87 @@ def look_at_numpy(device: str) -> Any:
         np.zeros((), np.float32),
         np.zeros((1, 3), np.float32),
     ]
+    arrays[4].flags.writeable = False
     shapes = [(2, 3)] * 5 + [(), (1, 3)]
     strides = [(3, 1)] * 5 + [(), (3, 1)]
-    arrays[4].flags.writeable = False
-    form = Form("numpy", device, shapes, strides, [True] * 7)
-    return look if _agrees(look, form, arrays, np.dtype(np.float32)) else None
+    return Form("numpy", device, shapes, strides, [True] * 7), arrays, np.dtype(np.float32)
 
 
-# -- tensors -------------------------------------------------------------------------------------------------
-
-LOOK_TORCH = '''"""Reads the addresses of tensors from their objects; counts those not as expected."""
-from numba import njit
-
-from optimisers.engines.cpu.intrinsics import peek32, peek64
+# -- PyTorch -------------------------------------------------------------------------------------------------
 
 
-@njit("i8(i8, i8[::1], i8, i8, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1])",
-      error_model="numpy", cache=True)
-def look(items, where, dtype, itemsize, begin, shape, stride, at, misfit):
-    count = 0
-    for k in range(at.size):
-        tensor = peek64(items + 8 * k)
-        kind = peek64(tensor + 8)
-        fits = kind == where[0] or kind == where[1]
-        if fits:
-            impl = peek64(tensor + where[2])
-            ndim = begin[k + 1] - begin[k]
-            fits = (peek64(impl + where[3]) == where[4] and (peek32(impl + where[5]) & where[12]) == dtype
-                    and peek64(impl + where[6]) == ndim)
-            if fits:
-                sizes, strides = impl + where[7], impl + where[8]
-                if ndim > 5:
-                    sizes = peek64(sizes)
-                    strides = sizes + 8 * ndim
-                for d in range(ndim):
-                    n = shape[begin[k] + d]
-                    fits = fits and peek64(sizes + 8 * d) == n
-                    fits = fits and (n == 1 or peek64(strides + 8 * d) == stride[begin[k] + d])
-            if fits:
-                at[k] = peek64(peek64(impl + where[9]) + where[10]) + itemsize * peek64(impl + where[11])
-                fits = at[k] % itemsize == 0
-        if not fits:
-            misfit[count] = k
-            count += 1
-    return count
-'''
-
-
-@functools.cache
-def look_at_torch(device: str) -> Any:
-    """The compiled look at plain tensors on a device, if it agrees with Python on a handful; else None."""
-    import torch
-
-    if not _looks_work() or (where := _inside_tensors(torch, device)) is None:
+def torch_addresses(
+    form: Form, arrays: Sequence[Any], dtype: Any, at: Indices, *, write: bool, name: str
+) -> Any:
+    """Which tensors fit; their addresses in `at`."""
+    del write  # no plain tensor is read-only
+    torch: Any = importlib.import_module("torch")
+    of, count = torch.Tensor, len(arrays)
+    known, ids = form.known.get(name), list(map(id, arrays))
+    places = list(map(of.data_ptr, arrays))
+    at[:] = places
+    again = known is not None and known.ids == ids
+    if (
+        known is not None
+        and again
+        and known.at == places
+        and all(map(operator.is_, map(operator.call, known.arrays), arrays))
+        and list(map(of.numel, arrays)) == known.sizes
+        and list(map(of.is_contiguous, arrays)).count(True) == count
+        and list(map(attrgetter("dtype"), arrays)).count(dtype) == count
+    ):
+        return np.ones(count, bool)
+    kinds = list(map(type, arrays))
+    if kinds.count(of) + kinds.count(torch.nn.Parameter) < count or _is_watched(torch, arrays):
         return None
-    compiled = cache.load(LOOK_TORCH).look
-    table, codes = where
+    fits = _layouts_fit(torch, form, arrays)
+    fits &= _are(list(map(attrgetter("dtype"), arrays)), dtype)
+    fits &= _are(list(map(attrgetter("device"), arrays)), torch.device(form.device))
+    fits &= _are(list(map(of.is_neg, arrays)), wanted=False)
+    fits &= _are(list(map(of.is_inference, arrays)), wanted=False)
+    if dtype.is_complex:
+        fits &= _are(list(map(of.is_conj, arrays)), wanted=False)
+    first = np.fromiter(map(of.storage_offset, arrays), np.int64, count)
+    bytes_ = np.fromiter(map(torch.UntypedStorage.nbytes, map(of.untyped_storage, arrays)), np.int64, count)
+    fits &= at % dtype.itemsize == 0
+    fits &= ((first + form.reach) * dtype.itemsize <= bytes_) | (form.reach == 0)
+    whole = again and bool(fits.all()) and bool(form.flats.all())
+    form.known[name] = Known(
+        ids,
+        list(map(weakref.ref, arrays)) if whole else [],
+        places if whole else [],
+        list(map(of.numel, arrays)) if whole else [],
+    )
+    return fits
 
-    def look(form: Form, items: int, dtype: Any, at: Indices, misfit: Indices, **_: bool) -> int:
-        return compiled(
-            items,
-            table,
-            codes[dtype],
-            dtype.itemsize,
-            form.begin,
-            form.shape,
-            form.stride,
-            at,
-            misfit,
-        )
+
+def _are(found: list[Any], wanted: Any) -> Any:
+    """Which of the values are the wanted one; True for all."""
+    return True if found.count(wanted) == len(found) else np.array([value == wanted for value in found], bool)
+
+
+def _is_watched(torch: Any, arrays: Sequence[Any]) -> bool:
+    """Whether a tensor stands for another, inside a transform or a compiler."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(map(wrapped, arrays)) or any(map(torch._is_functional_tensor, arrays))
+
+
+def _layouts_fit(torch: Any, form: Form, arrays: Sequence[Any]) -> Any:
+    """Which tensors have the shape and the strides of the form."""
+    shapes = list(map(attrgetter("shape"), arrays))
+    fits = np.ones(len(arrays), bool)
+    if shapes != form.shapes:
+        fits &= [found == wanted for found, wanted in zip(shapes, form.shapes, strict=True)]
+    laid = form.flats & np.array(list(map(torch.Tensor.is_contiguous, arrays)), bool)
+    for k in np.flatnonzero(fits & ~laid).tolist():
+        axes = zip(form.shapes[k], arrays[k].stride(), form.strides[k], strict=True)
+        fits[k] = all(n == 1 or found == wanted for n, found, wanted in axes)
+    return fits
+
+
+def torch_samples(device: str) -> tuple[Form, list[Any], Any]:
+    """Tensors that fit and some that do not."""
+    import torch
 
     zeros = functools.partial(torch.zeros, device=device)
     deep = zeros(1, 2, 1, 3, 1, 2, 2)
@@ -302,68 +350,24 @@ def look_at_torch(device: str) -> Any:
     ]
     shapes = [(2, 3)] * 7 + [(), (), tuple(deep.shape)] + [(2, 3)] * (len(arrays) - 10)
     strides = [(3, 1)] * 7 + [(), (), deep.stride()] + [(3, 1)] * (len(arrays) - 10)
-    form = Form("torch", device, shapes, strides, [True] * len(arrays))
-    return look if _agrees(look, form, arrays, torch.float32) else None
+    return Form("torch", device, shapes, strides, [True] * len(arrays)), arrays, torch.float32
 
 
-def _inside_tensors(torch: Any, device: str) -> Any:
-    """(where a plain tensor keeps what, the code of every element type): found by looking at tensors whose
-    contents are known; None if something is not where it could be expected.
-    """
-    zeros = functools.partial(torch.zeros, device=device)
-    base = zeros(4000)
-    whole = 0xFFFF if device == "cpu" else 0xFFFFFFFF  # behind the type stands the device
-    probe = base.as_strided((3, 5, 7), (701, 103, 2), 13)
-    other = zeros((3, 5, 7), dtype=torch.float64)
-
-    def words(at: int, count: int) -> list[int]:
-        return list((ctypes.c_int64 * count).from_address(at))
-
-    def first(found: list[int], wanted: list[int]) -> int:
-        """Where in the words these stand, in bytes."""
-        return 8 * next(i for i in range(len(found)) if found[i : i + len(wanted)] == wanted)
-
-    try:
-        impl = words(probe._cdata, 26)
-        storage = probe.untyped_storage()
-        of_sizes = first(impl, [3, 3, 5, 7])
-        sparse = words(zeros(2, 3).to_sparse()._cdata, 26)
-        plain = words(zeros(2, 3)._cdata, 26)
-        double = words(other._cdata, 26)
-        of_offset = first(impl, [13, 105])  # the offset, then how many elements there are
-        of_type = next(
-            8 * i
-            for i in range(of_offset // 8, 26)
-            if (impl[i] ^ plain[i]) & 0xFFFF == 0 and (impl[i] ^ double[i]) & 0xFFFF == 6 ^ 7
-        )
-        of_keys = next(
-            8 * i
-            for i in range(of_type // 8 + 1, 26)
-            if impl[i] == plain[i] == double[i] and impl[i] != sparse[i] and impl[i] > 0
-        )
-        codes: dict[Any, int] = {}
-        for name in ("float16", "bfloat16", "float32", "float64", "complex64", "complex128", "int16"):
-            dtype = getattr(torch, name)
-            codes[dtype] = words(zeros(1, dtype=dtype)._cdata, 26)[of_type // 8] & whole
-        table = [
-            id(torch.Tensor),
-            id(torch.nn.Parameter),
-            first(words(id(probe), 6), [probe._cdata]),
-            of_keys,
-            plain[of_keys // 8],
-            of_type,
-            of_sizes,
-            of_sizes + 8,
-            first(impl, [701, 103, 2]),
-            first(impl, [storage._cdata]),
-            first(words(storage._cdata, 8), [storage.data_ptr()]),
-            of_offset,
-            whole,
-        ]
-    except (StopIteration, AttributeError, RuntimeError):
-        return None
-    return np.array(table, np.int64), codes
+def lacks_memory(x: Any) -> bool:
+    """Whether a plain tensor reaches beyond its storage, which was freed or shrunk behind it."""
+    if getattr(x, "untyped_storage", None) is None or registry.library(x).is_loose(x) or not x.numel():
+        return False
+    last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return (x.storage_offset() + last + 1) * x.itemsize > x.untyped_storage().nbytes()
 
 
-LOOKS = {"numpy": look_at_numpy, "torch": look_at_torch}
-"""The compiled look at the arrays of each library that has one."""
+def is_fake(x: Any) -> bool:
+    """Whether a mode of PyTorch gave something without memory where a plain tensor was asked for."""
+    return hasattr(x, "untyped_storage") and registry.library(x).is_loose(x)
+
+
+BULK: dict[str, Callable[..., Any]] = {"numpy": numpy_addresses, "torch": torch_addresses}
+SAMPLES: dict[str, Callable[[str], tuple[Form, list[Any], Any]]] = {
+    "numpy": numpy_samples,
+    "torch": torch_samples,
+}

@@ -16,7 +16,8 @@ import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.arrays.layout import contiguous_strides
-from optimisers.engines.addressed.pointers import Chunks, Form, Scratch
+from optimisers.engines.addressed.chunks import Chunks, Scratch
+from optimisers.engines.addressed.pointers import Form, is_fake, lacks_memory
 from optimisers.engines.checks import checked_gradient, checked_x
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu.printer import Unprintable
@@ -24,6 +25,7 @@ from optimisers.engines.interpret import Values, every
 from optimisers.engines.memory import Spans
 from optimisers.engines.stacks import Stacks, Workspace
 from optimisers.engines.task import Holds, Members, Step
+from optimisers.errors import BadState, TreeMismatch
 from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Pass, is_input, number_of, outputs, reduce_pass, stages, store_pass
 from optimisers.graph.plan import operations
@@ -187,7 +189,7 @@ def look(
     """(addresses, the numbers of arrays that are not laid out like the state)."""
     n, scratch = (step.leaves,), tables.scratch
     at, misfit = scratch.array(name, n, np.int64), scratch.array("misfit " + name, n, np.int64)
-    return tables.form.addresses(arrays, dtype, at, misfit, write=write)
+    return tables.form.addresses(arrays, dtype, at, misfit, write=write, name=name)
 
 
 def _laid_out(
@@ -202,7 +204,17 @@ def _laid_out(
     """The arrays with copies of those that do not fit, whose addresses are noted."""
     found = list(arrays)
     for i in misfits.tolist():
-        found[i] = step.library.laid_out(checked(i), dtype, *layout(step, tables, i))
+        source = checked(i)
+        if lacks_memory(source):
+            raise TreeMismatch(
+                f"an array of shape {tables.form.shapes[i]} whose storage was freed or made smaller, "
+                f"at {step.code(i, 'model' if arrays is step.xs else 'grads')}"
+            )
+        found[i] = step.library.laid_out(source, dtype, *layout(step, tables, i))
+        if is_fake(found[i]):
+            raise BadState(
+                "a FakeTensorMode is on, in which tensors have no memory; take the step outside it"
+            )
         at[i] = step.library.address(found[i])
     return found
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from optimisers.engines import cache
 from optimisers.engines.addressed import task as addressed
-from optimisers.engines.addressed.pointers import CHUNK, LOOKS, Chunks
+from optimisers.engines.addressed.chunks import CHUNK, Chunks
+from optimisers.engines.addressed.pointers import LOOKS
 from optimisers.engines.addressed.task import arithmetic_of, kinds_of, labels_of, printable, titled
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu import threads

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from optimisers.engines.addressed.pointers import Chunks
+from optimisers.engines.addressed.chunks import Chunks
 from optimisers.state.buffers import Indices
 
 

@@ -17,7 +17,7 @@ import torch
 
 from optimisers.engines import cache
 from optimisers.engines.addressed import task as addressed
-from optimisers.engines.addressed.pointers import Chunks
+from optimisers.engines.addressed.chunks import Chunks
 from optimisers.engines.addressed.task import Tables, arithmetic_of, kinds_of, labels_of, printable, titled
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cuda import launch as launches

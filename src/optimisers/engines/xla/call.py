@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.engines import cache
-from optimisers.engines.addressed.pointers import Chunks
+from optimisers.engines.addressed.chunks import Chunks
 from optimisers.engines.cpu import threads
 from optimisers.state.buffers import Indices
 

@@ -1,0 +1,57 @@
+"""How is the work of a step cut up, and which small tables does every step need again?"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from optimisers.state.buffers import Indices
+
+CHUNK = 1 << 16
+"""Elements of one chunk: large enough that its set-up costs nothing, small enough to share out."""
+
+SPAN = 1 << 14
+"""Elements that a thread claims at least: several small leaves at once."""
+
+
+class Chunks:
+    """The chunk table for leaves of these sizes, and the spans of chunks that threads claim."""
+
+    def __init__(self, sizes: Indices, chunk: int = CHUNK) -> None:
+        self.chunk = chunk
+        pieces = -(-sizes // chunk)
+        leaf = np.repeat(np.arange(len(sizes)), pieces)
+        first = (np.arange(len(leaf)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * chunk
+        length = np.minimum(chunk, sizes[leaf] - first)
+        self.leaf: Indices = leaf
+        self.table: Indices = np.stack([leaf, first, length], axis=1).astype(np.int64)
+        self.begin: Indices = np.concatenate([[0], np.cumsum(pieces)]).astype(np.int64)
+        """Of each leaf: its first chunk; then how many there are."""
+        self.elements = int(sizes.sum())
+        self.placed: dict[Any, Any] = {}
+        """What engines have made of these tables elsewhere."""
+        group = (np.cumsum(length) - length) // SPAN
+        self.spans: Indices = np.append(np.flatnonzero(np.diff(group, prepend=-1)), len(leaf)).astype(
+            np.int64
+        )
+
+
+class Scratch(threading.local):
+    """Small tables that every step needs again; each thread has its own."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[Any, Any] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An array to be filled; the one of the last call by this name, if it has this shape."""
+        found = self.arrays.get(name)
+        if found is None or found.shape != shape:
+            found = self.arrays[name] = np.empty(shape, dtype)
+        return found
+
+    def kept(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What `make` made when this was first asked for."""
+        if name not in self.arrays:
+            self.arrays[name] = make()
+        return self.arrays[name]
