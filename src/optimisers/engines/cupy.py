@@ -15,6 +15,7 @@ import numpy as np
 from optimisers import ops
 from optimisers.arrays.cupy import ON_DEVICE, cp, library
 from optimisers.engines import interpret
+from optimisers.engines.evaluate import evaluate
 from optimisers.engines.interpret import input_of
 from optimisers.engines.task import Engine, Holds, Members, Step
 from optimisers.graph.expr import Expr
@@ -54,44 +55,44 @@ def refusal(group: Group) -> str:
     return "" if p is None else unfused(p) or ""
 
 
+_KNOWN = frozenset({"load", "column", "cast"})
+"""What lowering puts around the words."""
+
+
 def unfused(p: Pass) -> str | None:
     """Why CuPy does not fuse a pass; None if it does."""
     if p.free:
         return "values of another shape than the parameters"
-    odd = next((e.op for e in p.body if e.op != "input" and e.op not in WORDS), None)
+    odd = next((e.op for e in p.body if e.op not in WORDS and e.op not in _KNOWN), None)
     return None if odd is None else f"the word {odd}"
 
 
 # -- a pass as a function ------------------------------------------------------------------------------------
 
 
-def evaluated(p: Pass, wide: Any, arrays: Sequence[Any], scalars: Sequence[Any]) -> Callable[[Expr], Any]:
-    """The value of a node of a pass, from its arrays and scalars, or from what stands for them."""
-    real = library.real_of(wide)
-    values: dict[int, Any] = dict(zip(map(id, p.scalars), scalars, strict=True))
-    given = dict(zip(p.loads, arrays, strict=True))
+def copied(x: Any, dtype: Any) -> Any:
+    """What is widened, always as a copy, though in registers: what is read may be written before its value is
+    stored.
+    """
+    return x.astype(dtype)
 
-    def operand(e: Expr, *, number: bool = True) -> Any:
-        if e.op == "const" and e.domain == "scalar":
-            flag = e.type == "bool" and not number
-            return library.number(e.value, np.dtype(bool) if flag else wide if e.type == "complex" else real)
-        return values[id(e)].astype(real) if number and e.type == "bool" else values[id(e)]
 
-    for e in p.body:
-        if e.op == "input":
-            # Always a copy, though in registers: what is read may be written before its value is stored.
-            values[id(e)] = given[e.value].astype(wide if e.type == "complex" else real)
-            continue
-        steers = e.op.startswith("logical")
-        args = [
-            operand(a, number=not steers and not (e.op == "where" and (i == 0 or e.type == "bool")))
-            for i, a in enumerate(e.args)
-        ]
-        if e.op in ops.ROUNDINGS:
-            values[id(e)] = args[0].astype(e.op.removeprefix("to_")).astype(real)
-            continue
-        values[id(e)] = WORDS[e.op](*args)
-    return operand
+def evaluated(p: Pass, wide: Any, arrays: Sequence[Any], scalars: Sequence[Any]) -> list[Any]:
+    """What a pass reduces, then what it stores, from its arrays and scalars, or from what stands for them."""
+    known = dict(zip(p.loads, arrays, strict=True))
+    columns = dict(zip(map(id, p.scalars), scalars, strict=True))
+    roots = [*p.terms, *(e for _, e in p.stores)]
+
+    def given(e: Expr) -> Any:
+        return known[e.value] if e.op == "load" else columns[id(e.value)]
+
+    def operation(name: str) -> Callable[..., Any]:
+        if name in ops.ROUNDINGS:
+            return lambda x: x.astype(name.removeprefix("to_")).astype(library.real_of(wide))
+        return WORDS[name]
+
+    found = evaluate(roots, given, library, wide, operation=operation, cast=copied)
+    return [found[id(e)] for e in roots]
 
 
 @kept
@@ -102,10 +103,9 @@ def storing(p: Pass, wide: Any, apart: tuple[str, ...]) -> Any:
 
     def step(*args: Any) -> None:
         arrays, others, scalars = _parts(args, len(p.loads), len(apart))
-        value = evaluated(p, wide, arrays, scalars)
-        new = [(name, value(e)) for name, e in p.stores]
+        new = evaluated(p, wide, arrays, scalars)
         targets = dict(zip((*p.loads, *apart), (*arrays, *others), strict=True))
-        for name, v in new:
+        for (name, _), v in zip(p.stores, new, strict=True):
             targets[name][...] = v
 
     return cp.fuse(kernel_name="optimisers_step")(step)
@@ -117,8 +117,7 @@ def reducing(p: Pass, wide: Any) -> Any:
 
     def terms(*args: Any) -> Any:
         arrays, _, scalars = _parts(args, len(p.loads), 0)
-        value = evaluated(p, wide, arrays, scalars)
-        return tuple(value(r.args[0]) for r in p.reductions)
+        return tuple(evaluated(p, wide, arrays, scalars))
 
     return cp.fuse(kernel_name="optimisers_terms")(terms)
 
@@ -190,9 +189,10 @@ def takes(step: Step, p: Pass) -> bool:
 
 def columns(step: Step, p: Pass, wide: Any) -> list[Any]:
     """The scalars of a pass, each for all leaves, in the type of the arithmetic."""
-    kinds = {"bool": np.dtype(bool), "complex": wide}
     real = library.real_of(wide)
-    return [library.number(step.scalars.of_leaves(e), kinds.get(e.type, real)) for e in p.scalars]
+    return [
+        library.number(step.scalars.of_leaves(e), wide if e.type == "complex" else real) for e in p.scalars
+    ]
 
 
 def prepare(step: Step, holds: Holds, members: Members) -> Callable[[], None] | None:

@@ -10,17 +10,15 @@ import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.engines.checks import checked_gradient, checked_x, local_shape
+from optimisers.engines.evaluate import evaluate
 from optimisers.engines.memory import NOTHING, Spans, looked
 from optimisers.engines.task import Engine, Holds, Members, Step
 from optimisers.errors import TraceError
-from optimisers.graph.expr import Expr, order
+from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Outputs, is_input, number_of, outputs, reduce_pass
 from optimisers.state.buffers import Loose
 
 NAME = "interpret"
-
-_CONDITIONS = frozenset({"logical_and", "logical_or", "logical_not", "where", "call", "reshape", "transpose"})
-"""Words that leave conditions as they are; for all others they count as 0 and 1."""
 
 
 class Values:
@@ -35,52 +33,53 @@ class Values:
         self.seen: list[Any] = []
 
     def get(self, e: Expr) -> Any:
-        if e.domain == "scalar":
-            return self.number(e)
-        for node in order([e], self.found):
-            if node.domain != "scalar":
-                self.found[id(node)] = self.compute(node)
-        return self.found[id(e)]
+        """The value of a node of the program; a condition as 0 and 1."""
+        return self.value(self.step.program.lowering.value(e, "number"))
 
-    def own(self, e: Expr) -> Any:
-        """The value of a node in memory of its own: it is stored after other arrays have been written."""
-        value = self.get(e)
+    def own(self, name: str, e: Expr, kind: str, domain: str = "array") -> Any:
+        """What is stored, in memory of its own: that is done after other arrays have been written."""
+        value = self.value(self.step.program.lowering.store(name, e, kind, domain))
         if e.domain == "scalar" or self.step.job.symbolic or not self.library.shares(value, self.seen):
             return value
         return self.library.duplicate(value)
 
-    def number(self, e: Expr) -> Any:
-        """A scalar as the kernels see it: rounded once to the type of the arithmetic."""
-        value = self.scalars.of_leaves(e)[self.leaf] if e.op != "const" else e.value
-        dtype = self.wide if e.type == "complex" else self.real
-        if registry.library_of(type(value)) is self.library and self.step.blind:
-            return value if e.type == "bool" else self.library.cast(value, dtype)
-        return np.bool_(value) if e.type == "bool" else self.library.number(value, dtype)
+    def value(self, e: Expr) -> Any:
+        """The value of a lowered node."""
+        return evaluate([e], self.given, self.library, self.wide, self.found, self.operation)[id(e)]
 
-    def compute(self, e: Expr) -> Any:
-        if e.op == "input":
-            self.seen.append(input_of(self.step, self.leaf, e.value))
-            return self.library.cast(self.seen[-1], self.wide if e.type == "complex" else self.real)
-        if e.op == "const":
-            return e.value
-        args = [self.number(a) if a.domain == "scalar" else self.found[id(a)] for a in e.args]
-        if e.op not in _CONDITIONS:
-            args = [
-                self.library.cast(a, self.real) if n.type == "bool" else a
-                for a, n in zip(args, e.args, strict=True)
-            ]
-        options = dict(e.options)
-        word = self.library.operations[e.op]
-        if e.op == "call":
-            return word(options["function"], *args)
-        try:
-            return word(*args, **options)
-        except (ValueError, RuntimeError, TypeError) as error:
-            shapes = " and ".join(str(np.shape(a)) for a in args)
-            raise TraceError(
-                f"{type(self.step.job.group.rule).__name__}: {e.op} of arrays of shape {shapes}: {error}, at "
-                f"{self.step.code(self.leaf, 'model')}"
-            ) from error
+    def given(self, e: Expr) -> Any:
+        """An array of this leaf, or one of its scalars."""
+        if e.op == "column":
+            return self.number(e)
+        self.seen.append(input_of(self.step, self.leaf, e.value))
+        return self.seen[-1]
+
+    def number(self, column: Expr) -> Any:
+        """A scalar as the kernels see it: rounded once to the type of the arithmetic."""
+        value = self.scalars.of_leaves(column.value)[self.leaf]
+        dtype = self.wide if column.type == "complex" else self.real
+        if registry.library_of(type(value)) is self.library and self.step.blind:
+            return self.library.cast(value, dtype)
+        return self.library.number(value, dtype)
+
+    def operation(self, name: str) -> Callable[..., Any]:
+        """A function of the library that says where it was called if it raises."""
+        function = self.library.operations[name]
+        if name == "call":
+            return function
+
+        def computed(*args: Any, **options: Any) -> Any:
+            try:
+                return function(*args, **options)
+            except (ValueError, RuntimeError, TypeError) as error:
+                shapes = " and ".join(str(np.shape(a)) for a in args)
+                rule = type(self.step.job.group.rule).__name__
+                raise TraceError(
+                    f"{rule}: {name} of arrays of shape {shapes}: {error}, at "
+                    f"{self.step.code(self.leaf, 'model')}"
+                ) from error
+
+        return computed
 
 
 def input_of(step: Step, leaf: int, name: str) -> Any:
@@ -142,13 +141,20 @@ def every(step: Step, members: Members) -> list[int]:
 
 def leaf_outputs(step: Step, leaf: int, out: Outputs) -> tuple[Any, list[Any]]:
     """(new parameters, new state arrays) of a leaf; None for what stays."""
-    values = Values(step, leaf)
-    x = None if out.x is None or is_input(out.x, "x") else values.own(out.x)
+    values, program = Values(step, leaf), step.program
+    x = None if out.x is None or is_input(out.x, "x") else values.own("x", out.x, program.type)
     if x is not None:
         step.fitting(x, step.shapes[leaf], leaf, "a step")
     return x, [
-        None if is_input(e, s.name) else step.fitting(values.own(e), p.places.shapes[leaf], leaf, "a state")
-        for e, s, p in zip(out.slots, step.program.slots, step.slots, strict=True)
+        None
+        if is_input(e, s.name)
+        else step.fitting(
+            values.own(s.name, e, s.type, "array" if s.shape is None else "free"),
+            p.places.shapes[leaf],
+            leaf,
+            "a state",
+        )
+        for e, s, p in zip(out.slots, program.slots, step.slots, strict=True)
     ]
 
 

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable
 
 from optimisers.errors import TraceError
-from optimisers.graph.expr import Expr, Guard, lift, make, merged
+from optimisers.graph.symbol import Guard, Symbol, lift, make, merged
 from optimisers.rule import Rule
 from optimisers.settings import Value, parts, schedules
 
@@ -22,10 +22,10 @@ class Clocks:
     """
 
     def __init__(self, root: Rule, first: int) -> None:
-        self.updates = Expr("clock")
+        self.updates = Symbol("clock")
         self.first = first
         """The place of the first hidden counter among the scalars."""
-        self.scopes: dict[tuple[int, ...], tuple[int, Guard, Expr]] = {}
+        self.scopes: dict[tuple[int, ...], tuple[int, Guard, Symbol]] = {}
         self.originals: dict[int, tuple[Value, Value]] = {}
         """Rule with its schedules resolved, by id -> (itself, the one it was made of)."""
         self.place = {id(part): i for i, part in enumerate(parts(root))}
@@ -43,11 +43,11 @@ class Clocks:
                 self.read[self.place[id(old)]] = number
         return resolved
 
-    def now(self) -> Expr:
+    def now(self) -> Symbol:
         """The clock of the scope."""
         return self.here()[1]
 
-    def here(self) -> tuple[int, Expr]:
+    def here(self) -> tuple[int, Symbol]:
         """(number, symbol) of the clock of the scope."""
         guard = merged((), ())
         if not guard:
@@ -55,13 +55,13 @@ class Clocks:
         key = tuple(sorted(id(g) for g in guard))
         if key not in self.scopes:
             n = len(self.scopes)
-            self.scopes[key] = n, guard, Expr("number", value=self.first + n, options=(("name", _name(n)),))
+            self.scopes[key] = n, guard, Symbol("number", value=self.first + n, options=(("name", _name(n)),))
         number, _, symbol = self.scopes[key]
         return number, symbol
 
-    def counters(self) -> tuple[list[str], list[Expr], list[Expr]]:
+    def counters(self) -> tuple[list[str], list[Symbol], list[Symbol]]:
         """(names, symbols, new values) of the hidden counters."""
-        new: list[Expr] = []
+        new: list[Symbol] = []
         for _, guard, symbol in self.scopes.values():
             e = make("add", (symbol, lift(1)))
             for condition in guard:
@@ -75,7 +75,7 @@ def _name(n: int) -> str:
     return "steps_taken" if n == 0 else f"steps_taken_{n + 1}"
 
 
-def _scheduled(clock: Expr, name: str, schedule: Callable[[Expr], object], _: Value) -> Expr:
+def _scheduled(clock: Symbol, name: str, schedule: Callable[[Symbol], object], _: Value) -> Symbol:
     """The value of a schedule at a symbolic clock."""
     try:
         value = lift(schedule(clock))

@@ -9,15 +9,17 @@ arrays: a later one computes again, in registers, what it needs from the unchang
 import dataclasses
 from collections.abc import Sequence
 
-from optimisers import ops
+from optimisers.graph.check import check
 from optimisers.graph.expr import Expr, cuts, order
+from optimisers.graph.lower import Lowering
 from optimisers.graph.memo import kept
-from optimisers.graph.trace import Program, fold
+from optimisers.graph.simplify import Table, fold
+from optimisers.graph.trace import Program
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pass:
-    """One pass over memory, in no particular kernel language."""
+    """One pass over memory, lowered, in no particular kernel language."""
 
     loads: tuple[str, ...]
     """The arrays read: x, dx, ..., s0, ..."""
@@ -26,13 +28,15 @@ class Pass:
     x.
     """
     scalars: tuple[Expr, ...]
-    """The columns of the scalar table."""
+    """What the columns of the scalar table hold."""
     body: tuple[Expr, ...]
-    """The maths on single elements, arguments first."""
+    """The lowered nodes of the maths, arguments first."""
     stores: tuple[tuple[str, Expr], ...]
-    """(array, value): written at the end."""
+    """(array, `store` node): written at the end."""
     reductions: tuple[Expr, ...]
-    """Sums, maxima and minima over each whole array, of their first argument."""
+    """Sums, maxima and minima over each whole array, not lowered: by these the scalars know them."""
+    terms: tuple[Expr, ...]
+    """What each of them is taken of, lowered."""
 
     @property
     def exact(self) -> bool:
@@ -70,7 +74,7 @@ def outputs(program: Program, holds: tuple[bool, ...] | None) -> Outputs:
         return Outputs(program.new_x, program.new_slots)
     known = {id(g): h for g, h in zip(program.guards, holds, strict=True)}
     roots = [*program.new_slots, *([] if program.new_x is None else [program.new_x])]
-    table: dict[object, Expr] = {}
+    table: Table = {}
     new: dict[int, Expr] = {}
     for e in order(roots):
         if id(e) in known:
@@ -103,7 +107,7 @@ def reduce_pass(program: Program, level: int, wanted: tuple[bool, ...]) -> Pass 
         for r, w in zip(stages(program)[level].reductions, wanted, strict=True)
         if w and r.args[0].domain == "array"
     ]
-    return pass_of([], chosen) if chosen else None
+    return pass_of(program.lowering, [], chosen) if chosen else None
 
 
 @kept
@@ -112,13 +116,13 @@ def store_pass(program: Program, holds: tuple[bool, ...] | None) -> Pass | None:
     does.
     """
     new = outputs(program, holds)
-    stores: list[tuple[str, Expr]] = []
+    stores: list[tuple[str, Expr, str]] = []
     for slot, e in zip(program.slots, new.slots, strict=True):
         if slot.shape is None and not is_input(e, slot.name):
-            stores.append((slot.name, e))
+            stores.append((slot.name, e, slot.type))
     if new.x is not None and not is_input(new.x, "x"):
-        stores.append(("x", new.x))
-    return pass_of(stores, []) if stores else None
+        stores.append(("x", new.x, program.type))
+    return pass_of(program.lowering, stores, []) if stores else None
 
 
 def number_of(array: str) -> int:
@@ -132,48 +136,36 @@ def is_input(e: Expr, name: str) -> bool:
     return e.op == "input" and e.value == name
 
 
-def in_pass(e: Expr) -> bool:
-    """Whether a value of another shape is made in the pass that reads it: a function of the elements of one
-    other.
+def pass_of(lowering: Lowering, values: list[tuple[str, Expr, str]], reductions: list[Expr]) -> Pass:
+    """The pass that stores these values in arrays by these names, of real or complex numbers, and takes these
+    reductions.
     """
-    if e.domain != "free" or e.op not in ops.WORDS or ops.WORDS[e.op].family != "elementwise":
-        return False
-    return e.type == "real" and [a.type for a in e.args if a.domain != "scalar"] == ["real"]
-
-
-def pass_of(stores: list[tuple[str, Expr]], reductions: list[Expr]) -> Pass:
-    """The pass that stores these values in arrays by these names, and takes these reductions."""
+    stores = [lowering.store(*value) for value in values]
+    terms = [lowering.value(r.args[0], "number") for r in reductions]
+    check([*terms, *stores])
     body: list[Expr] = []
-    loads: list[str] = []
-    free: dict[int, Expr] = {}
-    scalars: dict[int, Expr] = {}
     done: set[int] = set()
-    stack = [(e, False) for e in reversed([*(r.args[0] for r in reductions), *(e for _, e in stores)])]
+    stack = [(e, False) for e in reversed([*terms, *(s.args[0] for s in stores)])]
     while stack:
         e, ready = stack.pop()
         if ready:
             body.append(e)
-        elif e.domain == "free" and not in_pass(e):
-            free.setdefault(id(e), e)
-        elif e.domain == "scalar":
-            scalars.setdefault(id(e), e)
         elif id(e) not in done:
             done.add(id(e))
-            if e.op == "input":
-                loads.append(e.value)
-                body.append(e)
-            else:
-                stack.append((e, True))
-                stack.extend((a, False) for a in reversed(e.args))
+            stack.append((e, True))
+            # Below `spread` the array library computes; that is no part of the pass.
+            stack.extend((a, False) for a in (() if e.op == "spread" else reversed(e.args)))
+    loads = [e.value for e in body if e.op == "load"]
     names = ["x", *sorted((n for n in loads if n.startswith("d")), key=lambda n: (len(n), n))]
     names += sorted((n for n in loads if n.startswith("s")), key=lambda n: (len(n), n))
     return Pass(
         loads=tuple(n for n in names if n in loads),
-        free=tuple(free.values()),
-        scalars=tuple(s for s in scalars.values() if s.op != "const"),
-        body=tuple(body),
-        stores=tuple(stores),
+        free=tuple(e.value for e in body if e.op == "spread"),
+        scalars=tuple(e.value for e in body if e.op == "column"),
+        body=tuple(e for e in body if e.op != "const"),
+        stores=tuple((s.value, s) for s in stores),
         reductions=tuple(reductions),
+        terms=tuple(terms),
     )
 
 

@@ -14,8 +14,9 @@ import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 
 from optimisers.graph.expr import Expr, order
+from optimisers.graph.lower import Lowering, in_pass
 from optimisers.graph.memo import kept
-from optimisers.graph.passes import Outputs, Pass, in_pass, outputs, pass_of, stages
+from optimisers.graph.passes import Outputs, Pass, outputs, pass_of, stages
 from optimisers.graph.trace import Program
 
 # -- which values, and when ----------------------------------------------------------------------------------
@@ -33,6 +34,8 @@ class Round:
     """Those nodes that later steps of the plan read."""
     reductions: tuple[Expr, ...]
     """Reductions of some nodes to one number a leaf."""
+    lowering: Lowering
+    """Where the pass that writes the inputs finds them lowered."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +62,7 @@ def operations(
     if not nodes:
         return NOTHING
     read = need.read | ({} if level is None else _read_later(program, nodes, need.reductions))
-    return _in_rounds(nodes, read, need.reductions)
+    return _in_rounds(program, nodes, read, need.reductions)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,7 +123,9 @@ def _read_later(program: Program, nodes: Sequence[Expr], now: Sequence[Expr]) ->
     return found | {id(e): e for e in program.new_slots if id(e) in here}
 
 
-def _in_rounds(nodes: Sequence[Expr], read: dict[int, Expr], reductions: Sequence[Expr]) -> Operations:
+def _in_rounds(
+    program: Program, nodes: Sequence[Expr], read: dict[int, Expr], reductions: Sequence[Expr]
+) -> Operations:
     """The nodes, cut where a pass must write elements that depend on other nodes."""
     when: dict[int, int] = {}
     mine = {id(e) for e in nodes}
@@ -148,7 +153,8 @@ def _in_rounds(nodes: Sequence[Expr], read: dict[int, Expr], reductions: Sequenc
         arrays = [a for e in later for a in e.args if a.domain == "array"]
         wanted |= {i: e for i, e in read_by(arrays).items() if when.get(i) == k}
         sums = tuple(r for r in reductions if when.get(id(r.args[0]), 0) == k)
-        rounds.append(Round(tuple(inputs.values()), tuple(here), tuple(wanted.values()), sums))
+        given = tuple(inputs.values())
+        rounds.append(Round(given, tuple(here), tuple(wanted.values()), sums, program.lowering))
     return Operations(tuple(rounds), tuple(read.values()))
 
 
@@ -163,4 +169,6 @@ def _multiple_of(e: Expr, others: Collection[int]) -> bool:
 @kept
 def filling(what: Round, which: tuple[int, ...]) -> Pass:
     """The pass that writes some of the inputs of a round, in this order."""
-    return pass_of([(f"w{j}", what.inputs[i]) for j, i in enumerate(which)], [])
+    inputs = [(f"w{j}", what.inputs[i]) for j, i in enumerate(which)]
+    kinds = {"complex": "complex"}
+    return pass_of(what.lowering, [(name, e, kinds.get(e.type, "real")) for name, e in inputs], [])

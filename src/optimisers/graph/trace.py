@@ -1,15 +1,16 @@
 """A rule and the form of its state -> a program: what the new parameters, state and counters are made of."""
 
 import dataclasses
-import functools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from optimisers.arrays import registry
 from optimisers.errors import TraceError
 from optimisers.graph.clocks import Clocks
-from optimisers.graph.expr import Expr, Guard, cuts, lift, make, order, tracing
-from optimisers.graph.turn import turned
+from optimisers.graph.expr import Expr, Guard, order
+from optimisers.graph.lower import Lowering
+from optimisers.graph.simplify import clean, unique
+from optimisers.graph.symbol import Symbol, Trace, lift, make, tracing
 from optimisers.nest import flatten, form, unflatten
 from optimisers.ops import Becomes
 from optimisers.rule import Rule, at_clock, stepped
@@ -56,6 +57,11 @@ class Program:
     shape_read: bool
     """Whether the rule asked for the shape of its parameters: then the program serves that shape only."""
 
+    type: str
+    """Whether the parameters are real or complex."""
+    lowering: Lowering = dataclasses.field(default_factory=Lowering, repr=False)
+    """Its nodes as engines read them."""
+
     @property
     def roots(self) -> list[Expr]:
         return [
@@ -64,6 +70,9 @@ class Program:
             *self.new_counters,
             *(e for c, _, values in self.checks for e in (c, *values)),
         ]
+
+
+# -- tracing -------------------------------------------------------------------------------------------------
 
 
 def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
@@ -76,50 +85,35 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
     kind, stored = "complex" if "complex" in dtype else "real", (("dtype", dtype),)
     with tracing() as notes:
         paths = [path for path, _ in walk(rule)]
-        hypers = [Expr("number", value=i, options=(("name", _name(p)),)) for i, p in enumerate(paths)]
+        hypers = [Symbol("number", value=i, options=(("name", _name(p)),)) for i, p in enumerate(paths)]
         symbolic = fill(rule, iter(hypers))
         inputs = [
-            Expr("input", value=n, domain="array", type=kind, shape=shape, options=stored if n == "x" else ())
+            Symbol(
+                "input", value=n, domain="array", type=kind, shape=shape, options=stored if n == "x" else ()
+            )
             for n in _gradients(more, "x")
         ]
         slots, names, symbols = _state_symbols(state, shape, len(hypers))
         clocks = notes.clocks = Clocks(symbolic, len(hypers) + len(names))
         token = at_clock.set(clocks)
         try:
-            answer = stepped(
-                symbolic, unflatten(state, iter(symbols)), inputs[0], inputs[1], tuple(inputs[2:])
-            )
-        except TraceError as error:
-            name = type(rule).__name__
-            raise TraceError(
-                str(error) if str(error).startswith((name, "the schedule of")) else f"{name}: {error}"
-            ) from error
+            new_state, dx = _answer_of(rule, symbolic, unflatten(state, iter(symbols)), inputs)
         finally:
             at_clock.reset(token)
-        new_state, dx = _answer(rule, answer)
-        if shape and isinstance(dx, Expr) and dx.domain == "scalar":
+        if shape and isinstance(dx, Symbol) and dx.domain == "scalar":
             raise TraceError(
                 f"{type(rule).__name__}.apply gives one number as the step for a whole array; write dx * "
                 "number, or where(True, number, dx)"
             )
         _same_form(rule, state, new_state)
+        new_x = _new_x(inputs[0], dx)
         new = [lift(e) for _, e in flatten(new_state)]
-        wanted = [
-            inputs[0] if dx is None else lift(dx.value if isinstance(dx, Becomes) else inputs[0] - lift(dx))
-        ]
-        _types(rule, kind, wanted[0], state, new, symbols)
+        _types(rule, kind, new_x, state, new, symbols)
         steps, hidden, counted = clocks.counters()
         symbols, new = [*symbols, *hidden], [*new, *counted]
         olds = [inputs[0], *symbols]
-        outputs = [_guarded(e, old) for e, old in zip([*wanted, *new], olds, strict=True)]
-        checks = [
-            (make("logical_or", (make("logical_not", (_all(g),)), c)) if g else c, m, v)
-            for c, m, v, g in notes.checks
-        ]
-        conditions = _unique(g for e in order([*outputs, *(c for c, _, _ in checks)]) for g in e.guard)
-        cleaned, of = clean([*outputs, *conditions, *(e for c, _, v in checks for e in (c, *v))])
-    it = iter(cleaned[len(outputs) + len(conditions) :])
-    by_symbol = dict(zip(symbols, cleaned[1 : len(outputs)], strict=True))
+        outputs = [_guarded(e, old) for e, old in zip([new_x, *new], olds, strict=True)]
+        (new_x, *new), conditions, checks = _cleaned(outputs, notes)
     return Program(
         title=repr(rule),
         template=unflatten(state, iter([_blank(v) for _, v in flatten(state)])),
@@ -128,12 +122,50 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
         hypers=len(hypers),
         hidden=len(hidden),
         clocks=tuple(clocks.read),
-        new_x=None if dx is None else cleaned[0],
-        new_slots=tuple(by_symbol[s] for s in symbols if s.op == "input"),
-        new_counters=tuple(by_symbol[s] for s in symbols if s.op == "number"),
-        checks=tuple((next(it), m, tuple(next(it) for _ in v)) for _, m, v in checks),
-        guards=tuple(of[id(c)] for c in conditions),
+        new_x=None if dx is None else new_x,
+        new_slots=tuple(e for s, e in zip(symbols, new, strict=True) if s.op == "input"),
+        new_counters=tuple(e for s, e in zip(symbols, new, strict=True) if s.op == "number"),
+        checks=tuple(checks),
+        guards=tuple(conditions),
         shape_read=notes.shape_read or any(s.shape is not None for s in slots),
+        type=kind,
+    )
+
+
+def _answer_of(rule: Rule, symbolic: Rule, state: Any, inputs: list[Symbol]) -> tuple[Any, Any]:
+    """(state, step) of the rule for symbols; raises TraceError, naming the rule."""
+    try:
+        answer = stepped(symbolic, state, inputs[0], inputs[1], tuple(inputs[2:]))
+    except TraceError as error:
+        name = type(rule).__name__
+        raise TraceError(
+            str(error) if str(error).startswith((name, "the schedule of")) else f"{name}: {error}"
+        ) from error
+    return _answer(rule, answer)
+
+
+def _new_x(x: Symbol, dx: Any) -> Symbol:
+    """The new parameters that a step asks for."""
+    if dx is None:
+        return x
+    return lift(dx.value) if isinstance(dx, Becomes) else make("subtract", (x, lift(dx)))
+
+
+Check = tuple[Expr, str, tuple[Expr, ...]]
+
+
+def _cleaned(outputs: Sequence[Symbol], notes: Trace) -> tuple[list[Expr], list[Expr], list[Check]]:
+    """Outputs, the conditions of `when` on which they hang, and checks, as one simplified graph."""
+    checks = [
+        (make("logical_or", (make("logical_not", (_all(g),)), c)) if g else c, m, v)
+        for c, m, v, g in notes.checks
+    ]
+    conditions = unique(g for e in order([*outputs, *(c for c, _, _ in checks)]) for g in e.guard)
+    cleaned, of = clean([*outputs, *conditions, *(e for c, _, v in checks for e in (c, *v))])
+    return (
+        cleaned[: len(outputs)],
+        [of[id(c)] for c in conditions],
+        [(of[id(c)], m, tuple(of[id(e)] for e in v)) for c, m, v in checks],
     )
 
 
@@ -156,10 +188,12 @@ def _name(path: tuple[Any, ...]) -> str:
     return str(path[at]) + "".join(f"[{p}]" for p in path[at + 1 :])
 
 
-def _state_symbols(state: Any, shape: tuple[int, ...], hypers: int) -> Any:
+def _state_symbols(
+    state: Any, shape: tuple[int, ...], hypers: int
+) -> tuple[list[Slot], list[str], list[Symbol]]:
     slots: list[Slot] = []
     names: list[str] = []
-    symbols: list[Expr] = []
+    symbols: list[Symbol] = []
     for path, value in flatten(state):
         if registry.isarray(value):
             dtype = registry.library(value).dtype_name(value)
@@ -169,7 +203,7 @@ def _state_symbols(state: Any, shape: tuple[int, ...], hypers: int) -> Any:
             slots.append(slot)
             domain = "array" if same else "free"
             symbols.append(
-                Expr(
+                Symbol(
                     "input",
                     value=slot.name,
                     domain=domain,
@@ -180,7 +214,7 @@ def _state_symbols(state: Any, shape: tuple[int, ...], hypers: int) -> Any:
             )
         else:
             name = _name(path) if path else "state"
-            symbols.append(Expr("number", value=hypers + len(names), options=(("name", name),)))
+            symbols.append(Symbol("number", value=hypers + len(names), options=(("name", name),)))
             names.append(name)
     return slots, names, symbols
 
@@ -188,7 +222,7 @@ def _state_symbols(state: Any, shape: tuple[int, ...], hypers: int) -> Any:
 def _answer(rule: Rule, answer: Any) -> tuple[Any, Any]:
     if not isinstance(answer, tuple) or len(answer) != 2:
         what = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else f"{type(answer).__name__}"
-        what = "one array" if isinstance(answer, Expr) else "None" if answer is None else what
+        what = "one array" if isinstance(answer, Symbol) else "None" if answer is None else what
         raise TraceError(f"{type(rule).__name__}.apply returned {what}; it returns a pair (state, dx)")
     return answer
 
@@ -218,7 +252,7 @@ def _sketch(f: Any) -> str:
     return str(f)
 
 
-def _types(rule: Rule, kind: str, step: Expr, state: Any, new: list[Expr], symbols: list[Expr]) -> None:
+def _types(rule: Rule, kind: str, step: Symbol, state: Any, new: list[Symbol], symbols: list[Symbol]) -> None:
     """Raise TraceError where a result does not fit its place."""
     name = type(rule).__name__
     if step.type == "complex" and kind == "real":
@@ -238,132 +272,17 @@ def _types(rule: Rule, kind: str, step: Expr, state: Any, new: list[Expr], symbo
             )
 
 
-def _guarded(e: Expr, old: Expr) -> Expr:
+def _guarded(e: Symbol, old: Symbol) -> Symbol:
     for condition in e.guard:
         e = make("where", (condition, e, old))
     return e
 
 
 def _all(guard: Guard) -> Expr:
-    e = guard[0]
+    e: Expr = guard[0]
     for g in guard[1:]:
         e = make("logical_and", (e, g))
     return e
-
-
-def _unique(nodes: Iterable[Expr]) -> list[Expr]:
-    return list({id(e): e for e in nodes}.values())
-
-
-# -- cleaning: one node for one value, guards only where they steer ------------------------------------------
-
-
-def clean(roots: list[Expr]) -> tuple[list[Expr], dict[int, Expr]]:
-    """The roots rebuilt with equal nodes merged and constants folded; and the new node of every old one, by
-    id.
-
-    Guards stay on reductions alone, where they tell that a pass over memory can be left out; a total gets a
-    `where`.
-    """
-    table: dict[Any, Expr] = {}
-    new: dict[int, Expr] = {}
-    for e in order(roots, guards=True):
-        args = tuple(new[id(a)] for a in e.args)
-        keep = _unique(new[id(g)] for g in e.guard) if cuts(e) or e.op == "total" else []
-        new[id(e)] = fold(table, e, args, tuple(keep))
-    return [new[id(r)] for r in roots], new
-
-
-def _merge(table: dict[Any, Expr], e: Expr) -> Expr:
-    value = id(e.value) if e.domain == "free" and e.op == "const" else (type(e.value), e.value)
-    options = tuple((k, v if k != "function" else id(v)) for k, v in e.options)
-    key = (
-        e.op,
-        tuple(id(a) for a in e.args),
-        repr(value),
-        repr(options),
-        e.domain,
-        e.type,
-        tuple(id(g) for g in e.guard),
-    )
-    return table.setdefault(key, e)
-
-
-def fold(table: dict[Any, Expr], e: Expr, args: tuple[Expr, ...], guard: Guard) -> Expr:
-    """The node with these arguments, simplified where that cannot change its value."""
-    if e.op == "total":
-        args, guard = (_masked(table, args[0], guard),), ()
-    new = Expr(
-        e.op,
-        args,
-        domain=e.domain,
-        type=e.type,
-        value=e.value,
-        options=e.options,
-        guard=guard,
-        shape=e.shape_,
-    )
-    for simpler in (_identity, _choice, _logic, _power, _never):
-        found = simpler(new)
-        if found is not None:
-            return _merge(table, found)
-    last = turned(new, functools.partial(_merge, table))
-    return _merge(table, new if last is None else last)
-
-
-def _masked(table: dict[Any, Expr], s: Expr, guard: Guard) -> Expr:
-    """A term of a total, 0 for the leaves whose guard does not hold."""
-    zero = _merge(table, Expr("const", value=0.0))
-    for g in guard:
-        s = _merge(table, Expr("where", (g, s, zero), type=s.type))
-    return s
-
-
-def _known(e: Expr) -> bool | None:
-    """The value of a condition that is known."""
-    return e.value if e.op == "const" and e.type == "bool" else None
-
-
-def _identity(e: Expr) -> Expr | None:
-    return e.args[0] if e.op == "identity" else None
-
-
-def _choice(e: Expr) -> Expr | None:
-    """where(True, a, b) -> a; where(c, a, a) -> a."""
-    if e.op != "where":
-        return None
-    condition, a, b = e.args
-    if _known(condition) is not None:
-        return a if _known(condition) else b
-    return a if a is b else None
-
-
-def _logic(e: Expr) -> Expr | None:
-    """True & c -> c; False & c -> False; the same for | and ~."""
-    if e.op == "logical_not" and _known(e.args[0]) is not None:
-        return Expr("const", type="bool", value=not _known(e.args[0]))
-    if e.op in ("logical_and", "logical_or"):
-        for one, other in (e.args, e.args[::-1]):
-            if _known(one) is not None:
-                return one if _known(one) is (e.op == "logical_or") else other
-    return None
-
-
-def _power(e: Expr) -> Expr | None:
-    """x**2 -> x * x; x**0.5 -> sqrt(x), for real x: exact, and fast in kernels."""
-    if e.op != "power" or e.domain == "scalar" or e.args[1].op != "const" or e.args[1].domain != "scalar":
-        return None
-    x, exponent = e.args[0], e.args[1].value
-    if exponent == 2:
-        return Expr("multiply", (x, x), domain=e.domain, type=e.type, shape=e.shape_)
-    if exponent == 0.5 and x.type == "real":
-        return Expr("sqrt", (x,), domain=e.domain, type=e.type, shape=e.shape_)
-    return None
-
-
-def _never(e: Expr) -> Expr | None:
-    """A reduction under a condition that is known not to hold is 0: nobody reads it."""
-    return Expr("const", value=0.0) if cuts(e) and any(_known(g) is False for g in e.guard) else None
 
 
 def total_key(e: Expr) -> str:

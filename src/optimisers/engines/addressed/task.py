@@ -8,7 +8,6 @@ is used where it lies.
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,15 +91,9 @@ def labels_of(program: Program) -> dict[str, str]:
     own.
     """
     last = [str(s.path[-1]) if s.path and isinstance(s.path[-1], str) else s.name for s in program.slots]
-    unique = [
-        name if last.count(name) == 1 and name.isidentifier() and not _RESERVED.match(name) else s.name
-        for name, s in zip(last, program.slots, strict=True)
-    ]
-    return {s.name: name for s, name in zip(program.slots, unique, strict=True)}
-
-
-_RESERVED = re.compile(r"x$|dx\d*$|[sfw]\d+$|new_")
-"""Names that a kernel gives to its other arrays."""
+    return {
+        s.name: name if last.count(name) == 1 else s.name for s, name in zip(program.slots, last, strict=True)
+    }
 
 
 # -- the arrays of a step ------------------------------------------------------------------------------------

@@ -13,16 +13,12 @@ from numba.extending import intrinsic
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F32, F64 = ir.FloatType(), ir.DoubleType()
 
-ELEMENTS: dict[str, Any] = {
-    "int16": (types.float32, I16, 2),
-    "float16": (types.float32, I16, 2),
-    "bfloat16": (types.float32, I16, 2),
-    "float32": (types.float32, F32, 4),
-    "float64": (types.float64, F64, 8),
-    "complex64": (types.complex64, F32, 8),
-    "complex128": (types.complex128, F64, 16),
+MEMORY: dict[str, Any] = {
+    **dict.fromkeys(("int16", "float16", "bfloat16"), I16),
+    **dict.fromkeys(("float32", "complex64"), F32),
+    **dict.fromkeys(("float64", "complex128"), F64),
 }
-"""Element type -> (type of the arithmetic, LLVM type in memory, bytes)."""
+"""Element type -> LLVM type in memory, of each part of a complex number."""
 
 
 def _scopes(module: Any, slot: int, slots: int) -> Any:
@@ -39,10 +35,30 @@ def _mark(instruction: Any, module: Any, slot: int, slots: int) -> Any:
     return instruction
 
 
-def loader(kind: str, slot: int, slots: int) -> Any:
-    """`load(address, i)`: element i of an array of this kind, array `slot` of `slots`."""
-    number, memory, _ = ELEMENTS[kind]
+NUMBERS = {
+    ("float32", 1): types.float32,
+    ("float64", 1): types.float64,
+    ("float32", 2): types.complex64,
+    ("float64", 2): types.complex128,
+}
+"""(real type of the arithmetic, 2 for complex numbers) -> type of a number."""
+
+
+def _between(b: Any, v: Any, *, have: bool, want: bool) -> Any:
+    """A real number in single or double precision, of which each is said by whether it is double."""
+    if have == want:
+        return v
+    return b.fpext(v, F64) if want else b.fptrunc(v, F32)
+
+
+def loader(kind: str, slot: int, slots: int, real: str) -> Any:
+    """`load(address, i)`: element i of an array of this kind, array `slot` of `slots`, in the type of the
+    arithmetic, whose real numbers are `real`.
+    """
+    memory = MEMORY[kind]
     parts = 2 if kind.startswith("complex") else 1
+    number = NUMBERS[real, parts]
+    widen = WIDENING.get(kind, lambda _, v: v)
 
     def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
         base = b.inttoptr(args[0], memory.as_pointer())
@@ -51,12 +67,7 @@ def loader(kind: str, slot: int, slots: int) -> Any:
             _mark(b.load(b.gep(base, [b.add(index, ir.Constant(I64, p))])), b.module, slot, slots)
             for p in range(parts)
         ]
-        if kind == "bfloat16":
-            return widen_brain(b, found[0])
-        if kind == "int16":
-            return b.sitofp(found[0], F32)
-        if kind == "float16":
-            return widen_half(b, found[0])
+        found = [_between(b, widen(b, v), have=memory == F64, want=real == "float64") for v in found]
         if parts == 1:
             return found[0]
         z = context.make_complex(b, signature.return_type)
@@ -70,20 +81,24 @@ def loader(kind: str, slot: int, slots: int) -> Any:
     return load
 
 
-def storer(kind: str, slot: int, slots: int) -> Any:
-    """`store(address, i, value)`: write element i, rounded to this kind (to nearest, ties to even)."""
-    number, memory, _ = ELEMENTS[kind]
+def storer(kind: str, slot: int, slots: int, real: str) -> Any:
+    """`store(address, i, value)`: write element i, given in the type of the arithmetic, rounded to this kind
+    (to nearest, ties to even).
+    """
+    memory = MEMORY[kind]
+    parts = 2 if kind.startswith("complex") else 1
+    number = NUMBERS[real, parts]
+    narrow = ROUNDING.get(kind, lambda _, v: v)
 
     def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
         base = b.inttoptr(args[0], memory.as_pointer())
-        if kind.startswith("complex"):
+        found, index = [args[2]], args[1]
+        if parts == 2:
             z = context.make_complex(b, signature.args[2], value=args[2])
-            index = b.mul(args[1], ir.Constant(I64, 2))
-            for p, part in enumerate((z.real, z.imag)):
-                _mark(b.store(part, b.gep(base, [b.add(index, ir.Constant(I64, p))])), b.module, slot, slots)
-        else:
-            value = ROUNDING.get(kind, lambda _, v: v)(b, args[2])
-            _mark(b.store(value, b.gep(base, [args[1]])), b.module, slot, slots)
+            found, index = [z.real, z.imag], b.mul(args[1], ir.Constant(I64, 2))
+        for p, part in enumerate(found):
+            value = narrow(b, _between(b, part, have=real == "float64", want=memory == F64))
+            _mark(b.store(value, b.gep(base, [b.add(index, ir.Constant(I64, p))])), b.module, slot, slots)
         return context.get_dummy_value()
 
     @intrinsic
@@ -113,8 +128,13 @@ def widen_half(b: Any, h: Any) -> Any:
 
 
 def widen_brain(b: Any, h: Any) -> Any:
-    """bfloat16 -> float32."""
+    """bfloat16 -> float32: the upper half of its bits."""
     return b.bitcast(b.shl(b.zext(h, I32), ir.Constant(I32, 16)), F32)
+
+
+def widen_int(b: Any, i: Any) -> Any:
+    """int16 -> float32."""
+    return b.sitofp(i, F32)
 
 
 def narrow_half(b: Any, v: Any) -> Any:
@@ -149,6 +169,8 @@ def narrow_int(b: Any, v: Any) -> Any:
     """A whole number in float32 -> int16."""
     return b.trunc(b.fptosi(v, I32), I16)
 
+
+WIDENING = {"bfloat16": widen_brain, "float16": widen_half, "int16": widen_int}
 
 ROUNDING = {"bfloat16": narrow_brain, "float16": narrow_half, "int16": narrow_int}
 

@@ -5,10 +5,13 @@ the numbers of its leaf from a table, then runs one loop whose maths stays in re
 table of addresses.
 """
 
+import builtins
 import functools
 import hashlib
+import io
 import keyword
-import re
+import tokenize
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -43,7 +46,7 @@ BYTES = {
 }
 
 
-# -- the words, as text --------------------------------------------------------------------------------------
+# -- operations, as text ---------------------------------------------------------------------------------
 
 
 def _real(text: str) -> Callable[..., str]:
@@ -101,51 +104,48 @@ REAL: dict[str, Callable[..., str]] = {
 """Words on real numbers. The reductions at the end take the value so far first."""
 
 
-def _complex(op: str, args: list[str], types: list[str]) -> str:
-    """Words where some argument is complex; a real factor stays real, so that 0 times infinity does not creep
-    in.
-    """
-    z = args[0]
-    mixed = len(args) == 2 and types.count("complex") == 1
-    if mixed and op in ("add", "subtract", "multiply", "divide"):
-        a, b = args
-        if op == "divide" and types[1] == "real":
-            return f"complex_of({a}.real / {b}, {a}.imag / {b})"
-        if op == "multiply":
-            r, c = (a, b) if types[0] == "real" else (b, a)
-            return f"complex_of({r} * {c}.real, {r} * {c}.imag)"
-        if op == "add":
-            r, c = (a, b) if types[0] == "real" else (b, a)
-            return f"complex_of({r} + {c}.real, {c}.imag)"
-        if op == "subtract":
-            return (
-                f"complex_of({a}.real - {b}, {a}.imag)"
-                if types[1] == "real"
-                else f"complex_of({a} - {b}.real, -{b}.imag)"
-            )
-    whole = {
-        "add": "{0} + {1}",
-        "subtract": "{0} - {1}",
-        "multiply": "{0} * {1}",
-        "divide": "{0} / {1}",
-        "negative": "-{0}",
-        "equal": "{0} == {1}",
-        "not_equal": "{0} != {1}",
-        "abs": "math.hypot({0}.real, {0}.imag)",
-        "abs2": "{0}.real * {0}.real + {0}.imag * {0}.imag",
-        "real": "{0}.real",
-        "imag": "{0}.imag",
-        "conj": "complex_of({0}.real, -{0}.imag)",
-        "isfinite": "({0}.real - {0}.real == 0) & ({0}.imag - {0}.imag == 0)",
-        "isnan": "({0}.real != {0}.real) | ({0}.imag != {0}.imag)",
-        "where": "select({0}, {1}, {2})",
-    }
-    if op == "sign":
-        size = f"math.hypot({z}.real, {z}.imag)"
-        return f"select({z} == 0, {z}, complex_of({z}.real / {size}, {z}.imag / {size}))"
-    if op not in whole:
-        raise Unprintable(f"{op} of complex numbers")
-    return whole[op].format(*args)
+_SIZE = "math.hypot({0}.real, {0}.imag)"
+
+_RC, _CR, _CC = ("real", "complex"), ("complex", "real"), ("complex", "complex")
+
+COMPLEX: dict[tuple[str, ...], str] = {
+    **{("equal", *types): "{0} == {1}" for types in (_RC, _CR, _CC)},
+    **{("not_equal", *types): "{0} != {1}" for types in (_RC, _CR, _CC)},
+    ("add", *_CC): "{0} + {1}",
+    ("add", *_RC): "complex_of({0} + {1}.real, {1}.imag)",
+    ("add", *_CR): "complex_of({1} + {0}.real, {0}.imag)",
+    ("subtract", *_CC): "{0} - {1}",
+    ("subtract", *_RC): "complex_of({0} - {1}.real, -{1}.imag)",
+    ("subtract", *_CR): "complex_of({0}.real - {1}, {0}.imag)",
+    ("multiply", *_CC): "{0} * {1}",
+    ("multiply", *_RC): "complex_of({0} * {1}.real, {0} * {1}.imag)",
+    ("multiply", *_CR): "complex_of({1} * {0}.real, {1} * {0}.imag)",
+    ("divide", *_CC): "{0} / {1}",
+    ("divide", *_RC): "{0} / {1}",
+    ("divide", *_CR): "complex_of({0}.real / {1}, {0}.imag / {1})",
+    ("negative", "complex"): "-{0}",
+    ("abs", "complex"): _SIZE,
+    ("abs2", "complex"): "{0}.real * {0}.real + {0}.imag * {0}.imag",
+    ("real", "complex"): "{0}.real",
+    ("imag", "complex"): "{0}.imag",
+    ("conj", "complex"): "complex_of({0}.real, -{0}.imag)",
+    ("isfinite", "complex"): "({0}.real - {0}.real == 0) & ({0}.imag - {0}.imag == 0)",
+    ("isnan", "complex"): "({0}.real != {0}.real) | ({0}.imag != {0}.imag)",
+    ("sign", "complex"): f"select({{0}} == 0, {{0}}, complex_of({{0}}.real / {_SIZE}, {{0}}.imag / {_SIZE}))",
+    ("where", "bool", *_CC): "select({0}, {1}, {2})",
+}
+"""Operations where some argument is complex, by the types of all; a real factor stays real, so that 0 times
+infinity does not creep in.
+"""
+
+CASTS: dict[tuple[str, str], str] = {
+    ("bool", "real"): "{real}({0})",
+    ("bool", "complex"): "complex_of({real}({0}), {real}(0))",
+    ("real", "bool"): "{0} != 0",
+    ("real", "complex"): "complex_of({0}, {real}(0))",
+    ("complex", "bool"): "{0} != 0",
+}
+"""(type, type wanted) -> the conversion."""
 
 
 SIGNATURE = "void(i8, i8[::1], i8[:,::1], i8[:,::1], f8[:,::1], i8[::1])"
@@ -158,71 +158,46 @@ compiles it.
 
 
 class Maths:
-    """Nodes of a graph as text; a kernel language says how it writes words and numbers."""
+    """Lowered nodes as text; a kernel language says how it writes operations and numbers."""
 
     words: ClassVar[dict[str, Callable[..., str]]] = REAL
-    reserved: ClassVar[frozenset[str]] = frozenset()
-    """Names that the text around the maths uses itself."""
+    casts: ClassVar[dict[tuple[str, str], str]] = CASTS
 
     def __init__(self, arithmetic: str) -> None:
         self.real = arithmetic
         self.names: dict[int, str] = {}
-        self.taken = set(self.reserved)
+        self.count = 0
 
     def literal(self, text: str) -> str:
         """A number of the host."""
         return self.cast(text.replace("inf", "math.inf").replace("nan", "math.nan"), self.real)
 
     def cast(self, text: str, kind: str) -> str:
-        """A number in another type."""
+        """A number in another type of the kernel language."""
         return f"{kind}({text})"
 
-    def name(self, wish: str) -> str:
-        text = re.sub(r"\W", "_", wish).strip("_") or "t"
-        text = f"_{text}" if text[0].isdigit() else text
-        n = 0
-        name = text
-        while name in self.taken or keyword.iskeyword(name):
-            n += 1
-            name = f"{text}{n}"
-        self.taken.add(name)
-        return name
+    def new_name(self) -> str:
+        """The name of the next value: t0, t1, ..."""
+        self.count += 1
+        return f"t{self.count - 1}"
 
-    def converted(self, text: str, have: str, want: str, kind: str) -> str:
-        """A number from one arithmetic type in another."""
-        if have == want:
-            return text
-        if kind == "complex":
-            return f"{'complex64' if want == 'float32' else 'complex128'}({text})"
-        return self.cast(text, want)
-
-    def atom(self, e: Expr, *, number: bool = False) -> str:
-        """A node as an operand; `number` turns conditions into 0 and 1."""
-        if e.op == "const" and e.domain == "scalar":
-            if e.type == "complex":
-                raise Unprintable("a complex number beside the arrays")
-            if e.type == "bool":
-                return self.literal(str(int(e.value))) if number else str(e.value)
-            return self.literal(repr(float(e.value)))
-        text = self.names[id(e)]
-        return self.cast(text, self.real) if number and e.type == "bool" else text
+    def atom(self, e: Expr) -> str:
+        """A node as an operand."""
+        if e.op != "const":
+            return self.names[id(e)]
+        if e.type == "complex":
+            raise Unprintable("a complex number beside the arrays")
+        return str(e.value) if e.type == "bool" else self.literal(repr(float(e.value)))
 
     def word(self, e: Expr) -> str:
-        if e.op.startswith("logical"):
-            args = [self.atom(a) if a.type == "bool" else f"({self.atom(a)} != 0)" for a in e.args]
-        else:
-            args = [self.atom(a, number=not (e.op == "where" and i == 0)) for i, a in enumerate(e.args)]
-        types = ["real" if a.type == "bool" else a.type for a in e.args]
-        if e.op == "where":
-            if e.type == "bool":
-                args = [self.atom(a) for a in e.args]
-            elif e.type == "complex":
-                args[1:] = [
-                    a if t == "complex" else f"complex_of({a}, {self.real}(0))"
-                    for a, t in zip(args[1:], types[1:], strict=True)
-                ]
+        """What a node computes."""
+        args, types = [self.atom(a) for a in e.args], [a.type for a in e.args]
+        if e.op == "cast":
+            return self.casts[types[0], e.type].format(*args, real=self.real)
         if "complex" in types:
-            return _complex(e.op, args, types)
+            if (e.op, *types) not in COMPLEX:
+                raise Unprintable(f"{e.op} of complex numbers")
+            return COMPLEX[e.op, *types].format(*args)
         if e.op not in self.words:
             raise Unprintable(e.op)
         return self.words[e.op](*args)
@@ -231,54 +206,29 @@ class Maths:
 class Printer(Maths):
     """The text of a kernel of one pass."""
 
-    reserved = frozenset(
-        {
-            "i",
-            "n",
-            "k",
-            "c",
-            "s",
-            "h",
-            "first",
-            "zero",
-            "one",
-            "counter",
-            "spans",
-            "chunks",
-            "addresses",
-            "table",
-            "row",
-            "partial",
-            "math",
-            "numpy",
-            "float32",
-            "float64",
-            "load",
-            "store",
-            "select",
-            "claim",
-            "max",
-            "min",
-        }
-    )
-
     def __init__(
         self, p: Pass, kinds: dict[str, str], arithmetic: str, labels: dict[str, str], *, inplace: bool
     ) -> None:
         super().__init__(arithmetic)
         self.p, self.kinds, self.labels, self.inplace = p, kinds, labels, inplace
         self.arrays = columns(p, inplace=inplace)
+        self.stored = {s: s if not self.is_apart(s) else f"new {s}" for s, _ in p.stores}
+        """The array of the kernel that takes what is stored."""
+
+    def is_apart(self, array: str) -> bool:
+        """Whether a new array is written, beside the old one."""
+        return f"new {array}" in self.arrays
 
     def text(self, title: str) -> tuple[str, str]:
         """(docstring of the module, definitions)."""
         p, lines = self.p, list[str]()
         head = [f"{self.names_of(a)}: {self.kinds[a]}" for a in self.arrays]
         for j, a in enumerate(self.arrays):
-            kind, label = self.kinds[a], self.names_of(a)
+            given = f'("{self.kinds[a]}", {j}, {len(self.arrays)}, "{self.real}")'
             if a in p.loads or a.startswith("f"):
-                lines.append(f'load_{label} = loader("{kind}", {j}, {len(self.arrays)})')
-            if self.stored_through(a):
-                lines.append(f'store_{label} = storer("{kind}", {j}, {len(self.arrays)})')
+                lines.append(f"load_{self.names_of(a)} = loader{given}")
+            if a in self.stored.values():
+                lines.append(f"store_{self.names_of(a)} = storer{given}")
         fast = ["contract", "afn", "nsz", *(["reassoc"] if p.reductions else [])]
         lines += [
             "",
@@ -308,50 +258,55 @@ class Printer(Maths):
         slot = array.removeprefix("new ")
         return ("new_" if slot != array else "") + self.labels.get(slot, slot)
 
-    def stored_through(self, array: str) -> bool:
-        stored = {s for s, _ in self.p.stores}
-        return array.removeprefix("new ") in stored and (
-            array.startswith("new ") or self.inplace or array not in self.p.loads
-        )
-
     def chunk(self) -> list[str]:
         p = self.p
         lines = ["k = chunks[c, 0]", "first = chunks[c, 1]", "n = chunks[c, 2]"]
         if p.scalars:
             lines.append("h = row[k]")
-        for j, e in enumerate(p.scalars):
-            name = self.names[id(e)] = self.name(f"c{j}")
-            if e.type == "complex":
-                raise Unprintable("a complex number beside the arrays")
-            value = f"table[h, {j}] != 0" if e.type == "bool" else self.cast(f"table[h, {j}]", self.real)
-            lines.append(f"{name} = {value}")
+        lines += self.of_leaf([f"table[h, {j}]" for j in range(len(p.scalars))])
         at: dict[str, str] = {}
         for j, a in enumerate(self.arrays):
-            at[a] = self.name(f"at_{self.names_of(a)}")
+            at[a] = f"at_{self.names_of(a)}"
             lines.append(f"{at[a]} = addresses[{j}, k] + {BYTES[self.kinds[a]]} * first")
-        sums: list[str] = []
-        for r in p.reductions:
-            sums.append(self.name(f"{r.op}_of"))
-            if r.type == "complex":
-                raise Unprintable("a sum of complex numbers")
-            zero = (
-                "float64(0)"
-                if r.op == "sum"
-                else f"rank_{r.op}({self.real}({'-' if r.op == 'max' else ''}math.inf))"
-            )
-            lines.append(f"{sums[-1]} = {zero}")
+        sums = self.sums()
+        for r, total in zip(p.reductions, sums, strict=True):
+            edge = f"rank_{r.op}({self.real}({'-' if r.op == 'max' else ''}math.inf))"
+            lines.append(f"{total} = {'float64(0)' if r.op == 'sum' else edge}")
         lines.append("for i in range(n):")
         lines += ["    " + line for line in self.element(at, sums)]
         for j, (r, total) in enumerate(zip(p.reductions, sums, strict=True)):
             lines.append(f"partial[{j}, c] = {total if r.op == 'sum' else f'unrank({total})'}")
         return lines
 
+    def sums(self) -> list[str]:
+        """The names of the reductions."""
+        if any(r.type == "complex" for r in self.p.reductions):
+            raise Unprintable("a sum of complex numbers")
+        return [f"{r.op}_of{j or ''}" for j, r in enumerate(self.p.reductions)]
+
+    def of_leaf(self, values: list[str]) -> list[str]:
+        """Lines for what is one number a leaf, from the columns of the table."""
+        lines: list[str] = []
+        it = iter(enumerate(values))
+        for e in self.p.body:
+            if e.op == "column":
+                if e.type == "complex":
+                    raise Unprintable("a complex number beside the arrays")
+                j, value = next(it)
+                self.names[id(e)] = f"c{j}"
+                lines.append(f"c{j} = {self.cast(value, self.real)}")
+            elif e.domain == "scalar":
+                text = self.word(e)
+                self.names[id(e)] = self.new_name()
+                lines.append(f"{self.names[id(e)]} = {text}")
+        return lines
+
     def load(self, array: str, at: str) -> str:
-        """An element of an array, in the type of its arithmetic."""
+        """An element of an array, in the type of the arithmetic."""
         return f"load_{self.names_of(array)}({at}, i)"
 
     def store(self, array: str, at: str, value: str) -> str:
-        """The line that stores an element, given in the type of its arithmetic."""
+        """The line that stores an element, given in the type of the arithmetic."""
         return f"store_{self.names_of(array)}({at}, i, {value})"
 
     def counted(self, op: str, value: str) -> str:
@@ -359,36 +314,25 @@ class Printer(Maths):
         return value
 
     def element(self, at: dict[str, str], sums: list[str]) -> list[str]:
-        p, lines = self.p, list[str]()
-        for j, e in enumerate(p.free):
-            self.names[id(e)] = self.name("free")
-            text = self.load(f"f{j}", at[f"f{j}"])
-            kind = ARITHMETIC[self.kinds[f"f{j}"]]
-            text = f"{text} != 0" if e.type == "bool" else self.converted(text, kind, self.real, e.type)
-            lines.append(f"{self.names[id(e)]} = {text}")
+        p, lines, spread = self.p, list[str](), 0
         for e in p.body:
-            if e.op == "input":
-                name = self.names[id(e)] = self.name(self.names_of(e.value))
-                text = self.load(e.value, at[e.value])
-                lines.append(
-                    f"{name} = {self.converted(text, ARITHMETIC[self.kinds[e.value]], self.real, e.type)}"
-                )
+            if e.domain == "scalar":
+                continue
+            if e.op == "load":
+                name, text = self.names_of(e.value), self.load(e.value, at[e.value])
+            elif e.op == "spread":
+                name, text = f"free{spread or ''}", self.load(f"f{spread}", at[f"f{spread}"])
+                spread += 1
             else:
                 text = self.word(e)
-                name = self.names[id(e)] = self.name("t")
-                lines.append(f"{name} = {text}")
-        for r, total in zip(p.reductions, sums, strict=True):
-            value = self.counted(r.op, self.atom(r.args[0], number=True))
-            lines.append(f"{total} = {self.words[r.op](total, value)}")
+                name = self.new_name()
+            self.names[id(e)] = name
+            lines.append(f"{name} = {text}")
+        for r, term, total in zip(p.reductions, p.terms, sums, strict=True):
+            lines.append(f"{total} = {self.words[r.op](total, self.counted(r.op, self.atom(term)))}")
         for slot, e in p.stores:
-            array = slot if slot in at and self.stored_through(slot) else f"new {slot}"
-            value, kind = self.atom(e, number=True), self.kinds[array]
-            if kind.startswith("complex") and e.type != "complex":
-                value = f"complex_of({value}, {self.real}(0))"
-            value = self.converted(
-                value, self.real, ARITHMETIC[kind], "complex" if kind.startswith("complex") else ""
-            )
-            lines.append(self.store(array, at[array], value))
+            array = self.stored[slot]
+            lines.append(self.store(array, at[array], self.atom(e.args[0])))
         return lines
 
 
@@ -410,6 +354,33 @@ def support_hash(file: str) -> str:
     return hashlib.sha256(Path(__file__).parents[1].joinpath(file).read_bytes()).hexdigest()[:12]
 
 
+def identifiers(text: str) -> frozenset[str]:
+    """The names in a Python text."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return frozenset(token.string for token in tokens if token.type == tokenize.NAME)
+
+
+def fitting(labels: dict[str, str], plain: str) -> dict[str, str]:
+    """The reader's labels of arrays, as far as no name that is made of one is used already.
+
+    `plain` is the text in which arrays go by their own names, so it uses every name that its template and its
+    maths ever do; an array whose label does not fit keeps its own.
+    """
+    taken = identifiers(plain) | set(keyword.kwlist) | set(dir(builtins))
+    fit: dict[str, str] = {}
+    for array, label in labels.items():
+        label = unicodedata.normalize("NFKC", label)  # noqa: PLW2901 as Python reads it
+        made = {f"{role}{new}{label}" for role in ROLES for new in ("", "new_")}
+        if label.isidentifier() and not made & taken:
+            fit[array] = label
+            taken |= made
+    return fit
+
+
+ROLES = ("", "load_", "store_", "at_", "wide_at_")
+"""What stands before the label of an array in the names that a kernel makes of it."""
+
+
 def source(
     p: Pass, kinds: dict[str, str], arithmetic: str, labels: dict[str, str], title: str, *, inplace: bool
 ) -> str:
@@ -418,15 +389,19 @@ def source(
     `kinds` has the element type of every array in `columns`, `labels` their names for the reader. Raises
     Unprintable.
     """
-    about, body = Printer(p, kinds, arithmetic, labels, inplace=inplace).text(title)
-    return (
-        f"{about}import math\n\nimport numpy\nfrom numba import njit\n"
-        "from numpy import complex64, complex128, float32, float64\n\n"
-        "from optimisers.engines.cpu.intrinsics import (\n    claim, complex_of, high_bits, join_bits, "
-        "loader, low_bits, rank_max, rank_min,\n    select, storer, "
-        "to_bfloat16, to_float16, to_float32, unrank,\n)\n"
-        f"\n# intrinsics {support_hash('cpu/intrinsics.py')}\n{body}"
-    )
+
+    def written(labels: dict[str, str]) -> str:
+        about, body = Printer(p, kinds, arithmetic, labels, inplace=inplace).text(title)
+        return (
+            f"{about}import math\n\nimport numpy\nfrom numba import njit\n"
+            "from numpy import complex64, complex128, float32, float64\n\n"
+            "from optimisers.engines.cpu.intrinsics import (\n    claim, complex_of, high_bits, join_bits, "
+            "loader, low_bits, rank_max, rank_min,\n    select, storer, "
+            "to_bfloat16, to_float16, to_float32, unrank,\n)\n"
+            f"\n# intrinsics {support_hash('cpu/intrinsics.py')}\n{body}"
+        )
+
+    return written(fitting(labels, written({})))
 
 
 def legend(p: Pass) -> str:

@@ -10,8 +10,19 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-from optimisers.engines.cpu.printer import ARITHMETIC, BYTES, REAL, Maths, Printer, Unprintable, support_hash
+from optimisers.engines.cpu.printer import (
+    ARITHMETIC,
+    BYTES,
+    REAL,
+    Maths,
+    Printer,
+    Unprintable,
+    fitting,
+    support_hash,
+)
+from optimisers.graph.check import check
 from optimisers.graph.expr import Expr, order
+from optimisers.graph.lower import Lowering
 from optimisers.graph.passes import Pass
 
 
@@ -59,10 +70,22 @@ CALLED = (
 """What kernels call beside Triton's own words."""
 
 
+WIDENED = {"bfloat16": "widened({0})"}
+"""Element type -> an element in the type of its arithmetic, where a cast does not do."""
+
+ROUNDED = {"bfloat16": "bfloat16_of({0})", "float16": "({0}).to(tl.float32).to(tl.float16)"}
+ROUNDED["int16"] = "({0}).to(tl.float32).to(tl.int16)"
+"""Element type -> a number rounded to it, where one cast does not do."""
+
+
 class _Written(Maths):
     """Maths in the words of Triton."""
 
     words: ClassVar[dict[str, Callable[..., str]]] = WORDS
+    casts: ClassVar[dict[tuple[str, str], str]] = {
+        ("bool", "real"): "({0}).to(tl.{real})",
+        ("real", "bool"): "{0} != 0",
+    }
 
     def literal(self, text: str) -> str:
         number = f'float("{text}")' if "inf" in text or "nan" in text else text
@@ -74,23 +97,6 @@ class _Written(Maths):
 
 class _Kernel(_Written, Printer):
     """The text of a kernel of one pass."""
-
-    reserved = Printer.reserved | {
-        *(
-            "tl",
-            "triton",
-            "aligned",
-            "whole",
-            "leaves",
-            "full",
-            "scale",
-            "scale_at",
-            "found",
-            "BLOCK",
-            "TAIL",
-        ),
-        *("block", "kernel", "float", "range", *CALLED),
-    }
 
     def __init__(
         self,
@@ -107,13 +113,14 @@ class _Kernel(_Written, Printer):
 
     def load(self, array: str, at: str) -> str:
         kind = ARITHMETIC[self.kinds[array]]
-        text = f"load({at}, i, n, full)"
-        text = f"widened({text})" if self.kinds[array] == "bfloat16" else self.cast(text, kind)
-        return f"divide({text}, scale.to(tl.{kind}))" if self.scaled and array.startswith("d") else text
+        text = WIDENED.get(self.kinds[array], f"({{0}}).to(tl.{kind})").format(f"load({at}, i, n, full)")
+        if self.scaled and array.startswith("d"):
+            text = f"divide({text}, scale.to(tl.{kind}))"
+        return text if kind == self.real else self.cast(text, self.real)
 
     def store(self, array: str, at: str, value: str) -> str:
         kind = self.kinds[array]
-        kept = f"bfloat16_of({value})" if kind == "bfloat16" else f"({value}).to(tl.{kind})"
+        kept = ROUNDED.get(kind, f"({{0}}).to(tl.{kind})").format(value)
         return f"store({at}, i, n, {kept}, full)"
 
     def source(self, title: str) -> str:
@@ -126,18 +133,21 @@ class _Kernel(_Written, Printer):
         if self.scaled:
             lines.append("scale = tl.load(scale_at)")
             lines += [] if p.reductions else ["n = tl.where(tl.load(found) != 0, 0, n)"]
-        scalars = self.scalars(lines)
+        if p.scalars:
+            lines.append("h = tl.load(row + k)")
+        of_leaf = self.of_leaf(
+            [f"tl.load(table + {len(p.scalars)} * h + {j})" for j in range(len(p.scalars))]
+        )
+        lines += of_leaf
         at = self.places(lines)
-        sums = [self.name(f"{r.op}_of") for r in p.reductions]
+        sums = self.sums()
         for r, total in zip(p.reductions, sums, strict=True):
-            if r.type == "complex":
-                raise Unprintable("a sum of complex numbers")
             lines.append(f'{total} = tl.full([BLOCK], float("{IDENTITY[r.op]}"), tl.float64)')
             lines.append(f'rest_{total} = tl.full([TAIL], float("{IDENTITY[r.op]}"), tl.float64)')
         inner = ["i = s + tl.arange(0, BLOCK)", *self.element(at, sums)]
         inner += [f"return {', '.join(sums)}"] if sums else []
         lines.append("whole = tl.where(tl.load(aligned + k) != 0, n // BLOCK * BLOCK, 0)")
-        more = [*scalars, *(["scale"] if self.scaled else [])]
+        more = [*(line.split(" = ")[0] for line in of_leaf), *(["scale"] if self.scaled else [])]
         for bounds, size, wide, rest in (
             ("0, whole", "BLOCK", "wide_", ""),
             ("whole, n", "TAIL", "", "rest_"),
@@ -168,27 +178,11 @@ class _Kernel(_Written, Printer):
             ],
         )
 
-    def scalars(self, lines: list[str]) -> list[str]:
-        """Names of the scalars of the leaf; lines that load them."""
-        names: list[str] = []
-        if self.p.scalars:
-            lines.append("h = tl.load(row + k)")
-        for j, e in enumerate(self.p.scalars):
-            if e.type == "complex":
-                raise Unprintable("a complex number beside the arrays")
-            name = self.names[id(e)] = self.name(f"c{j}")
-            value = f"tl.load(table + {len(self.p.scalars)} * h + {j})"
-            lines.append(
-                f"{name} = {value} != 0" if e.type == "bool" else f"{name} = {self.cast(value, self.real)}"
-            )
-            names.append(name)
-        return names
-
     def places(self, lines: list[str]) -> dict[str, str]:
         """Name of the pointer to each array; lines that make it, and one that is known to be aligned."""
         at: dict[str, str] = {}
         for j, a in enumerate(self.arrays):
-            name = at[a] = self.name(f"at_{self.names_of(a)}")
+            name = at[a] = f"at_{self.names_of(a)}"
             pointer = f"tl.pointer_type(tl.{self.kinds[a]})"
             lines.append(f"{name} = tl.load(addresses + {j} * leaves + k) + {BYTES[self.kinds[a]]} * first")
             lines.append(f"wide_{name} = tl.multiple_of({name}.to({pointer}), 16)")
@@ -214,7 +208,11 @@ def source(
     `scaled` kernels divide every gradient by a number on the device, and store nothing where another one is
     not 0. Raises Unprintable.
     """
-    return _Kernel(p, kinds, arithmetic, labels, inplace=inplace, scaled=scaled).source(title)
+
+    def written(labels: dict[str, str]) -> str:
+        return _Kernel(p, kinds, arithmetic, labels, inplace=inplace, scaled=scaled).source(title)
+
+    return written(fitting(labels, written({})))
 
 
 # -- scalars -------------------------------------------------------------------------------------------------
@@ -223,26 +221,23 @@ def source(
 class _Scalars(_Written):
     """The text of a kernel that computes scalars of every leaf, in float64."""
 
-    reserved = _Kernel.reserved | {
-        *("table", "row", "sizes", "clock", "out", "at", "on", "go", "sum_of", "LANES"),
-    }
-
-    def lines(self, wanted: Sequence[Expr], given: dict[int, str]) -> list[str]:
-        """The values of nodes from those that are given by id, as text."""
+    def lines(self, roots: Sequence[Expr], given: dict[int, str]) -> list[str]:
+        """The values of lowered nodes from those that are given by id, as text."""
         lines: list[str] = []
-        above = order(wanted, given)
-        known = [e for e in (*wanted, *(a for e in above for a in e.args)) if id(e) in given]
+        above = order(roots, given)
+        known = [e for e in (*roots, *(a for e in above for a in e.args)) if id(e) in given]
         for e in [*dict.fromkeys(known), *above]:
             if e.op == "const":
                 continue
             if e.type == "complex":
                 raise Unprintable("a complex number beside the arrays")
-            name = self.name("t")
-            text = given.get(id(e)) or (self.atom(e.args[0]) if e.op == "scheduled" else self.word(e))
+            text = given[id(e)] if id(e) in given else self.word(e)
+            self.names[id(e)] = self.new_name()
             lines.append(
-                f"{name} = {text} != 0" if id(e) in given and e.type == "bool" else f"{name} = {text}"
+                f"{self.names[id(e)]} = {text} != 0"
+                if id(e) in given and e.type == "bool"
+                else f"{self.names[id(e)]} = {text}"
             )
-            self.names[id(e)] = name
         return lines
 
 
@@ -252,6 +247,7 @@ def scalar_source(
     inputs: Sequence[tuple[Expr, str]],
     width: int,
     hypers: int,
+    lowering: Lowering,
     *,
     total: bool,
 ) -> str:
@@ -266,7 +262,7 @@ def scalar_source(
     given: dict[int, str] = {}
     for e, where in inputs:
         what, _, j = where.partition(" ")
-        given[id(e)] = {
+        given[id(lowering.scalar(e))] = {
             "number": f"tl.load(table + {width} * h + {j}, mask=on, other=0)",
             "vector": f"tl.load(vector{j} + k, mask=on, other=0)",
             "total": f"tl.load(total{j}) + tl.zeros([LANES], tl.float64)",
@@ -274,8 +270,11 @@ def scalar_source(
             "clock": "tl.load(clock + h, mask=on, other=0).to(tl.float64)",
         }[what]
     body = ["k = at + tl.arange(0, LANES)", "on = k < leaves", "h = tl.load(row + k, mask=on, other=0)"]
-    body += maths.lines([*wanted, *counters], given)
-    values = [f"{maths.atom(e, number=True)} + tl.zeros([LANES], tl.float64)" for e in wanted]
+    columns = [lowering.cast(lowering.scalar(e), "number") for e in wanted]
+    kept = [lowering.cast(lowering.scalar(e), "number") for e in counters]
+    check([*columns, *kept])
+    body += maths.lines([*columns, *kept], given)
+    values = [f"{maths.atom(e)} + tl.zeros([LANES], tl.float64)" for e in columns]
     if total:
         body.append(f"sum_of += tl.where(on, {values[0]}, 0)")
         body = [
@@ -292,8 +291,8 @@ def scalar_source(
         if counters:
             body.append("go = k < tl.where(tl.load(found) != 0, 0, leaves)")
         body += [
-            f"tl.store(table + {width} * h + {hypers + j}, {maths.atom(e, number=True)}, mask=go)"
-            for j, e in enumerate(counters)
+            f"tl.store(table + {width} * h + {hypers + j}, {maths.atom(e)}, mask=go)"
+            for j, e in enumerate(kept)
         ]
     places = [
         where.replace(" ", "")

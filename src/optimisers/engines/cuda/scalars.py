@@ -191,7 +191,10 @@ class DeviceScalars:
                 assert not cuts(e), "a reduction that nobody has computed"
                 stack.extend(e.args)
         width = len(self.step.program.names) if self.capturable else max(1, len(near))
-        text = printer.scalar_source(wanted, counters, inputs, width, self.step.program.hypers, total=total)
+        program = self.step.program
+        text = printer.scalar_source(
+            wanted, counters, inputs, width, program.hypers, program.lowering, total=total
+        )
         return cache.load(text).kernel, tuple(near), tuple(vectors), tuple(totals)
 
     def gathered(self, e: Expr) -> Any:

@@ -19,6 +19,7 @@ from optimisers.engines import interpret
 from optimisers.engines.addressed import task as fused
 from optimisers.engines.cpu import task as numba
 from optimisers.engines.cpu.printer import Unprintable, columns
+from optimisers.engines.evaluate import Values, evaluate
 from optimisers.engines.task import Engine, Holds, Members, Step
 from optimisers.engines.xla import call as ffi
 from optimisers.graph.expr import Expr
@@ -350,8 +351,8 @@ def _reduced(
             }
             start += size
             values = _values(p, wide, inputs, table[int(row[i])])
-            for out, r in zip(found, p.reductions, strict=True):
-                out.append(jnp.asarray(library.operations[r.op](values(r.args[0], number=True)), kind))
+            for out, r, term in zip(found, p.reductions, p.terms, strict=True):
+                out.append(jnp.asarray(library.operations[r.op](values[id(term)]), kind))
     return [jnp.stack([jnp.stack(column) for column in found])]
 
 
@@ -407,31 +408,15 @@ def _pass_of_ragged(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any) ->
 def _pass(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any) -> dict[str, Any]:
     """The values that a pass stores, in the type of the arithmetic."""
     values = _values(p, wide, inputs, scalars)
-    return {name: values(e, number=True) for name, e in p.stores}
+    return {name: values[id(e)] for name, e in p.stores}
 
 
-def _values(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any) -> Callable[..., Any]:
+def _values(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any) -> Values:
     """The value of every node of a pass, from its inputs and its row of scalars."""
     real = library.real_of(wide)
-    values: dict[int, Any] = {}
-    for j, e in enumerate(p.scalars):
-        values[id(e)] = scalars[j] != 0 if e.type == "bool" else scalars[j].astype(real)
+    column = {id(e): scalars[j] for j, e in enumerate(p.scalars)}
 
-    def operand(e: Any, *, number: bool = False) -> Any:
-        if e.op == "const" and e.domain == "scalar":
-            kind = wide if e.type == "complex" else real
-            return e.value if e.type == "bool" and not number else jnp.asarray(e.value, kind)
-        value = values[id(e)]
-        return value.astype(real) if number and e.type == "bool" else value
+    def given(e: Expr) -> Any:
+        return inputs[e.value] if e.op == "load" else column[id(e.value)].astype(real)
 
-    for e in p.body:
-        if e.op == "input":
-            values[id(e)] = inputs[e.value].astype(wide if e.type == "complex" else real)
-            continue
-        steers = e.op.startswith("logical")
-        args = [
-            operand(a, number=not steers and not (e.op == "where" and (i == 0 or e.type == "bool")))
-            for i, a in enumerate(e.args)
-        ]
-        values[id(e)] = library.operations[e.op](*args, **dict(e.options))
-    return operand
+    return evaluate([*p.terms, *(e for _, e in p.stores)], given, library, wide)

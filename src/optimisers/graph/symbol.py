@@ -1,0 +1,380 @@
+"""What does a rule meet in place of arrays and numbers? Symbols, which write down what is done with them."""
+
+import contextlib
+import contextvars
+import numbers
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from optimisers import ops
+from optimisers.errors import TraceError
+from optimisers.graph.expr import Expr, Guard, Options, show
+from optimisers.rule import asking
+
+
+class Trace:
+    """What a trace collects besides its outputs."""
+
+    def __init__(self) -> None:
+        self.scope: list[Guard] = []
+        self.checks: list[tuple[Expr, str, tuple[Expr, ...], Guard]] = []
+        self.shape_read = False
+        self.clocks: Any = None
+        """The clocks of its scopes."""
+        self.totals: dict[str, int] = {}
+        """How many totals each type of rule has asked for."""
+
+
+_current: contextvars.ContextVar[Trace | None] = contextvars.ContextVar("trace", default=None)
+
+
+@contextlib.contextmanager
+def tracing() -> Generator[Trace]:
+    """Symbols made inside belong to this trace."""
+    trace = Trace()
+    token = _current.set(trace)
+    try:
+        yield trace
+    finally:
+        _current.reset(token)
+
+
+def current() -> Trace:
+    trace = _current.get()
+    if trace is None:
+        raise TraceError(
+            "a symbol was used after its trace had ended; a rule keeps nothing between calls, what it wants "
+            "to remember belongs in its state"
+        )
+    return trace
+
+
+class Symbol(Expr):
+    """One node of the graph while a rule is traced."""
+
+    __slots__ = ()
+
+    # -- what a rule may ask of an array --
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.domain == "scalar":
+            return ()
+        if self.shape_ is None:
+            raise TraceError(f"the shape of the result of {self.op} is not known until the step runs")
+        current().shape_read = True
+        return self.shape_
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> "Symbol | int":
+        """The number of elements, as a symbol: a program serves arrays of every size."""
+        return 1 if self.domain == "scalar" else Symbol("size", guard=merged((), ()))
+
+    @property
+    def real(self) -> Any:
+        return ops.real(self)
+
+    @property
+    def imag(self) -> Any:
+        return ops.imag(self)
+
+    @property
+    def T(self) -> Any:  # noqa: N802 the name that every array library has
+        return ops.transpose(self)
+
+    def conj(self) -> Any:
+        return ops.conj(self)
+
+    def __repr__(self) -> str:
+        return f"<symbol {show(self)}>"
+
+    __hash__ = object.__hash__
+
+    # -- what cannot be traced --
+
+    def __bool__(self) -> bool:
+        raise TraceError(
+            "a rule branched on a value that is not known until the step runs; write `where(condition, a, "
+            "b)` instead of `a if condition else b`, and `&`, `|`, `~` instead of `and`, `or`, `not`"
+        )
+
+    def __float__(self) -> float:
+        raise TraceError(
+            "a rule turned a value that is not known until the step runs into a Python number; leave out "
+            "float() and int(), and use the words of optimisers instead of those of math"
+        )
+
+    __int__ = __index__ = __complex__ = __round__ = __floor__ = __ceil__ = __trunc__ = __float__
+
+    def __iter__(self) -> Iterator[Any]:
+        raise TraceError(
+            "a rule iterated over an array; it sees one array and writes its maths for the whole of it"
+        )
+
+    def __len__(self) -> int:
+        raise TraceError(
+            "len() of an array inside a rule; x.size is its number of elements, x.shape its shape"
+        )
+
+    def __getitem__(self, _: Any) -> Any:
+        raise TraceError("a rule indexed an array; use where, sums along an axis, or call(function, x)")
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        raise TraceError("a rule wrote into an array; rules are pure: return the new state and the step")
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TraceError("a rule gave a symbol to NumPy; use the words of optimisers, or call(function, x)")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        known = f"; write {name}(x) with the word of optimisers" if name in ops.NAMES else ""
+        raise TraceError(
+            f"a rule asked an array for .{name}, which it does not have while a step is traced{known}"
+        )
+
+    def __array_function__(self, function: Any, *_: Any) -> Any:
+        name = f"{function.__module__}.{function.__name__}".removeprefix("numpy.")
+        instead = (
+            f"write {name}(...) with the word of optimisers"
+            if name in ops.NAMES
+            else (f"use the words of optimisers, or call(np.{name}, x)")
+        )
+        raise TraceError(f"a rule called np.{name} on a symbol; {instead}")
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        name = {"true_divide": "divide", "absolute": "abs", "conjugate": "conj"}.get(
+            ufunc.__name__, ufunc.__name__
+        )
+        if method == "__call__" and not options and name in ops.WORDS:
+            return ops.speak(name, inputs, {})
+        raise TraceError(
+            f"a rule called np.{ufunc.__name__} on a symbol; use the words of optimisers, or "
+            f"call(np.{ufunc.__name__}, x)"
+        )
+
+    # -- the protocol of `value` and `ops` --
+
+    def __number__(self) -> bool:
+        return self.domain == "scalar"
+
+    @staticmethod
+    def __word__(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return write(name, args, options)
+
+    @staticmethod
+    def __stored_type__(x: "Symbol") -> str:
+        """The element type of the array that an input stands for; empty for what is computed."""
+        return dict(x.options).get("dtype", "")
+
+    @staticmethod
+    def __full_like__(x: "Symbol", value: Any) -> Any:
+        return make("add", (lift(value), make("subtract", (x, x)))) if x.domain == "free" else lift(value)
+
+    @staticmethod
+    def __total__(s: "Symbol") -> Any:
+        if s.domain != "scalar":
+            raise TraceError("total() was given an array; it takes a scalar: total(sum(...))")
+        trace, rule = current(), asking.get()
+        name = f"{rule.__module__}.{rule.__qualname__}" if rule else ""
+        count = trace.totals[name] = trace.totals.get(name, 0) + 1
+        return make("total", (s,), options=(("of", f"{name} {count}"),))
+
+    @staticmethod
+    def __when__(condition: Any, dx: Any) -> Any:
+        condition, dx = lift(condition), lift(dx)
+        if condition.domain != "scalar":
+            raise TraceError(
+                "when() was given a condition for each element; it takes a scalar one: use where() for "
+                "single elements"
+            )
+        result = make("identity", (dx,))
+        result.guard = merged(result.guard, (condition, *condition.guard))
+        return result
+
+    @staticmethod
+    def __clock__() -> "Symbol":
+        return current().clocks.now()
+
+    @staticmethod
+    def __under__(dx: "Symbol") -> Any:
+        return scope(dx.guard)
+
+    @staticmethod
+    def __check__(condition: Any, message: str, values: tuple[Any, ...]) -> None:
+        condition = lift(condition)
+        shown = tuple(lift(v) for v in values)
+        if any(e.domain != "scalar" for e in (condition, *shown)):
+            raise TraceError("check() takes scalars, such as a norm or a sum")
+        trace = current()
+        trace.checks.append((condition, message, shown, merged(condition.guard, ())))
+
+
+# -- operators -----------------------------------------------------------------------------------------------
+
+_OPERATORS = {
+    "add": "add",
+    "sub": "subtract",
+    "mul": "multiply",
+    "truediv": "divide",
+    "pow": "power",
+    "matmul": "matmul",
+    "and": "logical_and",
+    "or": "logical_or",
+}
+"""Python's name of an operator that has a reflected form -> the operation."""
+
+_COMPARISONS = {
+    "lt": "less",
+    "le": "less_equal",
+    "gt": "greater",
+    "ge": "greater_equal",
+    "eq": "equal",
+    "ne": "not_equal",
+}
+
+_PREFIXES = {"neg": "negative", "abs": "abs", "invert": "logical_not"}
+
+
+def _floor_divided(a: Any, b: Any) -> Any:
+    return ops.floor(ops.divide(a, b))
+
+
+def _remainder(a: Any, b: Any) -> Any:
+    return ops.subtract(a, ops.multiply(b, _floor_divided(a, b)))
+
+
+def _operation(name: str) -> Callable[..., Any]:
+    return lambda *args: ops.speak(name, args, {})
+
+
+def _give_operators() -> None:
+    """Operators of symbols, from the tables."""
+    two = {python: _operation(name) for python, name in _OPERATORS.items()}
+    two |= {"floordiv": _floor_divided, "mod": _remainder}
+    for python, function in two.items():
+        setattr(Symbol, f"__{python}__", function)
+        setattr(Symbol, f"__r{python}__", lambda self, other, function=function: function(other, self))
+    for python, name in (_COMPARISONS | _PREFIXES).items():
+        setattr(Symbol, f"__{python}__", _operation(name))
+
+
+_give_operators()
+
+
+@contextlib.contextmanager
+def scope(guard: Guard) -> Generator[None]:
+    trace = current()
+    trace.scope.append(guard)
+    try:
+        yield
+    finally:
+        trace.scope.pop()
+
+
+def merged(first: Guard, second: Iterable[Expr]) -> Guard:
+    """Both guards and that of the scope, each condition once."""
+    trace = _current.get()
+    out: dict[int, Expr] = {id(g): g for g in first}
+    for g in second:
+        out.setdefault(id(g), g)
+    for guard in trace.scope if trace else ():
+        for g in guard:
+            out.setdefault(id(g), g)
+    return tuple(out.values())
+
+
+# -- making nodes --------------------------------------------------------------------------------------------
+
+
+def lift(value: Any) -> Symbol:
+    """A value as a node: numbers and concrete arrays become constants."""
+    if isinstance(value, Symbol):
+        return value
+    if isinstance(value, bool | np.bool_):
+        return Symbol("const", type="bool", value=bool(value))
+    if isinstance(value, numbers.Real | np.floating | np.integer):
+        return Symbol("const", value=float(value) if not isinstance(value, int) else value)
+    if isinstance(value, numbers.Complex):
+        return Symbol("const", type="complex", value=complex(value))
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        if value.shape == ():
+            return lift(value.item())
+        text = str(value.dtype)
+        kind = "complex" if "complex" in text else "bool" if "bool" in text else "real"
+        return Symbol("const", domain="free", type=kind, value=value, shape=tuple(value.shape))
+    raise TraceError(f"a rule used {value!r} in its arithmetic; it takes arrays and numbers")
+
+
+def write(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Symbol:
+    """The node of a word."""
+    word = ops.WORDS[name]
+    if name == "call":
+        function, *rest = args
+        return make(name, tuple(lift(a) for a in rest), domain="free", options=(("function", function),))
+    if name == "reshape":
+        return make(name, (lift(args[0]),), domain="free", options=(("shape", args[1]),))
+    if word.family == "reduce":
+        x = lift(args[0])
+        chosen = dict(zip(("axis", "keepdims"), args[1:], strict=False)) | options
+        along = {k: v for k, v in chosen.items() if v is not None and v is not False}
+        if not along:
+            return (
+                x if x.domain == "scalar" else make(name, (x,), domain="scalar", type=reduced_type(name, x))
+            )
+        return make(name, (x,), domain="free", options=tuple(sorted(along.items())))
+    nodes = tuple(lift(a) for a in args)
+    if word.family == "shape":
+        return make(name, nodes, domain="free")
+    return make(name, nodes)
+
+
+def reduced_type(name: str, x: Expr) -> str:
+    if name != "sum" and x.type == "complex":
+        raise TraceError(f"{name} of complex numbers has no meaning; take abs or real first")
+    return "real" if x.type == "bool" else x.type
+
+
+def make(
+    op: str,
+    args: tuple[Expr, ...],
+    *,
+    domain: str = "",
+    type: str = "",
+    options: Options = (),
+) -> Symbol:
+    domains = {a.domain for a in args}
+    if not domain:
+        domain = "array" if "array" in domains else "free" if "free" in domains else "scalar"
+    guard: Guard = ()
+    for a in args:
+        guard = merged(guard, a.guard)
+    shape = next((a.shape_ for a in args if a.domain == "array"), None) if domain == "array" else None
+    type = type or result_type(op, args)
+    return Symbol(op, args, domain=domain, type=type, options=options, guard=merged(guard, ()), shape=shape)
+
+
+_RANK = {"bool": 0, "real": 1, "complex": 2}
+
+
+def result_type(op: str, args: tuple[Expr, ...]) -> str:
+    """The type of a node from those of its arguments."""
+    if op in ("identity", "scheduled", "total"):
+        return args[0].type if args[0].type != "bool" or op == "identity" else "real"
+    gives = ops.WORDS[op].gives
+    if gives in ("real", "bool"):
+        if op in ("less", "less_equal", "greater", "greater_equal") and any(
+            a.type == "complex" for a in args
+        ):
+            raise TraceError(f"{op} of complex numbers has no meaning; take abs or real first")
+        return gives
+    widest = max((a.type for a in (args[1:] if gives == "branch" else args)), key=_RANK.__getitem__)
+    if op in ("maximum", "minimum", "floor", "ceil", *ops.ROUNDINGS) and widest == "complex":
+        raise TraceError(f"{op} of complex numbers has no meaning; take abs or real first")
+    return "real" if widest == "bool" and gives != "branch" else widest
