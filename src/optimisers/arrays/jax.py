@@ -187,8 +187,9 @@ class JaxLibrary(Library[Array, Dtype]):
     def is_traced(self, x: object) -> bool:
         return isinstance(x, Tracer)
 
-    def may_bundle(self, x: Array) -> bool:
-        return self.is_traced(x) or isinstance(x, jax.ShapeDtypeStruct) or len(x.devices()) == 1
+    def is_spread(self, x: object) -> bool:
+        """Whether an array, as far as it can be seen, is on several devices."""
+        return isinstance(x, jax.Array) and not self.is_traced(x) and len(x.devices()) > 1
 
     def is_part(self, x: Array) -> bool:
         return bool(varying(x))
@@ -197,8 +198,8 @@ class JaxLibrary(Library[Array, Dtype]):
         return True
 
     def device(self, x: Array) -> str:
-        """Whether it is one; arrays that are shared out over several are stepped apart from others."""
-        return "one device" if self.may_bundle(x) else "several devices"
+        """A name for all of them: where an array lies is no part of a state, which may be moved."""
+        return "any device"
 
     # -- memory ---------------------------------------------------------------------------------------------
 

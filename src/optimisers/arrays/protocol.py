@@ -133,10 +133,6 @@ class Library(Protocol[A, D]):
         """Whether a transform or a compiler looks at this array, so that nobody may read its elements."""
         return False
 
-    def may_bundle(self, x: A) -> bool:
-        """Whether state of small arrays may share a vector: only what is whole, on one device."""
-        return False
-
     def is_part(self, x: A) -> bool:
         """Whether this is one device's part of a larger array."""
         return False

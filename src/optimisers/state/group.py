@@ -38,20 +38,34 @@ class Shape:
     loose: bool
     """Whether its state arrays stand each for itself, since no address of theirs can be written."""
 
-    bundled: bool = False
-    """Whether small ones of them share a vector all the same."""
+    packed: bool = False
+    """Whether small ones of them share a vector all the same, since the user wanted that."""
+    kernels: bool = True
+    """Whether compiled kernels may run: no engine was asked for. Whether they can is seen where a step is
+    compiled.
+    """
     capturable: bool = False
     """Whether the numbers of its state live on its device, each leaf's in a row of their own. They stay at
     their address, as the arrays do: a graph that was captured reads and writes them there.
     """
 
     @classmethod
-    def of(cls, x: Any, engine: str | None = None, *, capturable: bool = False) -> "Shape":
+    def of(
+        cls, x: Any, engine: str | None = None, *, packed: bool = False, capturable: bool = False
+    ) -> "Shape":
         library = registry.library(x)
         strides, loose = library.dense_strides(x), library.is_loose(x)
-        bundled = loose and engine is None and library.may_bundle(x)
+        packed = packed and loose and library.immutable
         return cls(
-            library.NAME, tuple(x.shape), strides, x.dtype, library.device(x), loose, bundled, capturable
+            library.NAME,
+            tuple(x.shape),
+            strides,
+            x.dtype,
+            library.device(x),
+            loose,
+            packed,
+            engine is None,
+            capturable,
         )
 
     @property
@@ -218,7 +232,7 @@ def grouped(entries: Sequence[Any], shapes: Sequence[Shape | None]) -> list[Grou
             kind.library.NAME,
             kind.device,
             kind.loose,
-            kind.bundled,
+            kind.packed,
             kind.capturable,
         )
         if key not in programs:
@@ -253,7 +267,7 @@ def _group(items: list[Entry], program: Program, shapes: Sequence[Shape | None])
     for j, slot in enumerate(program.slots):
         arrays = [c[j] for c in columns]
         there = places if slot.shape is None else _places(arrays)
-        if first.bundled and slot.shape is None:
+        if first.packed and slot.shape is None:
             there = Places.bundled([k.shape for k in kinds], [k.strides for k in kinds])
             packs.append(Bundled.of(first.library, first.device, there, arrays))
             continue

@@ -523,6 +523,9 @@ def table_of(
     traced, the library keeps none there, or they are to be `captured`. `apart` leaves each leaf its row.
     """
     row = np.arange(len(rows))
+    if library.immutable and not apart and not captured:
+        kept, row = _histories(rows, clocks)
+        rows, clocks = [rows[i] for i in kept], [clocks[i] for i in kept]
     if (tracer := _tracer([*rows, clocks])) is not None:
         if captured:
             raise BadState(CAPTURED)
@@ -533,9 +536,22 @@ def table_of(
     host = HostTable(values, np.array([float(c) for c in clocks]), row, hypers)
     if captured:
         return DeviceTable(host, library, device)
-    if not library.immutable or not apart:
-        host = host.merge_equal()
-    return host.to_traced(library) if library.immutable else host
+    return host.to_traced(library) if library.immutable else host.merge_equal()
+
+
+def _histories(rows: Sequence[Sequence[Any]], clocks: Sequence[Any]) -> tuple[list[int], Indices]:
+    """(the first leaf of every history, the history of each leaf): those of one rule have the same numbers,
+    or the same arrays, whatever is traced and whatever the values are.
+    """
+    known: dict[Any, int] = {}
+    first: list[int] = []
+    row: list[int] = []
+    for i, (scalars, clock) in enumerate(zip(rows, clocks, strict=True)):
+        key = tuple(v if isinstance(v, int | float) else (id(v),) for v in (*scalars, clock))
+        row.append(known.setdefault(key, len(known)))
+        if len(known) > len(first):
+            first.append(i)
+    return first, np.array(row, np.int64)
 
 
 def as_kind(kind: type, value: Any) -> Any:

@@ -32,6 +32,7 @@ def setup(
     engine: str | None = None,
     capturable: bool = False,
     ties: Ties = (),
+    packed: bool = False,
 ) -> Any:
     """The state that trains `model` by `rule`: a tree with the model's structure and a Leaf for each array.
 
@@ -46,13 +47,19 @@ def setup(
     an object of Flax NNX that stands at several places, or by `ties`: tuples of the paths that hold one
     array, or of globs that match one path each, such as `ties=[("encoder.w", "decoder.w")]`.
 
+    State of JAX has an array for each parameter. With `packed=True` small ones share vectors, sixteen to one:
+    a model of many small arrays compiles faster and steps faster, and its state is found by path no more. The
+    state of other libraries lies side by side anyway.
+
     Raises BadState if rule and model are mixed up, NoMatch for a glob that matches nothing or a parameter
     that no glob matches, TraceError for a rule that cannot be traced, BadSetting for an engine that cannot
     step the model, or a model that cannot be captured. Warns if there is nothing to train.
     """
     for compiler in registry.compilers:
         if compiler.looks():
-            return compiler.aside(setup, rule, model, engine=engine, capturable=capturable, ties=ties)
+            return compiler.aside(
+                setup, rule, model, engine=engine, capturable=capturable, ties=ties, packed=packed
+            )
     _refuse_model(model)
     if not isinstance(rule, type) and hasattr(rule, "setup"):
         return rule.setup(model, ties)
@@ -71,7 +78,7 @@ def setup(
         )
     rules = _choose(rule, layout, arrays)
     shapes = [
-        None if r is None else Shape.of(x, engine, capturable=capturable)
+        None if r is None else Shape.of(x, engine, packed=packed, capturable=capturable)
         for r, x in zip(rules, arrays, strict=True)
     ]
     entries = [

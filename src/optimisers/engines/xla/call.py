@@ -274,8 +274,14 @@ def _step() -> Any:
         return list(plain(list(arrays)))
 
     def now(*arrays: Any, **ways: Any) -> list[Any]:
-        platforms = {d.platform for a in arrays for d in a.devices()}
-        return (by_fast if platforms <= {"cpu"} else by_plain)(*arrays, **ways)
+        devices = {d for a in arrays for d in a.devices()}
+        alone = len(devices) == 1 and all(d.platform == "cpu" for d in devices)
+        return (by_fast if alone else by_plain)(*arrays, **ways)
+
+    def by_machine(context: Any, *arrays: Any, **ways: Any) -> Any:
+        """The kernel on one device, and on each inside `shard_map`; else XLA shares out the operations."""
+        chosen = by_plain if _shared_out(context.module_context.axis_context) else by_fast
+        return mlir.lower_fun(chosen, multiple_results=True)(context, *arrays, **ways)
 
     def forms(*_: Any, fast: Any, **__: Any) -> Any:
         return fast.out_avals
@@ -291,7 +297,15 @@ def _step() -> Any:
     step.def_impl(now)
     step.def_abstract_eval(forms)
     mlir.register_lowering(step, mlir.lower_fun(by_plain, multiple_results=True))
-    mlir.register_lowering(step, mlir.lower_fun(by_fast, multiple_results=True), platform="cpu")
+    mlir.register_lowering(step, by_machine, platform="cpu")
     batching.primitive_batchers[step] = mapped
     ad.primitive_jvps[step] = differentiated
     return step
+
+
+def _shared_out(context: Any) -> bool:
+    """Whether XLA partitions a computation over several devices: known only while it is lowered."""
+    mesh = getattr(context, "mesh", None)
+    if mesh is not None:
+        return frozenset(mesh.axis_names) != frozenset(context.manual_axes)
+    return getattr(context, "num_devices", 1) > 1

@@ -43,8 +43,10 @@ def refusal(group: Group) -> str:
     name = library.type_name(group.kind.dtype)
     if _source(group.program, p, name, name) is None:
         return numba.unprintable(group.program, name) or "no kernel"
-    if not group.kind.bundled:
-        return "arrays on several devices, or asked for"
+    if not group.kind.kernels:
+        return "asked for"
+    if any(library.is_spread(b) for pack in group.slots for b in pack.buffers):
+        return "arrays on several devices"
     if jax.default_backend() != "cpu":
         return f"arrays on {jax.default_backend()}"
     return "" if ffi.available() else "Numba or a known interface of XLA is not there"
@@ -69,12 +71,12 @@ def prepare(step: Step, holds: Holds, members: Members) -> Callable[[], None] | 
 def takes(step: Step, p: Pass) -> bool:
     """Whether a pass can be evaluated element by element on whole bundles of this step."""
     slots = all(s.shape is None for s in step.program.slots)
-    whole = all(len(pack) == len(set(pack.places.number.tolist())) == _held(pack) for pack in step.slots)
+    whole = all(_held(pack) == len(pack) for pack in step.slots)
     return slots and whole and not p.free
 
 
 def units(step: Step) -> Bundles:
-    """The leaves of each bundle, in order; without state small leaves are bundled the same way."""
+    """The leaves of each bundle, in order."""
     bundles = [pack for pack in step.slots if isinstance(pack, Bundled)]
     if not bundles:
         return [[i] for i in range(step.leaves)]
@@ -133,7 +135,7 @@ def fast(
     source = _source(
         step.program, p, library.type_name(step.kind.dtype), _gradient(step.grads, leaves, step.kind.dtype)
     )
-    if source is None or not step.kind.bundled or not ffi.available():
+    if source is None or not step.kind.kernels or not ffi.available():
         return plain
     first, count = _firsts({name: len(held[name]) for name in p.loads})
     stored = {name: len(held[name]) for name, _ in p.stores}
@@ -164,7 +166,8 @@ def buffers_of(step: Step, base: dict[str, int], part: Bundles, leaves: list[int
         for u, unit in enumerate(part):
             at = [position[i] for i in unit]
             found[c, at, 0] = first + u
-            found[c, at, 1] = pack.places.offset[unit] * pack.dtype.itemsize
+            if isinstance(pack, Bundled):
+                found[c, at, 1] = pack.places.offset[unit] * pack.dtype.itemsize
     return found
 
 
@@ -176,7 +179,7 @@ def reduce(step: Step, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any] 
     leaves = list(range(step.leaves))
     gradient = _gradient(step.grads, leaves, step.kind.dtype)
     source = _source(step.program, p, library.type_name(step.kind.dtype), gradient)
-    if source is None or not step.kind.bundled or not ffi.available():
+    if source is None or not step.kind.kernels or not ffi.available():
         return None
     part = units(step)
     held = {name: arrays_of(step, name, part, leaves) for name in p.loads}
@@ -224,11 +227,11 @@ def _firsts(counts: dict[str, int]) -> tuple[dict[str, int], int]:
 
 
 def _held(pack: Any) -> int:
-    """How many arrays the buffers of a pack hold, if it is the whole of it."""
+    """How many arrays of a pack may be stepped buffer by buffer: of vectors, all or none."""
     if isinstance(pack, Bundled):
         whole = int(sum(pack.places.lengths)) == int(pack.places.sizes.sum())
         return len(pack) if whole else -1
-    return len(pack.buffers) if isinstance(pack, Loose) else -1
+    return len(pack) if isinstance(pack, Loose) else -1
 
 
 def _buffer(pack: Any, leaf: int) -> int:
