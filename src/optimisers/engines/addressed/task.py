@@ -273,10 +273,15 @@ def stacks_of(step: Step, launch: Callable[..., None]) -> Stacks:
     """What the array library computes for a step, on stacks that passes fill; `launch` runs a pass."""
     arrays: Arrays = step.work
     if arrays.stacks is None:
-        workspace = arrays.tables.scratch.kept("workspace", Workspace)
+        workspace = workspace_of(arrays.tables)
         fill, given = functools.partial(_fill, step, launch), functools.partial(_given, step)
         arrays.stacks = Stacks(step, workspace, fill, given)
     return arrays.stacks
+
+
+def workspace_of(tables: Tables) -> Workspace:
+    """The buffers of the stacks of some leaves, in this thread."""
+    return tables.scratch.kept("workspace", Workspace)
 
 
 def _given(step: Step, name: str, leaf: int) -> Any:
