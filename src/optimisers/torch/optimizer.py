@@ -22,6 +22,7 @@ from optimisers.settings import ELSEWHERE, adjustable, adjusted, fill, numbers, 
 from optimisers.settings import parts as parts_of_value
 from optimisers.state.edit import present
 from optimisers.state.leaf import parts
+from optimisers.state.store import Store
 from optimisers.step.update import setup, takes_scaling, update_, update_scaled
 from optimisers.tree.path import KeyPath, matches
 
@@ -268,11 +269,8 @@ class TorchOptimizer(torch.optim.Optimizer):
             places = dict(zip(node.names, node.leaves, strict=True))
             trained = {name: leaf for name, leaf in places.items() if store.shapes[leaf] is not None}
             leaf_of = {model[name]: leaf for name, leaf in trained.items()}
-            for p, leaf in leaf_of.items():
-                store.freeze([leaf], self._kept.get(p, (None, False))[1])
-                if self.state.get(p):
-                    self._adopt(store, leaf, self.state[p])
-            store.changed()
+            frozen = [leaf for p, leaf in leaf_of.items() if self._kept.get(p, (None, False))[1]]
+            _adopt(store, {leaf: self.state[p] for p, leaf in leaf_of.items() if self.state.get(p)}, frozen)
         everyone = set(given)
         for p in list(self.state):
             if p not in everyone:
@@ -298,9 +296,13 @@ class TorchOptimizer(torch.optim.Optimizer):
         store = parts(self._tree)[0]
         self._publish([p for p in self._leaf_of if p in self.state])
         self._kept = {}
+        rules: dict[tuple[int, int], Rule] = {}
         for p, leaf in self._leaf_of.items():
             group, i = store.where(leaf)
-            self._kept[p] = group.rule_of(i), bool(store.frozen[leaf])
+            row = id(group), int(group.table.row[i])
+            if row not in rules:
+                rules[row] = group.rule_of(i)
+            self._kept[p] = rules[row], bool(store.frozen[leaf])
 
     def _publish(self, parameters: Iterable[Any]) -> None:
         """Show the state of parameters in `state`: arrays as views, which stay true, numbers as they are
@@ -309,53 +311,28 @@ class TorchOptimizer(torch.optim.Optimizer):
         if not self._leaf_of:
             return
         store = parts(self._tree)[0]
+        histories: dict[tuple[int, int], tuple[dict[str, Any], list[Any]]] = {}
+        keys: dict[int, list[str]] = {}
+        common: dict[int, list[Any]] = {}
         for p in parameters:
             group, i = store.where(self._leaf_of[p])
-            shown: dict[str, Any] = {
-                k: torch.tensor(float(v)) for k, v in store.progress_of(self._leaf_of[p]).items()
-            }
-            for path, value in flatten(group.state_of(i)):
-                tensor = registry.isarray(value)
-                shown[_key(path)] = value if tensor else torch.tensor(float(value), dtype=torch.float64)
-            own, common = numbers(group.rule_of(i)), numbers(self._rule_of[p])
-            if own != common:
+            row, rule = (id(group), int(group.table.row[i])), self._rule_of[p]
+            if row not in histories:
+                histories[row] = store.progress_of(self._leaf_of[p]), numbers(group.rule_of(i))
+            if id(group) not in keys:
+                keys[id(group)] = [_key(path) for path, _ in flatten(group.program.template)]
+            if id(rule) not in common:
+                common[id(rule)] = numbers(rule)
+            clocks, own = histories[row]
+            shown: dict[str, Any] = {k: torch.tensor(float(v)) for k, v in clocks.items()}
+            for key, (_, value) in zip(keys[id(group)], flatten(group.state_of(i)), strict=True):
+                tensor = isinstance(value, torch.Tensor)
+                shown[key] = value if tensor else torch.tensor(float(value), dtype=torch.float64)
+            if own != common[id(rule)]:
                 shown["settings"] = torch.tensor(own, dtype=torch.float64)
             if store.frozen[self._leaf_of[p]]:
                 shown["frozen"] = torch.tensor(1.0)
             self.state[p] = shown
-
-    @staticmethod
-    def _adopt(store: Any, leaf: int, saved: dict[str, Any]) -> None:
-        """Take over the state of a parameter that a checkpoint or another process has saved."""
-        group, i = store.where(leaf)
-        old, name = group.state_of(i), str(store.layout.paths[leaf])
-        entries = [(_key(path), value) for path, value in flatten(old)]
-        clocks = store.progress_of(leaf)
-        known, extra = {key for key, _ in entries}, {*clocks, "settings", "frozen"}
-        if set(saved) - extra != known:
-            raise TreeMismatch(
-                f"the state of {name!r} has {', '.join(map(repr, saved))}; {group.rule_of(i)!r} keeps "
-                f"{', '.join(repr(k) for k, _ in entries)}; load the state of the same rule"
-            )
-        new: list[Any] = []
-        for key, value in entries:
-            found = saved[key]
-            if not registry.isarray(value):
-                new.append(float(found))
-            elif tuple(found.shape) == tuple(value.shape):
-                new.append(found.to(value.device))
-            else:
-                raise TreeMismatch(
-                    f"{key!r} of {name!r} has shape {tuple(found.shape)}; the parameter takes "
-                    f"{tuple(value.shape)}"
-                )
-        store.assign(leaf, unflatten(old, iter(new)))
-        store.wind({leaf: {k: int(saved[k]) for k in clocks if k in saved}})
-        if saved.get("frozen", 0):
-            store.freeze([leaf], True)
-        if "settings" in saved:
-            own = [float(v) for v in saved["settings"]]
-            store.change([leaf], lambda rule: fill(rule, iter(own)))
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all parameters by number, and the groups, as torch saves them."""
@@ -538,6 +515,58 @@ def _in_order(saved: dict[str, Any], groups: Iterable[dict[str, Any]]) -> dict[s
             theirs = theirs | {"params": [number[n] for n in wanted], "param_names": list(wanted)}  # noqa: PLW2901 what is kept
         new.append(theirs)
     return saved | {"param_groups": new + saved["param_groups"][len(new) :]}
+
+
+def _adopt(store: Store, saved: dict[int, dict[str, Any]], frozen: list[int]) -> None:
+    """Take over the states of leaves that a checkpoint or another process has saved, all at once."""
+    states = {leaf: _state_from(store, leaf, found) for leaf, found in saved.items()}
+    frozen = [*frozen, *(leaf for leaf, found in saved.items() if found.get("frozen", 0))]
+    if states:
+        store.assign_many(states)
+        store.wind(
+            {
+                leaf: {k: int(found[k]) for k in store.progress_of(leaf) if k in found}
+                for leaf, found in saved.items()
+            }
+        )
+    if frozen:
+        store.freeze(frozen, True)
+    by_settings: dict[tuple[float, ...], list[int]] = {}
+    for leaf, found in saved.items():
+        if "settings" in found:
+            by_settings.setdefault(tuple(found["settings"].tolist()), []).append(leaf)
+    if by_settings:
+        store.change_many(
+            [(leaves, lambda rule, own=own: fill(rule, iter(own))) for own, leaves in by_settings.items()]
+        )
+
+
+def _state_from(store: Store, leaf: int, saved: dict[str, Any]) -> Any:
+    """The state of a leaf from what was saved; raises TreeMismatch where it does not fit."""
+    group, i = store.where(leaf)
+    template = group.program.template
+    entries = list(flatten(template))
+    name = str(store.layout.paths[leaf])
+    known, extra = {_key(path) for path, _ in entries}, {*store.progress_of(leaf), "settings", "frozen"}
+    if saved.keys() - extra != known:
+        raise TreeMismatch(
+            f"the state of {name!r} has {', '.join(map(repr, saved))}; {group.rule_of(i)!r} keeps "
+            f"{', '.join(repr(_key(path)) for path, _ in entries)}; load the state of the same rule"
+        )
+    new: list[Any] = []
+    slots = iter(group.slots)
+    for path, value in entries:
+        found = saved[_key(path)]
+        if not registry.isarray(value):
+            new.append(float(found))
+            continue
+        shape = next(slots).places.shapes[i]
+        if tuple(found.shape) != shape:
+            raise TreeMismatch(
+                f"{_key(path)!r} of {name!r} has shape {tuple(found.shape)}; the parameter takes {shape}"
+            )
+        new.append(found.to(group.kind.device))
+    return unflatten(template, iter(new))
 
 
 def _asks_for_state_only(groups: list[dict[str, Any]], grads: list[Any]) -> bool:
