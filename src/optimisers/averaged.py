@@ -10,7 +10,7 @@ from optimisers.state.select import leaves_of
 from optimisers.tree.walk import gather, rebuild
 
 
-def averaged(state: Any, model: Any) -> Any:
+def averaged(state: object, model: object) -> Any:
     """The model with the moving averages that `EMA` keeps in place of its parameters; the model stays as it
     was.
 
@@ -31,7 +31,7 @@ def averaged(state: Any, model: Any) -> Any:
     return rebuild(node, model, new)
 
 
-def _path_of_average(state: Any, path: tuple[Any, ...] = ()) -> tuple[Any, ...] | None:
+def _path_of_average(state: object, path: tuple[Any, ...] = ()) -> tuple[Any, ...] | None:
     """Where in a state the first moving average of the parameters stands."""
     if isinstance(state, AverageState):
         return (*path, "average")

@@ -55,7 +55,7 @@ class Restructure:
         pieces = self._library.pieces(flat, self._runs, copy=copy)
         return rebuild(self._layout.root, model, dict(enumerate(pieces)))
 
-    def _refuse_other(self, model: Any) -> None:
+    def _refuse_other(self, model: object) -> None:
         """Raise TreeMismatch unless another model has arrays of the same shapes at the same places."""
         found = gather(self._layout.root, model, KeyPath(), "destructure")
         for leaf, x in zip(self._layout.root.leaves, found, strict=True):
@@ -86,7 +86,7 @@ def runs(like: list[tuple[Any, Any]], ends: list[int]) -> list[tuple[slice, int,
     return out
 
 
-def destructure(model: Any, *, ties: Ties = ()) -> tuple[Any, Restructure]:
+def destructure(model: object, *, ties: Ties = ()) -> tuple[Any, Restructure]:
     """(flat, re): all trainable numbers of a model in one vector, and the way back.
 
     The vector has the type to which those of all arrays promote, ties occur once, order is that of
@@ -97,7 +97,7 @@ def destructure(model: Any, *, ties: Ties = ()) -> tuple[Any, Restructure]:
     return library.flattened(arrays), Restructure(model, layout, arrays)
 
 
-def trainables(model: Any, *, path: bool = False, ties: Ties = ()) -> list[Any]:
+def trainables(model: object, *, path: bool = False, ties: Ties = ()) -> list[Any]:
     """The arrays that `setup` would train, in its order, tied ones once; with `path`, as pairs (KeyPath,
     array).
 
@@ -107,13 +107,13 @@ def trainables(model: Any, *, path: bool = False, ties: Ties = ()) -> list[Any]:
     return list(zip(layout.paths, arrays, strict=True)) if path else arrays
 
 
-def _survey(model: Any, name: str, ties: Ties) -> Any:
+def _survey(model: object, name: str, ties: Ties) -> Any:
     if isinstance(model, Leaf | Branch | Rule):
         raise BadState(f"{name} was given a {type(model).__name__}; it takes a model")
     return survey(model, ties)
 
 
-def trainable(x: Any) -> dict[Any, Any]:
+def trainable(x: object) -> dict[Any, Any]:
     """The children of one container that may be trained, by key; empty for what is not a container."""
     ways = container(x)
     if ways is None:

@@ -11,7 +11,7 @@ from optimisers.tree.path import KeyPath
 from optimisers.tree.walk import gather, mirrored, rebuild, survey
 
 
-def gradients(model: Any) -> Any:
+def gradients(model: object) -> Any:
     """The gradients that the arrays of a model keep (`.grad` of PyTorch), as `update` takes them.
 
     For a module a dict by name, as `named_parameters` has them, tied ones once; for any other model plain
@@ -35,7 +35,7 @@ def gradients(model: Any) -> Any:
     )
 
 
-def value_and_grad(loss: Callable[..., Any], model: Any, *args: Any, has_aux: bool = False) -> Any:
+def value_and_grad(loss: Callable[..., Any], model: object, *args: object, has_aux: bool = False) -> Any:
     """(loss(model, *args), its gradients with respect to all trainable arrays), for models of tensors.
 
     Worked out by `torch.func`, so that it may itself be differentiated and vmapped; the gradients stand as
@@ -62,6 +62,6 @@ def value_and_grad(loss: Callable[..., Any], model: Any, *args: Any, has_aux: bo
     return value, mirrored(layout.root, [grads[leaf] for leaf in layout.root.leaves])
 
 
-def _refuse_state(model: Any, name: str) -> None:
+def _refuse_state(model: object, name: str) -> None:
     if isinstance(model, Leaf | Branch):
         raise BadState(f"{name} was given a state; it takes the model")

@@ -10,7 +10,7 @@ from optimisers.errors import BadState, TraceError
 from optimisers.settings import is_number
 
 
-def flatten(state: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def flatten(state: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """(path, array or number) for everything in a state, depth first."""
     for key, item in entries(state):
         yield from flatten(item, (*path, key))
@@ -18,7 +18,7 @@ def flatten(state: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any,
         yield path, state
 
 
-def entries(state: Any) -> list[tuple[Any, Any]]:
+def entries(state: object) -> list[tuple[Any, Any]]:
     """The keys and items of a container in a state; none for what is not one."""
     if isinstance(state, dict):
         return list(state.items())
@@ -29,7 +29,7 @@ def entries(state: Any) -> list[tuple[Any, Any]]:
     return []
 
 
-def unflatten(template: Any, leaves: Iterator[Any]) -> Any:
+def unflatten(template: object, leaves: Iterator[Any]) -> Any:
     """A state of the form of `template` with its arrays and numbers replaced, in the order of `flatten`."""
     if isinstance(template, dict):
         return {k: unflatten(v, leaves) for k, v in template.items()}
@@ -48,7 +48,7 @@ def is_array(x: object) -> bool:
     return registry.isarray(x) if symbol is None else not symbol(x)
 
 
-def form(state: Any) -> Any:
+def form(state: object) -> Any:
     """What two states must share to be of one form: containers, keys, and which entries are arrays or
     numbers.
     """
@@ -67,7 +67,7 @@ def form(state: Any) -> Any:
 # -- comparing, copying, showing ----------------------------------------------------------------------------
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a: object, b: object) -> bool:
     """Whether two states are of one form and equal in every array and number."""
     if form(a) != form(b):
         return False
@@ -82,7 +82,7 @@ def seen(x: Any) -> Any:
     return registry.library(x).to_numpy(x) if registry.isarray(x) else x
 
 
-def copied(state: Any, old: Any, name: str) -> Any:
+def copied(state: object, old: object, name: str) -> Any:
     """The state with arrays of its own, in the types of the old one; raises BadState for other shapes."""
     new: list[Any] = []
     for (path, value), (_, was) in zip(flatten(state), flatten(old), strict=True):
@@ -98,7 +98,7 @@ def copied(state: Any, old: Any, name: str) -> Any:
     return unflatten(state, iter(new))
 
 
-def kinds(state: Any) -> str:
+def kinds(state: object) -> str:
     inner = entries(state)
     if inner:
         return f"{type(state).__name__}({', '.join(kinds(v) for _, v in inner)})"

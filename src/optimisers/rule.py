@@ -40,7 +40,7 @@ class Rule(Value):
         """(state, what is subtracted from x)."""
         raise NotImplementedError(f"{type(self).__name__} has no apply(self, state, x, dx)")
 
-    def adjust(self, eta: Any = None, **changes: Any) -> Self:
+    def adjust(self, eta: object = None, **changes: object) -> Self:
         """This rule with the named hyper-parameters replaced, also in the rules it is made of; `eta` may come
         first.
 
@@ -59,7 +59,7 @@ class Rule(Value):
                 )
 
 
-def changes_of(eta: Any, changes: dict[str, Any]) -> dict[str, Any]:
+def changes_of(eta: object, changes: dict[str, Any]) -> dict[str, Any]:
     """The settings that a call of `adjust` names; raises UnknownField if it names none."""
     if eta is not None:
         changes = {"eta": eta, **changes}
@@ -70,7 +70,7 @@ def changes_of(eta: Any, changes: dict[str, Any]) -> dict[str, Any]:
     return changes
 
 
-def stepped(rule: Rule, state: Any, x: Any, dx: Any, more: tuple[Any, ...] = ()) -> Any:
+def stepped(rule: Rule, state: object, x: Any, dx: Any, more: tuple[Any, ...] = ()) -> Any:
     """`rule.apply`, given as many of the further gradients `more` (second derivatives, say) as it asks
     for.
     """

@@ -32,7 +32,7 @@ class Schedule(Value):
     never `if`. The clock may also be an array: `schedule(np.arange(1000))` is the whole curve.
     """
 
-    def __call__(self, clock: Any) -> Any:
+    def __call__(self, clock: float) -> Any:
         """The value at this clock."""
         raise NotImplementedError(f"{type(self).__name__} has no __call__(self, clock)")
 
@@ -54,7 +54,7 @@ class Constant(Schedule):
 
     eta: float
 
-    def __call__(self, clock: Any) -> Any:
+    def __call__(self, clock: float) -> Any:
         return self.eta + 0 * clock  # takes the shape of the clock
 
 
@@ -70,7 +70,7 @@ class Linear(Schedule):
     end: float
     steps: int
 
-    def __call__(self, clock: Any) -> Any:
+    def __call__(self, clock: float) -> Any:
         return _between(self.start, self.end, _passed(clock, 0, self.steps))
 
     def check(self) -> None:
@@ -90,7 +90,7 @@ class Polynomial(Schedule):
     steps: int
     power: float = 1.0
 
-    def __call__(self, clock: Any) -> Any:
+    def __call__(self, clock: float) -> Any:
         left = 1 - _passed(clock, 0, self.steps)
         return _between(self.end, self.start, power(left, self.power))
 
@@ -125,7 +125,7 @@ class Cosine(Schedule):
     steps_factor: float = 1.0
     eta_factor: float = 1.0
 
-    def __call__(self, clock: Any) -> Any:
+    def __call__(self, clock: float) -> Any:
         begin, stop, eta = 0, self.steps, self.eta
         for _ in range(self.cycles - 1):
             restarted = clock >= stop
@@ -166,7 +166,7 @@ class Exponential(Schedule):
     end: float = 0.0
     staircase: bool = static(default=False)
 
-    def __call__(self, clock: Any) -> Any:
+    def __call__(self, clock: float) -> Any:
         # + 0.5 keeps the floor right where an engine multiplies by 1 / steps instead of dividing
         times = floor((clock + 0.5) / self.steps) if self.staircase else clock / self.steps
         return maximum(self.end, self.eta * power(self.factor, times))
@@ -194,7 +194,7 @@ class Step(Schedule):
     boundaries: Sequence[int]
     factors: Sequence[float]
 
-    def __call__(self, clock: Any) -> Any:
+    def __call__(self, clock: float) -> Any:
         value = self.eta
         for boundary, factor in zip(self.boundaries, self.factors, strict=True):
             value = value * where(clock >= boundary, factor, 1.0)
@@ -236,7 +236,7 @@ class OneCycle(Schedule):
     div_factor: float = 25.0
     final_div_factor: float = 1e4
 
-    def __call__(self, clock: Any) -> Any:
+    def __call__(self, clock: float) -> Any:
         peak = self.pct_start * self.steps
         start = self.eta / self.div_factor
         up = _between(start, self.eta, _half_cosine(_passed(clock, 0, peak)))
@@ -268,7 +268,7 @@ class InverseSqrt(Schedule):
     warmup: int
     start: float = 0.0
 
-    def __call__(self, clock: Any) -> Any:
+    def __call__(self, clock: float) -> Any:
         return _warmed_up(self, clock, self.eta * sqrt(self.warmup / maximum(clock, self.warmup)))
 
     def check(self) -> None:
@@ -296,7 +296,7 @@ class WarmupStableDecay(Schedule):
     start: float = 0.0
     power: float = 1.0
 
-    def __call__(self, clock: Any) -> Any:
+    def __call__(self, clock: float) -> Any:
         p = _passed(clock, self.steps - self.decay, self.steps)
         return _warmed_up(self, clock, _between(self.eta, self.end, power(p, self.power)))
 
@@ -322,7 +322,7 @@ class Join(Schedule):
     schedules: Sequence[Callable[[Any], Any]]
     boundaries: Sequence[int]
 
-    def __call__(self, clock: Any) -> Any:
+    def __call__(self, clock: float) -> Any:
         # each sees a clock within its own stretch only, so that none overflows where its value is not used
         *stretches, last = zip(self.schedules, (0, *self.boundaries), strict=True)
         pieces = [
@@ -363,22 +363,22 @@ class Join(Schedule):
 # -- pieces of curves ----------------------------------------------------------------------------------------
 
 
-def _passed(clock: Any, begin: Any, stop: Any) -> Any:
+def _passed(clock: float, begin: float, stop: float) -> Any:
     """The part of the stretch from `begin` to `stop` that is over: from 0 to 1, and never outside."""
     return clip((clock - begin) / (stop - begin), 0.0, 1.0)
 
 
-def _between(a: Any, b: Any, part: Any) -> Any:
+def _between(a: float, b: float, part: float) -> Any:
     """From a to b on a straight line; in this form exactly a at part 0 and exactly b at part 1."""
     return (1 - part) * a + part * b
 
 
-def _half_cosine(p: Any) -> Any:
+def _half_cosine(p: float) -> Any:
     """From 0 to 1 with a flat beginning and a flat end."""
     return (1 - cos(math.pi * p)) / 2
 
 
-def _warmed_up(schedule: "Cosine | InverseSqrt | WarmupStableDecay", clock: Any, value: Any) -> Any:
+def _warmed_up(schedule: "Cosine | InverseSqrt | WarmupStableDecay", clock: float, value: object) -> Any:
     """`value`, but up to clock `warmup` a straight line from `start` to `eta`."""
     part = minimum(clock / maximum(schedule.warmup, 1), 1.0)
     return where(clock < schedule.warmup, _between(schedule.start, schedule.eta, part), value)
@@ -387,7 +387,7 @@ def _warmed_up(schedule: "Cosine | InverseSqrt | WarmupStableDecay", clock: Any,
 # -- what the settings may be; numbers that are arrays or symbols pass ---------------------------------------
 
 
-def _known(*values: Any) -> bool:
+def _known(*values: object) -> bool:
     return all(isinstance(v, int | float) for v in values)
 
 
@@ -395,7 +395,7 @@ def _name(schedule: Schedule, field: str) -> str:
     return f"{type(schedule).__name__}.{field}"
 
 
-def _refuse_schedule(name: str, value: Any) -> None:
+def _refuse_schedule(name: str, value: object) -> None:
     if callable(value):
         raise BadSetting(
             f"{name} is {value!r}; it takes a number: to use two schedules write Join, or a function of the "

@@ -15,7 +15,7 @@ import numpy as np
 from optimisers.errors import BadSetting, UnknownField
 
 
-def static(default: Any = dataclasses.MISSING) -> Any:
+def static(default: object = dataclasses.MISSING) -> Any:
     """A field that belongs to the structure, though it may hold a number: it cannot be adjusted or
     scheduled.
     """
@@ -40,7 +40,7 @@ def is_number(x: object) -> bool:
 class Value:
     """A dataclass whose fields are set once; its subclasses need no decorator."""
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
         generated = "__init__" not in vars(cls)
         # Only __init__ is generated for each class: the rest is the same for all, and generation is slow.
@@ -52,7 +52,7 @@ class Value:
     _named: ClassVar[bool] = False
     """Whether the constructor takes the fields by name; a class may have its own."""
 
-    def __new__(cls, *given: Any, **settings: Any) -> Self:
+    def __new__(cls, *given: object, **settings: object) -> Self:
         instead = cls.formerly(given, settings)
         if instead is not None:
             return instead
@@ -67,7 +67,7 @@ class Value:
         today.
         """
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name in vars(self) or name not in type(self)._fields:
             cls = type(self).__name__
             if name not in type(self)._fields:
@@ -142,7 +142,7 @@ def kind_of(default: object) -> Any:
     return None
 
 
-def checked(owner: str, field: "dataclasses.Field[Any]", value: Any) -> Any:
+def checked(owner: str, field: "dataclasses.Field[Any]", value: object) -> Any:
     want = kind(field)
     if want is None:
         if isinstance(field.default, bool) and not isinstance(value, bool):
@@ -161,7 +161,7 @@ def checked(owner: str, field: "dataclasses.Field[Any]", value: Any) -> Any:
     return number(f"{owner}.{field.name}", want, value)
 
 
-def number(name: str, want: type, value: Any) -> Any:
+def number(name: str, want: type, value: object) -> Any:
     """The number as the field stores it: an int becomes a float where the default is one; 0-d arrays stay
     themselves.
     """
@@ -205,7 +205,7 @@ def walk(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tupl
         yield path, value
 
 
-def skeleton(value: Any) -> Any:
+def skeleton(value: object) -> Any:
     """What is left of `value` without its numbers: hashable, equal for values that may share a program."""
     if isinstance(value, Value):
         parts = tuple(
@@ -220,7 +220,7 @@ def skeleton(value: Any) -> Any:
     return _number if is_number(value) else _key(value)
 
 
-def _key(value: Any) -> Any:
+def _key(value: object) -> Any:
     """A hashable stand-in; values that cannot be hashed are told apart by identity, and kept alive by the
     key.
     """
@@ -242,7 +242,7 @@ class _Identity:
         return isinstance(other, _Identity) and other.value is self.value
 
 
-def fill(value: Any, given: Iterator[Any]) -> Any:
+def fill(value: object, given: Iterator[Any]) -> Any:
     """`value` with its numbers replaced, in the order of `numbers`; nothing is checked or converted."""
     if isinstance(value, Value):
         changes = {
@@ -261,7 +261,7 @@ def rebuilt(old: "tuple[Any, ...]", items: list[Any]) -> Any:
     return type(old)(*items) if hasattr(old, "_fields") else type(old)(items)
 
 
-def replaced(value: Any, changes: dict[str, Any]) -> Any:
+def replaced(value: object, changes: dict[str, Any]) -> Any:
     """`value` with some fields replaced, past every check: the new contents may be symbols."""
     new = object.__new__(type(value))
     for name, old in vars(value).items():
@@ -289,7 +289,7 @@ def schedules(value: Value, resolve: Callable[[str, Callable[[Any], Any], Value]
     return replaced(value, changes)
 
 
-def inner(old: Any, change: Callable[[Value], Any]) -> Any:
+def inner(old: object, change: Callable[[Value], Any]) -> Any:
     """`old` with `change` applied to the values in it."""
     if isinstance(old, Value):
         return change(old)
@@ -298,7 +298,7 @@ def inner(old: Any, change: Callable[[Value], Any]) -> Any:
     return old
 
 
-def parts(value: Any) -> Iterator[Value]:
+def parts(value: object) -> Iterator[Value]:
     """A value and all values in it, outermost first; those that stand for numbers (schedules) are no
     parts.
     """
@@ -312,12 +312,12 @@ def parts(value: Any) -> Iterator[Value]:
             yield from parts(item)
 
 
-def adjustable(value: Any) -> list[str]:
+def adjustable(value: object) -> list[str]:
     """The names that `adjust` knows: the fields that hold numbers, of `value` and of the values in it."""
     return list(dict.fromkeys(f.name for part in parts(value) for f in fields(part) if kind(f) is not None))
 
 
-def adjusted(value: Any, changes: dict[str, Any]) -> Any:
+def adjusted(value: object, changes: dict[str, Any]) -> Any:
     """`value` with the named numeric fields replaced wherever they occur in it; every constructor check runs
     again.
     """
@@ -359,7 +359,7 @@ def _offered(name: str, known: Iterable[str]) -> str:
     return f"{has}; write {here}=" if here in names else has
 
 
-def refuse_unknown(value: Any, names: Iterable[str]) -> None:
+def refuse_unknown(value: object, names: Iterable[str]) -> None:
     """Raise UnknownField for the first name that `adjust` does not know, listing those it does."""
     known = adjustable(value)
     for name in names:

@@ -15,8 +15,6 @@ from optimisers.arrays.protocol import HostArray, Run, Scalar, Shape, Strides
 cp: Any = importlib.import_module("cupy")
 """CuPy declares no types, and need not be there where types are checked."""
 
-Array = Any
-
 
 def there(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, run on the GPU of its first array: CuPy makes new arrays on the current one, whatever
@@ -24,7 +22,7 @@ def there(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(function)
-    def run(*args: Any, **options: Any) -> Any:
+    def run(*args: object, **options: object) -> Any:
         x = _first(args)
         if x is None:
             return function(*args, **options)
@@ -34,7 +32,7 @@ def there(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _first(values: Sequence[Any]) -> Array | None:
+def _first(values: Sequence[Any]) -> Any:
     """The first array among some values, or in a list among them."""
     for v in values:
         found = _first(v) if isinstance(v, list) else v
@@ -48,16 +46,16 @@ def _gpu(name: str) -> Any:
     return cp.cuda.Device(int(name.removeprefix("cuda:")))
 
 
-def _spread(x: Array, shape: tuple[int, ...]) -> Array:
+def _spread(x: HostArray, shape: tuple[int, ...]) -> HostArray:
     return cp.broadcast_to(x, shape)
 
 
-def _is_spread(x: Array) -> bool:
+def _is_spread(x: HostArray) -> bool:
     """Whether one number stands for all elements."""
     return x.size > 1 and not any(s for s, n in zip(x.strides, x.shape, strict=True) if n > 1)
 
 
-def _nowhere(shape: tuple[int, ...], dtype: Any) -> Array:
+def _nowhere(shape: tuple[int, ...], dtype: object) -> HostArray:
     """An array without elements, for which no memory is asked: it can be made where there is no GPU."""
     null = cp.cuda.MemoryPointer(cp.cuda.UnownedMemory(0, 0, None, 0), 0)
     return cp.ndarray(shape, dtype, null)
@@ -79,7 +77,7 @@ def _word(name: str) -> Callable[..., Any]:
     return lambda *args, **options: (on_host if _first(args) is None else on_device)(*args, **options)
 
 
-def _where(condition: Any, a: Any, b: Any) -> Any:
+def _where(condition: object, a: object, b: object) -> Any:
     """CuPy asks a condition for its type, which Python's have not."""
     return _choose(np.bool_(condition) if isinstance(condition, bool) else condition, a, b)
 
@@ -222,7 +220,7 @@ class CupyLibrary(NumpyLike):
         return x.copy() if read_only else x
 
     @there
-    def duplicate(self, x: Any) -> Any:
+    def duplicate(self, x: object) -> Any:
         return x.copy() if _is_ours(x) else x
 
     def rounded(self, old: HostArray, value: HostArray | Scalar) -> HostArray:

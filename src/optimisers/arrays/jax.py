@@ -26,7 +26,7 @@ def _allowed(dtype: Dtype | str) -> Dtype:
     return jnp.dtype(dtype)
 
 
-def varying(x: Any) -> frozenset[Any]:
+def varying(x: Array | Scalar) -> frozenset[Any]:
     """The axes of a `shard_map` along which an array is known to vary."""
     kind = jax.typeof(x)
     found: Any = getattr(getattr(kind, "manual_axis_type", None), "varying", None)
@@ -37,7 +37,7 @@ def varying(x: Any) -> frozenset[Any]:
 
 
 @jax.custom_jvp
-def _sqrt(x: Any) -> Any:
+def _sqrt(x: Array | Scalar) -> Any:
     return jnp.sqrt(x)
 
 
@@ -48,54 +48,54 @@ def _sqrt_jvp(primals: Any, tangents: Any) -> Any:
     return root, jnp.where(root == 0, 0, dx / (2 * jnp.where(root == 0, 1, root)))
 
 
-def _abs2(x: Any) -> Any:
+def _abs2(x: Array | Scalar) -> Any:
     return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
 
 
-def _bits(x: Any) -> Any:
+def _bits(x: Array | Scalar) -> Any:
     return jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.int32)
 
 
-def _float(x: Any) -> Any:
+def _float(x: Array | Scalar) -> Any:
     return jax.lax.bitcast_convert_type(x, jnp.float32)
 
 
-def _join_bits(high: Any, low: Any) -> Any:
+def _join_bits(high: Array, low: Array) -> Any:
     return _float(_bits(high) + jnp.asarray(low).astype(jnp.int32))
 
 
-def _high_bits(x: Any) -> Any:
+def _high_bits(x: Array | Scalar) -> Any:
     return jnp.where(jnp.isnan(x), jnp.nan, _float((_bits(x) + 0x8000) & -0x10000))
 
 
-def _low_bits(x: Any) -> Any:
+def _low_bits(x: Array | Scalar) -> Any:
     return jnp.where(jnp.isnan(x), 0.0, (_bits(x) - _bits(_high_bits(x))).astype(jnp.float32))
 
 
-def _to_float32(x: Any) -> Any:
+def _to_float32(x: Array) -> Any:
     """In a word that XLA may not leave out, as it does a cast there and back."""
     x = _real_number(x)
     return jax.lax.reduce_precision(x, 8, 23) if x.dtype == jnp.float64 else x
 
 
-def _to_bfloat16(x: Any) -> Any:
+def _to_bfloat16(x: Array) -> Any:
     return jax.lax.reduce_precision(_to_float32(x), 8, 7)
 
 
-def _to_float16(x: Any) -> Any:
+def _to_float16(x: Array) -> Any:
     """Of numbers below the normal ones, which are multiples of 2**-24, the word makes 0."""
     x = _to_float32(x)
     small = jnp.round(x * 2.0**24) * 2.0**-24
     return jnp.where(jnp.abs(x) < 2.0**-14, small, jax.lax.reduce_precision(x, 5, 10))
 
 
-def _real_number(x: Any) -> Any:
+def _real_number(x: Array | Scalar) -> Any:
     x = jnp.asarray(x)
     return x if x.dtype in (jnp.float32, jnp.float64) else x.astype(float)
 
 
 def _extreme(reduce: Callable[..., Any], empty: float) -> Callable[..., Any]:
-    def word(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    def word(x: Array | Scalar, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
         if axis is None and not keepdims and jnp.size(x) == 0:
             return jnp.asarray(empty, jnp.asarray(x).dtype)
         return reduce(x, axis=axis, keepdims=keepdims)
@@ -103,7 +103,7 @@ def _extreme(reduce: Callable[..., Any], empty: float) -> Callable[..., Any]:
     return word
 
 
-def _sign(x: Any) -> Any:
+def _sign(x: Array | Scalar) -> Any:
     return jnp.where(jnp.isnan(x), x, jnp.sign(x))
 
 
@@ -305,10 +305,10 @@ class JaxLibrary(Library[Array, Dtype]):
             else jnp.zeros((len(rows), 0), kind)
         )
 
-    def counted(self, clocks: Any) -> Any:
+    def counted(self, clocks: object) -> Any:
         return jnp.asarray(clocks).astype(jnp.int32)
 
-    def constant(self, values: Any, beside: Array) -> Any:
+    def constant(self, values: object, beside: Array) -> Any:
         return jnp.asarray(values, beside.dtype)
 
     def stack(self, arrays: Sequence[Array]) -> Array:
@@ -324,7 +324,7 @@ class JaxLibrary(Library[Array, Dtype]):
         kind = jax.dtypes.canonicalize_dtype(np.float64)
         return jnp.stack([jnp.broadcast_to(jnp.asarray(v, kind), (rows,)) for v in values], 1)
 
-    def placed(self, x: Array, index: Any, values: Any) -> Array:
+    def placed(self, x: Array, index: object, values: object) -> Array:
         return x.at[index].set(jnp.asarray(values, x.dtype))
 
 

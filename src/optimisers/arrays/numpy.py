@@ -117,7 +117,7 @@ class NumpyLibrary(NumpyLike):
         x.flags.writeable = not read_only
         return x
 
-    def duplicate(self, x: Any) -> Any:
+    def duplicate(self, x: object) -> Any:
         return x.copy() if isinstance(x, np.ndarray) else x
 
     def rounded(self, old: HostArray, value: HostArray | Scalar) -> HostArray:

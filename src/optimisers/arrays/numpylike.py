@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ from optimisers.arrays.layout import axes_in_memory, permutation
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape, Strides
 
 Dtype = np.dtype[Any]
+Axis = int | tuple[int, ...] | None
 
 
 class NumpyLike(Library[HostArray, Dtype], Protocol):
@@ -76,32 +78,32 @@ class NumpyLike(Library[HostArray, Dtype], Protocol):
         return np.asanyarray(value).astype(dtype)[()]
 
 
-def _abs2(xp: Any, x: Any) -> Any:
+def _abs2(xp: ModuleType, x: HostArray | Scalar) -> Any:
     if not xp.iscomplexobj(x):
         return x * x
     re, im = xp.real(x), xp.imag(x)
     return re * re + im * im
 
 
-def _bits(xp: Any, x: Any) -> Any:
+def _bits(xp: ModuleType, x: HostArray | Scalar) -> Any:
     return xp.asarray(x, np.float32).view(np.int32)
 
 
-def _join_bits(xp: Any, high: Any, low: Any) -> Any:
+def _join_bits(xp: ModuleType, high: HostArray, low: HostArray) -> Any:
     return (_bits(xp, high) + xp.asarray(low).astype(np.int32)).view(np.float32)
 
 
-def _high_bits(xp: Any, x: Any) -> Any:
+def _high_bits(xp: ModuleType, x: HostArray | Scalar) -> Any:
     rounded = ((_bits(xp, x) + np.int32(0x8000)) & np.int32(-0x10000)).view(np.float32)
     return xp.where(xp.isnan(x), np.float32(np.nan), rounded)
 
 
-def _low_bits(xp: Any, x: Any) -> Any:
+def _low_bits(xp: ModuleType, x: HostArray | Scalar) -> Any:
     low = (_bits(xp, x) - _bits(xp, _high_bits(xp, x))).astype(np.float32)
     return xp.where(xp.isnan(x), np.float32(0), low)
 
 
-def _to_bfloat16(xp: Any, x: Any) -> Any:
+def _to_bfloat16(xp: Any, x: HostArray) -> Any:
     """By the bits: NumPy knows the type only where another package brings it."""
     x = xp.asarray(x)
     x = x if x.dtype.kind == "f" else x.astype(np.float64)
@@ -111,12 +113,12 @@ def _to_bfloat16(xp: Any, x: Any) -> Any:
     return xp.where(xp.isnan(x), x, near.astype(x.dtype))
 
 
-def _there_and_back(dtype: Any, xp: Any, x: Any) -> Any:
+def _there_and_back(dtype: Any, xp: ModuleType, x: HostArray) -> Any:
     x = xp.asarray(x)
     return x.astype(dtype).astype(x.dtype if x.dtype.kind == "f" else np.float64)
 
 
-def _sum(xp: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+def _sum(xp: ModuleType, x: HostArray, axis: Axis = None, keepdims: bool = False) -> Any:
     """Whole sums are taken in float64 at least, as the fused kernels take them."""
     if axis is None and not keepdims:
         x = xp.asanyarray(x)
@@ -125,10 +127,10 @@ def _sum(xp: Any, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
     return xp.sum(x, axis=axis, keepdims=keepdims)
 
 
-def _extreme(xp: Any, name: str, empty: float) -> Callable[..., Any]:
+def _extreme(xp: ModuleType, name: str, empty: float) -> Callable[..., Any]:
     reduce = getattr(xp, name)
 
-    def word(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    def word(x: HostArray | Scalar, axis: Axis = None, keepdims: bool = False) -> Any:
         if axis is None and not keepdims and xp.size(x) == 0:
             return xp.asanyarray(x).dtype.type(empty)
         return reduce(x, axis=axis, keepdims=keepdims)

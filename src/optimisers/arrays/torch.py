@@ -29,7 +29,7 @@ def of_name(dtype: Any) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def value_and_grad(function: Callable[[Any], Any], arrays: Any, has_aux: bool) -> Any:
+def value_and_grad(function: Callable[[Any], Any], arrays: object, has_aux: bool) -> Any:
     """(what a function of a list or dict of tensors gives, its gradients); with `has_aux` it gives (value,
     aux).
     """
@@ -51,7 +51,7 @@ def value_and_grad(function: Callable[[Any], Any], arrays: Any, has_aux: bool) -
 # -- operations --------------------------------------------------------------------------------------------
 
 
-def _lift(x: Any, other: Any = None) -> Tensor:
+def _lift(x: Tensor | Scalar, other: Tensor | Scalar | None = None) -> Tensor:
     """A number as a tensor, in the type of the other argument."""
     if isinstance(x, Tensor):
         return x
@@ -68,7 +68,7 @@ def _two(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda a, b: function(_lift(a, b), _lift(b, a))
 
 
-def _sqrt(x: Any) -> Any:
+def _sqrt(x: Tensor | Scalar) -> Any:
     x = _lift(x)
     if not x.requires_grad:
         return torch.sqrt(x)
@@ -76,20 +76,20 @@ def _sqrt(x: Any) -> Any:
     return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, x)))
 
 
-def _abs2(x: Any) -> Any:
+def _abs2(x: Tensor | Scalar) -> Any:
     return x.real * x.real + x.imag * x.imag if isinstance(x, Tensor) and x.is_complex() else x * x
 
 
-def _sign(x: Any) -> Any:
+def _sign(x: Tensor | Scalar) -> Any:
     x = _lift(x)
     return torch.where(torch.isnan(x), x, torch.sgn(x))
 
 
-def _real(x: Any) -> Any:
+def _real(x: Tensor | Scalar) -> Any:
     return x.real if isinstance(x, complex) or (isinstance(x, Tensor) and x.is_complex()) else x
 
 
-def _imag(x: Any) -> Any:
+def _imag(x: Tensor | Scalar) -> Any:
     return (
         x.imag
         if isinstance(x, complex) or (isinstance(x, Tensor) and x.is_complex())
@@ -97,38 +97,38 @@ def _imag(x: Any) -> Any:
     )
 
 
-def _bits(x: Any) -> Any:
+def _bits(x: Tensor | Scalar) -> Any:
     return _lift(x).to(torch.float32).view(torch.int32)
 
 
-def _join_bits(high: Any, low: Any) -> Any:
+def _join_bits(high: Tensor, low: Tensor) -> Any:
     return (_bits(high) + _lift(low).to(torch.int32)).view(torch.float32)
 
 
-def _high_bits(x: Any) -> Any:
+def _high_bits(x: Tensor) -> Any:
     rounded = ((_bits(x) + 0x8000) & -0x10000).view(torch.float32)
     return torch.where(torch.isnan(x), math.nan, rounded)
 
 
-def _low_bits(x: Any) -> Any:
+def _low_bits(x: Tensor) -> Any:
     return torch.where(torch.isnan(x), 0.0, (_bits(x) - _bits(_high_bits(x))).to(torch.float32))
 
 
 def _there_and_back(dtype: torch.dtype) -> Callable[[Any], Tensor]:
-    def word(x: Any) -> Tensor:
+    def word(x: Tensor | Scalar) -> Tensor:
         x = _lift(x)
         return x.to(dtype).to(x.dtype if x.is_floating_point() else torch.float64)
 
     return word
 
 
-def _where(condition: Any, a: Any, b: Any) -> Any:
+def _where(condition: Tensor | bool, a: Tensor | Scalar, b: Tensor | Scalar) -> Any:
     if not isinstance(condition, Tensor):
         return a if condition else b
     return torch.where(condition, a, b)
 
 
-def _sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+def _sum(x: Tensor | Scalar, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
     """Whole sums are taken in float64 at least, as the fused kernels take them."""
     x = _lift(x)
     if axis is None and not keepdims:
@@ -137,7 +137,7 @@ def _sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
 
 
 def _extreme(reduce: Callable[..., Any], empty: float) -> Callable[..., Any]:
-    def word(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    def word(x: Tensor | Scalar, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
         x = _lift(x)
         if axis is None and not keepdims and x.numel() == 0:
             return torch.full((), empty, dtype=x.dtype, device=x.device)
@@ -419,7 +419,7 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
     def seen(self, x: Tensor, *, read_only: bool) -> Tensor:
         return x.clone() if read_only else x
 
-    def duplicate(self, x: Any) -> Any:
+    def duplicate(self, x: Tensor | Scalar) -> Any:
         if isinstance(x, Tensor) and torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return x.clone()  # it may outlive this mode
@@ -473,7 +473,7 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
             return torch.tensor(rows)
         return torch.stack([torch.stack([torch.as_tensor(v).to(torch.float64) for v in row]) for row in rows])
 
-    def constant(self, values: Any, beside: Tensor) -> Any:
+    def constant(self, values: object, beside: Tensor) -> Any:
         return torch.as_tensor(values, dtype=beside.dtype, device=beside.device)
 
     def stacked(self, values: Sequence[Tensor | Scalar]) -> Tensor:
@@ -490,7 +490,7 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
         x[index] = torch.as_tensor(values, dtype=x.dtype, device=x.device)
         return x
 
-    def on_device(self, numbers: Any, device: str) -> Tensor:
+    def on_device(self, numbers: object, device: str) -> Tensor:
         where = device.partition(" ")[0]  # behind a distributed one stands how it is shared out
         if isinstance(numbers, Tensor):
             return numbers.to(where)
@@ -500,10 +500,10 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
     def moved(self, x: Tensor, device: str) -> Tensor:
         return x.to(device, torch.float32, non_blocking=True)
 
-    def counted(self, clocks: Any) -> Any:
+    def counted(self, clocks: object) -> Any:
         return torch.as_tensor(clocks, dtype=torch.float64)
 
-    def ticked(self, clock: Any, skipped: Any, covered: Any) -> Any:
+    def ticked(self, clock: Any, skipped: object, covered: Any) -> Any:
         with torch.no_grad():
             one = 1 if skipped is None else (skipped.reshape(()) == 0)
             return clock.add_(one if covered is None else one * covered)

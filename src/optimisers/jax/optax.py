@@ -12,7 +12,7 @@ from optimisers.errors import BadState, TreeMismatch
 from optimisers.rule import Rule
 from optimisers.step.update import setup, update
 from optimisers.tree.path import KeyPath
-from optimisers.tree.walk import Ties, gather, gather_gradients, rebuild, survey
+from optimisers.tree.walk import Layout, Ties, gather, gather_gradients, rebuild, survey
 
 __all__ = ["as_optax", "from_optax"]
 
@@ -20,7 +20,7 @@ __all__ = ["as_optax", "from_optax"]
 # -- ours in Optax -------------------------------------------------------------------------------------------
 
 
-def as_optax(rule: Any) -> optax.GradientTransformationExtraArgs:
+def as_optax(rule: object) -> optax.GradientTransformationExtraArgs:
     """A rule (or {glob: rule}) as a transformation of Optax, to chain, wrap, and hand to trainers.
 
     Its state is that of `setup` over the arrays of the parameters, by their path: adjust and freeze it there.
@@ -31,7 +31,7 @@ def as_optax(rule: Any) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> Any:
         return setup(rule, _named(params)[0], engine="interpret")
 
-    def change(updates: Any, state: Any, params: Any = None, **_: Any) -> Any:
+    def change(updates: object, state: object, params: object = None, **_: object) -> Any:
         if params is None:
             raise BadState("as_optax(rule) needs the parameters; write tx.update(grads, state, params)")
         named, _ = _named(params)
@@ -43,7 +43,7 @@ def as_optax(rule: Any) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, change)
 
 
-def _named(tree: Any) -> tuple[dict[str, Any], Any]:
+def _named(tree: object) -> tuple[dict[str, Any], Any]:
     """(the arrays of a pytree by their path, its form)."""
     found, form = jax.tree_util.tree_flatten_with_path(tree)
     return {_path(keys): x for keys, x in found}, form
@@ -61,7 +61,7 @@ def _path(keys: Any) -> str:
 class WholeState:
     """The state of a transformation of Optax beside a model; `update` steps the model with it."""
 
-    def __init__(self, rule: "from_optax", layout: Any, inner: Any) -> None:
+    def __init__(self, rule: "from_optax", layout: Layout, inner: optax.OptState) -> None:
         self.rule, self.layout, self.inner = rule, layout, inner
 
     def __repr__(self) -> str:
@@ -126,7 +126,7 @@ def _summed(root: Any, grads: Any) -> dict[int, Any]:
 class _Static:
     """What of a state is no array; equal for one transformation over models that are walked alike."""
 
-    def __init__(self, rule: "from_optax", layout: Any) -> None:
+    def __init__(self, rule: "from_optax", layout: Layout) -> None:
         self.rule, self.layout = rule, layout
 
     def __eq__(self, other: object) -> bool:
@@ -153,7 +153,7 @@ class from_optax:  # noqa: N801 it is used as a function
     value_fn=loss)`. There is no Leaf for each array, so freeze and adjust do not apply: use Optax's wrappers.
     """
 
-    def __init__(self, tx: Any) -> None:
+    def __init__(self, tx: optax.GradientTransformation) -> None:
         if isinstance(tx, Rule) or not (hasattr(tx, "init") and hasattr(tx, "update")):
             raise BadState(
                 f"from_optax takes a transformation of Optax, such as optax.adam(1e-3); {tx!r} was given"

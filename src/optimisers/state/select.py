@@ -10,7 +10,7 @@ from optimisers.state.store import Store
 from optimisers.tree.path import KeyPath, matches
 from optimisers.tree.walk import Node
 
-Where = Any
+Where = object
 """A selector: a glob over paths, a predicate (path, leaf), a rule type, or a list of these."""
 
 

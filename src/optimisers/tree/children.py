@@ -48,7 +48,7 @@ def _read_items(obj: Any, keys: tuple[Any, ...]) -> Iterable[Any]:
     return [obj[k] for k in keys]
 
 
-def _read_attributes(obj: Any, keys: tuple[Any, ...]) -> Iterable[Any]:
+def _read_attributes(obj: object, keys: tuple[Any, ...]) -> Iterable[Any]:
     return [getattr(obj, k) for k in keys]
 
 
@@ -71,7 +71,7 @@ def _with_fields(old: Any, changes: dict[Any, Any]) -> Any:
     return old._replace(**{str(k): v for k, v in changes.items()})
 
 
-def _with_attributes(old: Any, changes: dict[Any, Any]) -> Any:
+def _with_attributes(old: object, changes: dict[Any, Any]) -> Any:
     """A copy with attributes replaced, past `__init__` and `__setattr__`: frozen classes and non-init fields
     work.
     """
@@ -81,11 +81,11 @@ def _with_attributes(old: Any, changes: dict[Any, Any]) -> Any:
     return new
 
 
-def _always(names: tuple[Any, ...], _: Any) -> tuple[Any, ...]:
+def _always(names: tuple[Any, ...], _: object) -> tuple[Any, ...]:
     return names
 
 
-def _attributes(obj: Any) -> tuple[Any, ...]:
+def _attributes(obj: object) -> tuple[Any, ...]:
     return tuple(map(Attr, vars(obj)))
 
 
@@ -140,7 +140,7 @@ def register(
     return cls
 
 
-def container(obj: Any) -> Container | None:
+def container(obj: object) -> Container | None:
     """The ways of the container `obj`, or None if it is not one."""
     return container_of(type(obj))
 
@@ -173,7 +173,7 @@ def _builtin(kind: type) -> Container | None:
     return ATTRS if hasattr(kind, "__attrs_attrs__") else None
 
 
-def loose(obj: Any, keys: tuple[Any, ...], needed: tuple[Any, ...]) -> dict[Any, Any] | str:
+def loose(obj: object, keys: tuple[Any, ...], needed: tuple[Any, ...]) -> dict[Any, Any] | str:
     """The children of a gradient by key, whatever container it is; or a sentence that says what is wrong.
 
     A gradient may be a mapping, an object with attributes, or a sequence in the order of `keys`. It must have
@@ -208,5 +208,5 @@ def _by_place(items: list[Any], keys: tuple[Any, ...], kind: str) -> dict[Any, A
     return dict(zip(keys, items, strict=True))
 
 
-def _absent(key: Any) -> str:
+def _absent(key: object) -> str:
     return f"no {str(key) if isinstance(key, Attr) else key!r} (None means no step there)"

@@ -33,7 +33,7 @@ def _variable() -> Any:
     return getattr(flax, "Variable", None)
 
 
-def _level(obj: Any) -> list[tuple[Any, Any]]:
+def _level(obj: object) -> list[tuple[Any, Any]]:
     """(key, child) of everything one level down; nothing for what is a leaf to JAX."""
     found = default_registry.flatten_one_level_with_keys(obj)
     return [(_key(key), child) for key, child in found[0]] if found is not None else []
@@ -47,15 +47,15 @@ def _key(key: Any) -> Any:
     return key.idx if isinstance(key, SequenceKey) else str(key)
 
 
-def _keys(obj: Any) -> tuple[Any, ...]:
+def _keys(obj: object) -> tuple[Any, ...]:
     return tuple(key for key, _ in _level(obj))
 
 
-def _read(obj: Any, _: tuple[Any, ...]) -> Iterable[Any]:
+def _read(obj: object, _: tuple[Any, ...]) -> Iterable[Any]:
     return [child for _, child in _level(obj)]
 
 
-def _rebuild(obj: Any, changes: dict[Any, Any]) -> Any:
+def _rebuild(obj: object, changes: dict[Any, Any]) -> Any:
     children, form = jax.tree_util.tree_flatten(obj, is_leaf=functools.partial(_is_other, obj))
     keys = _keys(obj)
     return jax.tree_util.tree_unflatten(
@@ -63,7 +63,7 @@ def _rebuild(obj: Any, changes: dict[Any, Any]) -> Any:
     )
 
 
-def _is_other(obj: Any, x: Any) -> bool:
+def _is_other(obj: object, x: object) -> bool:
     return x is not obj
 
 

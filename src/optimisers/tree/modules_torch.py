@@ -27,20 +27,20 @@ def container_of(kind: type) -> Container | None:
     return MODULE if issubclass(kind, nn.Module) else None
 
 
-def _key(module: Any, name: str) -> Any:
+def _key(module: object, name: str) -> Any:
     """A child's name as the code that reaches it: an index, an item or an attribute."""
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ParameterList) and name.isdigit():
         return int(name)
     return name if isinstance(module, nn.ModuleDict | nn.ParameterDict) else Attr(name)
 
 
-def _keys(module: Any) -> tuple[Any, ...]:
+def _keys(module: object) -> tuple[Any, ...]:
     present = [name for name, p in module._parameters.items() if p is not None]
     present += [name for name, m in module._modules.items() if m is not None]
     return tuple(_key(module, name) for name in present)
 
 
-def _read(module: Any, keys: tuple[Any, ...]) -> Iterable[Any]:
+def _read(module: object, keys: tuple[Any, ...]) -> Iterable[Any]:
     parameters, modules = module._parameters, module._modules
     return [parameters[name] if name in parameters else modules[name] for name in map(str, keys)]
 
@@ -49,7 +49,7 @@ OWNED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 """What a copy of a module must hold by itself; hooks are copied too, all else is shared."""
 
 
-def _rebuild(module: Any, changes: dict[Any, Any]) -> Any:
+def _rebuild(module: object, changes: dict[Any, Any]) -> Any:
     """A new instance of the same class with other parameters or modules; buffers are shared, hooks kept."""
     if isinstance(module, OptimizedModule):  # a compiled module holds its forward by the old one
         inner = changes.get("_orig_mod", module._orig_mod)
@@ -93,7 +93,7 @@ def _relink(pairs: list[tuple[Any, Any]]) -> None:
                 vars(new)[name] = found
 
 
-def _relinked(value: Any, new_of: dict[int, Any], depth: int = 4) -> Any:
+def _relinked(value: object, new_of: dict[int, Any], depth: int = 4) -> Any:
     """A value that holds new modules and parameters in place of old ones; itself if it holds none."""
     if id(value) in new_of and value is not None:
         return new_of[id(value)]
@@ -123,7 +123,7 @@ class Route:
     Reading a thousand parameters by attribute takes a millisecond; along these links it takes a twentieth.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: object) -> None:
         self.names: list[str] = []
         self.links: list[tuple[Any, str]] = []
         self.dicts: list[Any] = []
@@ -139,7 +139,7 @@ class Route:
         self.found: list[Any] = [d[name] for d, name in self.links]
         """Every parameter as it was last seen; tied ones at every place."""
 
-    def visit(self, module: Any, prefix: str) -> None:
+    def visit(self, module: object, prefix: str) -> None:
         self.dicts += [module._parameters, module._modules]
         for name, p in module._parameters.items():
             if p is None:
@@ -155,7 +155,7 @@ class Route:
                 self.known.append(m)
                 self.visit(m, f"{prefix}{name}.")
 
-    def holds(self, module: Any) -> bool:
+    def holds(self, module: object) -> bool:
         """Whether the module still is what it was: the same modules inside, parameters of the same names."""
         try:
             inside = [d[name] for d, name in self.inner]
@@ -192,7 +192,7 @@ class Route:
         return [found[i] for i in self.picks[id(node)][1]]
 
 
-def _walked_alike(node: Any, module: Any) -> bool:
+def _walked_alike(node: object, module: object) -> bool:
     """Whether a module has at every level the children that a layout knows."""
     if not isinstance(module, nn.Module):
         return True
@@ -206,7 +206,7 @@ def _walked_alike(node: Any, module: Any) -> bool:
 _routes: "weakref.WeakKeyDictionary[Any, Route]" = weakref.WeakKeyDictionary()
 
 
-def route(module: Any) -> Route:
+def route(module: object) -> Route:
     """The route through a module; made anew if the module has changed."""
     found = _routes.get(module)
     if found is None or not found.holds(module):
@@ -214,12 +214,12 @@ def route(module: Any) -> Route:
     return found
 
 
-def parameters(module: Any, node: Any, names: list[str]) -> list[Any] | None:
+def parameters(module: object, node: object, names: list[str]) -> list[Any] | None:
     """The parameters of a module at the places of a node of its layout; None where the module is another."""
     return route(module).of(node, names, module)
 
 
-def gradients(module: Any) -> dict[str, Any]:
+def gradients(module: object) -> dict[str, Any]:
     """`.grad` of every parameter by its name, as `named_parameters` has them: tied ones once."""
     way = route(module)
     found = way.found
@@ -237,11 +237,11 @@ class _Loss(nn.Module):
         super().__init__()
         self.loss, self.module = loss, module
 
-    def forward(self, *args: Any) -> Any:
+    def forward(self, *args: object) -> Any:
         return self.loss(self.module, *args)
 
 
-def value_and_grad(loss: Callable[..., Any], module: Any, args: Any, has_aux: bool) -> Any:
+def value_and_grad(loss: Callable[..., Any], module: Any, args: object, has_aux: bool) -> Any:
     """((loss, aux) or loss, gradients by name): parameters and buffers are replaced while the loss is worked
     out, and buffers that it has changed are changed in the module afterwards.
     """

@@ -23,13 +23,13 @@ class KeyPath(Sequence[Any]):
     __slots__ = ("keys",)
     keys: tuple[Any, ...]
 
-    def __init__(self, *keys: Any) -> None:
+    def __init__(self, *keys: object) -> None:
         flat: list[Any] = []
         for key in keys:
             flat.extend(key.keys if isinstance(key, KeyPath) else (key,))
         object.__setattr__(self, "keys", tuple(flat))
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("a KeyPath is a value; make a new one, such as KeyPath(path, key)")
 
     def __reduce__(self) -> Any:
@@ -72,7 +72,7 @@ class KeyPath(Sequence[Any]):
                 root = f"{root}.{k}" if k.isidentifier() else f"getattr({root}, {str(k)!r})"
         return root
 
-    def get(self, tree: Any) -> Any:
+    def get(self, tree: object) -> Any:
         """What stands at this path in `tree`; raises LookupError, naming the first key that is missing."""
         here = tree
         for i, key in enumerate(self.keys):
@@ -82,7 +82,7 @@ class KeyPath(Sequence[Any]):
                 raise LookupError(f"{KeyPath(*self.keys[: i + 1]).code('tree')} is not there") from error
         return here
 
-    def set(self, tree: Any, value: Any) -> None:
+    def set(self, tree: object, value: object) -> None:
         """Put `value` at this path of `tree`, whose containers must be mutable there.
 
         Raises LookupError where the path is empty or its parent missing.
@@ -97,7 +97,7 @@ class KeyPath(Sequence[Any]):
         else:
             parent[key] = value
 
-    def within(self, tree: Any) -> bool:
+    def within(self, tree: object) -> bool:
         """Whether `tree` has something at this path."""
         try:
             self.get(tree)
@@ -111,7 +111,7 @@ def step(here: Any, key: Any) -> Any:
     return getattr(here, key) if named(here, key) else here[key]
 
 
-def named(here: Any, key: Any) -> bool:
+def named(here: object, key: object) -> bool:
     """Whether a key of `here` is the name of an attribute."""
     if not isinstance(key, str) or isinstance(here, Mapping):
         return False

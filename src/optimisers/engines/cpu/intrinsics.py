@@ -4,6 +4,7 @@ Numba knows no pointers made of integers, no bfloat16 and no arithmetic in float
 all three. Each array of a kernel has an alias scope of its own, which spares LLVM its overlap checks.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -44,7 +45,7 @@ NUMBERS = {
 """(real type of the arithmetic, 2 for complex numbers) -> type of a number."""
 
 
-def _between(b: Any, v: Any, *, have: bool, want: bool) -> Any:
+def _between(b: ir.IRBuilder, v: ir.Value, *, have: bool, want: bool) -> Any:
     """A real number in single or double precision, of which each is said by whether it is double."""
     if have == want:
         return v
@@ -60,7 +61,7 @@ def loader(kind: str, slot: int, slots: int, real: str) -> Any:
     number = NUMBERS[real, parts]
     widen = WIDENING.get(kind, lambda _, v: v)
 
-    def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
+    def emit(context: Any, b: Any, signature: Any, args: Sequence[ir.Value]) -> Any:
         base = b.inttoptr(args[0], memory.as_pointer())
         index = args[1] if parts == 1 else b.mul(args[1], ir.Constant(I64, 2))
         found = [
@@ -75,7 +76,7 @@ def loader(kind: str, slot: int, slots: int, real: str) -> Any:
         return z._getvalue()  # noqa: SLF001 Numba's own way to read a struct proxy
 
     @intrinsic
-    def load(typingctx: Any, address: Any, i: Any) -> Any:
+    def load(typingctx: object, address: object, i: Any) -> Any:
         return number(types.int64, types.int64), emit
 
     return load
@@ -90,7 +91,7 @@ def storer(kind: str, slot: int, slots: int, real: str) -> Any:
     number = NUMBERS[real, parts]
     narrow = ROUNDING.get(kind, lambda _, v: v)
 
-    def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
+    def emit(context: Any, b: Any, signature: Any, args: Sequence[ir.Value]) -> Any:
         base = b.inttoptr(args[0], memory.as_pointer())
         found, index = [args[2]], args[1]
         if parts == 2:
@@ -102,7 +103,7 @@ def storer(kind: str, slot: int, slots: int, real: str) -> Any:
         return context.get_dummy_value()
 
     @intrinsic
-    def store(typingctx: Any, address: Any, i: Any, value: Any) -> Any:
+    def store(typingctx: object, address: object, i: Any, value: object) -> Any:
         return types.void(types.int64, types.int64, number), emit
 
     return store
@@ -111,7 +112,7 @@ def storer(kind: str, slot: int, slots: int, real: str) -> Any:
 # -- half precision by its bits: the same on every processor, and it vectorises ------------------------------
 
 
-def widen_half(b: Any, h: Any) -> Any:
+def widen_half(b: ir.IRBuilder, h: ir.Value) -> Any:
     """float16 -> float32: shift the bits into place and set the exponent right; subnormal numbers, infinities
     and NaN apart. No float32 on the way is subnormal: threads of XLA take such for 0.
     """
@@ -127,17 +128,17 @@ def widen_half(b: Any, h: Any) -> Any:
     return b.bitcast(b.or_(bits, sign), F32)
 
 
-def widen_brain(b: Any, h: Any) -> Any:
+def widen_brain(b: ir.IRBuilder, h: ir.Value) -> Any:
     """bfloat16 -> float32: the upper half of its bits."""
     return b.bitcast(b.shl(b.zext(h, I32), ir.Constant(I32, 16)), F32)
 
 
-def widen_int(b: Any, i: Any) -> Any:
+def widen_int(b: ir.IRBuilder, i: Any) -> Any:
     """int16 -> float32."""
     return b.sitofp(i, F32)
 
 
-def narrow_half(b: Any, v: Any) -> Any:
+def narrow_half(b: ir.IRBuilder, v: ir.Value) -> Any:
     """float32 -> float16, to nearest, ties to even: three ranges (too large, subnormal, normal), by their
     bits.
     """
@@ -156,7 +157,7 @@ def narrow_half(b: Any, v: Any) -> Any:
     return b.trunc(b.or_(bits, b.lshr(sign, ir.Constant(I32, 16))), I16)
 
 
-def narrow_brain(b: Any, v: Any) -> Any:
+def narrow_brain(b: ir.IRBuilder, v: ir.Value) -> Any:
     """float32 -> bfloat16, to nearest, ties to even; NaN stays NaN."""
     u = b.bitcast(v, I32)
     odd = b.and_(b.lshr(u, ir.Constant(I32, 16)), ir.Constant(I32, 1))
@@ -165,7 +166,7 @@ def narrow_brain(b: Any, v: Any) -> Any:
     return b.trunc(b.select(b.fcmp_unordered("uno", v, v), quiet, rounded), I16)
 
 
-def narrow_int(b: Any, v: Any) -> Any:
+def narrow_int(b: ir.IRBuilder, v: ir.Value) -> Any:
     """A whole number in float32 -> int16."""
     return b.trunc(b.fptosi(v, I32), I16)
 
@@ -178,21 +179,21 @@ ROUNDING = {"bfloat16": narrow_brain, "float16": narrow_half, "int16": narrow_in
 
 
 @intrinsic
-def select(typingctx: Any, condition: Any, a: Any, b: Any) -> Any:
+def select(typingctx: object, condition: object, a: Any, b: Any) -> Any:
     """a if the condition holds, else b, without a branch."""
 
-    def emit(_: Any, builder: Any, __: Any, args: Any) -> Any:
+    def emit(_: object, builder: ir.IRBuilder, __: object, args: Sequence[ir.Value]) -> Any:
         return builder.select(args[0], args[1], args[2])
 
     return a(types.boolean, a, a), emit
 
 
 @intrinsic
-def complex_of(typingctx: Any, re: Any, im: Any) -> Any:
+def complex_of(typingctx: object, re: Any, im: Any) -> Any:
     """The complex number of two reals, no wider than they are."""
     kind = types.complex64 if re == types.float32 else types.complex128
 
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> Any:
         z = context.make_complex(builder, signature.return_type)
         z.real, z.imag = args
         return z._getvalue()  # noqa: SLF001 Numba's own way to read a struct proxy
@@ -201,12 +202,12 @@ def complex_of(typingctx: Any, re: Any, im: Any) -> Any:
 
 
 @intrinsic
-def claim(typingctx: Any, counter: Any) -> Any:
+def claim(typingctx: object, counter: object) -> Any:
     """The number at the address `counter`, which is raised by one in the same instant: the next span to work
     on.
     """
 
-    def emit(_: Any, builder: Any, __: Any, args: Any) -> Any:
+    def emit(_: object, builder: ir.IRBuilder, __: object, args: Sequence[ir.Value]) -> Any:
         pointer = builder.inttoptr(args[0], I64.as_pointer())
         return builder.atomic_rmw("add", pointer, ir.Constant(I64, 1), "monotonic")
 
@@ -219,11 +220,11 @@ def _ranked(*, nan_last: bool) -> Any:
     """
 
     @intrinsic
-    def rank(typingctx: Any, x: Any) -> Any:
+    def rank(typingctx: object, x: Any) -> Any:
         bits, result = (I32, types.int32) if x == types.float32 else (I64, types.int64)
         top = (1 << (bits.width - 1)) - 1
 
-        def emit(_: Any, b: Any, __: Any, args: Any) -> Any:
+        def emit(_: object, b: ir.IRBuilder, __: object, args: Sequence[ir.Value]) -> Any:
             i = b.bitcast(args[0], bits)
             flipped = b.xor(i, b.and_(b.ashr(i, ir.Constant(bits, bits.width - 1)), ir.Constant(bits, top)))
             edge = ir.Constant(bits, top if nan_last else -top - 1)
@@ -239,12 +240,12 @@ rank_min = _ranked(nan_last=False)
 
 
 @intrinsic
-def unrank(typingctx: Any, i: Any) -> Any:
+def unrank(typingctx: object, i: Any) -> Any:
     """The float of a rank; the bits of both edges are those of a NaN."""
     bits, number, result = (I32, F32, types.float32) if i == types.int32 else (I64, F64, types.float64)
     top = (1 << (bits.width - 1)) - 1
 
-    def emit(_: Any, b: Any, __: Any, args: Any) -> Any:
+    def emit(_: object, b: ir.IRBuilder, __: object, args: Sequence[ir.Value]) -> Any:
         mask = b.and_(b.ashr(args[0], ir.Constant(bits, bits.width - 1)), ir.Constant(bits, top))
         return b.bitcast(b.xor(args[0], mask), number)
 
@@ -256,8 +257,8 @@ def unrank(typingctx: Any, i: Any) -> Any:
 
 def _peek(bits: Any, result: Any) -> Any:
     @intrinsic
-    def peek(typingctx: Any, address: Any) -> Any:
-        def emit(_: Any, b: Any, __: Any, args: Any) -> Any:
+    def peek(typingctx: object, address: object) -> Any:
+        def emit(_: object, b: ir.IRBuilder, __: object, args: Sequence[ir.Value]) -> Any:
             return b.load(b.inttoptr(args[0], bits.as_pointer()))
 
         return result(types.int64), emit
@@ -277,29 +278,29 @@ def _word(emit: Any, *, two: bool = False) -> Any:
     if two:
 
         @intrinsic
-        def word2(typingctx: Any, x: Any, y: Any) -> Any:
+        def word2(typingctx: object, x: Any, y: object) -> Any:
             return types.float32(types.float32, types.float32), lambda _, b, __, args: emit(b, *args)
 
         return word2
 
     @intrinsic
-    def word1(typingctx: Any, x: Any) -> Any:
+    def word1(typingctx: object, x: Any) -> Any:
         return types.float32(types.float32), lambda _, b, __, args: emit(b, *args)
 
     return word1
 
 
-def _high(b: Any, x: Any) -> Any:
+def _high(b: ir.IRBuilder, x: ir.Value) -> Any:
     rounded = b.and_(b.add(b.bitcast(x, I32), ir.Constant(I32, 0x8000)), ir.Constant(I32, 0xFFFF0000))
     return b.select(b.fcmp_unordered("uno", x, x), ir.Constant(F32, float("nan")), b.bitcast(rounded, F32))
 
 
-def _low(b: Any, x: Any) -> Any:
+def _low(b: ir.IRBuilder, x: ir.Value) -> Any:
     rest = b.sitofp(b.sub(b.bitcast(x, I32), b.bitcast(_high(b, x), I32)), F32)
     return b.select(b.fcmp_unordered("uno", x, x), ir.Constant(F32, 0.0), rest)
 
 
-def _join(b: Any, high: Any, low: Any) -> Any:
+def _join(b: ir.IRBuilder, high: ir.Value, low: ir.Value) -> Any:
     return b.bitcast(b.add(b.bitcast(high, I32), b.fptosi(low, I32)), F32)
 
 
@@ -315,8 +316,8 @@ def _rounding(emit32: Any) -> Any:
     """An intrinsic that rounds a float32, or a float64 by way of one, as `storer` does."""
 
     @intrinsic
-    def word(typingctx: Any, x: Any) -> Any:
-        def emit(_: Any, b: Any, signature: Any, args: Any) -> Any:
+    def word(typingctx: object, x: Any) -> Any:
+        def emit(_: object, b: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> Any:
             double = signature.args[0] == types.float64
             found = emit32(b, b.fptrunc(args[0], F32) if double else args[0])
             return b.fpext(found, F64) if double else found
@@ -326,18 +327,18 @@ def _rounding(emit32: Any) -> Any:
     return word
 
 
-def _nearest(b: Any, u: Any, bits: int) -> Any:
+def _nearest(b: ir.IRBuilder, u: Any, bits: int) -> Any:
     """The bits of a float32 without the last `bits`, rounded to nearest, ties to even."""
     odd = b.and_(b.lshr(u, ir.Constant(I32, bits)), ir.Constant(I32, 1))
     sum_ = b.add(b.add(u, ir.Constant(I32, (1 << (bits - 1)) - 1)), odd)
     return b.and_(sum_, ir.Constant(I32, 0x100000000 - (1 << bits)))
 
 
-def _as_brain(b: Any, v: Any) -> Any:
+def _as_brain(b: ir.IRBuilder, v: ir.Value) -> Any:
     return b.select(b.fcmp_unordered("uno", v, v), v, b.bitcast(_nearest(b, b.bitcast(v, I32), 16), F32))
 
 
-def _as_half(b: Any, v: Any) -> Any:
+def _as_half(b: ir.IRBuilder, v: ir.Value) -> Any:
     """The ranges of `narrow_half`, without leaving float32."""
     u = b.bitcast(v, I32)
     sign = b.and_(u, ir.Constant(I32, 0x80000000))

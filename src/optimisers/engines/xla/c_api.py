@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,10 @@ def agrees(text: str) -> bool:
 # -- intrinsics ----------------------------------------------------------------------------------------------
 
 
-def _poke(bits: Any, number: Any) -> Any:
+def _poke(bits: ir.Type, number: Any) -> Any:
     @intrinsic
-    def poke(_typing: Any, _address: Any, _value: Any) -> Any:
-        def emit(context: Any, b: Any, __: Any, args: Any) -> Any:
+    def poke(_typing: object, _address: object, _value: object) -> Any:
+        def emit(context: Any, b: ir.IRBuilder, __: object, args: Sequence[ir.Value]) -> Any:
             b.store(args[1], b.inttoptr(args[0], bits.as_pointer()))
             return context.get_dummy_value()
 
@@ -140,9 +141,9 @@ poke64 = _poke(I64, types.int64)
 poke32 = _poke(I32, types.int32)
 
 
-def _pointer(number: Any) -> Any:
+def _pointer(number: object) -> Any:
     @intrinsic
-    def pointer(_typing: Any, _address: Any) -> Any:
+    def pointer(_typing: object, _address: object) -> Any:
         def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
             return b.inttoptr(args[0], context.get_value_type(signature.return_type))
 
@@ -157,20 +158,20 @@ float64s = _pointer(types.float64)
 
 
 @intrinsic
-def add(_typing: Any, _address: Any, _value: Any) -> Any:
+def add(_typing: object, _address: object, _value: object) -> Any:
     """Raise the word at an address in one instant, seen by all threads; what it was before."""
 
-    def emit(_: Any, b: Any, __: Any, args: Any) -> Any:
+    def emit(_: object, b: ir.IRBuilder, __: object, args: Sequence[ir.Value]) -> Any:
         return b.atomic_rmw("add", b.inttoptr(args[0], I64.as_pointer()), args[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), emit
 
 
 @intrinsic
-def fence(_typing: Any) -> Any:
+def fence(_typing: object) -> Any:
     """Let no thread see what comes later before what came earlier."""
 
-    def emit(context: Any, b: Any, __: Any, ___: Any) -> Any:
+    def emit(context: Any, b: ir.IRBuilder, __: object, ___: object) -> Any:
         b.fence("seq_cst")
         return context.get_dummy_value()
 
@@ -178,10 +179,10 @@ def fence(_typing: Any) -> Any:
 
 
 @intrinsic
-def call(_typing: Any, _function: Any, _one: Any, _two: Any) -> Any:
+def call(_typing: object, _function: object, _one: object, _two: object) -> Any:
     """Call the C function at an address with two words; those that take fewer do not look."""
 
-    def emit(_: Any, b: Any, __: Any, args: Any) -> Any:
+    def emit(_: object, b: ir.IRBuilder, __: object, args: Sequence[ir.Value]) -> Any:
         kind = ir.FunctionType(I64, [I64, I64])
         return b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
 
@@ -194,8 +195,8 @@ def symbol(name: str) -> Any:
     """
 
     @intrinsic
-    def address(_typing: Any) -> Any:
-        def emit(_: Any, b: Any, __: Any, ___: Any) -> Any:
+    def address(_typing: object) -> Any:
+        def emit(_: object, b: ir.IRBuilder, __: object, ___: object) -> Any:
             found = b.module.globals.get(name)
             if found is None:
                 found = ir.GlobalVariable(b.module, I8, name)
