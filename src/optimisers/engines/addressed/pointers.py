@@ -44,10 +44,12 @@ class Known:
     """Tensors that fitted when they were looked at, and what would show that they are others now."""
 
     ids: list[int]
-    arrays: list[Callable[[], Any]]
-    at: list[int]
-    sizes: list[int]
-    """What arrays and addresses are empty of until the same list has come twice."""
+    arrays: Sequence[Callable[[], Any]] = ()
+    """What follows is empty until the same list has come twice."""
+    at: list[int] | None = None
+    sizes: Sequence[int] = ()
+    table: Any = None
+    fits: Any = None
 
 
 class Form:
@@ -265,20 +267,21 @@ def torch_addresses(
     del write  # no plain tensor is read-only
     torch: Any = importlib.import_module("torch")
     of, count = torch.Tensor, len(arrays)
-    known, ids = form.known.get(name), list(map(id, arrays))
+    known = form.known.get(name)
     places = list(map(of.data_ptr, arrays))
-    at[:] = places
-    again = known is not None and known.ids == ids
     if (
         known is not None
-        and again
         and known.at == places
         and all(map(operator.is_, map(operator.call, known.arrays), arrays))
         and list(map(of.numel, arrays)) == known.sizes
-        and list(map(of.is_contiguous, arrays)).count(True) == count
+        and False not in list(map(of.is_contiguous, arrays))
         and list(map(attrgetter("dtype"), arrays)).count(dtype) == count
     ):
-        return np.ones(count, bool)
+        at[:] = known.table
+        return known.fits
+    at[:] = places
+    ids = list(map(id, arrays))
+    again = known is not None and known.ids == ids
     kinds = list(map(type, arrays))
     if kinds.count(of) + kinds.count(torch.nn.Parameter) < count or _is_watched(torch, arrays):
         return None
@@ -294,12 +297,11 @@ def torch_addresses(
     fits &= at % dtype.itemsize == 0
     fits &= ((first + form.reach) * dtype.itemsize <= bytes_) | (form.reach == 0)
     whole = again and bool(fits.all()) and bool(form.flats.all())
-    form.known[name] = Known(
-        ids,
-        list(map(weakref.ref, arrays)) if whole else [],
-        places if whole else [],
-        list(map(of.numel, arrays)) if whole else [],
-    )
+    if whole:
+        seen = list(map(weakref.ref, arrays)), places, list(map(of.numel, arrays))
+        form.known[name] = Known(ids, *seen, at.copy(), fits)
+    else:
+        form.known[name] = Known(ids)
     return fits
 
 
