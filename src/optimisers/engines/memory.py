@@ -1,6 +1,7 @@
 """Which memory does a step write, and does any of it belong to two arrays?"""
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -83,7 +84,7 @@ def merged(spans: list[Spans], steps: Sequence[Stepped], known: Known) -> tuple[
     after the other, or overwritten.
     """
     last = known.spans
-    if len(spans) == len(last) and all(a is b for a, b in zip(spans, last, strict=True)):
+    if len(spans) == len(last) and all(map(operator.is_, spans, last)):
         return known.begin, known.end
     begin, end = (
         np.concatenate([NOTHING.begin, *part]) for part in ([s.begin for s in spans], [s.end for s in spans])

@@ -49,7 +49,7 @@ class Scalars:
             return
         plain = plain_of(*wanted)
         if self.values:
-            plain = tuple(e for e in plain if id(e) not in self.values)
+            plain = tuple([e for e in plain if id(e) not in self.values])
         if len(plain) > 1:
             single = len(self.numbers) == 1
             columns = self.numbers[0] if single else self.numbers.T
@@ -82,7 +82,7 @@ class Scalars:
             raise LookupError(f"{e.op} is not known yet")
         else:
             values = [self.values[id(a)] for a in e.args]
-            leafy = any(self.of_leaf[id(a)] for a in e.args)
+            leafy = any(map(self.of_leaf.__getitem__, map(id, e.args)))
             if leafy:
                 values = [self.spread(v, a) for v, a in zip(values, e.args, strict=True)]
             value = self.library.WORDS[e.op](*values)
@@ -106,7 +106,7 @@ class Scalars:
     def symbols(self, scalars: tuple[Expr, ...]) -> tuple[Any, Any]:
         """The same as `table`, in arrays of the library."""
         found = [self.get(e) for e in scalars]
-        leafy = any(self.of_leaf[id(e)] for e in scalars)
+        leafy = any(map(self.of_leaf.__getitem__, map(id, scalars)))
         if leafy:
             found = [self.spread(v, e) for v, e in zip(found, scalars, strict=True)]
         rows = len(self.row) if leafy else len(self.numbers)
@@ -120,7 +120,7 @@ class Scalars:
         self.ahead(scalars)
         known = self.values
         found = [known[id(e)] if id(e) in known else self.get(e) for e in scalars]
-        if any(self.of_leaf[id(e)] for e in scalars):
+        if any(map(self.of_leaf.__getitem__, map(id, scalars))):
             found = [self.spread(v, e) for v, e in zip(found, scalars, strict=True)]
             rows, row = len(self.row), np.arange(len(self.row))
         else:
@@ -195,7 +195,7 @@ def counters(values: Scalars, new: tuple[Expr, ...]) -> tuple[list[Any], bool]:
     values.ahead(new)
     known = values.values
     found = [known[id(e)] if id(e) in known else values.get(e) for e in new]
-    leafy = any(values.of_leaf[id(e)] for e in new)
+    leafy = any(map(values.of_leaf.__getitem__, map(id, new)))
     if leafy:
         found = [values.spread(v, e) for v, e in zip(found, new, strict=True)]
     return found, leafy

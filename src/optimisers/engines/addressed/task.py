@@ -8,6 +8,7 @@ is used where it lies.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -442,7 +443,7 @@ def spans(step: Step) -> Spans:
         known is not None
         and arrays.x is step.xs
         and (known.x_at == arrays.x_at).all()
-        and all(a is b for a, b in zip(known.state_at, where, strict=True))
+        and all(map(operator.is_, known.state_at, where))
     ):
         return known.spans
     buffers = [b for p in packs for b in p.buffers]
