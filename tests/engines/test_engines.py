@@ -16,6 +16,7 @@ import optimisers as opt
 from optimisers import ops
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.numpy import library
+from optimisers.engines.addressed import chunks
 from optimisers.engines.addressed import pointers as addresses
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu import task as numba
@@ -248,8 +249,8 @@ def test_a_kernel_reduces_as_numpy_does(name: str, dtype: str) -> None:
 @both_engines
 def test_a_reduction_sees_every_element_of_a_long_array(name: str, engine: str) -> None:
     """The one element that counts stands at every border of the chunks in turn."""
-    n = 2 * addresses.CHUNK + 77
-    spots = [0, addresses.CHUNK - 1, addresses.CHUNK, 2 * addresses.CHUNK - 1, 2 * addresses.CHUNK, n - 1]
+    n = 2 * chunks.CHUNK + 77
+    spots = [0, chunks.CHUNK - 1, chunks.CHUNK, 2 * chunks.CHUNK - 1, 2 * chunks.CHUNK, n - 1]
     value = -3.0 if name == "min" else 3.0
     for spot in spots:
         x = np.zeros(n, np.float32)
