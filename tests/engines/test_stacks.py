@@ -214,3 +214,63 @@ def test_a_warm_step_allocates_no_stack() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 64 * 64 * 4 * 8  # the stack is 64 of these
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_under_jit_vmap_and_grad_a_step_is_that_of_plain_numpy(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jax = pytest.importorskip("jax")
+    jnp = jax.numpy
+    if not fast:  # as on devices without the kernel
+        from optimisers.engines.xla import call
+
+        monkeypatch.setattr(call, "available", lambda: False)
+    rng, rule = np.random.default_rng(6), Muon(lam=0.1)
+    shapes = [(5, 7), (9, 4), (5, 7), (5, 7)]
+    xs = [rng.standard_normal(s) for s in shapes]
+    gs = [rng.standard_normal(s) for s in shapes]
+    want = [stepped(x, 0 * x, g, rule)[0] for x, g in zip(xs, gs, strict=True)]
+    model, grads = [jnp.asarray(x, "float32") for x in xs], [jnp.asarray(g, "float32") for g in gs]
+    state = opt.setup(rule, model)
+    for new in (opt.update(state, model, grads)[1], jax.jit(opt.update)(state, model, grads)[1]):
+        for x, e in zip(new, want, strict=True):
+            np.testing.assert_allclose(x, e, atol=3e-6)
+
+    def first(g: Any) -> Any:
+        return opt.update(state, model, [g, *grads[1:]])[1][0]
+
+    batch = jnp.stack([grads[0], 2 * grads[0], grads[2]])
+    for g, x in zip(batch, jax.vmap(first)(batch), strict=True):
+        expected = stepped(xs[0], 0 * xs[0], np.asarray(g), rule)[0]
+        np.testing.assert_allclose(x, expected, atol=3e-6)
+    along = jax.jvp(first, (grads[0],), (grads[2],))[1]
+    h = 1e-4
+    up, down = (stepped(xs[0], 0 * xs[0], gs[0] + d * gs[2], rule)[0] for d in (h, -h))
+    np.testing.assert_allclose(along, (up - down) / (2 * h), atol=2e-5)
+
+
+def test_under_jit_all_matrices_of_a_shape_are_one_product() -> None:
+    jax = pytest.importorskip("jax")
+    model = [jax.numpy.ones((4, 4)) for _ in range(20)]
+    state = opt.setup(Muon(), model)
+    text = str(jax.make_jaxpr(opt.update)(state, model, model))
+    assert text.count("dot_general") == 15
+
+
+def test_other_leaves_of_a_group_under_jit() -> None:
+    jax = pytest.importorskip("jax")
+    rng, rule = np.random.default_rng(7), Muon()
+    xs = [rng.standard_normal((4, 6)) for _ in range(70)]  # more than one call of the kernel takes
+    gs = [rng.standard_normal((4, 6)) for _ in xs]
+    model, grads = (
+        [jax.numpy.asarray(x, "float32") for x in xs],
+        [jax.numpy.asarray(g, "float32") for g in gs],
+    )
+    state = opt.setup(rule, model)
+    state = opt.adjust(state, eta=0.5, where=lambda path, _: path.code().endswith("[1]"))
+    grads[2] = None
+    _, new = jax.jit(opt.update)(state, model, grads)
+    for i, (x, g) in enumerate(zip(xs, gs, strict=True)):
+        own = dataclasses.replace(rule, eta=0.5) if i == 1 else rule
+        np.testing.assert_allclose(new[i], x if i == 2 else stepped(x, 0 * x, g, own)[0], atol=3e-6)

@@ -85,32 +85,38 @@ class Stacks:
 
     def spread(self, e: Expr, found: Found) -> Indices:
         """Addresses of a value in the layout of x; where it lies otherwise, of a copy."""
-        library, step = self.library, self.step
-        kind = self.kind(e)
-        size = kind.itemsize
-        at = np.zeros(step.leaves, np.int64)
-        for bucket, held in found.stacks:
-            stack, n, each = held, len(bucket.leaves), math.prod(bucket.shape)
-            laid = tuple(s * size for s in (each, *bucket.strides))
-            same = tuple(stack.shape) == (n, *bucket.shape) and stack.dtype == kind
-            if not same or (library.layout(stack)[1] != laid and n * each > 0):
-                try:
-                    wide = stack.reshape(n, *(1,) * (len(bucket.shape) - stack.ndim + 1), *stack.shape[1:])
-                    wide = library.broadcast(wide, (n, *bucket.shape))
-                except (ValueError, RuntimeError):
-                    raise TraceError(
-                        f"{type(step.job.group.rule).__name__} combined an array of shape "
-                        f"{tuple(stack.shape[1:])} with parameters of shape {bucket.shape}, at "
-                        f"{step.code(int(bucket.leaves[0]), 'model')}"
-                    ) from None
-                stack = self.buffer(
-                    ("spread", self.calls, bucket.offset), (n, *bucket.shape), kind, laid=bucket
-                )
+        library, kind = self.library, self.kind(e)
+        at = np.zeros(self.step.leaves, np.int64)
+        for bucket, stack in found.stacks:
+            n, each = len(bucket.leaves), math.prod(bucket.shape)
+            laid = tuple(s * kind.itemsize for s in (each, *bucket.strides))
+            whole = stack
+            if (
+                tuple(stack.shape) != (n, *bucket.shape)
+                or stack.dtype != kind
+                or (library.layout(stack)[1] != laid and n * each > 0)
+            ):
                 self.calls += 1
-                library.assign(stack, wide)
-            found.hold = (found.hold, stack)
-            at[bucket.leaves] = library.address(stack) + size * each * np.arange(n)
+                whole = self.buffer(("spread", self.calls), (n, *bucket.shape), kind, laid=bucket)
+                library.assign(whole, self.widened(bucket, stack))
+            found.hold = (found.hold, whole)
+            at[bucket.leaves] = library.address(whole) + kind.itemsize * each * np.arange(n)
         return at
+
+    def widened(self, bucket: Bucket, stack: Any) -> Any:
+        """A stack in the shape of x; raises TraceError if it does not broadcast."""
+        n, missing = len(bucket.leaves), len(bucket.shape) - stack.ndim + 1
+        if tuple(stack.shape) == (n, *bucket.shape):
+            return stack
+        try:
+            wide = stack.reshape(n, *(1,) * missing, *stack.shape[1:])
+            return self.library.broadcast(wide, (n, *bucket.shape))
+        except (ValueError, RuntimeError, TypeError):
+            raise TraceError(
+                f"{type(self.step.job.group.rule).__name__} combined an array of shape "
+                f"{tuple(stack.shape[1:])} with parameters of shape {bucket.shape}, at "
+                f"{self.step.code(int(bucket.leaves[0]), 'model')}"
+            ) from None
 
     def reduced(self, r: Expr) -> Any:
         """A reduction of a value to one number, of every leaf, as a vector of the array library."""
@@ -192,7 +198,7 @@ class Stacks:
         """The wanted values of a bucket, block by block."""
         todo = recipe(what, bucket.shape)
         n, each = len(bucket.leaves), max(1, math.prod(bucket.shape)) * self.real.itemsize
-        blocks = -(-n // max(1, BLOCK // each))
+        blocks = 1 if self.step.job.symbolic else -(-n // max(1, BLOCK // each))
         step = -(-n // blocks)
         run = _Run(self, todo, what, bucket, n)
         for low in range(0, n, step):
@@ -380,6 +386,8 @@ class _Run:
         (first, *_) = args
         if e.op == "transpose" and first.ndim > 2:
             return self.library.operations["transpose"](first)
+        if e.op == "matmul" and min(a.ndim for a in args) > 2:
+            return self.library.operations["matmul"](*args)
         if e.op == "reshape":
             return first.reshape(first.shape[0], *np.atleast_1d(dict(e.options)["shape"]).tolist())
         if kind == "reduce" and (axis := _moved(dict(e.options), first.ndim - 1)) is not None:

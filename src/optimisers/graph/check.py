@@ -76,6 +76,8 @@ def _domain_fault(e: Expr) -> str | None:  # noqa: PLR0911 one a kind of node
         )
     if e.domain == "array" and "free" in domains:
         return "a free value beside arrays without spread"
+    if e.domain == "free" and "free" in domains:  # also beside arrays: the array library takes both
+        return None
     widest = next(d for d in ("array", "free", "scalar") if d in domains)
     return None if e.domain == widest else f"domain {e.domain} of arguments that are {widest}"
 

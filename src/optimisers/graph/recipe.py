@@ -130,6 +130,8 @@ class _Writer:
             return _turned(shapes[0], True) if len(shapes[0]) >= 2 else None
         if e.op == "matmul":
             return _multiplied(*shapes)
+        if e.op in ops.WORDS and ops.WORDS[e.op].family == "reduce":
+            return _reduced(shapes[0], **dict(e.options))
         return _broadcast(shapes) if _elementwise(e) else None
 
     # -- which way round --
@@ -325,6 +327,15 @@ def _multiplied(a: Shape, b: Shape) -> Shape | None:
     *outer, rows, inner = a
     *others, between, columns = b
     return (*outer, rows, columns) if inner == between and outer == others else None
+
+
+def _reduced(shape: Shape, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Shape | None:
+    """The shape of a reduction along axes; None where they are not there."""
+    axes = range(len(shape)) if axis is None else (axis,) if isinstance(axis, int) else axis
+    if not all(-len(shape) <= a < len(shape) for a in axes):
+        return None
+    gone = {a % len(shape) for a in axes}
+    return tuple(1 if i in gone else n for i, n in enumerate(shape) if keepdims or i not in gone)
 
 
 def _broadcast(shapes: Sequence[Shape]) -> Shape | None:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable, Sequence
 
 from optimisers.graph.expr import Expr, Guard, cuts, order
-from optimisers.graph.turn import turned
+from optimisers.graph.turn import settled, turned
 
 Table = dict[tuple[object, ...], Expr]
 """The nodes made so far, by what two of them share if they have the same value."""
@@ -30,7 +30,8 @@ def clean(roots: Sequence[Expr]) -> tuple[list[Expr], dict[int, Expr]]:
         args = tuple(new[id(a)] for a in e.args)
         keep = unique(new[id(g)] for g in e.guard) if cuts(e) or e.op == "total" else []
         new[id(e)] = fold(table, e, args, tuple(keep))
-    return [new[id(r)] for r in roots], new
+    found, last = settled([new[id(r)] for r in roots])
+    return found, {i: last[id(e)] for i, e in new.items() if id(e) in last}
 
 
 def _merge(table: Table, e: Expr) -> Expr:

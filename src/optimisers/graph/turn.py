@@ -3,10 +3,10 @@
 So `transpose(g) / norm(transpose(g))` is maths on the elements of g, which passes do, and one transpose.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from optimisers import ops
-from optimisers.graph.expr import Expr, cuts
+from optimisers.graph.expr import Expr, cuts, order
 
 
 def turned(e: Expr, made: Callable[[Expr], Expr]) -> Expr | None:
@@ -32,3 +32,39 @@ def turned(e: Expr, made: Callable[[Expr], Expr]) -> Expr | None:
 def _is_transpose(e: Expr) -> bool:
     """Whether a node exchanges the axes of an array that has two."""
     return e.op == "transpose" and (e.args[0].domain == "free" or len(e.args[0].shape_ or ()) >= 2)
+
+
+def settled(roots: Sequence[Expr]) -> tuple[list[Expr], dict[int, Expr]]:
+    """The roots, and the new node of every old one by id, with values between two products in the domain of
+    the products: `a * y + b @ y`, which the next product reads, is no pass over memory.
+    """
+    nodes = order(roots, guards=True)
+    feeding: set[int] = set()
+    for e in reversed(nodes):
+        if e.domain == "free" or id(e) in feeding:
+            feeding.update(id(a) for a in e.args if a.domain == "array")
+    new: dict[int, Expr] = {}
+    for e in nodes:
+        args, guard = tuple(new[id(a)] for a in e.args), tuple(new[id(g)] for g in e.guard)
+        domain = e.domain
+        domains = {a.domain for a in args} - {"scalar"}
+        if domain == "array" and "free" in domains and ("array" not in domains or id(e) in feeding):
+            domain = "free"
+        same = domain == e.domain and all(
+            a is b for a, b in zip((*args, *guard), (*e.args, *e.guard), strict=True)
+        )
+        new[id(e)] = (
+            e
+            if same
+            else Expr(
+                e.op,
+                args,
+                domain=domain,
+                type=e.type,
+                value=e.value,
+                options=e.options,
+                guard=guard,
+                shape=e.shape_,
+            )
+        )
+    return [new[id(r)] for r in roots], new

@@ -22,9 +22,11 @@ from optimisers.engines.cpu.printer import Unprintable, columns
 from optimisers.engines.evaluate import Values, evaluate
 from optimisers.engines.task import Engine, Holds, Members, Step
 from optimisers.engines.xla import call as ffi
+from optimisers.engines.xla.together import Together
 from optimisers.graph.expr import Expr
 from optimisers.graph.memo import kept
 from optimisers.graph.passes import Pass, number_of, reduce_pass, store_pass
+from optimisers.graph.plan import filling, operations
 from optimisers.graph.trace import Program
 from optimisers.state.buffers import Bundled, Indices, Loose
 from optimisers.state.group import Group
@@ -38,7 +40,7 @@ NAME = "xla"
 def refusal(group: Group) -> str:
     """Why the CPU kernel does not step a group; empty if it does."""
     p = store_pass(group.program, None)
-    if p is None or p.free or any(s.shape is not None for s in group.program.slots):
+    if p is None or any(s.shape is not None for s in group.program.slots):
         return "values of another shape than the parameters"
     name = library.type_name(group.kind.dtype)
     if _source(group.program, p, name, name) is None:
@@ -63,8 +65,16 @@ def prepare(step: Step, holds: Holds, members: Members) -> Callable[[], None] | 
     p = store_pass(step.program, holds)
     if p is None or members is not None or not takes(step, p):
         return None
-    table, row = step.scalars.near.symbols(p.scalars)
-    found = [(part, call_of(step, p, table, row, part)) for part in _calls(units(step))]
+    what = operations(step.program, None, holds)
+    found: list[tuple[Bundles, dict[str, list[Any]]]] = []
+    for part in _calls(units(step)):
+        among = Together(step, [i for unit in part for i in unit])
+        for r in what.rounds:
+            if r.inputs:
+                new = call_of(step, filling(r, tuple(range(len(r.inputs)))), part, among)
+                among.inputs = {j: new[f"w{j}"] for j in range(len(r.inputs))}
+            among.run(r)
+        found.append((part, call_of(step, p, part, among)))
     return functools.partial(store, step, found)
 
 
@@ -72,7 +82,7 @@ def takes(step: Step, p: Pass) -> bool:
     """Whether a pass can be evaluated element by element on whole bundles of this step."""
     slots = all(s.shape is None for s in step.program.slots)
     whole = all(_held(pack) == len(pack) for pack in step.slots)
-    return slots and whole and not p.free
+    return slots and whole and (not p.free or step.kind.kernels)
 
 
 def units(step: Step) -> Bundles:
@@ -86,26 +96,35 @@ def units(step: Step) -> Bundles:
     return list(found.values())
 
 
-def call_of(step: Step, p: Pass, table: Any, row: Indices, part: Bundles) -> dict[str, list[Any]]:
+def call_of(step: Step, p: Pass, part: Bundles, among: Together) -> dict[str, list[Any]]:
     """The new arrays behind each name, of the leaves of some bundles."""
-    leaves = [i for unit in part for i in unit]
-    names = list(p.loads)
+    table, row = step.scalars.near.symbols(p.scalars)
+    leaves = among.leaves
     stored = [name for name, _ in p.stores]
-    held = {name: arrays_of(step, name, part, leaves) for name in dict.fromkeys([*names, *stored])}
+    held = {name: arrays_of(step, name, part, among) for name in dict.fromkeys([*p.loads, *stored])}
+    names = [*p.loads, *(f"f{j}" for j in range(len(p.free)))]
+    held |= {f"f{j}": among.spread(e) for j, e in enumerate(p.free)}
     given = [a for name in names for a in held[name]]
-    shape = [len(held[name]) for name in names]
+    counts = [len(held[name]) for name in names]
     kinds = tuple((name, [(a.shape, a.dtype) for a in held[name]]) for name in stored)
-    plain = functools.partial(_evaluated, p, step.wide, names, shape, kinds, row, part, leaves, step.shapes)
-    out = iter(fast(step, p, row, part, leaves, held, plain)([table, *given]))
+    single, each = among.alone.counts(names, counts), among.alone.kinds(kinds)
+    plain: Any = functools.partial(
+        _evaluated, p, step.wide, names, single, each, row, part, leaves, step.shapes
+    )
+    if p.free or p.fills:
+        plain = functools.partial(among.alone.evaluated, plain, names, counts, stored)
+    out = iter(fast(step, p, row, part, among, held, plain)([table, *given]))
     return {name: [next(out) for _ in like] for name, like in kinds}
 
 
-def arrays_of(step: Step, name: str, part: Bundles, leaves: list[int]) -> list[Any]:
-    """The arrays behind a name: parameters and gradients leaf by leaf, state by buffer."""
+def arrays_of(step: Step, name: str, part: Bundles, among: Together) -> list[Any]:
+    """The arrays behind a name: parameters and gradients leaf by leaf, state by buffer, stacks by shape."""
     if name == "x":
-        return [step.xs[i] for i in leaves]
+        return [step.xs[i] for i in among.leaves]
     if name.startswith("d"):
-        return [step.grads[number_of(name)][i] for i in leaves]
+        return [step.grads[number_of(name)][i] for i in among.leaves]
+    if name.startswith("w"):
+        return among.forms()
     pack = step.slots[number_of(name)]
     return [pack.buffers[_buffer(pack, unit[0])] for unit in part]
 
@@ -127,17 +146,19 @@ def fast(
     p: Pass,
     row: Indices,
     part: Bundles,
-    leaves: list[int],
+    among: Together,
     held: dict[str, list[Any]],
     plain: Callable[[list[Any]], list[Any]],
 ) -> Callable[[list[Any]], list[Any]]:
     """The kernel where there is one, else the evaluation."""
+    leaves = among.leaves
     source = _source(
         step.program, p, library.type_name(step.kind.dtype), _gradient(step.grads, leaves, step.kind.dtype)
     )
     if source is None or not step.kind.kernels or not ffi.available():
         return plain
-    first, count = _firsts({name: len(held[name]) for name in p.loads})
+    read = [*p.loads, *(f"f{j}" for j in range(len(p.free)))]
+    first, count = _firsts({name: len(held[name]) for name in read})
     stored = {name: len(held[name]) for name, _ in p.stores}
     written, _ = _firsts(stored)
     aliases = {
@@ -147,20 +168,24 @@ def fast(
     options = {
         "outputs": [jax.ShapeDtypeStruct(a.shape, a.dtype) for name in stored for a in held[name]],
         "aliases": aliases,
-        "places": buffers_of(step, base, part, leaves),
+        "places": buffers_of(step, base, part, among),
         "row": np.asarray(row)[leaves],
         "sizes": np.asarray(step.sizes)[leaves],
     }
     return ffi.with_fallback(functools.partial(_launched, source, options), plain)
 
 
-def buffers_of(step: Step, base: dict[str, int], part: Bundles, leaves: list[int]) -> Any:
+def buffers_of(step: Step, base: dict[str, int], part: Bundles, among: Together) -> Any:
     """(buffer, byte offset) of the arrays of a kernel for every leaf; `base`: first buffer of each."""
+    leaves = among.leaves
     found = np.zeros((len(base), len(leaves), 2), np.int64)
     position = {i: k for k, i in enumerate(leaves)}
     for c, (name, first) in enumerate(base.items()):
         if name == "x" or name.startswith("d"):
             found[c, :, 0] = first + np.arange(len(leaves))
+            continue
+        if name.startswith(("f", "w")):
+            found[c] = among.places(first)
             continue
         pack = step.slots[number_of(name)]
         for u, unit in enumerate(part):
@@ -174,7 +199,7 @@ def buffers_of(step: Step, base: dict[str, int], part: Bundles, leaves: list[int
 def reduce(step: Step, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any] | None:
     """Reductions of whole arrays in one call of the kernel, for all leaves."""
     p = reduce_pass(step.program, level, wanted)
-    if p is None or len(p.reductions) != sum(wanted) or not takes(step, p):
+    if p is None or p.free or len(p.reductions) != sum(wanted) or not takes(step, p):
         return None
     leaves = list(range(step.leaves))
     gradient = _gradient(step.grads, leaves, step.kind.dtype)
@@ -182,14 +207,15 @@ def reduce(step: Step, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any] 
     if source is None or not step.kind.kernels or not ffi.available():
         return None
     part = units(step)
-    held = {name: arrays_of(step, name, part, leaves) for name in p.loads}
+    among = Together(step, leaves)
+    held = {name: arrays_of(step, name, part, among) for name in p.loads}
     table, row = step.scalars.near.symbols(p.scalars)
     first, _ = _firsts({name: len(held[name]) for name in p.loads})
     ops = [r.op for r in p.reductions]
     options = {
         "outputs": [],
         "aliases": {},
-        "places": buffers_of(step, {name: first[name] for name in columns(p, inplace=True)}, part, leaves),
+        "places": buffers_of(step, {name: first[name] for name in columns(p, inplace=True)}, part, among),
         "row": np.asarray(row),
         "sizes": np.asarray(step.sizes),
         "sums": len(ops),
@@ -314,7 +340,7 @@ def _evaluated(
             start += sum(int(np.prod(shapes[at.index(k)])) for k in part) if shapes else 0
         for name, _ in kinds:
             vector = pieces[name][0] if len(pieces[name]) == 1 else jnp.concatenate(pieces[name])
-            if name != "x":
+            if name != "x" and not name.startswith("w"):
                 shape, dtype = like[name][u]
                 found[name].append(_rounded(vector, shape, dtype))
                 continue
@@ -375,7 +401,7 @@ def _part(
     bundle: bool,
 ) -> Any:
     """What a pass reads for some leaves of one bundle: a vector, or the array of the only leaf."""
-    if name == "x" or name.startswith("d"):
+    if name == "x" or name.startswith(("d", "f")):
         return jnp.concatenate([held[k].reshape(-1) for k in part]) if bundle else held[part[0]]
     if not bundle:
         return held[unit]
@@ -418,8 +444,10 @@ def _values(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any) -> Values:
     """The value of every node of a pass, from its inputs and its row of scalars."""
     real = library.real_of(wide)
     column = {id(e): scalars[j] for j, e in enumerate(p.scalars)}
+    spread = [e for e in p.body if e.op == "spread"]
 
     def given(e: Expr) -> Any:
         return inputs[e.value] if e.op == "load" else column[id(e.value)].astype(real)
 
-    return evaluate([*p.terms, *(e for _, e in p.stores)], given, library, wide)
+    found = {id(e): inputs[f"f{j}"] for j, e in enumerate(spread)}
+    return evaluate([*p.terms, *(e for _, e in p.stores)], given, library, wide, found)

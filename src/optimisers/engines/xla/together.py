@@ -1,0 +1,117 @@
+"""Stacks of matrices inside a computation of XLA: leaves of one call of the kernel, sorted by shape.
+
+A pass writes its stacks into buffers of the computation, one for each shape; XLA multiplies; and the last
+pass reads the results where they lie. Where the kernel cannot run, the same leaf by leaf.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optimisers.arrays.layout import contiguous_strides
+from optimisers.engines.stacks import Stacks
+from optimisers.engines.task import Step
+from optimisers.engines.workspace import Batch, Found, Workspace
+from optimisers.graph.expr import Expr
+from optimisers.graph.plan import Round
+from optimisers.state.buffers import Indices
+
+
+class Together:
+    """Some leaves of a job, and the values of another shape that are known of them."""
+
+    def __init__(self, step: Step, leaves: list[int]) -> None:
+        self.leaves = leaves
+        self.batch = Batch.of(leaves, step.shapes, [contiguous_strides(s) for s in step.shapes])
+        self.stacks = Stacks(step, Workspace(), _never, _never)
+        self.inputs: dict[int, list[Any]] = {}
+        position = {i: k for k, i in enumerate(leaves)}
+        self.alone = Alone([[position[i] for i in b.leaves.tolist()] for b in self.batch.buckets])
+
+    def run(self, what: Round) -> None:
+        """Compute a round, whose inputs a pass has written."""
+        outputs = [Found([]) for _ in what.wanted]
+        for b, bucket in enumerate(self.batch.buckets):
+            stacks = [self.inputs[j][b] for j in range(len(what.inputs))]
+            stacks = [s != 0 if e.type == "bool" else s for s, e in zip(stacks, what.inputs, strict=True)]
+            for f, stack in zip(outputs, self.stacks.bucket(what, bucket, stacks), strict=True):
+                f.stacks.append((bucket, stack))
+        for e, f in zip(what.wanted, outputs, strict=True):
+            self.stacks.found[id(e)] = [f]
+
+    def forms(self) -> list[Any]:
+        """The stacks that a pass writes, one for each shape."""
+        real = self.stacks.real
+        return [jax.ShapeDtypeStruct((len(b.leaves), *b.shape), real) for b in self.batch.buckets]
+
+    def spread(self, e: Expr) -> list[Any]:
+        """A value as stacks of the shape of x."""
+        (found,) = self.stacks.found[id(e)]
+        return [self.stacks.widened(bucket, stack) for bucket, stack in found.stacks]
+
+    def places(self, first: int) -> Indices:
+        """(buffer, byte in it) of every leaf, in stacks of which the first is this buffer."""
+        found = np.zeros((len(self.leaves), 2), np.int64)
+        for b, (bucket, at) in enumerate(zip(self.batch.buckets, self.alone.at, strict=True)):
+            each = math.prod(bucket.shape) * self.stacks.real.itemsize
+            found[at, 0] = first + b
+            found[at, 1] = each * np.arange(len(at))
+        return found
+
+
+class Alone:
+    """The way between stacks and arrays of single leaves; it holds no array that is traced."""
+
+    def __init__(self, at: list[list[int]]) -> None:
+        self.at = at
+
+    def counts(self, names: list[str], counts: list[int]) -> list[int]:
+        """How many arrays stand behind each name, leaf by leaf where it is one of stacks."""
+        total = sum(map(len, self.at))
+        return [total if name.startswith("f") else n for name, n in zip(names, counts, strict=True)]
+
+    def kinds(self, kinds: Sequence[tuple[str, list[Any]]]) -> tuple[tuple[str, list[Any]], ...]:
+        """(shape, type) of the arrays behind each name, leaf by leaf where it is one of stacks."""
+        return tuple(
+            (name, self.parted([[(s[1:], dtype)] * s[0] for s, dtype in like]) if name[0] == "w" else like)
+            for name, like in kinds
+        )
+
+    def parted(self, stacks: Sequence[Any]) -> list[Any]:
+        """What stacks hold, leaf by leaf."""
+        found: list[Any] = [None] * sum(map(len, self.at))
+        for at, stack in zip(self.at, stacks, strict=True):
+            for k, i in enumerate(at):
+                found[i] = stack[k]
+        return found
+
+    def evaluated(
+        self,
+        plain: Callable[[list[Any]], list[Any]],
+        names: list[str],
+        counts: list[int],
+        stored: list[str],
+        given: list[Any],
+    ) -> list[Any]:
+        """What a pass stores, by a function that knows no stacks."""
+        table, *arrays = given
+        parts: list[Any] = [table]
+        start = 0
+        for name, n in zip(names, counts, strict=True):
+            held = arrays[start : start + n]
+            parts += self.parted(held) if name.startswith("f") else held
+            start += n
+        out = plain(parts)
+        if not any(name.startswith("w") for name in stored):
+            return out
+        total = sum(map(len, self.at))
+        each = [out[j * total : (j + 1) * total] for j in range(len(stored))]
+        return [jnp.stack([arrays[i] for i in at]) for arrays in each for at in self.at]
+
+
+def _never(*_: Any) -> Any:
+    raise NotImplementedError
