@@ -18,7 +18,16 @@ from optimisers.errors import BadSetting, BadState, TreeMismatch, UnknownField
 from optimisers.nest import flatten, unflatten
 from optimisers.rule import Rule
 from optimisers.rules.descent import Momentum, Nesterov
-from optimisers.settings import ELSEWHERE, adjustable, adjusted, fill, numbers, refuse_unknown, settings
+from optimisers.settings import (
+    ELSEWHERE,
+    adjustable,
+    adjusted,
+    fill,
+    numbers,
+    refuse_unknown,
+    settings,
+    skeleton,
+)
 from optimisers.settings import parts as parts_of_value
 from optimisers.state.edit import present
 from optimisers.state.leaf import parts
@@ -148,23 +157,35 @@ class TorchOptimizer(torch.optim.Optimizer):
             self._read_groups()
 
     def _read_groups(self) -> None:
+        """Take over what is another number than at the last look: of all groups in one edit."""
         store = parts(self._tree)[0]
+        new: dict[int, tuple[Rule, dict[str, Any]]] = {}
         for n, (group, rule, seen) in enumerate(zip(self.param_groups, self._rules, self._seen, strict=True)):
-            if rule is None:
-                continue
             now = {key: self._read(group[key]) for key in seen}
-            leaves = [self._leaf_of[p] for p in group["params"] if p in self._leaf_of]
-            if now != seen:
+            if rule is not None and now != seen:
                 changes = {_field(rule, k): v for k, v in now.items() if v != seen[k]}
-                self._rules[n] = rule = adjusted(rule, changes)  # noqa: PLW2901 it goes on as the new one
+                new[n] = adjusted(rule, changes), changes
+        if new:
+            edits = [
+                (self._leaves(n), functools.partial(_renewed, self._rules[n], *of)) for n, of in new.items()
+            ]
+            store.change_many([(leaves, change) for leaves, change in edits if leaves])
+        for n, group in enumerate(self.param_groups):
+            if n in new:
+                self._rules[n] = rule = new[n][0]
                 self._scheduled[n] = _has_schedule(rule)
-                store.change(leaves, lambda old, changes=changes: adjusted(old, changes))
                 self._rule_of.update(dict.fromkeys(group["params"], rule))
-            if now != seen or (self._scheduled[n] and not self._capturable):
-                now = present(*store.where(leaves[0]), rule) if leaves else rule
+            rule = self._rules[n]
+            if rule is not None and (n in new or (self._scheduled[n] and not self._capturable)):
+                leaves = self._leaves(n)
+                now = present(*store.where(leaves[0]), rule) if leaves and self._scheduled[n] else rule
                 meant = _defaults(now).items()
                 group.update({k: v for k, v in meant if k not in group or v != self._read(group[k])})
                 self._seen[n] = self._shown(group, rule)
+
+    def _leaves(self, n: int) -> list[int]:
+        """The leaves of the parameters of a group."""
+        return [self._leaf_of[p] for p in self.param_groups[n]["params"] if p in self._leaf_of]
 
     def _read(self, value: Any) -> Any:
         """A setting as a number; a tensor is read anew when it has been written."""
@@ -515,6 +536,12 @@ def _in_order(saved: dict[str, Any], groups: Iterable[dict[str, Any]]) -> dict[s
             theirs = theirs | {"params": [number[n] for n in wanted], "param_names": list(wanted)}  # noqa: PLW2901 what is kept
         new.append(theirs)
     return saved | {"param_groups": new + saved["param_groups"][len(new) :]}
+
+
+def _renewed(was: Rule, new: Rule, changes: dict[str, Any], old: Rule) -> Rule:
+    """The rule of a leaf after its group has changed; that of the group, unless the leaf had its own."""
+    same = numbers(old) == numbers(was) and skeleton(old) == skeleton(was)
+    return new if same else adjusted(old, changes)
 
 
 def _adopt(store: Store, saved: dict[int, dict[str, Any]], frozen: list[int]) -> None:
