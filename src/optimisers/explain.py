@@ -98,7 +98,7 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(state: Any) -> Explanation:
+def explain(state: object) -> Explanation:
     """Which engine steps each group of leaves, in how many passes over memory, moving how many bytes per
     parameter.
 
@@ -172,7 +172,7 @@ def _workspace(group: Group) -> int:
     return fused.workspace_of(tables).nbytes if isinstance(tables, fused.Tables) else 0
 
 
-def kernel(rule: Rule, dtype: Any = "float32", *, inplace: bool = True, engine: str = "numba") -> str:
+def kernel(rule: Rule, dtype: object = "float32", *, inplace: bool = True, engine: str = "numba") -> str:
     """The generated source of a rule's kernels for parameters of this type, one module after the other:
     those of the CPU, or with `engine="triton"` those of CUDA devices.
 

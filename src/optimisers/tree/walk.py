@@ -120,7 +120,7 @@ Ties = Sequence[tuple[str, ...]]
 """Places that hold one array, by their paths, or by globs that match one path each."""
 
 
-def survey(model: Any, ties: Ties = ()) -> tuple[Layout, list[Any]]:
+def survey(model: object, ties: Ties = ()) -> tuple[Layout, list[Any]]:
     """The layout of a model, and the array of each leaf.
 
     Raises TreeMismatch for a container that holds itself, a class that hides arrays without being registered,
@@ -156,7 +156,7 @@ class _Survey:
         self.floats: list[tuple[KeyPath, Any]] = []
         self.kept: list[Any] = []
 
-    def run(self, model: Any) -> tuple[Layout, list[Any]]:
+    def run(self, model: object) -> tuple[Layout, list[Any]]:
         if isinstance(model, float | complex):
             raise TreeMismatch(
                 f"the model is the Python number {model!r}; write np.array({model!r}) to train it"
@@ -169,7 +169,7 @@ class _Survey:
             self.refuse_tie(tie)
         return Layout(root, [p[0] for p in self.places], self.places, self.floats), self.arrays
 
-    def visit(self, obj: Any, path: KeyPath, *, listed: bool) -> Node:
+    def visit(self, obj: object, path: KeyPath, *, listed: bool) -> Node:
         if registry.isarray(obj):
             if registry.istrainable(obj):
                 return self.leaf(obj, path)
@@ -195,7 +195,7 @@ class _Survey:
             self.kept.append(obj)
         return node
 
-    def branch(self, obj: Any, ways: Container, path: KeyPath) -> Node:
+    def branch(self, obj: object, ways: Container, path: KeyPath) -> Node:
         keys = ways.keys(obj)
         if self.ordered and isinstance(obj, dict):
             with contextlib.suppress(TypeError):
@@ -231,7 +231,7 @@ class _Survey:
         )
 
     @staticmethod
-    def read(obj: Any, ways: Container, keys: tuple[Any, ...], path: KeyPath) -> list[Any]:
+    def read(obj: object, ways: Container, keys: tuple[Any, ...], path: KeyPath) -> list[Any]:
         try:
             return list(ways.read(obj, keys))
         except AttributeError as error:
@@ -363,7 +363,7 @@ class _Survey:
                 end, last = high, i
 
 
-def share_elements(a: Any, b: Any) -> bool:
+def share_elements(a: object, b: object) -> bool:
     """Whether two arrays have some element in common; asked of their layouts alone, wherever they lie."""
     return np.shares_memory(*(_layout_only(x) for x in (a, b)))
 
@@ -377,7 +377,7 @@ def _layout_only(x: Any) -> Any:
     return np.asarray(SimpleNamespace(__array_interface__={**about, "version": 3}))
 
 
-def attributes(obj: Any) -> list[tuple[str, Any]]:
+def attributes(obj: object) -> list[tuple[str, Any]]:
     """The instance attributes of an object, those in slots too."""
     slots = [name for base in type(obj).__mro__ for name in _names(vars(base).get("__slots__", ()))]
     return [*getattr(obj, "__dict__", {}).items(), *((n, getattr(obj, n)) for n in slots if hasattr(obj, n))]
@@ -387,7 +387,7 @@ def _names(slots: Any) -> Iterable[str]:
     return (slots,) if isinstance(slots, str) else slots
 
 
-def holds_arrays(value: Any, depth: int = 3) -> bool:
+def holds_arrays(value: object, depth: int = 3) -> bool:
     """Whether a value is an array that could train, or a plain container of such, not too deep."""
     if registry.isnumeric(value):
         return True
@@ -395,7 +395,7 @@ def holds_arrays(value: Any, depth: int = 3) -> bool:
     return depth > 0 and any(holds_arrays(v, depth - 1) for v in inner)
 
 
-def _declared_float(obj: Any, key: Any) -> bool:
+def _declared_float(obj: object, key: object) -> bool:
     """Whether the class of `obj` says that this field is a float: then it is a setting of the model."""
     for base in type(obj).__mro__:
         declared = vars(base).get("__annotations__", {}).get(str(key)) if isinstance(key, Attr) else None
@@ -404,7 +404,7 @@ def _declared_float(obj: Any, key: Any) -> bool:
     return False
 
 
-def extended(node: Node, path: KeyPath, key: Any) -> KeyPath:
+def extended(node: Node, path: KeyPath, key: object) -> KeyPath:
     """The path of a child of a node; the wrapper of one array does not count."""
     return path if node.ways is not None and node.ways.bare else KeyPath(path, key)
 
@@ -420,7 +420,7 @@ def _leaf_paths(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
 # -- the walks of every step ---------------------------------------------------------------------------------
 
 
-def gather(node: Node, model: Any, path: KeyPath, seen: str = "setup") -> Any:
+def gather(node: Node, model: object, path: KeyPath, seen: str = "setup") -> Any:
     """The arrays of a model at the places below `node`, in order.
 
     Raises TreeMismatch where the structure is not that which `seen`, the function that made the layout, saw.
@@ -452,7 +452,7 @@ def _sized_like(node: Node, obj: Any) -> bool:
     return same and len(obj) == len(node.keys)
 
 
-def model_children(node: Node, model: Any, path: KeyPath, seen: str) -> Iterator[tuple[Any, Node, Any]]:
+def model_children(node: Node, model: object, path: KeyPath, seen: str) -> Iterator[tuple[Any, Node, Any]]:
     """(key, child, value) of the live children of a container; raises TreeMismatch if it is not the one
     surveyed.
     """
@@ -481,7 +481,7 @@ def model_children(node: Node, model: Any, path: KeyPath, seen: str) -> Iterator
         yield key, child, values[key]
 
 
-def gather_gradients(node: Node, grads: Any, path: KeyPath) -> Any:
+def gather_gradients(node: Node, grads: object, path: KeyPath) -> Any:
     """The gradients at the places below `node`, in order: None where there is no step.
 
     Gradients may stand in any container with the keys of the model. Raises TreeMismatch where they do not
@@ -521,7 +521,7 @@ def gather_gradients(node: Node, grads: Any, path: KeyPath) -> Any:
     return out
 
 
-def _has(grads: Any, key: Any) -> bool:
+def _has(grads: object, key: object) -> bool:
     """Whether gradients have something under a key."""
     return (
         key in grads
@@ -530,7 +530,7 @@ def _has(grads: Any, key: Any) -> bool:
     )
 
 
-def _refuse_frozen(node: Node, grads: Any, path: KeyPath) -> None:
+def _refuse_frozen(node: Node, grads: object, path: KeyPath) -> None:
     """Raise TreeMismatch for the gradient of a parameter that is not trained."""
     if not isinstance(grads, Mapping):
         return
@@ -602,7 +602,7 @@ def _mirrored(node: Node, values: dict[str, Any], prefix: str) -> Any:
     return inner if any(not isinstance(k, int) for k in node.keys) else list(inner.values())
 
 
-def rebuild(node: Node, model: Any, new: dict[int, Any]) -> Any:
+def rebuild(node: Node, model: object, new: dict[int, Any]) -> Any:
     """The model with the leaves in `new` replaced; what holds none of them is the same object as before."""
     memo: dict[int, Any] = {}
     result = _rebuild(node, model, new, memo, None)
@@ -611,7 +611,7 @@ def rebuild(node: Node, model: Any, new: dict[int, Any]) -> Any:
     return result
 
 
-def rebuilt(node: Node, model: Any, new: dict[int, Any]) -> tuple[Any, list[Callable[[], Any]]]:
+def rebuilt(node: Node, model: object, new: dict[int, Any]) -> tuple[Any, list[Callable[[], Any]]]:
     """(the same in place, what is left to do): containers that can be written are, but not before the rest is
     done, since constructors of those that cannot may raise.
     """
@@ -623,7 +623,11 @@ def rebuilt(node: Node, model: Any, new: dict[int, Any]) -> tuple[Any, list[Call
 
 
 def _rebuild(
-    node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any], writes: list[Callable[[], Any]] | None
+    node: Node,
+    model: object,
+    new: dict[int, Any],
+    memo: dict[int, Any],
+    writes: list[Callable[[], Any]] | None,
 ) -> Any:
     """A part of the model with the leaves in `new` replaced; writing into it is left for later where `writes`
     takes note.
@@ -640,7 +644,11 @@ def _rebuild(
 
 
 def _changed(
-    node: Node, model: Any, new: dict[int, Any], memo: dict[int, Any], writes: list[Callable[[], Any]] | None
+    node: Node,
+    model: object,
+    new: dict[int, Any],
+    memo: dict[int, Any],
+    writes: list[Callable[[], Any]] | None,
 ) -> Any:
     """A container with the leaves in `new` replaced."""
     assert node.ways is not None
@@ -675,7 +683,7 @@ def _by_relink(memo: dict[int, Any]) -> dict[Any, list[tuple[Any, Any]]]:
     return found
 
 
-def find(node: Node, key: Any) -> Node | None:
+def find(node: Node, key: object) -> Node | None:
     """The child of a node under `key`."""
     for k, child in zip(node.keys, node.children, strict=True):
         if k == key:

@@ -28,7 +28,7 @@ class Sheet:
     arrays are aligned; in one buffer, so that one copy brings all.
     """
 
-    def __init__(self, device: Any, numbers: int, columns: int, leaves: int, owner: Any = None) -> None:
+    def __init__(self, device: object, numbers: int, columns: int, leaves: int, owner: object = None) -> None:
         self.owner = owner  # named by its identity, which nothing else must take meanwhile
         self.numbers = numbers + numbers % 2
         room = leaves + leaves % 2
@@ -71,7 +71,7 @@ class Sheet:
 class Fixed:
     """A vector of whole numbers of the host, and what the device has of it."""
 
-    def __init__(self, device: Any, n: int) -> None:
+    def __init__(self, device: object, n: int) -> None:
         self.memory = lasting((max(1, n),), torch.int64, device)
         self.sent: Any = None
 

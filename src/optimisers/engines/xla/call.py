@@ -70,7 +70,7 @@ def _tried() -> bool:
     places = np.array([[[2, 0], [3, 0], [2, 4 * 69000]]])
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (packed, alone)]
 
-    def step(table: Any, packed: Any, alone: Any) -> list[Any]:
+    def step(table: object, packed: object, alone: object) -> list[Any]:
         return launch(
             TRIAL,
             [packed, alone],
@@ -138,7 +138,7 @@ def launch(
     *,
     outputs: Sequence[Any],
     aliases: dict[int, int],
-    table: Any,
+    table: object,
     places: Indices,
     row: Indices,
     sizes: Indices,
@@ -267,23 +267,23 @@ def _step() -> Any:
     step = Primitive("optimisers_step")
     step.multiple_results = True
 
-    def by_fast(*arrays: Any, fast: Any, **_: Any) -> list[Any]:
+    def by_fast(*arrays: object, fast: object, **_: object) -> list[Any]:
         return jaxpr_as_fun(fast)(*arrays)
 
-    def by_plain(*arrays: Any, plain: Any, **_: Any) -> list[Any]:
+    def by_plain(*arrays: Any, plain: Any, **_: object) -> list[Any]:
         return list(plain(list(arrays)))
 
-    def now(*arrays: Any, **ways: Any) -> list[Any]:
+    def now(*arrays: Any, **ways: object) -> list[Any]:
         devices = {d for a in arrays for d in a.devices()}
         alone = len(devices) == 1 and all(d.platform == "cpu" for d in devices)
         return (by_fast if alone else by_plain)(*arrays, **ways)
 
-    def by_machine(context: Any, *arrays: Any, **ways: Any) -> Any:
+    def by_machine(context: Any, *arrays: object, **ways: object) -> Any:
         """The kernel on one device, and on each inside `shard_map`; else XLA shares out the operations."""
         chosen = by_plain if _shared_out(context.module_context.axis_context) else by_fast
         return mlir.lower_fun(chosen, multiple_results=True)(context, *arrays, **ways)
 
-    def forms(*_: Any, fast: Any, **__: Any) -> Any:
+    def forms(*_: object, fast: Any, **__: object) -> Any:
         return fast.out_avals
 
     def mapped(arrays: Any, axes: Any, **ways: Any) -> Any:
