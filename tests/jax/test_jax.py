@@ -701,7 +701,7 @@ def test_eager_jitted_scanned_and_in_place_steps_are_those_of_numpy(rule: Any) -
             ):
                 np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
     assert step._cache_size() == 1
-    assert int(jax.tree.leaves(looped)[-1]) == 4
+    assert set(np.ravel(jax.tree.leaves(looped)[-1]).tolist()) == {4}  # the clock of every leaf
 
 
 def test_other_loops_carry_a_state() -> None:

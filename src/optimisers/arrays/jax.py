@@ -187,7 +187,7 @@ class JaxLibrary(Library[Array, Dtype]):
     def is_traced(self, x: object) -> bool:
         return isinstance(x, Tracer)
 
-    def is_spread(self, x: object) -> bool:
+    def is_spread(self, x: Array) -> bool:
         """Whether an array, as far as it can be seen, is on several devices."""
         return isinstance(x, jax.Array) and not self.is_traced(x) and len(x.devices()) > 1
 

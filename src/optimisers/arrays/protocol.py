@@ -133,6 +133,10 @@ class Library(Protocol[A, D]):
         """Whether a transform or a compiler looks at this array, so that nobody may read its elements."""
         return False
 
+    def is_spread(self, x: A) -> bool:
+        """Whether the elements are shared out over several devices."""
+        return False
+
     def is_part(self, x: A) -> bool:
         """Whether this is one device's part of a larger array."""
         return False
