@@ -26,7 +26,7 @@ class Chain(Rule):
             raise UnknownField(
                 f"Chain has no setting {name}; its rules go by place, such as Chain(ClipGrad(), Adam())"
             )
-        object.__setattr__(self, "rules", rules)
+        self.rules = rules  # pyright: ignore[reportAttributeAccessIssue] set once, here
         self.__post_init__()
 
     def check(self) -> None:
