@@ -47,8 +47,8 @@ def source(slots: int, kind: str, itemsize: int) -> str:
     """The text of the kernel for a state of so many arrays for each parameter."""
     stored = ["x", *(f"s{j}" for j in range(slots))]
     names = ["x", "dx", *stored[1:]]
-    words = [f'load_{a} = loader("{kind}", {j}, {len(names)})' for j, a in enumerate(names)]
-    words += [f'store_{a} = storer("{kind}", {names.index(a)}, {len(names)})' for a in stored]
+    words = [f'load_{a} = loader("{kind}", {j}, {len(names)}, "{kind}")' for j, a in enumerate(names)]
+    words += [f'store_{a} = storer("{kind}", {names.index(a)}, {len(names)}, "{kind}")' for a in stored]
     places = [f"at_{a} = addresses[{j}, k] + {itemsize} * first" for j, a in enumerate(names)]
     body = [f"store_{a}(at_{a}, i, load_{a}(at_{a}, i) + dx)" for a in stored]
     return SOURCE.format(

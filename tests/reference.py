@@ -25,6 +25,10 @@ class Entry:
     """The settings of the rule; `omega` is the longest global norm, and is applied here."""
     state: Any = None
     frozen: bool = False
+    clock: int = 0
+    """Updates that covered it, with or without a gradient, frozen or not."""
+    steps: int = 0
+    """Steps taken behind an accumulation, which are what its schedules count."""
 
     def __post_init__(self) -> None:
         self.state = self.rule(0).init(self.x)
@@ -34,6 +38,29 @@ class Entry:
         now = {k: v(clock) if callable(v) else v for k, v in self.settings.items() if k != "omega"}
         return self.make(**now)
 
+    def step(self, g: Any) -> None:
+        """One step by a gradient."""
+        if "n" in self.settings:
+            self.accumulate(g)
+            return
+        self.state, dx = self.rule(self.clock).apply(self.state, self.x, g)
+        self.x = self.x if dx is None else self.x - dx
+
+    def accumulate(self, g: Any) -> None:
+        """The mean of a window of updates goes on to decay and momentum, at the window's last update."""
+        gathered, decay, momentum = self.state
+        held, taken = g + (gathered.sum if gathered.taken else 0), gathered.taken + 1
+        rule = self.rule(self.steps)
+        n = rule.rules[0].n
+        if (self.clock + 1) % n:
+            self.state = (gathered._replace(sum=held, taken=taken), decay, momentum)
+            return
+        _, dx = rule.rules[1].apply((), self.x, held / max(taken, n))
+        momentum, dx = rule.rules[2].apply(momentum, self.x, dx)
+        self.state = (gathered._replace(sum=held, taken=0), decay, momentum)
+        self.x = self.x - dx
+        self.steps += 1
+
 
 @dataclasses.dataclass
 class Reference:
@@ -42,13 +69,14 @@ class Reference:
     places: dict[Path, tuple[int, bool]]
     """Path -> (entry, whether it is transposed there)."""
     entries: list[Entry]
-    clock: int = 0
 
     def below(self, path: Path) -> set[int]:
         return {n for p, (n, _) in self.places.items() if p[: len(path)] == path}
 
-    def update(self, grads: dict[Path, Any]) -> None:
-        """One step by the gradients of some places; a place that is absent or None has none."""
+    def update(self, grads: dict[Path, Any], covered: Path = ()) -> None:
+        """One step of what is below a path, by the gradients of some places; a place that is absent or None
+        has none.
+        """
         found: dict[int, list[Any]] = {}
         for path, g in grads.items():
             n, turned = self.places[path]
@@ -60,10 +88,9 @@ class Reference:
         for n in clipped:
             summed[n] = summed[n] * min(1.0, self.entries[n].settings["omega"] / norm if norm else 1.0)
         for n, g in summed.items():
-            entry = self.entries[n]
-            entry.state, dx = entry.rule(self.clock).apply(entry.state, entry.x, g)
-            entry.x = entry.x if dx is None else entry.x - dx
-        self.clock += 1
+            self.entries[n].step(g)
+        for n in self.below(covered):
+            self.entries[n].clock += 1
 
     def freeze(self, path: Path, *, frozen: bool) -> None:
         for n in self.below(path):

@@ -126,5 +126,5 @@ def test_parentheses_stand_where_the_meaning_needs_them() -> None:
 
 def test_what_when_asks_for_is_shown() -> None:
     formula = MAKE.formula(opt.Chain(opt.AccumGrad(2), opt.Momentum()), np.zeros(3))
-    assert r"\text{if } k_{t-1} + 1 \ge n \\ v_{t-1} & \text{else}" in formula
-    assert r"x_{t-1} - v_t & \text{if } k_{t-1} + 1 \ge n \\ x_{t-1} & \text{else}" in formula
+    assert r"\text{if } \mathit{full}_t \\ v_{t-1} & \text{else}" in formula
+    assert r"x_{t-1} - v_t & \text{if } \mathit{full}_t \\ x_{t-1} & \text{else}" in formula

@@ -395,7 +395,7 @@ def test_calls_of_one_computation_may_run_at_once() -> None:
 def fresh(function: str, **environment: str) -> str:
     """Run a function of this file in a new process; what it printed."""
     done = subprocess.run(
-        [sys.executable, "-c", f"from tests import test_ffi\ntest_ffi.{function}()"],
+        [sys.executable, "-c", f"from tests.engines import test_ffi\ntest_ffi.{function}()"],
         capture_output=True,
         check=False,
         cwd=ROOT,

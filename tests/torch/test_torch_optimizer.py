@@ -1,7 +1,7 @@
 """A rule as an optimiser of torch goes where torch.optim goes, and everything that knows torch's takes it.
 
 Expected numbers are those of torch.optim on a copy of the same model, or formulas written here. The last
-section runs in two processes of its own: `python -m tests.test_torch_optimizer rank folder`.
+section runs in two processes of its own: `python -m tests.torch.test_torch_optimizer rank folder`.
 """
 
 import copy
@@ -1870,7 +1870,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = Path(__file__).parents[2]
     runs = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.test_torch_optimizer", str(rank), str(folder)],
+            [sys.executable, "-m", "tests.torch.test_torch_optimizer", str(rank), str(folder)],
             cwd=root,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

@@ -344,6 +344,8 @@ class _Run:
                 return self.multiplied(op, target)
             return self.applied(op, target)
         except (ValueError, RuntimeError, TypeError) as error:
+            if op.node.op == "call":  # what a user's function raises is the user's
+                raise
             step, leaf = self.s.step, int(self.bucket.leaves[self.low])
             args = [self.read(o) for o in op.args]
             shapes = " and ".join(str(tuple(np.shape(a))[1:]) for a in args)

@@ -41,8 +41,8 @@ from numba import njit
 
 from optimisers.engines.cpu.intrinsics import claim, loader, storer
 
-load = loader("float32", 0, 1)
-store = storer("float32", 0, 1)
+load = loader("float32", 0, 1, "float32")
+store = storer("float32", 0, 1, "float32")
 
 
 @njit("void(i8, i8[::1], i8[:,::1], i8[:,::1], f8[:,::1], i8[::1])",
