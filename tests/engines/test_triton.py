@@ -1089,7 +1089,7 @@ def test_the_number_of_launches_does_not_depend_on_that_of_leaves(
     launches: list[Launch],
 ) -> None:
     counts = []
-    for n in (1, 6):
+    for n in (2, 6):
         model = [torch.full((2, 3), 0.5, device=DEVICE, dtype=getattr(torch, row.single)) for _ in range(n)]
         state = opt.setup(row.rule, model, engine="triton", capturable=capturable)
         opt.update_(state, model, [x.clone() for x in model])
@@ -1099,8 +1099,9 @@ def test_the_number_of_launches_does_not_depend_on_that_of_leaves(
 
     assert counts[0] == counts[1] or (capturable and row.name in OTHER_SHAPES)
     if not capturable:
-        assert sum("addresses" in kernel.arg_names for kernel, *_ in launches) <= row.passes
-        assert row.passes > 1 or counts[0] <= 1
+        passes = row.passes + (row.name in OTHER_SHAPES)  # one more writes what the library computes with
+        assert sum("addresses" in kernel.arg_names for kernel, *_ in launches) <= passes
+        assert passes > 1 or counts[0] <= 1
 
 
 @pytest.fixture

@@ -202,15 +202,17 @@ def test_case_15_the_state_of_shapes_is_one_of_shapes(rule: Any) -> None:
 
 
 def test_case_16_tied_leaves_have_one_state_which_may_be_donated() -> None:
-    """Inside a transform the two places are two arrays, which stay equal; outside they are one."""
+    """Inside a transform the two places are two arrays, which stay equal; outside they are one. Two gradients
+    are summed.
+    """
     x = jnp.asarray([1.0, 2.0])
     model = {"a": x, "b": x}
     state = opt.setup(opt.Momentum(0.1), model, ties=[("a", "b")])
-    one = jnp.ones(2)
-    state, model = opt.update(state, model, {"a": one, "b": one})
+    grads = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    state, model = opt.update(state, model, grads)
 
     assert model["a"] is model["b"]
-    state, model = jax.jit(opt.update, donate_argnums=0)(state, model, {"a": one, "b": one})
+    state, model = jax.jit(opt.update, donate_argnums=0)(state, model, grads)
     np.testing.assert_array_equal(model["a"], model["b"])
     np.testing.assert_allclose(model["a"], x - 0.2 - (0.9 * 0.2 + 0.2), rtol=1e-6)
 
@@ -228,7 +230,7 @@ def test_case_17_slopes_through_adam_are_finite_at_a_gradient_of_zero() -> None:
     assert bool(jnp.isfinite(by_gradient).all())
 
 
-def test_case_18_several_schedules_share_one_clock() -> None:
+def test_case_18_several_schedules_share_the_clock_of_their_array() -> None:
     model = {"w": jnp.ones(3)}
     rule = opt.Chain(
         opt.WeightDecay(opt.Linear(0.1, 0.0, 9)), opt.AdamW(opt.Cosine(0.1, 9), lam=opt.Linear(0.1, 0.0, 9))
@@ -237,7 +239,7 @@ def test_case_18_several_schedules_share_one_clock() -> None:
     found = jax.tree.leaves(state)
     whole = [x for x in found if jnp.issubdtype(x.dtype, jnp.integer)]
 
-    assert [(x.shape, int(x)) for x in whole] == [((), 3)]
+    assert [x.tolist() for x in whole] == [[3]]
 
 
 def test_case_19_a_state_is_restored_after_the_clip_was_taken_out_of_the_chain() -> None:

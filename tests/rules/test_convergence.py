@@ -75,7 +75,8 @@ def test_every_rule_that_steps_is_trained_here() -> None:
     shown = " ".join(repr(r.rule) for r in RULES)
     public = [n for n in opt.__all__ if isinstance(v := getattr(opt, n), type) and issubclass(v, opt.Rule)]
 
-    assert [n for n in public if f"{n}(" not in shown] == ["Rule"]
+    # SplitPrecision takes bfloat16 alone: test_compose trains it
+    assert [n for n in public if f"{n}(" not in shown] == ["Rule", "SplitPrecision"]
 
 
 def kinds(rule: opt.Rule) -> tuple[type, ...]:

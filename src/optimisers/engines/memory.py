@@ -107,6 +107,8 @@ def _refuse_sharing(
     """
     for i in range(len(begin)):
         for j in range(i + 1, int(np.searchsorted(begin, end[i]))):
+            if owner[i] < 0 and owner[j] < 0:  # one buffer, of which two steps have a part each
+                continue
             a, b = (steps[which[k]] for k in (i, j))
             params = owner[i] >= 0 and owner[j] >= 0
             if not params or share_elements(a.xs[owner[i]], b.xs[owner[j]]):

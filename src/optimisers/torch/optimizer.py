@@ -587,12 +587,13 @@ def _state_from(store: Store, leaf: int, saved: dict[str, Any]) -> Any:
         if not registry.isarray(value):
             new.append(float(found))
             continue
-        shape = next(slots).places.shapes[i]
+        pack = next(slots)
+        shape = pack.places.shapes[i]
         if tuple(found.shape) != shape:
             raise TreeMismatch(
                 f"{_key(path)!r} of {name!r} has shape {tuple(found.shape)}; the parameter takes {shape}"
             )
-        new.append(found.to(group.kind.device))
+        new.append(found.to(pack[i].device if group.kind.loose else group.kind.device))
     return unflatten(template, iter(new))
 
 

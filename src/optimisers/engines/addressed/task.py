@@ -205,7 +205,7 @@ def _laid_out(
                 f"at {step.code(i, 'model' if arrays is step.xs else 'grads')}"
             )
         found[i] = step.library.laid_out(source, dtype, *layout(step, tables, i))
-        if is_fake(found[i]):
+        if is_fake(found[i]) and not is_fake(source):
             raise BadState(
                 "a FakeTensorMode is on, in which tensors have no memory; take the step outside it"
             )

@@ -7,6 +7,7 @@ instead, at the addresses of XLA's buffers; other devices, `vmap` and `grad` tak
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -85,6 +86,14 @@ def takes(step: Step, p: Pass) -> bool:
     return slots and whole and (not p.free or step.kind.kernels)
 
 
+def calls_kernels(step: Step) -> bool:
+    """Whether kernels of the CPU may run: not inside a map over shards, where arrays are smaller than `setup`
+    saw and sums go over all shards.
+    """
+    whole = all(math.prod(s) == n for s, n in zip(step.shapes, step.sizes.tolist(), strict=True))
+    return step.kind.kernels and whole and ffi.available()
+
+
 def units(step: Step) -> Bundles:
     """The leaves of each bundle, in order."""
     bundles = [pack for pack in step.slots if isinstance(pack, Bundled)]
@@ -155,7 +164,7 @@ def fast(
     source = _source(
         step.program, p, library.type_name(step.kind.dtype), _gradient(step.grads, leaves, step.kind.dtype)
     )
-    if source is None or not step.kind.kernels or not ffi.available():
+    if source is None or not calls_kernels(step):
         return plain
     read = [*p.loads, *(f"f{j}" for j in range(len(p.free)))]
     first, count = _firsts({name: len(held[name]) for name in read})
@@ -204,7 +213,7 @@ def reduce(step: Step, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any] 
     leaves = list(range(step.leaves))
     gradient = _gradient(step.grads, leaves, step.kind.dtype)
     source = _source(step.program, p, library.type_name(step.kind.dtype), gradient)
-    if source is None or not step.kind.kernels or not ffi.available():
+    if source is None or not calls_kernels(step):
         return None
     part = units(step)
     among = Together(step, leaves)
