@@ -84,13 +84,11 @@ def _forked(state: Any, change: Callable[[Any], None]) -> Any:
 
 def _rules(store: Store, leaves: list[int]) -> list[Rule]:
     """The different rules of some leaves."""
-    seen: dict[tuple[int, int], Rule] = {}
-    for leaf in leaves:
-        group, i = store.where(leaf)
-        key = (id(group), int(group.table.row[i]))
-        if key not in seen:
-            seen[key] = group.rule_of(i)
-    return list(seen.values())
+    found: list[Rule] = []
+    for group, members, _ in store.found(leaves):
+        first = np.unique(group.table.row[members], return_index=True)[1]
+        found += [group.rule_of(int(i)) for i in members[first]]
+    return found
 
 
 def current(state: Any) -> Any:

@@ -7,132 +7,23 @@ that live on a device. Tables of the first two are values: what changes one give
 with the one it has begun with. That of a device keeps its addresses, for graphs that were captured.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Sequence
+from typing import Any, Self
 
 import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.errors import BadState
+from optimisers.state.interface import ScalarTable
+from optimisers.state.rows import Indices, block, labelled, on_host, own, parted, spread, tracer_of
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 CAPTURED = (
     "a capturable state is for CUDA graphs; for steps that somebody differentiates, write setup without "
     "capturable"
 )
 """What is said to those who want to trace the scalars of a capturable state."""
-
-
-class ScalarTable(Protocol):
-    """What all three forms answer."""
-
-    hypers: int
-    """How many of the columns are hyper-parameters; counters follow."""
-
-    @property
-    def values(self) -> Any:
-        """The scalars, a row for each history."""
-        ...
-
-    @property
-    def clock(self) -> Any:
-        """How many updates have covered the leaves of each row."""
-        ...
-
-    @property
-    def row(self) -> Indices:
-        """The row of each leaf."""
-        ...
-
-    @property
-    def rows(self) -> int:
-        """How many rows there are."""
-        ...
-
-    @property
-    def traced(self) -> bool:
-        """Whether a step must be traced, since nobody here knows the scalars."""
-        ...
-
-    def split(self, members: Indices) -> "ScalarTable":
-        """The table in which these leaves share no row with others."""
-        ...
-
-    def split_by(self, label: Indices) -> "ScalarTable":
-        """The table in which leaves share a row only if their labels are equal; all of label -1 may."""
-        ...
-
-    def merge_equal(self) -> "ScalarTable":
-        """The table with one row for equal scalars: what has not parted, or has met again, is one history."""
-        ...
-
-    def read_hypers(self, i: int) -> Any:
-        """The hyper-parameters of leaf i."""
-        ...
-
-    def read_counters(self, i: int) -> Any:
-        """The counters of leaf i."""
-        ...
-
-    def read_clock(self, i: int) -> Any:
-        """The clock of leaf i: a number, or what is traced in its place."""
-        ...
-
-    def column(self, rows: Indices, j: int) -> Any:
-        """A hyper-parameter of some rows."""
-        ...
-
-    def write_hypers(self, rows: Indices, columns: Any, values: Any) -> "ScalarTable":
-        """The table with other hyper-parameters in some rows; values may be traced."""
-        ...
-
-    def write_counters(
-        self, members: Indices | None, counters: Sequence[Any], *, of_leaf: bool, computed: "ScalarTable"
-    ) -> "ScalarTable":
-        """The table with the counters that a step has computed from another one, by row or by leaf, for the
-        leaves that it stepped (None for all).
-        """
-        ...
-
-    def assign_counters(
-        self, members: Indices, values: Sequence[Sequence[Any]], skip: int = 0
-    ) -> "ScalarTable":
-        """The table with other counters of some leaves, each given its own; the first `skip` counters
-        stay.
-        """
-        ...
-
-    def tick(self, members: Indices | None, skipped: Any = None) -> "ScalarTable":
-        """The table after an update that covered these leaves (None for all); on a device it is none where
-        `skipped` is not 0.
-        """
-        ...
-
-    def wind(self, members: Indices, clocks: Sequence[float]) -> "ScalarTable":
-        """The table with other clocks of some leaves."""
-        ...
-
-    def copy(self) -> "ScalarTable":
-        """A table to be changed apart from this one."""
-        ...
-
-    def to_traced(self, library: Any) -> "ScalarTable":
-        """The same scalars as arrays of a library that traces them."""
-        ...
-
-    def settle(self) -> "ScalarTable":
-        """The same on the host, once nobody traces what becomes of it."""
-        ...
-
-    def arrays(self) -> tuple[Any, Any]:
-        """What a structure hands on: the scalars and the clock."""
-        ...
-
-    def filled(self, values: Any, clock: Any) -> "ScalarTable":
-        """A table with these arrays and the rows of this one."""
-        ...
 
 
 # -- the forms -----------------------------------------------------------------------------------------------
@@ -152,11 +43,11 @@ class HostTable:
         return len(self.values)
 
     def split(self, members: Indices) -> "HostTable":
-        found = _parted(self.row, len(self.values), members)
+        found = parted(self.row, len(self.values), members)
         return self if found is None else self._at(*found)
 
     def split_by(self, label: Indices) -> "HostTable":
-        return self._at(*_labelled(self.row, label))
+        return self._at(*labelled(self.row, label))
 
     def _at(self, source: Indices, row: Indices) -> "HostTable":
         return HostTable(self.values[source], self.clock[source], row, self.hypers)
@@ -182,10 +73,10 @@ class HostTable:
         return self.values[rows, j]
 
     def write_hypers(self, rows: Indices, columns: Any, values: Any) -> "HostTable | TracedTable":
-        if (library := _tracer(values)) is not None:
+        if (library := tracer_of(values)) is not None:
             return self.to_traced(library).write_hypers(rows, columns, values)
         new = self.values.copy()
-        new[_block(rows, columns)] = _on_host(values)
+        new[block(rows, columns)] = on_host(values)
         return HostTable(new, self.clock, self.row, self.hypers)
 
     def write_counters(
@@ -194,7 +85,7 @@ class HostTable:
         if not counters:
             return self
         if not of_leaf and computed.row is not self.row:  # somebody has changed the rows meanwhile
-            counters, of_leaf = _spread(counters, computed.row, members), True
+            counters, of_leaf = spread(counters, computed.row, members), True
         if of_leaf:
             stepped = np.arange(len(self.row)) if members is None else members
             new, row = self.values[self.row], np.arange(len(self.row))
@@ -214,9 +105,9 @@ class HostTable:
     def assign_counters(
         self, members: Indices, values: Sequence[Sequence[Any]], skip: int = 0
     ) -> "HostTable | TracedTable":
-        if (library := _tracer(values)) is not None:
+        if (library := tracer_of(values)) is not None:
             return self.to_traced(library).assign_counters(members, values, skip)
-        apart = self.split_by(_own(self.row, members))
+        apart = self.split_by(own(self.row, members))
         new = apart.values.copy()
         at = self.hypers + skip
         new[apart.row[members], at : at + len(values[0])] = values
@@ -231,7 +122,7 @@ class HostTable:
         return HostTable(new.values, clock, new.row, self.hypers)
 
     def wind(self, members: Indices, clocks: Sequence[float]) -> "HostTable":
-        new = self.split_by(_own(self.row, members))
+        new = self.split_by(own(self.row, members))
         clock = new.clock.copy()
         clock[new.row[members]] = clocks
         return HostTable(new.values, clock, new.row, self.hypers)
@@ -279,11 +170,11 @@ class TracedTable:
         return int(self.row.max(initial=-1)) + 1
 
     def split(self, members: Indices) -> "TracedTable":
-        found = _parted(self.row, self.rows, members)
+        found = parted(self.row, self.rows, members)
         return self if found is None else self._at(*found)
 
     def split_by(self, label: Indices) -> "TracedTable":
-        return self._at(*_labelled(self.row, label))
+        return self._at(*labelled(self.row, label))
 
     def _at(self, source: Indices, row: Indices) -> "TracedTable":
         return TracedTable(self.values[source], self.clock[source], row, self.hypers)
@@ -305,14 +196,14 @@ class TracedTable:
         return self.values[rows, j]
 
     def write_hypers(self, rows: Indices, columns: Any, values: Any) -> "TracedTable":
-        new = self.library.placed(self.values, _block(rows, columns), self._taken(values))
+        new = self.library.placed(self.values, block(rows, columns), self._taken(values))
         return TracedTable(new, self.clock, self.row, self.hypers)
 
     def _taken(self, values: Any) -> Any:
         """Scalars as this library takes them: rows of them as a table."""
         if not isinstance(values, list):
             return values
-        return self.library.table(values if _tracer(values) is not None else np.array(_on_host(values)))
+        return self.library.table(values if tracer_of(values) is not None else np.array(on_host(values)))
 
     def write_counters(
         self, members: Indices | None, counters: Sequence[Any], *, of_leaf: bool, computed: ScalarTable
@@ -333,7 +224,7 @@ class TracedTable:
     def assign_counters(
         self, members: Indices, values: Sequence[Sequence[Any]], skip: int = 0
     ) -> "TracedTable":
-        new = self.split_by(_own(self.row, members))
+        new = self.split_by(own(self.row, members))
         at = (new.row[members][:, None], self.hypers + skip + np.arange(len(values[0])))
         whole = self.library.placed(new.values, at, self.library.table(list(values)))
         return TracedTable(whole, new.clock, new.row, self.hypers)
@@ -347,7 +238,7 @@ class TracedTable:
         return TracedTable(new.values, clock, new.row, self.hypers)
 
     def wind(self, members: Indices, clocks: Sequence[float]) -> "TracedTable":
-        new = self.split_by(_own(self.row, members))
+        new = self.split_by(own(self.row, members))
         clock = self.library.placed(new.clock, new.row[members], np.asarray(clocks))
         return TracedTable(new.values, clock, new.row, self.hypers)
 
@@ -422,7 +313,7 @@ class DeviceTable:
 
         Raises BadState for traced ones, and while a graph is captured, which would not hold the change.
         """
-        if _tracer(values) is not None:
+        if tracer_of(values) is not None:
             raise BadState(CAPTURED)
         if self.library.capturing(self.device):
             raise BadState(
@@ -430,7 +321,7 @@ class DeviceTable:
                 "before, or between its replays"
             )
         mirror = self.mirror.copy()
-        mirror[_block(rows, columns)] = _on_host(values)
+        mirror[block(rows, columns)] = on_host(values)
         self.library.assign(self.values[:, : self.hypers], self.library.on_device(mirror, self.device))
         self.mirror = mirror
         return self
@@ -441,7 +332,7 @@ class DeviceTable:
         """Kernels have written counters where they lie; those of other engines are sent."""
         stepped = np.arange(len(self.row)) if members is None else members
         if counters and not of_leaf:
-            counters = _spread(counters, computed.row, members)
+            counters = spread(counters, computed.row, members)
         for j, value in enumerate(counters, self.hypers):
             column = self.library.to_numpy(self.values[:, j]).copy()
             column[self.row[stepped]] = value
@@ -449,7 +340,7 @@ class DeviceTable:
         return self
 
     def assign_counters(self, members: Indices, values: Sequence[Sequence[Any]], skip: int = 0) -> Self:
-        if _tracer(values) is not None:
+        if tracer_of(values) is not None:
             raise BadState(CAPTURED)
         given = self.library.on_device(np.array(values, np.float64), self.device)
         for i, new in zip(self.row[members].tolist(), given, strict=True):
@@ -526,11 +417,11 @@ def table_of(
     if library.immutable and not apart and not captured:
         kept, row = _histories(rows, clocks)
         rows, clocks = [rows[i] for i in kept], [clocks[i] for i in kept]
-    if (tracer := _tracer([*rows, clocks])) is not None:
+    if (tracer := tracer_of([*rows, clocks])) is not None:
         if captured:
             raise BadState(CAPTURED)
         given = [[c] for c in clocks]
-        clock = tracer.table(given)[:, 0] if _tracer(clocks) is not None else np.array(clocks, np.float64)
+        clock = tracer.table(given)[:, 0] if tracer_of(clocks) is not None else np.array(clocks, np.float64)
         return TracedTable(tracer.table(rows), tracer.counted(clock), row, hypers)
     values = np.array([[float(v) for v in r] for r in rows], np.float64).reshape(len(rows), -1)
     host = HostTable(values, np.array([float(c) for c in clocks]), row, hypers)
@@ -564,70 +455,3 @@ def as_kind(kind: type, value: Any) -> Any:
     return (
         int(value) if kind is int and value == int(value) else bool(value) if kind is bool else float(value)
     )
-
-
-# -- what the forms share ------------------------------------------------------------------------------------
-
-
-def _parted(row: Indices, rows: int, members: Indices) -> tuple[Indices, Indices] | None:
-    """(old row of every new one, new row of every leaf), with rows of their own for some leaves; None where
-    they share none with others.
-    """
-    among = np.bincount(row[members], minlength=rows)
-    split = np.flatnonzero((among > 0) & (among < np.bincount(row, minlength=rows)))
-    if not len(split):
-        return None
-    renamed = np.arange(rows)
-    renamed[split] = rows + np.arange(len(split))
-    new = row.copy()
-    new[members] = renamed[row[members]]
-    return np.concatenate([np.arange(rows), split]), new
-
-
-def _labelled(row: Indices, label: Indices) -> tuple[Indices, Indices]:
-    """(old row of every new one, new row of every leaf), with a row for each pair of row and label."""
-    pairs = row * (int(label.max(initial=-1)) + 2) + label + 1
-    _, first, new = np.unique(pairs, return_index=True, return_inverse=True)
-    return row[first], new.ravel()
-
-
-def _own(row: Indices, members: Indices) -> Indices:
-    """Labels by which each of some leaves has its own row."""
-    label = np.full(len(row), -1)
-    label[members] = np.arange(len(members))
-    return label
-
-
-def _spread(counters: Sequence[Any], row: Indices, members: Indices | None) -> list[Any]:
-    """Counters of rows as counters of the leaves that have them."""
-    of = row if members is None else row[members]
-    return [v if np.ndim(v) == 0 or len(v) == 1 else v[of] for v in counters]
-
-
-def _block(rows: Indices, columns: Any) -> Any:
-    """The index of some rows and columns."""
-    return (rows, columns) if np.ndim(columns) == 0 else (rows[:, None], np.asarray(columns))
-
-
-def _flat(values: Any) -> Iterator[Any]:
-    if isinstance(values, list | tuple):
-        for v in values:
-            yield from _flat(v)
-    else:
-        yield values
-
-
-def _tracer(values: Any) -> Any:
-    """The library that traces one of some scalars; None if they all may be read."""
-    for v in _flat(values):
-        if not isinstance(v, float | int) and not (library := registry.library(v)).is_fixed(v):
-            return library
-    return None
-
-
-def _on_host(values: Any) -> Any:
-    """Scalars that may be read, as NumPy takes them."""
-    if isinstance(values, list | tuple):
-        items: Iterable[Any] = values
-        return [_on_host(v) for v in items]
-    return registry.library(values).to_numpy(values) if registry.isarray(values) else float(values)
