@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := XDG_CACHE_HOME="$(CURDIR)/.cache" MPLCONFIGDIR="$(CURDIR)/.cache/matplotlib" $(BIN)/python
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test quick check bench docs clean
 
 demo: .venv/demo.stamp ## train a digit classifier with four rules; writes demo.png
 	$(RUN) -m optimisers demo
 
-test: check ## the linter, the type checker and every test
-	$(RUN) -m pytest
+test: check ## the linter, the type checker and every test, a process for each core
+	$(RUN) -m pytest -n auto --dist worksteal
+
+quick: .venv/test.stamp ## a few cases of each test, in two minutes or so on two cores
+	$(RUN) -m pytest -n auto --dist worksteal --quick
 
 check: .venv/test.stamp ## the linter and the type checker
 	$(RUN) -m ruff check
