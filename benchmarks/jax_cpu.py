@@ -4,8 +4,8 @@
 
 It prints tables and never asserts. Every row steps the same parameters with the same gradients, in turn, in
 one process: with our CPU kernel, with XLA alone, and with Optax; parameters and state are given away at every
-step. What needs a fresh process (tracing, compiling, kernels that are not yet on disk) runs this module
-again, with `--child`.
+step. Rows of many small arrays have both again with `packed=True`. What needs a fresh process (tracing,
+compiling, kernels that are not yet on disk) runs this module again, with `--child`.
 """
 
 import argparse
@@ -38,7 +38,9 @@ ETA, LAM, NORM = 1e-3, 1e-4, 1.0
 Arrays = dict[str, Any]
 
 OURS, XLA, OPTAX = "kernel", "XLA alone", "Optax"
-WAYS = (OURS, XLA, OPTAX)
+PACKED, XLA_PACKED = "kernel, packed", "XLA alone, packed"
+WAYS = (OURS, PACKED, XLA, XLA_PACKED, OPTAX)
+KERNEL, ALONE, PACKS = (OURS, PACKED), (XLA, XLA_PACKED), (PACKED, XLA_PACKED)
 SLOPES = "gradients alone"
 
 CHECKED = 3
@@ -89,6 +91,11 @@ OF = {"small": ("small", "train"), "resnet18": ("resnet18", "hwio"), "gpt2": ("g
 """What is timed for each of the names that may be asked for."""
 
 
+def ways(name: str) -> tuple[str, ...]:
+    """The ways to step a model: `packed=True` only where there are many small arrays."""
+    return WAYS if name in OF["small"] else (OURS, XLA, OPTAX)
+
+
 # -- steps ---------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +112,7 @@ def transformation(*, clip: bool) -> Any:
 @contextlib.contextmanager
 def without_kernel(way: str) -> Iterator[None]:
     """What is traced and set up here for XLA alone finds no kernel."""
-    if way != XLA:
+    if way not in ALONE:
         yield
         return
     available = ffi.available
@@ -119,7 +126,9 @@ def without_kernel(way: str) -> Iterator[None]:
 def begin(way: str, params: Arrays, *, clip: bool) -> Any:
     """The state before the first step."""
     with without_kernel(way):
-        return transformation(clip=clip).init(params) if way == OPTAX else opt.setup(rule(clip=clip), params)
+        if way == OPTAX:
+            return transformation(clip=clip).init(params)
+        return opt.setup(rule(clip=clip), params, packed=way in PACKS)
 
 
 def stepper(way: str, *, clip: bool, train: bool) -> Any:
@@ -184,7 +193,7 @@ def agreement() -> None:
                 run()
             ends[way] = run.params
         moved = sum(float(jnp.abs(ends[OPTAX][k] - x).sum()) for k, x in start.items())
-        for way in (OURS, XLA):
+        for way in WAYS[:-1]:
             far = sum(float(jnp.abs(ends[OPTAX][k] - ends[way][k]).sum()) for k in start) / moved
             # Optax works out 1 - beta**t in float32, and loses some of its digits.
             rows.append([title_of(clip=clip), way, f"{far:.1e}", "same" if far <= 1e-4 else "other"])
@@ -218,7 +227,7 @@ def compilation(name: str, way: str, clip: str) -> dict[str, Any]:
         return call
 
     ffi.target = timed(ffi.target)
-    if way == OURS:
+    if way in KERNEL:
         timed(ffi.available)()
     state = begin(way, params, clip=bool(clip))
     step = stepper(way, clip=bool(clip), train=name == "train")
@@ -257,17 +266,18 @@ class Compiled:
 def measured(name: str, *, clip: bool) -> dict[str, Compiled]:
     """The compilations of all ways in fresh processes, in turn; of each the one that took the middle time."""
     run = functools.partial(child, module="benchmarks.jax_cpu")
-    args = [("compilation", name, way, "clip" if clip else "") for way in WAYS]
-    with tempfile.TemporaryDirectory() as cache:  # with nothing on disk
-        first = run(*args[WAYS.index(OURS)], cache=cache)["kernels"]
-    found: dict[str, list[Compiled]] = {way: [] for way in WAYS}
+    args = [("compilation", name, way, "clip" if clip else "") for way in ways(name)]
+    first = dict.fromkeys(ways(name), 0.0)
+    for way, call in zip(ways(name), args, strict=True):
+        if way in KERNEL:
+            with tempfile.TemporaryDirectory() as cache:  # with nothing on disk
+                first[way] = run(*call, cache=cache)["kernels"]
+    found: dict[str, list[Compiled]] = {way: [] for way in ways(name)}
     for _ in range(ROUNDS):
-        for way, call in zip(WAYS, args, strict=True):
+        for way, call in zip(ways(name), args, strict=True):
             c = run(*call)
             share = c["temporary"] / c["parameters"]
-            found[way].append(
-                Compiled(c["trace"], c["compile"], c["kernels"], first if way == OURS else 0.0, share)
-            )
+            found[way].append(Compiled(c["trace"], c["compile"], c["kernels"], first[way], share))
     return {way: sorted(every, key=lambda c: c.both)[ROUNDS // 2] for way, every in found.items()}
 
 
@@ -357,7 +367,7 @@ def targets(name: str, t: Timings, found: dict[str, Compiled], *, clip: bool) ->
 def measure(name: str, seconds: float, *, clip: bool) -> list[list[str]]:
     """Time a row on a model in this process, compile it in others, print both; the lines of its targets."""
     given = problem(name)[1]
-    runs: dict[str, Callable[[], object]] = {way: Run(way, name, given, clip=clip) for way in WAYS}
+    runs: dict[str, Callable[[], object]] = {way: Run(way, name, given, clip=clip) for way in ways(name)}
     if name == "train":
         runs[SLOPES] = slopes(given)
     t = interleaved(runs, seconds=seconds, warmup=3)
