@@ -68,10 +68,16 @@ WHEN = {
     "AdaGrad": (
         "For sparse gradients, such as those of embeddings. Its steps only shrink, so long runs stall."
     ),
+    "TorchAdaGrad": (
+        "Where a run with torch.optim.Adagrad is to be gone on with, or compared. Take AdaGrad otherwise."
+    ),
     "AdaDelta": "Where no rate is known. It starts very slowly; a larger epsilon helps.",
     "Adam": "The safe first choice when little is known about the problem. With an L2 penalty take AdamW.",
     "AdamW": "The usual choice for transformers. Tune `lam` together with eta while `couple=True`.",
     "RAdam": "In place of Adam with warm-up: the first steps are damped by themselves.",
+    "TorchRAdam": (
+        "Where a run with torch.optim.RAdam is to be gone on with, or compared. Take RAdam otherwise."
+    ),
     "AdaMax": (
         "Where single gradients are huge and rare: it is bounded by the largest one instead of the mean "
         "square. Seldom better than Adam elsewhere."
@@ -81,7 +87,13 @@ WHEN = {
         "Where Adam fails to converge because rare large gradients are forgotten. Mostly it behaves as "
         "Adam does and costs one more array."
     ),
+    "TorchAMSGrad": (
+        "Where AMSGrad is wanted with the first steps of Adam, as torch.optim.Adam(amsgrad=True) has it."
+    ),
     "NAdam": "As Adam, a little quicker to turn. Worth a try where Nesterov beats Momentum.",
+    "TorchNAdam": (
+        "As NAdam, with a momentum that grows over the first thousands of steps, as torch.optim.NAdam has it."
+    ),
     "AdaBelief": (
         "Where gradients are steady: it then takes longer steps than Adam. epsilon matters more than "
         "elsewhere."
@@ -834,14 +846,18 @@ PATHS: dict[str, Drawn] = {
     "RMSProp": Drawn(opt.RMSProp(0.03)),
     "Rprop": Drawn(opt.Rprop(0.05)),
     "AdaGrad": Drawn(opt.AdaGrad(0.4)),
+    "TorchAdaGrad": Drawn(opt.TorchAdaGrad(0.4)),
     "AdaDelta": Drawn(opt.AdaDelta(0.9, 1e-4), steps=300),
     "Adam": Drawn(opt.Adam(0.1)),
     "AdamW": Drawn(opt.AdamW(0.1, lam=0.3), opt.Adam(0.1), "Adam, without decay"),
     "RAdam": Drawn(opt.RAdam(0.015, (0.9, 0.99)), steps=300),
+    "TorchRAdam": Drawn(opt.TorchRAdam(0.015, (0.9, 0.99)), steps=300),
     "AdaMax": Drawn(opt.AdaMax(0.3)),
     "OAdam": Drawn(opt.OAdam(0.05)),
     "AMSGrad": Drawn(opt.AMSGrad(0.1, (0.9, 0.99))),
+    "TorchAMSGrad": Drawn(opt.TorchAMSGrad(0.1, (0.9, 0.99))),
     "NAdam": Drawn(opt.NAdam(0.1)),
+    "TorchNAdam": Drawn(opt.TorchNAdam(0.1)),
     "AdaBelief": Drawn(opt.AdaBelief(0.1)),
     "Lion": Drawn(opt.Lion(0.03)),
     "WeightDecay": Drawn(opt.Chain(opt.WeightDecay(0.5), PLAIN), PLAIN, "without decay", steps=600),

@@ -101,8 +101,20 @@ from optimisers.ops import (
     sum_ as sum,
 )
 from optimisers.rule import Rule, static
-from optimisers.rules.adam import AdaBelief, Adam, AdaMax, AdamW, AMSGrad, NAdam, OAdam, RAdam
-from optimisers.rules.adaptive import AdaDelta, AdaGrad, RMSProp, Rprop
+from optimisers.rules.adam import (
+    AdaBelief,
+    Adam,
+    AdaMax,
+    AdamW,
+    AMSGrad,
+    NAdam,
+    OAdam,
+    RAdam,
+    TorchAMSGrad,
+    TorchNAdam,
+    TorchRAdam,
+)
+from optimisers.rules.adaptive import AdaDelta, AdaGrad, RMSProp, Rprop, TorchAdaGrad
 from optimisers.rules.descent import Descent, Momentum, Nesterov
 from optimisers.rules.gradient import (
     ClipGlobalNorm,
@@ -211,7 +223,11 @@ __all__ = [
     "SkipNonFinite",
     "SplitPrecision",
     "Step",
+    "TorchAMSGrad",
+    "TorchAdaGrad",
+    "TorchNAdam",
     "TorchOptimizer",
+    "TorchRAdam",
     "TraceError",
     "TreeMismatch",
     "UnknownField",

@@ -1,7 +1,9 @@
 """What is a rule? A value with `init` and `apply`, written for one array."""
 
 import contextvars
+import dataclasses
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
@@ -150,12 +152,28 @@ def a_rule(outer: Rule, inner: object) -> None:
         raise BadSetting(f"{name}.rule is {inner!r}; it takes a rule: write {instead}")
 
 
-def one_of(rule: Rule, name: str, *accepted: str) -> None:
-    """Raise BadSetting unless a setting is one of these words."""
-    value = getattr(rule, name)
-    if value not in accepted:
-        words = " or ".join(map(repr, accepted))
-        raise BadSetting(f"{type(rule).__name__}.{name} is {value!r}; it takes {words}")
+def instead_of_variant(
+    old: type[Rule], new: type[Rule], given: tuple[Any, ...], settings: dict[str, Any]
+) -> Any:
+    """The rule `new` where `old` was asked for by `variant="torch"`, by name or as the last setting by place;
+    None where no variant was named.
+    """
+    known = len(dataclasses.fields(old))
+    settings = dict(settings)
+    variant = settings.pop("variant", None) if len(given) <= known else given[known]
+    if variant == "torch":
+        warnings.warn(
+            f'{old.__name__}(variant="torch") is now a rule of its own; write {new.__name__}()',
+            DeprecationWarning,
+            stacklevel=4,
+        )
+        return new(*given[:known], **settings)
+    if variant is not None:
+        raise UnknownField(
+            f"{old.__name__} has no variant {variant!r}; write {old.__name__}(), or {new.__name__}() for the "
+            "formula of torch.optim"
+        )
+    return None
 
 
 __all__ = [
@@ -163,9 +181,9 @@ __all__ = [
     "a_rule",
     "changes_of",
     "in_unit_interval",
+    "instead_of_variant",
     "needed",
     "not_negative",
-    "one_of",
     "static",
     "stepped",
 ]

@@ -15,7 +15,7 @@ peer writes its formula otherwise, the settings of ours are the ones that make b
 - Optax's AMSGrad with bias correction takes the largest corrected mean square, torch the corrected largest:
   one number where gradients grow;
 - Optax's rprop takes each step one update late, so only that of torch is here;
-- our AMSGrad without a variant starts at epsilon, Optax's at 0: epsilon is 0.
+- our AMSGrad starts at epsilon, Optax's at 0: epsilon is 0.
 """
 
 import json
@@ -76,9 +76,9 @@ def of_torch() -> Iterator[Case]:
         theirs = {"lr": eta, "betas": beta, "eps": epsilon}
         ours = {"eta": eta, "beta": beta, "epsilon": epsilon}
         yield "Adam", theirs, [("Adam", ours)], ALL
-        yield "Adam", theirs | {"amsgrad": True}, [("AMSGrad", ours | {"variant": "torch"})], ALL
-        yield "NAdam", theirs, [("NAdam", ours | {"variant": "torch"})], ALL
-        yield "RAdam", theirs, [("RAdam", ours | {"variant": "torch"})], ALL
+        yield "Adam", theirs | {"amsgrad": True}, [("TorchAMSGrad", ours)], ALL
+        yield "NAdam", theirs, [("TorchNAdam", ours)], ALL
+        yield "RAdam", theirs, [("TorchRAdam", ours)], ALL
         yield "AdamW", theirs | {"weight_decay": 0.1}, [("AdamW", ours | {"lam": 0.1})], ALL
         yield (
             "Adam",
@@ -96,8 +96,8 @@ def of_torch() -> Iterator[Case]:
             yield "RMSprop", theirs, [("RMSProp", ours)], ALL
 
     for eta, epsilon in ((0.01, 1e-10), (0.1, 1e-8), (0.3, 1e-2)):
-        ours = {"eta": eta, "epsilon": epsilon, "variant": "torch"}
-        yield "Adagrad", {"lr": eta, "eps": epsilon}, [("AdaGrad", ours)], ALL
+        ours = {"eta": eta, "epsilon": epsilon}
+        yield "Adagrad", {"lr": eta, "eps": epsilon}, [("TorchAdaGrad", ours)], ALL
 
     for rho, epsilon in ((0.9, 1e-6), (0.95, 1e-8), (0.5, 1e-2)):
         theirs = {"lr": 1.0, "rho": rho, "eps": epsilon}
@@ -136,7 +136,7 @@ def of_optax() -> Iterator[Case]:
         yield (
             "amsgrad",
             theirs | {"eps": epsilon},
-            [("AMSGrad", ours | same | {"variant": "torch"})],
+            [("TorchAMSGrad", ours | same)],
             ("growing",),
         )
         yield "adamax", theirs | {"eps": 0.0}, [("AdaMax", ours | {"epsilon": 0.0})], ("noisy", "late zeros")

@@ -223,7 +223,7 @@ def lookup() -> nn.Module:
     ("rule", "peer"),
     [
         (opt.Descent(0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
-        (opt.AdaGrad(0.1, 1e-10, variant="torch"), lambda p: torch.optim.Adagrad(p, lr=0.1)),
+        (opt.TorchAdaGrad(0.1, 1e-10), lambda p: torch.optim.Adagrad(p, lr=0.1)),
         (opt.Adam(0.1), lambda p: torch.optim.Adam(p, lr=0.1)),
     ],
     ids=["Descent", "AdaGrad", "Adam"],

@@ -57,7 +57,7 @@ class MixedPrecision(Rule):
         warnings.warn(
             "MixedPrecision(rule, split=True) is now a rule of its own; write SplitPrecision(rule)",
             DeprecationWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
         return SplitPrecision(*given)
 

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from optimisers.arrays.protocol import Array
 from optimisers.ops import abs2, abs_, ema, full_like, maximum, real_zeros_like, sqrt, where, zeros_like
-from optimisers.rule import Rule, in_unit_interval, not_negative, one_of, static
+from optimisers.rule import Rule, in_unit_interval, instead_of_variant, not_negative, static
 
 
 class AdamState(NamedTuple):
@@ -104,18 +104,19 @@ class RAdam(Rule):
     on.
 
     Liu et al., "On the variance of the adaptive learning rate and beyond", 2020, arXiv:1908.03265, algorithm
-    2. Where rho_t <= 4 the step is eta m. torch.optim.RAdam scales from rho_t > 5 on and adds epsilon to the
-    root of the biased mean square; `variant="torch"` does so.
+    2. Where rho_t <= 4 the step is eta m. `TorchRAdam` is the formula of torch.optim.
     """
 
     eta: float = 0.001
     beta: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
-    variant: str = static("julia")
+
+    @classmethod
+    def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> "TorchRAdam | None":
+        return instead_of_variant(cls, TorchRAdam, given, settings)
 
     def check(self) -> None:
         check_moments(self)
-        one_of(self, "variant", "julia", "torch")
 
     def init(self, x: Array) -> RAdamState:
         return RAdamState(adam_state(x), 0)
@@ -123,18 +124,45 @@ class RAdam(Rule):
     def apply(self, state: RAdamState, x: Array, dx: Array) -> Any:
         adam, m, v = moments(self.beta, state.adam, dx)
         t = state.t + 1
-        weight = adam.weight[1]
-        bound = 2 / (1 - self.beta[1]) - 1
-        rho = bound - 2 * t * (1 - weight) / weight
-        threshold = 5 if self.variant == "torch" else 4
-        bounded = rho > threshold
-        size = where(bounded, (bound - 4) * (bound - 2) * rho, 1)
-        rectified = sqrt(maximum((rho - 4) * (rho - 2) * bound / size, 0))
-        if self.variant == "torch":
-            scale = sqrt(weight) / (sqrt(adam.v) + self.epsilon)
-        else:
-            scale = 1 / (sqrt(v) + self.epsilon)
-        return RAdamState(adam, t), self.eta * where(bounded, rectified * m * scale, m)
+        scale = 1 / (sqrt(v) + self.epsilon)
+        return RAdamState(adam, t), self.eta * rectified(self.beta, t, adam.weight[1], 4, m, scale)
+
+
+class TorchRAdam(Rule):
+    """RAdam as torch.optim.RAdam has it: it scales from rho_t > 5 on, and adds epsilon to the root of the
+    biased mean square.
+
+    Liu et al., "On the variance of the adaptive learning rate and beyond", 2020, arXiv:1908.03265, algorithm
+    2, where the scaling begins at rho_t > 4; `RAdam` is the paper's.
+    """
+
+    eta: float = 0.001
+    beta: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+
+    def check(self) -> None:
+        check_moments(self)
+
+    def init(self, x: Array) -> RAdamState:
+        return RAdamState(adam_state(x), 0)
+
+    def apply(self, state: RAdamState, x: Array, dx: Array) -> Any:
+        adam, m, _ = moments(self.beta, state.adam, dx)
+        t, weight = state.t + 1, adam.weight[1]
+        scale = sqrt(weight) / (sqrt(adam.v) + self.epsilon)
+        return RAdamState(adam, t), self.eta * rectified(self.beta, t, weight, 5, m, scale)
+
+
+def rectified(beta: tuple[float, float], t: Any, weight: Any, threshold: int, m: Array, scale: Array) -> Any:
+    """The step of Liu et al., algorithm 2: m by `scale` and the rectification where rho_t is beyond the
+    threshold, m alone before.
+    """
+    bound = 2 / (1 - beta[1]) - 1
+    rho = bound - 2 * t * (1 - weight) / weight
+    bounded = rho > threshold
+    size = where(bounded, (bound - 4) * (bound - 2) * rho, 1)
+    factor = sqrt(maximum((rho - 4) * (rho - 2) * bound / size, 0))
+    return where(bounded, factor * m * scale, m)
 
 
 class AdaMaxState(NamedTuple):
@@ -214,36 +242,66 @@ class AMSGrad(Rule):
     correction.
 
     Reddi, Kale & Kumar, "On the convergence of Adam and beyond", 2018, arXiv:1904.09237, algorithm 2. m, v
-    and the maximum start at epsilon, as in Optimisers.jl. `variant="torch"` is
-    torch.optim.Adam(amsgrad=True): zeros at the start, m and the maximum corrected for their bias.
+    and the maximum start at epsilon, as in Optimisers.jl. `TorchAMSGrad` corrects the bias.
     """
 
     eta: float = 0.001
     beta: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
-    variant: str = static("julia")
+
+    @classmethod
+    def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> "TorchAMSGrad | None":
+        return instead_of_variant(cls, TorchAMSGrad, given, settings)
 
     def check(self) -> None:
         check_moments(self)
-        one_of(self, "variant", "julia", "torch")
 
     def init(self, x: Array) -> AMSGradState:
-        start = self.epsilon if self.variant == "julia" else 0.0
-        return AMSGradState(
-            full_like(x, start),
-            full_like(real_zeros_like(x), start),
-            full_like(real_zeros_like(x), start),
-            (0.0, 0.0),
-        )
+        return amsgrad_state(x, self.epsilon)
 
     def apply(self, state: AMSGradState, x: Array, dx: Array) -> Any:
-        m, v = ema(self.beta[0], state.m, dx), ema(self.beta[1], state.v, abs2(dx))
-        most = maximum(state.most, v)
-        weight = weights(self.beta, state.weight)
-        new = AMSGradState(m, v, most, weight)
-        if self.variant == "torch":
-            return new, self.eta / weight[0] * m / (sqrt(most * (1 / weight[1])) + self.epsilon)
-        return new, self.eta * m / (sqrt(most) + self.epsilon)
+        new = largest(self.beta, state, dx)
+        return new, self.eta * new.m / (sqrt(new.most) + self.epsilon)
+
+
+class TorchAMSGrad(Rule):
+    """AMSGrad as torch.optim.Adam(amsgrad=True) has it: zeros at the start, m and the maximum corrected for
+    their bias.
+
+    Reddi, Kale & Kumar, "On the convergence of Adam and beyond", 2018, arXiv:1904.09237, algorithm 2, which
+    corrects nothing; `AMSGrad` is the paper's.
+    """
+
+    eta: float = 0.001
+    beta: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+
+    def check(self) -> None:
+        check_moments(self)
+
+    def init(self, x: Array) -> AMSGradState:
+        return amsgrad_state(x, 0.0)
+
+    def apply(self, state: AMSGradState, x: Array, dx: Array) -> Any:
+        new = largest(self.beta, state, dx)
+        root = sqrt(new.most * (1 / new.weight[1]))
+        return new, self.eta / new.weight[0] * new.m / (root + self.epsilon)
+
+
+def amsgrad_state(x: Array, start: float) -> AMSGradState:
+    """Moments and maximum that all start at one number."""
+    return AMSGradState(
+        full_like(x, start),
+        full_like(real_zeros_like(x), start),
+        full_like(real_zeros_like(x), start),
+        (0.0, 0.0),
+    )
+
+
+def largest(beta: tuple[float, float], state: AMSGradState, dx: Array) -> AMSGradState:
+    """The moments and the largest mean square after one more step: Reddi, Kale & Kumar, algorithm 2."""
+    m, v = ema(beta[0], state.m, dx), ema(beta[1], state.v, abs2(dx))
+    return AMSGradState(m, v, maximum(state.most, v), weights(beta, state.weight))
 
 
 class NAdamState(NamedTuple):
@@ -258,33 +316,55 @@ class NAdam(Rule):
     """Adam with Nesterov's look ahead.
 
     Dozat, "Incorporating Nesterov momentum into Adam", 2016 (OpenReview OM0jvwB8jIp57ZJjtNEZ), algorithm 2,
-    with its additional beta[1] on the mean square and a constant momentum. `variant="torch"` is
-    torch.optim.NAdam: a momentum of beta[0] (1 - 0.96^(t psi) / 2) with psi = 0.004, and no such factor.
+    with its additional beta[1] on the mean square and a constant momentum. `TorchNAdam` is the formula of
+    torch.optim.
     """
 
     eta: float = 0.001
     beta: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
-    variant: str = static("julia")
+
+    @classmethod
+    def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> "TorchNAdam | None":
+        return instead_of_variant(cls, TorchNAdam, given, settings)
 
     def check(self) -> None:
         check_moments(self)
-        one_of(self, "variant", "julia", "torch")
 
     def init(self, x: Array) -> NAdamState:
         return NAdamState(adam_state(x), 0, 1.0)
 
     def apply(self, state: NAdamState, x: Array, dx: Array) -> Any:
         adam, _, v = moments(self.beta, state.adam, dx)
-        beta, t = self.beta[0], state.t + 1
-        if self.variant == "torch":
-            now, after = (beta * (1 - 0.5 * 0.96 ** (0.004 * k)) for k in (t, t + 1))
-            product = state.product * now
-            ahead, here = after / (1 - product * after), (1 - now) / (1 - product)
-        else:
-            product = state.product * beta
-            ahead, here = beta / ema(beta, adam.weight[0], 1), (1 - beta) / adam.weight[0]
-            v = self.beta[1] * v
+        beta = self.beta[0]
+        ahead, here = beta / ema(beta, adam.weight[0], 1), (1 - beta) / adam.weight[0]
+        step = self.eta * (ahead * adam.m + here * dx) / (sqrt(self.beta[1] * v) + self.epsilon)
+        return NAdamState(adam, state.t + 1, state.product * beta), step
+
+
+class TorchNAdam(Rule):
+    """NAdam as torch.optim.NAdam has it: a momentum of beta[0] (1 - 0.96^(t psi) / 2) with psi = 0.004.
+
+    Dozat, "Incorporating Nesterov momentum into Adam", 2016 (OpenReview OM0jvwB8jIp57ZJjtNEZ), algorithm 2,
+    with its schedule of the momentum, and without its beta[1] on the mean square, which `NAdam` has.
+    """
+
+    eta: float = 0.001
+    beta: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+
+    def check(self) -> None:
+        check_moments(self)
+
+    def init(self, x: Array) -> NAdamState:
+        return NAdamState(adam_state(x), 0, 1.0)
+
+    def apply(self, state: NAdamState, x: Array, dx: Array) -> Any:
+        adam, _, v = moments(self.beta, state.adam, dx)
+        t = state.t + 1
+        now, after = (self.beta[0] * (1 - 0.5 * 0.96 ** (0.004 * k)) for k in (t, t + 1))
+        product = state.product * now
+        ahead, here = after / (1 - product * after), (1 - now) / (1 - product)
         step = self.eta * (ahead * adam.m + here * dx) / (sqrt(v) + self.epsilon)
         return NAdamState(adam, t, product), step
 

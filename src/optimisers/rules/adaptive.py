@@ -16,7 +16,7 @@ from optimisers.ops import (
     where,
     zeros_like,
 )
-from optimisers.rule import Rule, in_unit_interval, not_negative, one_of, static
+from optimisers.rule import Rule, in_unit_interval, instead_of_variant, not_negative, static
 from optimisers.settings import is_number
 
 
@@ -121,25 +121,54 @@ class AdaGrad(Rule):
     """Steps that shrink with all gradients seen: a = a + |dx|^2; dx' = eta dx / (sqrt(a) + epsilon).
 
     Duchi, Hazan & Singer, "Adaptive subgradient methods for online learning and stochastic optimization",
-    2011. a starts at epsilon, as in Optimisers.jl; with `variant="torch"` at 0, as in torch.optim.Adagrad.
+    2011. a starts at epsilon, as in Optimisers.jl; that of `TorchAdaGrad` at 0.
     """
 
     lazy = True
 
     eta: float = 0.1
     epsilon: float = 1e-8
-    variant: str = static("julia")
+
+    @classmethod
+    def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> "TorchAdaGrad | None":
+        return instead_of_variant(cls, TorchAdaGrad, given, settings)
 
     def check(self) -> None:
         not_negative(self, "epsilon")
-        one_of(self, "variant", "julia", "torch")
 
     def init(self, x: Array) -> AdaGradState:
-        return AdaGradState(full_like(real_zeros_like(x), self.epsilon if self.variant == "julia" else 0))
+        return AdaGradState(full_like(real_zeros_like(x), self.epsilon))
 
     def apply(self, state: AdaGradState, x: Array, dx: Array) -> Any:
-        a = state.sum + abs2(dx)
-        return AdaGradState(a), self.eta * dx / (sqrt(a) + self.epsilon)
+        return summed(self.eta, self.epsilon, state, dx)
+
+
+class TorchAdaGrad(Rule):
+    """AdaGrad as torch.optim.Adagrad has it: the sum of squares starts at 0, and not at epsilon.
+
+    Duchi, Hazan & Singer, "Adaptive subgradient methods for online learning and stochastic optimization",
+    2011.
+    """
+
+    lazy = True
+
+    eta: float = 0.1
+    epsilon: float = 1e-8
+
+    def check(self) -> None:
+        not_negative(self, "epsilon")
+
+    def init(self, x: Array) -> AdaGradState:
+        return AdaGradState(real_zeros_like(x))
+
+    def apply(self, state: AdaGradState, x: Array, dx: Array) -> Any:
+        return summed(self.eta, self.epsilon, state, dx)
+
+
+def summed(eta: float, epsilon: float, state: AdaGradState, dx: Array) -> Any:
+    """One step of AdaGrad, wherever its sum began."""
+    a = state.sum + abs2(dx)
+    return AdaGradState(a), eta * dx / (sqrt(a) + epsilon)
 
 
 class AdaDeltaState(NamedTuple):
