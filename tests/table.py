@@ -216,6 +216,7 @@ TABLE: tuple[Row, ...] = (
     Row("Rprop", opt.Rprop(0.05, (0.5, 1.2), (1e-3, 0.2)), types=REAL),
     Row("Lion", opt.Lion(0.05, (0.8, 0.9))),
     Row("RAdam", opt.RAdam(0.05, (0.8, 0.8), 1e-6)),
+    Row("RAdam-torch", opt.TorchRAdam(0.05, (0.8, 0.8), 1e-6)),
     Row("AdaMax", opt.AdaMax(0.05, (0.8, 0.9), 1e-6)),
     Row("OAdam", opt.OAdam(0.05, (0.6, 0.9), 1e-6)),
     Row("AdaGrad", opt.AdaGrad(0.1, 1e-3)),
