@@ -114,6 +114,6 @@ def show(e: Expr, depth: int = 6) -> str:
     if depth == 0:
         return "..."
     inner = [show(a, depth - 1) for a in e.args]
-    if e.op in INFIX:
+    if e.op in INFIX and len(inner) == 2:
         return f"({inner[0]} {INFIX[e.op]} {inner[1]})"
     return f"{e.op}({', '.join(inner)})"
