@@ -53,8 +53,6 @@ class Backend:
     """What its arrays answer: an instance of `Library`."""
     containers: Mapping[str, str] = field(default_factory=dict[str, str])
     """Package of model classes -> the module whose `container_of(kind)` knows them."""
-    engines: tuple[str, ...] = ()
-    """Engines of its own, the fastest first; the interpreter serves every library."""
     hooks: str | Hooks = field(default_factory=Hooks)
     public: Mapping[str, str] = field(default_factory=dict[str, str])
     """Names of the root of this package that need the library -> their modules."""
