@@ -39,6 +39,13 @@ FAMILIES = {
     "descent": ("Descent and momentum", "The step follows the gradient, or a running sum of gradients."),
     "adaptive": ("Adaptive steps", "Each element has a step size of its own, made of the gradients so far."),
     "adam": ("Adam and its kin", "A running mean of the gradient, scaled by a running size of it."),
+    "of_torch": (
+        "Formulas of torch.optim",
+        (
+            "For those who go on with a run of torch.optim, or compare with one. The others stand "
+            "beside their kin: SGD, TorchAMSGrad, TorchNAdam, TorchRAdam and TorchAdaGrad."
+        ),
+    ),
     "sign": ("Steps by sign", "Every element moves by the same amount; only the direction is learned."),
     "gradient": (
         "Decay and clipping",
@@ -55,6 +62,10 @@ WHEN = {
     "Momentum": (
         "The usual choice for convolutional networks with a tuned schedule. It damps the zigzag of "
         "Descent in narrow valleys at the price of one array."
+    ),
+    "SGD": (
+        "Where a run with torch.optim.SGD is to be gone on with, and wherever the rate follows a schedule: a "
+        "new rate counts at once. Otherwise Momentum and Nesterov go the same way."
     ),
     "Nesterov": "Where Momentum overshoots: it brakes a little earlier. Otherwise the two are alike.",
     "RMSProp": (
@@ -105,7 +116,18 @@ WHEN = {
     "WeightDecay": (
         "Before Descent or Momentum. Before Adam it is scaled away; take AdamW or DecoupledDecay there."
     ),
-    "DecoupledDecay": "Behind any rule that scales its gradient, to give it the decay of AdamW.",
+    "DecoupledDecay": (
+        "Behind any rule that scales its gradient, to give it the decay of AdamW; with `couple=True` the "
+        "decay follows the rate and its schedule, as `weight_decay` does in torch.optim.AdamW."
+    ),
+    "Maximise": "First in a chain, where the objective is to grow: rewards, likelihoods, one side of a game.",
+    "TorchRMSProp": "Where a run with torch.optim.RMSprop and momentum is to be gone on with, or compared.",
+    "TorchAdaMax": (
+        "Where a run with torch.optim.Adamax is to be gone on with, or compared. Take AdaMax otherwise."
+    ),
+    "SparseAdam": (
+        "For embeddings with sparse gradients, where a step should cost only the rows that were used."
+    ),
     "SignDecay": (
         "Where many parameters should be near zero. They jitter around zero by a step instead of staying"
         " on it."
@@ -843,6 +865,11 @@ PATHS: dict[str, Drawn] = {
     "Descent": Drawn(opt.Descent(0.01)),
     "Momentum": Drawn(opt.Momentum(0.005, 0.9)),
     "Nesterov": Drawn(opt.Nesterov(0.005, 0.9)),
+    "SGD": Drawn(opt.SGD(0.005, 0.9)),
+    "TorchRMSProp": Drawn(opt.TorchRMSProp(0.005, 0.9)),
+    "TorchAdaMax": Drawn(opt.TorchAdaMax(0.3)),
+    "SparseAdam": Drawn(opt.SparseAdam(0.1)),
+    "Maximise": Drawn(opt.Chain(opt.Maximise(), opt.Descent(0.0005)), PLAIN, "the way down", steps=60),
     "RMSProp": Drawn(opt.RMSProp(0.03)),
     "Rprop": Drawn(opt.Rprop(0.05)),
     "AdaGrad": Drawn(opt.AdaGrad(0.4)),

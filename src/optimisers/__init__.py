@@ -115,15 +115,17 @@ from optimisers.rules.adam import (
     TorchRAdam,
 )
 from optimisers.rules.adaptive import AdaDelta, AdaGrad, RMSProp, Rprop, TorchAdaGrad
-from optimisers.rules.descent import Descent, Momentum, Nesterov
+from optimisers.rules.descent import SGD, Descent, Momentum, Nesterov
 from optimisers.rules.gradient import (
     ClipGlobalNorm,
     ClipGrad,
     ClipNorm,
     DecoupledDecay,
+    Maximise,
     SignDecay,
     WeightDecay,
 )
+from optimisers.rules.of_torch import SparseAdam, TorchAdaMax, TorchRMSProp
 from optimisers.rules.sign import Lion
 from optimisers.schedules import (
     Constant,
@@ -203,6 +205,7 @@ __all__ = [
     "Leaf",
     "Linear",
     "Lion",
+    "Maximise",
     "MixedPrecision",
     "Momentum",
     "NAdam",
@@ -218,16 +221,20 @@ __all__ = [
     "Restructure",
     "Rprop",
     "Rule",
+    "SGD",
     "Schedule",
     "SignDecay",
     "SkipNonFinite",
+    "SparseAdam",
     "SplitPrecision",
     "Step",
     "TorchAMSGrad",
     "TorchAdaGrad",
+    "TorchAdaMax",
     "TorchNAdam",
     "TorchOptimizer",
     "TorchRAdam",
+    "TorchRMSProp",
     "TraceError",
     "TreeMismatch",
     "UnknownField",

@@ -1,15 +1,26 @@
 """What is a rule? A value with `init` and `apply`, written for one array."""
 
+import contextlib
 import contextvars
 import dataclasses
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, ClassVar, Self
 
 from optimisers.errors import BadSetting, TraceError, UnknownField
-from optimisers.settings import Value, adjusted, is_number, parts, refuse_unknown, settings, static
+from optimisers.settings import (
+    Value,
+    adjusted,
+    fields,
+    is_number,
+    kind,
+    parts,
+    refuse_unknown,
+    settings,
+    static,
+)
 
 
 class Rule(Value):
@@ -83,11 +94,55 @@ def stepped(rule: Rule, state: object, x: Any, dx: Any, more: tuple[Any, ...] = 
             f"update(state, model, grads, {', '.join(f'grads{i + 2}' for i in range(needs))})"
         )
     now = at_clock.get()
+    resolved = rule if now is None else now(rule)
     token = asking.set(type(rule))
     try:
-        return (rule if now is None else now(rule)).apply(state, x, dx, *more[:takes])
+        with one_step() as rates:
+            known = len(rates)
+            answer = resolved.apply(state, x, dx, *more[:takes])
+            inner = parts(resolved) if len(rates) == known else [resolved]
+            rates.extend([rate for part in inner for rate in _rate_of(part)][:1])
+            return answer
     finally:
         asking.reset(token)
+
+
+_rates: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("rates", default=None)
+"""The rates by which the rules of this step have stepped so far, in their order."""
+
+
+@contextlib.contextmanager
+def one_step() -> Generator[list[Any]]:
+    """The rates of the step that is being made; of a new one outside of every other."""
+    rates = _rates.get()
+    if rates is not None:
+        yield rates
+        return
+    rates = []
+    token = _rates.set(rates)
+    try:
+        yield rates
+    finally:
+        _rates.reset(token)
+
+
+def _rate_of(value: Value) -> list[Any]:
+    """The rate of a rule itself, where it has one that can change."""
+    return [getattr(value, f.name) for f in fields(value) if f.name == "eta" and kind(f) is not None]
+
+
+def rate_before(rule: Rule) -> Any:
+    """The rate, as it is now, of the last rule before this one that has one; raises BadSetting if none
+    does.
+    """
+    rates = _rates.get()
+    if not rates:
+        name = type(rule).__name__
+        raise BadSetting(
+            f"{name}(couple=True) is multiplied by the rate of a rule before it, and there is none with an "
+            f"eta; write Chain(Adam(), {name}(0.01, couple=True))"
+        )
+    return rates[-1]
 
 
 asking: contextvars.ContextVar[type | None] = contextvars.ContextVar("asking", default=None)
@@ -184,6 +239,8 @@ __all__ = [
     "instead_of_variant",
     "needed",
     "not_negative",
+    "one_step",
+    "rate_before",
     "static",
     "stepped",
 ]

@@ -64,6 +64,10 @@ def of_torch() -> Iterator[Case]:
     for eta, rho in ((0.1, 0.9), (0.01, 0.5)):
         theirs: dict[str, Any] = {"lr": eta, "momentum": rho, "nesterov": True}
         yield "SGD", theirs, [("Nesterov", {"eta": eta, "rho": rho})], ALL[:2]
+        yield "SGD", theirs, [("SGD", {"eta": eta, "rho": rho, "nesterov": True})], ALL[:2]
+    for eta, rho, dampening in ((0.1, 0.9, 0.0), (0.05, 0.8, 0.4), (0.003, 0.0, 0.4)):
+        theirs = {"lr": eta, "momentum": rho, "dampening": dampening}
+        yield "SGD", theirs, [("SGD", {"eta": eta, "rho": rho, "dampening": dampening})], ALL[:2]
     decayed: Rules = [("WeightDecay", {"lam": 0.1}), ("Momentum", {"eta": 0.05, "rho": 0.8})]
     yield "SGD", {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.1}, decayed, ALL[:2]
 
@@ -78,7 +82,10 @@ def of_torch() -> Iterator[Case]:
         yield "Adam", theirs, [("Adam", ours)], ALL
         yield "Adam", theirs | {"amsgrad": True}, [("TorchAMSGrad", ours)], ALL
         yield "NAdam", theirs, [("TorchNAdam", ours)], ALL
+        yield "NAdam", theirs | {"momentum_decay": 0.1}, [("TorchNAdam", ours | {"psi": 0.1})], ALL[:2]
         yield "RAdam", theirs, [("TorchRAdam", ours)], ALL
+        up: Rules = [("Maximise", {}), ("Adam", ours), ("DecoupledDecay", {"lam": 0.1, "couple": True})]
+        yield "AdamW", theirs | {"weight_decay": 0.1, "maximize": True}, up, ALL[:2]
         yield "AdamW", theirs | {"weight_decay": 0.1}, [("AdamW", ours | {"lam": 0.1})], ALL
         yield (
             "Adam",
@@ -87,6 +94,7 @@ def of_torch() -> Iterator[Case]:
             ALL[:2],
         )
         exact = {"epsilon": 0.0}
+        yield "Adamax", theirs, [("TorchAdaMax", ours)], ALL
         yield "Adamax", theirs | {"eps": 0.0}, [("AdaMax", ours | exact)], ("noisy", "late zeros", "scales")
 
     for eta, rho, epsilon in ((0.001, 0.9, 1e-8), (0.01, 0.99, 1e-8), (0.1, 0.5, 1e-3)):
@@ -94,14 +102,19 @@ def of_torch() -> Iterator[Case]:
             theirs = {"lr": eta, "alpha": rho, "eps": epsilon, "centered": centred}
             ours = {"eta": eta, "rho": rho, "epsilon": epsilon, "centred": centred}
             yield "RMSprop", theirs, [("RMSProp", ours)], ALL
+            yield "RMSprop", theirs | {"momentum": 0.8}, [("TorchRMSProp", ours | {"mu": 0.8})], ALL[:2]
 
     for eta, epsilon in ((0.01, 1e-10), (0.1, 1e-8), (0.3, 1e-2)):
         ours = {"eta": eta, "epsilon": epsilon}
         yield "Adagrad", {"lr": eta, "eps": epsilon}, [("TorchAdaGrad", ours)], ALL
+        theirs = {"lr": eta, "eps": epsilon, "lr_decay": 0.2, "initial_accumulator_value": 0.3}
+        yield "Adagrad", theirs, [("TorchAdaGrad", ours | {"decay": 0.2, "start": 0.3})], ALL[:2]
 
     for rho, epsilon in ((0.9, 1e-6), (0.95, 1e-8), (0.5, 1e-2)):
         theirs = {"lr": 1.0, "rho": rho, "eps": epsilon}
         yield "Adadelta", theirs, [("AdaDelta", {"rho": rho, "epsilon": epsilon})], ALL
+        ours = {"rho": rho, "epsilon": epsilon, "eta": 0.3}
+        yield "Adadelta", theirs | {"lr": 0.3}, [("AdaDelta", ours)], ALL[:2]
 
     for eta, ell, gamma in (
         (0.01, (0.5, 1.2), (1e-6, 50.0)),
@@ -156,6 +169,8 @@ def of_optax() -> Iterator[Case]:
             ("DecoupledDecay", {"lam": eta * 0.1}),
         ]
         yield "lion", theirs | {"weight_decay": 0.1}, decayed, ALL[:2]
+        coupled = [decayed[0], ("DecoupledDecay", {"lam": 0.1, "couple": True})]
+        yield "lion", theirs | {"weight_decay": 0.1}, coupled, ALL[:2]
 
 
 def gone_by_torch(name: str, settings: dict[str, Any], grads: Any) -> list[list[float]]:

@@ -21,8 +21,9 @@ PEERS: dict[str, Any] = json.loads(
 ROWS: list[dict[str, Any]] = PEERS["rows"]
 
 OF_TORCH = {
-    "Momentum", "Nesterov", "WeightDecay", "Adam", "AdamW", "TorchAMSGrad", "TorchNAdam", "TorchRAdam",
-    "AdaMax", "RMSProp", "TorchAdaGrad", "AdaDelta", "Rprop",
+    "SGD", "Momentum", "Nesterov", "WeightDecay", "Maximise", "DecoupledDecay",
+    "Adam", "AdamW", "TorchAMSGrad", "TorchNAdam", "TorchRAdam",
+    "AdaMax", "TorchAdaMax", "RMSProp", "TorchRMSProp", "TorchAdaGrad", "AdaDelta", "Rprop",
 }  # fmt: skip
 OF_OPTAX = {
     "Adam", "AdaBelief", "Lion", "NAdam", "RAdam", "AMSGrad", "TorchAMSGrad", "AdaMax", "DecoupledDecay",

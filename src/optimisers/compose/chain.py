@@ -5,7 +5,7 @@ from typing import Any
 from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting, UnknownField
 from optimisers.ops import under
-from optimisers.rule import Rule, stepped
+from optimisers.rule import Rule, one_step, stepped
 from optimisers.settings import parts
 
 
@@ -53,13 +53,14 @@ class Chain(Rule):
 
     def apply(self, state: tuple[Any, ...], x: Array, dx: Array | None, *more: Array) -> Any:
         new: list[Any] = []
-        for rule, old in zip(self.rules, state, strict=True):
-            if dx is None:
-                new.append(old)
-                continue
-            with under(dx):
-                kept, dx = stepped(rule, old, x, dx, more)
-            new.append(kept)
+        with one_step():
+            for rule, old in zip(self.rules, state, strict=True):
+                if dx is None:
+                    new.append(old)
+                    continue
+                with under(dx):
+                    kept, dx = stepped(rule, old, x, dx, more)
+                new.append(kept)
         return tuple(new), dx
 
     def __repr__(self) -> str:

@@ -179,7 +179,7 @@ class AdaMax(Rule):
     (u + epsilon).
 
     Kingma & Ba, "Adam: a method for stochastic optimization", 2015, arXiv:1412.6980, algorithm 2.
-    torch.optim.Adamax adds epsilon to |dx| within the maximum.
+    `TorchAdaMax` adds epsilon to |dx| within the maximum, as torch.optim.Adamax does.
     """
 
     eta: float = 0.001
@@ -343,18 +343,21 @@ class NAdam(Rule):
 
 
 class TorchNAdam(Rule):
-    """NAdam as torch.optim.NAdam has it: a momentum of beta[0] (1 - 0.96^(t psi) / 2) with psi = 0.004.
+    """NAdam as torch.optim.NAdam has it: a momentum of beta[0] (1 - 0.96^(t psi) / 2).
 
     Dozat, "Incorporating Nesterov momentum into Adam", 2016 (OpenReview OM0jvwB8jIp57ZJjtNEZ), algorithm 2,
-    with its schedule of the momentum, and without its beta[1] on the mean square, which `NAdam` has.
+    with its schedule of the momentum, and without its beta[1] on the mean square, which `NAdam` has. `psi` is
+    called momentum_decay in torch.
     """
 
     eta: float = 0.001
     beta: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
+    psi: float = 0.004
 
     def check(self) -> None:
         check_moments(self)
+        not_negative(self, "psi")
 
     def init(self, x: Array) -> NAdamState:
         return NAdamState(adam_state(x), 0, 1.0)
@@ -362,7 +365,7 @@ class TorchNAdam(Rule):
     def apply(self, state: NAdamState, x: Array, dx: Array) -> Any:
         adam, _, v = moments(self.beta, state.adam, dx)
         t = state.t + 1
-        now, after = (self.beta[0] * (1 - 0.5 * 0.96 ** (0.004 * k)) for k in (t, t + 1))
+        now, after = (self.beta[0] * (1 - 0.5 * 0.96 ** (self.psi * k)) for k in (t, t + 1))
         product = state.product * now
         ahead, here = after / (1 - product * after), (1 - now) / (1 - product)
         step = self.eta * (ahead * adam.m + here * dx) / (sqrt(v) + self.epsilon)

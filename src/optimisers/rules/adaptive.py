@@ -38,7 +38,8 @@ class RMSProp(Rule):
 
     Hinton, "Neural networks for machine learning", lecture 6e, 2012. `centred` subtracts the square of the
     mean gradient from q (Graves, arXiv:1308.0850, eq. 38-43); rounding may not carry that variance below 0.
-    As torch.optim.RMSprop with alpha = rho, whose own defaults are lr 0.01 and alpha 0.99.
+    As torch.optim.RMSprop with alpha = rho, whose own defaults are lr 0.01 and alpha 0.99; `TorchRMSProp` has
+    its momentum too.
     """
 
     eta: float = 0.001
@@ -140,54 +141,67 @@ class AdaGrad(Rule):
         return AdaGradState(full_like(real_zeros_like(x), self.epsilon))
 
     def apply(self, state: AdaGradState, x: Array, dx: Array) -> Any:
-        return summed(self.eta, self.epsilon, state, dx)
+        a, step = summed(self.eta, self.epsilon, state.sum, dx)
+        return AdaGradState(a), step
+
+
+class TorchAdaGradState(NamedTuple):
+    sum: Any
+    """The sum of |dx|^2 since the start."""
+    t: Any
+    """How many steps were taken."""
 
 
 class TorchAdaGrad(Rule):
-    """AdaGrad as torch.optim.Adagrad has it: the sum of squares starts at 0, and not at epsilon.
+    """AdaGrad as torch.optim.Adagrad has it: the sum of squares starts at `start`, by default 0, and not at
+    epsilon; the rate of step t is eta / (1 + (t - 1) decay).
 
     Duchi, Hazan & Singer, "Adaptive subgradient methods for online learning and stochastic optimization",
-    2011.
+    2011. `decay` is called lr_decay there; `start`, initial_accumulator_value, is read by `setup` alone.
     """
 
     lazy = True
 
     eta: float = 0.1
     epsilon: float = 1e-8
+    decay: float = 0.0
+    start: float = static(0.0)
 
     def check(self) -> None:
-        not_negative(self, "epsilon")
+        not_negative(self, "epsilon", "decay", "start")
 
-    def init(self, x: Array) -> AdaGradState:
-        return AdaGradState(real_zeros_like(x))
+    def init(self, x: Array) -> TorchAdaGradState:
+        return TorchAdaGradState(full_like(real_zeros_like(x), self.start), 0)
 
-    def apply(self, state: AdaGradState, x: Array, dx: Array) -> Any:
-        return summed(self.eta, self.epsilon, state, dx)
+    def apply(self, state: TorchAdaGradState, x: Array, dx: Array) -> Any:
+        a, step = summed(self.eta / (1 + state.t * self.decay), self.epsilon, state.sum, dx)
+        return TorchAdaGradState(a, state.t + 1), step
 
 
-def summed(eta: float, epsilon: float, state: AdaGradState, dx: Array) -> Any:
-    """One step of AdaGrad, wherever its sum began."""
-    a = state.sum + abs2(dx)
-    return AdaGradState(a), eta * dx / (sqrt(a) + epsilon)
+def summed(eta: float, epsilon: float, before: Array, dx: Array) -> Any:
+    """(sum, step) of AdaGrad, wherever its sum began."""
+    a = before + abs2(dx)
+    return a, eta * dx / (sqrt(a) + epsilon)
 
 
 class AdaDeltaState(NamedTuple):
     a: Any
     """The mean of |dx|^2."""
     d: Any
-    """The mean of the squared steps."""
+    """The mean of |u|^2, of the steps before eta."""
 
 
 class AdaDelta(Rule):
-    """Steps in the unit of x, without a rate: dx' = dx sqrt(d + epsilon) / sqrt(a + epsilon).
+    """Steps in the unit of x: u = dx sqrt(d + epsilon) / sqrt(a + epsilon); dx' = eta u.
 
-    a = rho a + (1 - rho) |dx|^2, and d likewise of |dx'|^2, with the old d in the step. Zeiler, "ADADELTA: an
-    adaptive learning rate method", 2012, arXiv:1212.5701, algorithm 1. A small `epsilon` makes the start very
-    slow: torch.optim.Adadelta has the same formula with 1e-6.
+    a = rho a + (1 - rho) |dx|^2, and d likewise of |u|^2, with the old d in the step. Zeiler, "ADADELTA: an
+    adaptive learning rate method", 2012, arXiv:1212.5701, algorithm 1, where eta is 1. A small `epsilon`
+    makes the start very slow: torch.optim.Adadelta has the same formula with 1e-6.
     """
 
     rho: float = 0.9
     epsilon: float = 1e-8
+    eta: float = 1.0
 
     def check(self) -> None:
         in_unit_interval(self, "rho")
@@ -198,5 +212,5 @@ class AdaDelta(Rule):
 
     def apply(self, state: AdaDeltaState, x: Array, dx: Array) -> Any:
         a = ema(self.rho, state.a, abs2(dx))
-        step = dx * sqrt(state.d + self.epsilon) / sqrt(a + self.epsilon)
-        return AdaDeltaState(a, ema(self.rho, state.d, abs2(step))), step
+        unit = dx * sqrt(state.d + self.epsilon) / sqrt(a + self.epsilon)
+        return AdaDeltaState(a, ema(self.rho, state.d, abs2(unit))), self.eta * unit

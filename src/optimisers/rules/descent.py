@@ -3,8 +3,9 @@
 from typing import Any, NamedTuple
 
 from optimisers.arrays.protocol import Array
-from optimisers.ops import zeros_like
-from optimisers.rule import Rule, in_unit_interval
+from optimisers.errors import BadSetting
+from optimisers.ops import where, zeros_like
+from optimisers.rule import Rule, in_unit_interval, not_negative, static
 
 
 class Descent(Rule):
@@ -30,8 +31,9 @@ class Momentum(Rule):
     """Gradient descent with heavy-ball momentum: v = rho v + eta dx; dx' = v.
 
     Polyak, "Some methods of speeding up the convergence of iteration methods", 1964. `eta`: learning rate;
-    `rho`: decay of the velocity. `torch.optim.SGD` keeps eta outside v: the same path while eta stays
-    constant.
+    `rho`: decay of the velocity. The rate stands inside v: after eta has changed, v still holds steps of the
+    old size. `SGD` keeps it outside, as torch.optim does: the same path while eta stays constant, another one
+    under a schedule.
     """
 
     eta: float = 0.01
@@ -53,7 +55,9 @@ class Nesterov(Rule):
 
     Nesterov, "A method of solving a convex programming problem with convergence rate O(1/k^2)", 1983, in the
     form of Bengio et al., arXiv:1212.0901, eq. 7. The velocity points where x goes, so its sign is that of
-    -dx.
+    -dx. The rate stands inside v: after eta has changed, v still holds steps of the old size.
+    `SGD(nesterov=True)` keeps it outside, as torch.optim does: the same path while eta stays constant,
+    another one under a schedule.
     """
 
     eta: float = 0.001
@@ -69,3 +73,44 @@ class Nesterov(Rule):
         v = state.v
         step = (1 + self.rho) * self.eta * dx - self.rho**2 * v
         return MomentumState(self.rho * v - self.eta * dx), step
+
+
+class SGDState(NamedTuple):
+    v: Any
+    """The velocity, in units of the gradient."""
+    started: Any
+    """Whether v holds a gradient: 0 before the first one, then 1."""
+
+
+class SGD(Rule):
+    """Descent with momentum as torch.optim.SGD has it: v = rho v + (1 - dampening) dx, at the first step v =
+    dx; dx' = eta v.
+
+    The rate stands outside the velocity, so a new eta counts for the whole step at once: Sutskever et al.,
+    "On the importance of initialization and momentum in deep learning", 2013, compare both. With
+    `nesterov=True` the step is eta (dx + rho v), without dampening. Where rho is 0 the step is eta dx, and v
+    is left alone; `Descent` does that without a velocity.
+    """
+
+    eta: float = 0.001
+    rho: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = static(False)
+
+    def check(self) -> None:
+        not_negative(self, "rho")
+        if self.nesterov and (self.rho == 0 or self.dampening != 0):
+            raise BadSetting(
+                f"SGD has nesterov=True with rho={self.rho!r} and dampening={self.dampening!r}; it takes a "
+                "rho above 0 and no dampening: write SGD(eta, 0.9, nesterov=True)"
+            )
+
+    def init(self, x: Array) -> SGDState:
+        return SGDState(zeros_like(x), 0)
+
+    def apply(self, state: SGDState, x: Array, dx: Array) -> Any:
+        still = self.rho == 0
+        share = where(state.started == 0, 1, 1 - self.dampening)
+        v = where(still, 1, self.rho) * state.v + where(still, 0, share) * dx
+        step = dx + self.rho * v if self.nesterov else where(still, dx, v)
+        return SGDState(v, where(still, state.started, 1)), self.eta * step

@@ -1,11 +1,11 @@
-"""Rules that change the gradient on its way to another rule: decay and clipping."""
+"""Rules that change the gradient on its way to another rule: decay, clipping, its sign."""
 
 from typing import Any
 
 from optimisers.arrays.protocol import Array, Operand
 from optimisers.errors import BadSetting
 from optimisers.ops import abs2, check, clip, isfinite, minimum, norm, sign, sqrt, sum_, total, where
-from optimisers.rule import Rule, not_negative, static
+from optimisers.rule import Rule, not_negative, rate_before, static
 
 
 def decayed(lam: float, x: Array, dx: Array) -> Any:
@@ -30,18 +30,21 @@ class WeightDecay(Rule):
 class DecoupledDecay(Rule):
     """Adds lam x to the step of the rule before it: decay beside the step, for the place after any rule.
 
-    Loshchilov & Hutter, "Decoupled weight decay regularization", 2019, arXiv:1711.05101. It is not multiplied
-    by the rate of that rule: AdamW(couple=True, lam=l) decays as Chain(Adam(eta), DecoupledDecay(eta * l))
-    does.
+    Loshchilov & Hutter, "Decoupled weight decay regularization", 2019, arXiv:1711.05101. With `couple=True`
+    it is multiplied by eta, that of the last rule before it in the chain that has one, at its present value:
+    Chain(Adam(eta), DecoupledDecay(lam, couple=True)) is AdamW(eta, lam=lam), and Chain(Lion(eta),
+    DecoupledDecay(lam, couple=True)) is Lion with the decay of its paper. With `couple=False` it is lam x
+    whatever eta is, as the paper of AdamW has it.
     """
 
     lam: float = 1e-5
+    couple: bool = static(False)
 
     def check(self) -> None:
         not_negative(self, "lam")
 
     def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
-        return state, decayed(self.lam, x, dx)
+        return state, decayed(self.lam * rate_before(self) if self.couple else self.lam, x, dx)
 
 
 class SignDecay(Rule):
@@ -56,6 +59,18 @@ class SignDecay(Rule):
 
     def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
         return state, dx + self.lam * sign(x)
+
+
+class Maximise(Rule):
+    """Turns the gradient round, dx' = -dx, so that the rules behind it climb: `maximize=True` of torch.optim.
+
+    It stands first: decay that comes after it still pulls towards 0.
+    """
+
+    lazy = True
+
+    def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
+        return state, -dx
 
 
 class ClipGrad(Rule):
