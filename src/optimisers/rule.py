@@ -15,7 +15,6 @@ from optimisers.settings import (
     adjusted,
     fields,
     is_number,
-    kind,
     parts,
     refuse_unknown,
     settings,
@@ -128,7 +127,7 @@ def one_step() -> Generator[list[Any]]:
 
 def _rate_of(value: Value) -> list[Any]:
     """The rate of a rule itself, where it has one that can change."""
-    return [getattr(value, f.name) for f in fields(value) if f.name == "eta" and kind(f) is not None]
+    return [getattr(value, f.name) for f in fields(value) if f.name == "eta" and f.kind is not None]
 
 
 def rate_before(rule: Rule) -> Any:

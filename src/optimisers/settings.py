@@ -8,7 +8,7 @@ trace, print) goes through here, so a rule that wraps another cannot forget to f
 import dataclasses
 import numbers as abstract
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, Self, dataclass_transform
+from typing import Any, ClassVar, NamedTuple, Self, dataclass_transform
 
 import numpy as np
 
@@ -26,14 +26,27 @@ def is_number(x: object) -> bool:
     """Whether `x` is one real run-time number: an int or float, a 0-d array of any library, or a traced
     scalar.
     """
-    if isinstance(x, bool):
+    kind = type(x)
+    if kind is float or kind is int:
+        return True
+    if kind is bool:
         return False
     if isinstance(x, abstract.Real):
         return True
-    symbol = getattr(type(x), "__number__", None)
+    symbol = getattr(kind, "__number__", None)
     if symbol is not None:
         return symbol(x)
     return not isinstance(x, type) and getattr(x, "shape", None) == () and hasattr(x, "dtype")
+
+
+class Form(NamedTuple):
+    """What a class says of one of its fields."""
+
+    name: str
+    kind: Any
+    """`float`, `int`, a tuple of such kinds, or None for a field that holds structure or other values."""
+    static: bool
+    default: object
 
 
 @dataclass_transform(frozen_default=True)
@@ -45,10 +58,13 @@ class Value:
         generated = "__init__" not in vars(cls)
         # Only __init__ is generated for each class: the rest is the same for all, and generation is slow.
         dataclasses.dataclass(repr=False, eq=False)(cls)
-        cls._fields = tuple(f.name for f in dataclasses.fields(cls))  # pyright: ignore[reportArgumentType] made above
+        listed = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType] made above
+        cls._fields = tuple(f.name for f in listed)
+        cls._forms = tuple(Form(f.name, _kind(f), bool(f.metadata.get("static")), f.default) for f in listed)
         cls._named = generated
 
     _fields: ClassVar[tuple[str, ...]] = ()
+    _forms: ClassVar[tuple[Form, ...]] = ()
     _named: ClassVar[bool] = False
     """Whether the constructor takes the fields by name; a class may have its own."""
 
@@ -106,20 +122,20 @@ class Value:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings(self))})"
 
 
-def fields(value: Value) -> "tuple[dataclasses.Field[Any], ...]":
+def fields(value: Value) -> tuple[Form, ...]:
     """The fields of a value, in order."""
-    return dataclasses.fields(value)  # pyright: ignore[reportArgumentType] its subclasses are dataclasses
+    return type(value)._forms  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] of this room
 
 
 def settings(value: Value) -> list[tuple[str, Any]]:
     """The fields of a value by name, in order."""
-    return [(f.name, getattr(value, f.name)) for f in fields(value)]
+    return [(name, getattr(value, name)) for name, *_ in fields(value)]
 
 
 # -- what a field accepts ------------------------------------------------------------------------------------
 
 
-def kind(field: "dataclasses.Field[Any]") -> Any:
+def _kind(field: "dataclasses.Field[Any]") -> Any:
     """`float`, `int`, a tuple of such kinds, or None for a field that holds structure or other values."""
     if field.metadata.get("static"):
         return None
@@ -142,8 +158,9 @@ def kind_of(default: object) -> Any:
     return None
 
 
-def checked(owner: str, field: "dataclasses.Field[Any]", value: object) -> Any:
-    want = kind(field)
+def checked(owner: str, field: Form, value: object) -> Any:
+    """What a field takes for a value; raises BadSetting, naming the field, for one that it does not take."""
+    want = field.kind
     if want is None:
         if isinstance(field.default, bool) and not isinstance(value, bool):
             raise BadSetting(f"{owner}.{field.name} is {value!r}; it takes True or False")
@@ -165,6 +182,8 @@ def number(name: str, want: type, value: object) -> Any:
     """The number as the field stores it: an int becomes a float where the default is one; 0-d arrays stay
     themselves.
     """
+    if type(value) is float and want is float and value == value:  # noqa: PLR0124 no NaN
+        return value
     if isinstance(value, np.ndarray | np.generic) and value.shape == ():
         value = value.item()
     if isinstance(value, abstract.Real) and not _is_bool(value):
@@ -196,7 +215,7 @@ def walk(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tupl
     """(path, number) for every run-time number in `value`."""
     if isinstance(value, Value):
         for field in fields(value):
-            if not field.metadata.get("static"):
+            if not field.static:
                 yield from walk(getattr(value, field.name), (*path, field.name))
     elif isinstance(value, tuple | list):
         for i, item in enumerate(value):
@@ -209,9 +228,7 @@ def skeleton(value: object) -> Any:
     """What is left of `value` without its numbers: hashable, equal for values that may share a program."""
     if isinstance(value, Value):
         parts = tuple(
-            ("static", _key(getattr(value, f.name)))
-            if f.metadata.get("static")
-            else skeleton(getattr(value, f.name))
+            ("static", _key(getattr(value, f.name))) if f.static else skeleton(getattr(value, f.name))
             for f in fields(value)
         )
         return (type(value), parts)
@@ -245,9 +262,7 @@ class _Identity:
 def fill(value: object, given: Iterator[Any]) -> Any:
     """`value` with its numbers replaced, in the order of `numbers`; nothing is checked or converted."""
     if isinstance(value, Value):
-        changes = {
-            f.name: fill(getattr(value, f.name), given) for f in fields(value) if not f.metadata.get("static")
-        }
+        changes = {f.name: fill(getattr(value, f.name), given) for f in fields(value) if not f.static}
         return replaced(value, changes)
     if isinstance(value, tuple):
         return rebuilt(value, [fill(v, given) for v in value])
@@ -276,9 +291,9 @@ def schedules(value: Value, resolve: Callable[[str, Callable[[Any], Any], Value]
     changes: dict[str, Any] = {}
     for field in fields(value):
         old = getattr(value, field.name)
-        if field.metadata.get("static"):
+        if field.static:
             continue
-        want = kind(field)
+        want = field.kind
         if want is not None:
             name = f"{type(value).__name__}.{field.name}"
             parts = old if isinstance(want, tuple) else (old,)
@@ -305,7 +320,7 @@ def parts(value: object) -> Iterator[Value]:
     if isinstance(value, Value):
         yield value
         for field in fields(value):
-            if kind(field) is None and not field.metadata.get("static"):
+            if field.kind is None and not field.static:
                 yield from parts(getattr(value, field.name))
     elif isinstance(value, tuple):
         for item in value:
@@ -314,7 +329,7 @@ def parts(value: object) -> Iterator[Value]:
 
 def adjustable(value: object) -> list[str]:
     """The names that `adjust` knows: the fields that hold numbers, of `value` and of the values in it."""
-    return list(dict.fromkeys(f.name for part in parts(value) for f in fields(part) if kind(f) is not None))
+    return list(dict.fromkeys(f.name for part in parts(value) for f in fields(part) if f.kind is not None))
 
 
 def adjusted(value: object, changes: dict[str, Any]) -> Any:
@@ -326,9 +341,9 @@ def adjusted(value: object, changes: dict[str, Any]) -> Any:
     new: dict[str, Any] = {}
     for field in fields(value):
         old = getattr(value, field.name)
-        if kind(field) is not None:
+        if field.kind is not None:
             new[field.name] = changes.get(field.name, old)
-        elif field.metadata.get("static"):
+        elif field.static:
             new[field.name] = old
         else:
             new[field.name] = inner(old, lambda v: adjusted(v, changes))

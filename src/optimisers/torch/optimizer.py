@@ -12,34 +12,36 @@ from typing import Any
 
 import torch
 
-from optimisers.arrays import registry
 from optimisers.arrays.torch import library as tensors
-from optimisers.errors import BadSetting, BadState, TreeMismatch, UnknownField
-from optimisers.nest import flatten, unflatten
+from optimisers.errors import BadState, UnknownField
+from optimisers.nest import flatten
 from optimisers.rule import Rule
-from optimisers.rules.descent import Momentum, Nesterov
 from optimisers.settings import (
     ELSEWHERE,
     adjustable,
     adjusted,
-    fill,
     numbers,
     refuse_unknown,
     settings,
-    skeleton,
 )
 from optimisers.settings import parts as parts_of_value
 from optimisers.state.edit import present
 from optimisers.state.leaf import parts
-from optimisers.state.store import Store
 from optimisers.step.update import setup, takes_scaling, update_, update_scaled
-from optimisers.tree.path import KeyPath, matches
+from optimisers.torch.groups import (
+    by_glob,
+    defaults_of,
+    field_of,
+    fields_of,
+    has_schedule,
+    is_schedule,
+    known,
+    plain,
+    renewed,
+)
+from optimisers.torch.loading import adopt, entry_name, in_order
 
 __all__ = ["TorchOptimizer"]
-
-TORCH_NAMES = {"beta": "betas", "epsilon": "eps", "lam": "weight_decay"}
-"""Settings that stand in a group under torch's name too, where schedulers and trainers look for them."""
-
 
 _NO_CLOSURE: Any = False
 """Tells `step()` from `step(closure=None)`."""
@@ -90,18 +92,18 @@ class TorchOptimizer(torch.optim.Optimizer):
         self._rule: Rule | None = None
         self._given: list[Any] | None = None
         if isinstance(rule, Mapping):
-            params, self._given = _by_glob(rule, list(params))
+            params, self._given = by_glob(rule, list(params))
             defaults = settings
             for name in settings:
-                if not any(_known(r, name) for r in self._given if r is not None):
+                if not any(known(r, name) for r in self._given if r is not None):
                     raise UnknownField(f"TorchOptimizer was given {name}=, which none of the rules has")
         elif isinstance(rule, Rule):
             for name in settings:
-                if not _known(rule, name) and name not in ELSEWHERE:
+                if not known(rule, name) and name not in ELSEWHERE:
                     refuse_unknown(rule, [name])
-            self._rule = adjusted(rule, _fields(rule, settings, "TorchOptimizer"))
+            self._rule = adjusted(rule, fields_of(rule, settings, "TorchOptimizer"))
             tensors = {k: v for k, v in settings.items() if isinstance(v, torch.Tensor)}
-            defaults = _defaults(self._rule) | tensors
+            defaults = defaults_of(self._rule) | tensors
         else:
             hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
             raise BadState(f"TorchOptimizer was given {rule!r} where the rule goes{hint}")
@@ -130,21 +132,21 @@ class TorchOptimizer(torch.optim.Optimizer):
         else:
             own = {k: v for k, v in given.items() if k not in ("params", "param_names")}
             common = {} if self._given is None else self.defaults
-            rule = adjusted(rule, _fields(rule, {**common, **own}, f"group {n}"))
+            rule = adjusted(rule, fields_of(rule, {**common, **own}, f"group {n}"))
             given.pop("eta", None)
             rates = {k: v for k, v in self.defaults.items() if isinstance(v, torch.Tensor)}
-            shown = _defaults(rule) | {k: v for k, v in rates.items() if k not in own}
-            given |= {k: v for k, v in shown.items() if k not in given or _is_schedule(given[k])}
+            shown = defaults_of(rule) | {k: v for k, v in rates.items() if k not in own}
+            given |= {k: v for k, v in shown.items() if k not in given or is_schedule(given[k])}
         super().add_param_group(given)
         self._rules.append(rule)
-        self._scheduled.append(rule is not None and _has_schedule(rule))
+        self._scheduled.append(rule is not None and has_schedule(rule))
         self._seen.append(self._shown(self.param_groups[-1], rule))
         self._stop()
 
     def _shown(self, group: dict[str, Any], rule: Any) -> dict[str, Any]:
         """The settings of a group as they stand, by key."""
         return (
-            {} if rule is None else {key: self._read(group[key]) for key in _defaults(rule) if key in group}
+            {} if rule is None else {key: self._read(group[key]) for key in defaults_of(rule) if key in group}
         )
 
     def read_groups(self) -> None:
@@ -163,23 +165,23 @@ class TorchOptimizer(torch.optim.Optimizer):
         for n, (group, rule, seen) in enumerate(zip(self.param_groups, self._rules, self._seen, strict=True)):
             now = {key: self._read(group[key]) for key in seen}
             if rule is not None and now != seen:
-                changes = {_field(rule, k): v for k, v in now.items() if v != seen[k]}
+                changes = {field_of(rule, k): v for k, v in now.items() if v != seen[k]}
                 new[n] = adjusted(rule, changes), changes
         if new:
             edits = [
-                (self._leaves(n), functools.partial(_renewed, self._rules[n], *of)) for n, of in new.items()
+                (self._leaves(n), functools.partial(renewed, self._rules[n], *of)) for n, of in new.items()
             ]
             store.change_many([(leaves, change) for leaves, change in edits if leaves])
         for n, group in enumerate(self.param_groups):
             if n in new:
                 self._rules[n] = rule = new[n][0]
-                self._scheduled[n] = _has_schedule(rule)
+                self._scheduled[n] = has_schedule(rule)
                 self._rule_of.update(dict.fromkeys(group["params"], rule))
             rule = self._rules[n]
             if rule is not None and (n in new or (self._scheduled[n] and not self._capturable)):
                 leaves = self._leaves(n)
                 now = present(*store.where(leaves[0]), rule) if leaves and self._scheduled[n] else rule
-                meant = _defaults(now).items()
+                meant = defaults_of(now).items()
                 group.update({k: v for k, v in meant if k not in group or v != self._read(group[k])})
                 self._seen[n] = self._shown(group, rule)
 
@@ -190,15 +192,15 @@ class TorchOptimizer(torch.optim.Optimizer):
     def _read(self, value: Any) -> Any:
         """A setting as a number; a tensor is read anew when it has been written."""
         if not isinstance(value, torch.Tensor):
-            return _plain(value)
-        known = self._tensors.get(id(value))
-        if known is None or known[0]() is not value or known[1] != value._version:
+            return plain(value)
+        read = self._tensors.get(id(value))
+        if read is None or read[0]() is not value or read[1] != value._version:
             if tensors.capturing(str(value.device)):
                 raise BadState("a setting was changed; write read_groups() before a graph is captured")
             forget = functools.partial(self._tensors.pop, id(value), None)
             held = weakref.ref(value, lambda _: forget())
-            known = self._tensors[id(value)] = held, value._version, _plain(value)
-        return known[2]
+            read = self._tensors[id(value)] = held, value._version, plain(value)
+        return read[2]
 
     # -- the step --
 
@@ -291,7 +293,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             trained = {name: leaf for name, leaf in places.items() if store.shapes[leaf] is not None}
             leaf_of = {model[name]: leaf for name, leaf in trained.items()}
             frozen = [leaf for p, leaf in leaf_of.items() if self._kept.get(p, (None, False))[1]]
-            _adopt(store, {leaf: self.state[p] for p, leaf in leaf_of.items() if self.state.get(p)}, frozen)
+            adopt(store, {leaf: self.state[p] for p, leaf in leaf_of.items() if self.state.get(p)}, frozen)
         everyone = set(given)
         for p in list(self.state):
             if p not in everyone:
@@ -341,7 +343,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             if row not in histories:
                 histories[row] = store.progress_of(self._leaf_of[p]), numbers(group.rule_of(i))
             if id(group) not in keys:
-                keys[id(group)] = [_key(path) for path, _ in flatten(group.program.template)]
+                keys[id(group)] = [entry_name(path) for path, _ in flatten(group.program.template)]
             if id(rule) not in common:
                 common[id(rule)] = numbers(rule)
             clocks, own = histories[row]
@@ -371,7 +373,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         given: list[dict[str, Any]] = []
         catch = self.register_load_state_dict_pre_hook(lambda _, loaded: given.append(loaded))
         try:
-            super().load_state_dict(_in_order(state_dict, self.param_groups))
+            super().load_state_dict(in_order(state_dict, self.param_groups))
             loaded = given[0]
             order = [n for group in loaded["param_groups"] for n in group["params"]]
             self.state.clear()
@@ -398,9 +400,9 @@ class TorchOptimizer(torch.optim.Optimizer):
             name
             for part in parts_of_value(rule)
             for name, value in settings(part)
-            if name in adjustable(part) and _is_schedule(value)
+            if name in adjustable(part) and is_schedule(value)
         }
-        return {k: _plain(group[k]) if _field(rule, k) in moving else v for k, v in seen.items()}
+        return {k: plain(group[k]) if field_of(rule, k) in moving else v for k, v in seen.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         self._keep()
@@ -413,193 +415,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         self._forget()
 
 
-# -- names of settings ---------------------------------------------------------------------------------------
-
-
-def _known(rule: Rule, name: str) -> bool:
-    """Whether a setting, by our name or by torch's, is one of the rule."""
-    return _field(rule, name) in adjustable(rule)
-
-
-def _fields(rule: Rule, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Settings of a group as the fields of the rule; those of other tools are left alone."""
-    found: dict[str, Any] = {}
-    for name, value in given.items():
-        if _known(rule, name):
-            found[_field(rule, name)] = _plain(value)
-        elif name in ELSEWHERE and not _nothing(value):
-            raise BadSetting(
-                f"{where} sets {name}={value!r}, and {rule!r} has no such setting; it has "
-                f"{', '.join(_defaults(rule))}"
-            )
-    return found
-
-
-def _defaults(rule: Rule | None, clock: int = 0) -> dict[str, Any]:
-    """The settings of a rule as a group holds them: the first of each name among the rules it is made of, and
-    schedules by their present value.
-    """
-    found: dict[str, Any] = {}
-    for part in parts_of_value(rule):
-        for name, value in settings(part):
-            if name not in adjustable(part) or name in found:
-                continue
-            found[name] = _at(_plain(value), clock)
-            if name in TORCH_NAMES:
-                found[TORCH_NAMES[name]] = found[name]
-            elif name == "rho" and isinstance(part, Momentum | Nesterov):
-                found["momentum"] = found[name]
-    return {("lr" if name == "eta" else name): value for name, value in found.items()}
-
-
-def _at(value: Any, clock: int) -> Any:
-    """The present value of a setting."""
-    if isinstance(value, tuple):
-        return tuple(_at(v, clock) for v in value)
-    if callable(value):
-        number: Any = value(clock)
-        return float(number)
-    return value
-
-
-def _is_schedule(value: Any) -> bool:
-    """Whether a setting, or a number in it, is a function of the clock."""
-    return any(callable(v) for v in (value if isinstance(value, tuple | list) else (value,)))
-
-
-def _has_schedule(rule: Rule) -> bool:
-    """Whether a setting of the rule is a schedule."""
-    return any(
-        _is_schedule(v)
-        for part in parts_of_value(rule)
-        for name, v in settings(part)
-        if name in adjustable(part)
-    )
-
-
-def _field(rule: Rule, name: str) -> str:
-    """The field that a key of a group stands for."""
-    fields = adjustable(rule)
-    if name in fields:
-        return name
-    return {"lr": "eta", "momentum": "rho"}.get(name) or ELSEWHERE.get(name, name)
-
-
-def _plain(value: Any) -> Any:
-    """A setting as a number of Python, or a tuple of them; schedules stay."""
-    if isinstance(value, tuple | list):
-        return tuple(map(_plain, value))
-    return value.item() if isinstance(value, torch.Tensor) else value
-
-
-def _nothing(value: Any) -> bool:
-    """Whether a setting says that something is not wanted: a rule without it may ignore it."""
-    return value is None or (isinstance(value, float | int) and value == 0)
-
-
-def _key(path: tuple[Any, ...]) -> str:
-    """Where in the state of a rule something stands, as torch's loaders take it."""
-    return ".".join(map(str, path)) or "state"
-
-
-# -- groups and checkpoints ----------------------------------------------------------------------------------
-
-
-def _by_glob(rules: Mapping[str, Any], named: list[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """(groups, their rules): one for each glob that takes a parameter."""
-    if not all(isinstance(pair, tuple) for pair in named):
-        raise BadState("a dict of rules takes a module or named parameters: write model.named_parameters()")
-    taken: dict[str, list[Any]] = {glob: [] for glob in rules}
-    for name, p in named:
-        glob = next((g for g in rules if matches(g, KeyPath(name))), None)
-        if glob is None:
-            raise BadState(f'no rule for {name!r}; the globs are {", ".join(map(repr, rules))}; add "**"')
-        taken[glob].append((name, p))
-    for glob, found in taken.items():
-        if not found:
-            raise BadState(f"{glob!r} takes no parameter; there are {', '.join(n for n, _ in named[:6])}")
-    return [{"params": found} for found in taken.values()], list(rules.values())
-
-
-def _in_order(saved: dict[str, Any], groups: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """A saved state whose parameters stand in the order of the groups here, where both have names."""
-    new: list[dict[str, Any]] = []
-    for theirs, ours in zip(saved["param_groups"], groups, strict=False):
-        names, wanted = theirs.get("param_names"), ours.get("param_names")
-        if names and wanted and names != wanted:
-            if set(names) != set(wanted):
-                lost = sorted(set(wanted) - set(names)) or sorted(set(names) - set(wanted))
-                raise TreeMismatch(
-                    f"the saved state is that of other parameters: {lost[0]!r} is on one side only"
-                )
-            number = dict(zip(names, theirs["params"], strict=True))
-            theirs = theirs | {"params": [number[n] for n in wanted], "param_names": list(wanted)}  # noqa: PLW2901 what is kept
-        new.append(theirs)
-    return saved | {"param_groups": new + saved["param_groups"][len(new) :]}
-
-
-def _renewed(was: Rule, new: Rule, changes: dict[str, Any], old: Rule) -> Rule:
-    """The rule of a leaf after its group has changed; that of the group, unless the leaf had its own."""
-    same = numbers(old) == numbers(was) and skeleton(old) == skeleton(was)
-    return new if same else adjusted(old, changes)
-
-
-def _adopt(store: Store, saved: dict[int, dict[str, Any]], frozen: list[int]) -> None:
-    """Take over the states of leaves that a checkpoint or another process has saved, all at once."""
-    states = {leaf: _state_from(store, leaf, found) for leaf, found in saved.items()}
-    frozen = [*frozen, *(leaf for leaf, found in saved.items() if found.get("frozen", 0))]
-    if states:
-        store.assign_many(states)
-        store.wind(
-            {
-                leaf: {k: int(found[k]) for k in store.progress_of(leaf) if k in found}
-                for leaf, found in saved.items()
-            }
-        )
-    if frozen:
-        store.freeze(frozen, True)
-    by_settings: dict[tuple[float, ...], list[int]] = {}
-    for leaf, found in saved.items():
-        if "settings" in found:
-            by_settings.setdefault(tuple(found["settings"].tolist()), []).append(leaf)
-    if by_settings:
-        store.change_many(
-            [(leaves, lambda rule, own=own: fill(rule, iter(own))) for own, leaves in by_settings.items()]
-        )
-
-
-def _state_from(store: Store, leaf: int, saved: dict[str, Any]) -> Any:
-    """The state of a leaf from what was saved; raises TreeMismatch where it does not fit."""
-    group, i = store.where(leaf)
-    template = group.program.template
-    entries = list(flatten(template))
-    name = str(store.layout.paths[leaf])
-    known, extra = {_key(path) for path, _ in entries}, {*store.progress_of(leaf), "settings", "frozen"}
-    if saved.keys() - extra != known:
-        raise TreeMismatch(
-            f"the state of {name!r} has {', '.join(map(repr, saved))}; {group.rule_of(i)!r} keeps "
-            f"{', '.join(repr(_key(path)) for path, _ in entries)}; load the state of the same rule"
-        )
-    new: list[Any] = []
-    slots = iter(group.slots)
-    for path, value in entries:
-        found = saved[_key(path)]
-        if not registry.isarray(value):
-            new.append(float(found))
-            continue
-        pack = next(slots)
-        shape = pack.places.shapes[i]
-        if tuple(found.shape) != shape:
-            raise TreeMismatch(
-                f"{_key(path)!r} of {name!r} has shape {tuple(found.shape)}; the parameter takes {shape}"
-            )
-        new.append(found.to(pack[i].device if group.kind.loose else group.kind.device))
-    return unflatten(template, iter(new))
-
-
 def _asks_for_state_only(groups: list[dict[str, Any]], grads: list[Any]) -> bool:
     """Whether this step is that of `torch.distributed.checkpoint`, which wants a state to load into: with
     rate 0 and gradients of zeros. Decay must not move the weights then.
     """
-    still = all(not _plain(group.get("lr", 0)) for group in groups)
+    still = all(not plain(group.get("lr", 0)) for group in groups)
     return still and all(g is None or not bool(g.any()) for g in grads)
