@@ -22,7 +22,7 @@ import optimisers as opt
 from optimisers.graph.expr import Expr, order
 from optimisers.graph.trace import Program
 from optimisers.nest import flatten
-from optimisers.settings import kind, walk
+from optimisers.settings import fields, walk
 from optimisers.state.group import Shape, program_of
 
 HERE = Path(__file__).resolve().parent
@@ -125,6 +125,10 @@ WHEN = {
     "TorchAdaMax": (
         "Where a run with torch.optim.Adamax is to be gone on with, or compared. Take AdaMax otherwise."
     ),
+    "ASGD": (
+        "Where noise keeps Descent from settling: the mean of many steps is nearer to the minimum than one "
+        "of them."
+    ),
     "SparseAdam": (
         "For embeddings with sparse gradients, where a step should cost only the rows that were used."
     ),
@@ -170,6 +174,7 @@ HALF = {"MixedPrecision": "float16", "SplitPrecision": "bfloat16"}
 
 LETTERS = {
     "lam": r"\lambda",
+    "lambd": r"\lambda",
     "weight": "w",
     "sum": "a",
     "average": "a",
@@ -721,7 +726,7 @@ def hyper_parameters(rule: opt.Rule) -> str:
     rows: list[tuple[str, ...]] = []
     printed = Printer(rule, *traced(rule, parameters(rule)))
     signs = list(zip((path for path, _ in walk(rule)), printed.numbers, strict=False))
-    for field in dataclasses.fields(rule):
+    for field in fields(rule):
         value = getattr(type(rule), field.name, dataclasses.MISSING)
         default = "none: must be given" if value is dataclasses.MISSING else f"`{value!r}`"
         letters = [
@@ -735,7 +740,7 @@ def hyper_parameters(rule: opt.Rule) -> str:
                 "its settings do"
                 if _holds_rules(rule, field.name)
                 else "at any step, or a schedule"
-                if kind(field) is not None
+                if field.kind is not None
                 else "never",
             )
         )
@@ -868,6 +873,7 @@ PATHS: dict[str, Drawn] = {
     "SGD": Drawn(opt.SGD(0.005, 0.9)),
     "TorchRMSProp": Drawn(opt.TorchRMSProp(0.005, 0.9)),
     "TorchAdaMax": Drawn(opt.TorchAdaMax(0.3)),
+    "ASGD": Drawn(opt.ASGD(0.01, 1e-4)),
     "SparseAdam": Drawn(opt.SparseAdam(0.1)),
     "Maximise": Drawn(opt.Chain(opt.Maximise(), opt.Descent(0.0005)), PLAIN, "the way down", steps=60),
     "RMSProp": Drawn(opt.RMSProp(0.03)),

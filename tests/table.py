@@ -229,6 +229,7 @@ TABLE: tuple[Row, ...] = (
     Row("RMSProp-torch", opt.TorchRMSProp(0.05, 0.8, 0.7, 1e-3)),
     Row("RMSProp-torch-centred", opt.TorchRMSProp(0.05, 0.8, 0.7, 1e-3, centred=True)),
     Row("AdaMax-torch", opt.TorchAdaMax(0.05, (0.8, 0.9), 1e-3)),
+    Row("ASGD", opt.ASGD(0.05, 0.1, 0.75, 2.0)),
     Row("SparseAdam", opt.SparseAdam(0.05, (0.8, 0.9), 1e-3)),
     Row("AMSGrad", opt.AMSGrad(0.05, (0.8, 0.9), 1e-3)),
     Row("AMSGrad-torch", opt.TorchAMSGrad(0.05, (0.8, 0.9), 1e-3)),

@@ -91,6 +91,7 @@ CASES = (
     Case("SGD", opt.SGD(0.05, 0.8, 0.3)),
     Case("SGD, nesterov", opt.SGD(0.05, 0.8, nesterov=True)),
     Case("Adam", ADAM),
+    Case("ASGD", opt.ASGD(0.05, 0.1, 0.75, 1.0)),
     Case("SparseAdam", opt.SparseAdam(0.05, (0.8, 0.95), 1e-3)),
     Case("AdamW", opt.AdamW(0.05, (0.8, 0.95), 0.1, 1e-6)),
     Case("AdamW, apart", opt.AdamW(0.05, (0.8, 0.95), 0.02, 1e-6, couple=False)),

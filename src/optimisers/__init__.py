@@ -125,7 +125,7 @@ from optimisers.rules.gradient import (
     SignDecay,
     WeightDecay,
 )
-from optimisers.rules.of_torch import SparseAdam, TorchAdaMax, TorchRMSProp
+from optimisers.rules.of_torch import ASGD, SparseAdam, TorchAdaMax, TorchRMSProp
 from optimisers.rules.sign import Lion
 from optimisers.schedules import (
     Constant,
@@ -159,6 +159,7 @@ from optimisers.tree.path import KeyPath
 if TYPE_CHECKING:
     from optimisers.jax.optax import as_optax, from_optax
     from optimisers.jax.pytree import vmap_axes
+    from optimisers.torch.classes import from_torch_class
     from optimisers.torch.optimizer import TorchOptimizer
 
 __version__ = "0.1.0"
@@ -174,6 +175,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "AMSGrad",
+    "ASGD",
     "AccumGrad",
     "AdaBelief",
     "AdaDelta",
@@ -268,6 +270,7 @@ __all__ = [
     "freeze",
     "freeze_",
     "from_optax",
+    "from_torch_class",
     "full_like",
     "gradients",
     "greater",

@@ -44,6 +44,9 @@ class Rule(Value):
     whole: ClassVar[bool] = False
     """Whether this rule must see the step as it is taken: then it wraps a chain and cannot stand in one."""
 
+    last: ClassVar[bool] = False
+    """Whether this rule must see the step as it is taken, but may be the last one of a chain."""
+
     def init(self, x: Any) -> Any:
         """The state for one array of parameters; by default none, `()`."""
         return ()

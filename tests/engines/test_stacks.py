@@ -274,27 +274,3 @@ def test_other_leaves_of_a_group_under_jit() -> None:
     for i, (x, g) in enumerate(zip(xs, gs, strict=True)):
         own = dataclasses.replace(rule, eta=0.5) if i == 1 else rule
         np.testing.assert_allclose(new[i], x if i == 2 else stepped(x, 0 * x, g, own)[0], atol=3e-6)
-
-
-class Centred(opt.Rule):
-    """Descent without the mean of each row: a value of another shape, complex where the parameters are."""
-
-    eta: float = 0.5
-
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        return state, self.eta * (dx - opt.sum(dx, axis=-1, keepdims=True) / x.shape[-1])
-
-
-@pytest.mark.parametrize("kind", ["complex64", "float32"])
-@pytest.mark.parametrize("name", ["numpy", "jax"])
-def test_stacks_of_complex_values_are_as_wide_as_what_is_written_into_them(name: str, kind: str) -> None:
-    to = np.asarray if name == "numpy" else pytest.importorskip("jax.numpy").asarray
-    rng = np.random.default_rng(0)
-    shapes = [(3, 4), (3, 4), (5, 6), (64, 65)]
-    turn = 1 + 1j if kind == "complex64" else 1
-    model = [(turn * rng.standard_normal(s)).astype(kind) for s in shapes]
-    grads = [(2 * a + 1).astype(kind) for a in model]
-    held = [to(a) for a in model]
-    _, new = opt.update(opt.setup(Centred(), held), held, [to(g) for g in grads])
-    for x, g, found in zip(model, grads, new, strict=True):
-        np.testing.assert_allclose(found, x - 0.5 * (g - g.mean(-1, keepdims=True)), atol=1e-6)

@@ -59,6 +59,16 @@ ALL = ("noisy", "sparse", "scales")
 
 def of_torch() -> Iterator[Case]:
     """Every optimiser of torch that has a rule here."""
+    yield from descents()
+    yield from adams()
+    yield from adaptive()
+
+
+def descents() -> Iterator[Case]:
+    """SGD and ASGD."""
+    for eta, lambd, alpha, t0 in ((0.1, 0.05, 0.75, 1e6), (0.02, 0.3, 0.5, 4.0)):
+        ours: dict[str, Any] = {"eta": eta, "lambd": lambd, "alpha": alpha, "t0": t0}
+        yield "ASGD", {"lr": eta, "lambd": lambd, "alpha": alpha, "t0": t0}, [("ASGD", ours)], ALL[:2]
     for eta, rho in ((0.1, 0.9), (0.01, 0.5), (0.003, 0.0)):
         yield "SGD", {"lr": eta, "momentum": rho}, [("Momentum", {"eta": eta, "rho": rho})], ALL[:2]
     for eta, rho in ((0.1, 0.9), (0.01, 0.5)):
@@ -71,14 +81,17 @@ def of_torch() -> Iterator[Case]:
     decayed: Rules = [("WeightDecay", {"lam": 0.1}), ("Momentum", {"eta": 0.05, "rho": 0.8})]
     yield "SGD", {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.1}, decayed, ALL[:2]
 
+
+def adams() -> Iterator[Case]:
+    """Adam and its kin."""
     for eta, beta, epsilon in (
         (0.001, (0.9, 0.999), 1e-8),
         (0.1, (0.8, 0.95), 1e-6),
         (0.02, (0.0, 0.9), 1e-3),
         (0.05, (0.95, 0.9), 1e-10),
     ):
-        theirs = {"lr": eta, "betas": beta, "eps": epsilon}
-        ours = {"eta": eta, "beta": beta, "epsilon": epsilon}
+        theirs: dict[str, Any] = {"lr": eta, "betas": beta, "eps": epsilon}
+        ours: dict[str, Any] = {"eta": eta, "beta": beta, "epsilon": epsilon}
         yield "Adam", theirs, [("Adam", ours)], ALL
         yield "Adam", theirs | {"amsgrad": True}, [("TorchAMSGrad", ours)], ALL
         yield "NAdam", theirs, [("TorchNAdam", ours)], ALL
@@ -97,10 +110,13 @@ def of_torch() -> Iterator[Case]:
         yield "Adamax", theirs, [("TorchAdaMax", ours)], ALL
         yield "Adamax", theirs | {"eps": 0.0}, [("AdaMax", ours | exact)], ("noisy", "late zeros", "scales")
 
+
+def adaptive() -> Iterator[Case]:
+    """Those with a step size for each element."""
     for eta, rho, epsilon in ((0.001, 0.9, 1e-8), (0.01, 0.99, 1e-8), (0.1, 0.5, 1e-3)):
         for centred in (False, True):
-            theirs = {"lr": eta, "alpha": rho, "eps": epsilon, "centered": centred}
-            ours = {"eta": eta, "rho": rho, "epsilon": epsilon, "centred": centred}
+            theirs: dict[str, Any] = {"lr": eta, "alpha": rho, "eps": epsilon, "centered": centred}
+            ours: dict[str, Any] = {"eta": eta, "rho": rho, "epsilon": epsilon, "centred": centred}
             yield "RMSprop", theirs, [("RMSProp", ours)], ALL
             yield "RMSprop", theirs | {"momentum": 0.8}, [("TorchRMSProp", ours | {"mu": 0.8})], ALL[:2]
 

@@ -43,6 +43,7 @@ RULES = (
     Runner("AdamW-apart", opt.AdamW(0.01, couple=False)),
     Runner("RMSProp-torch", opt.TorchRMSProp(0.0005, 0.9)),
     Runner("AdaMax-torch", opt.TorchAdaMax(0.02)),
+    Runner("ASGD", opt.ASGD(0.1, 1e-9)),
     Runner("SparseAdam", opt.SparseAdam(0.01)),
     Runner("Maximise", opt.Chain(opt.Maximise(), opt.Maximise(), opt.Adam(0.01))),
     Runner("RAdam", opt.RAdam(0.01)),

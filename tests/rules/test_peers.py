@@ -21,7 +21,7 @@ PEERS: dict[str, Any] = json.loads(
 ROWS: list[dict[str, Any]] = PEERS["rows"]
 
 OF_TORCH = {
-    "SGD", "Momentum", "Nesterov", "WeightDecay", "Maximise", "DecoupledDecay",
+    "SGD", "ASGD", "Momentum", "Nesterov", "WeightDecay", "Maximise", "DecoupledDecay",
     "Adam", "AdamW", "TorchAMSGrad", "TorchNAdam", "TorchRAdam",
     "AdaMax", "TorchAdaMax", "RMSProp", "TorchRMSProp", "TorchAdaGrad", "AdaDelta", "Rprop",
 }  # fmt: skip

@@ -68,7 +68,10 @@ BACKENDS: dict[str, Backend] = {
             "optimisers.arrays.torch:library",
             containers={"torch": "optimisers.tree.modules_torch"},
             hooks="optimisers.torch.compiler:HOOKS",
-            public={"TorchOptimizer": "optimisers.torch.optimizer"},
+            public={
+                "TorchOptimizer": "optimisers.torch.optimizer",
+                "from_torch_class": "optimisers.torch.classes",
+            },
         ),
         Backend(
             "jax",

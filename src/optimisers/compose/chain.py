@@ -38,6 +38,13 @@ class Chain(Rule):
                     f"Chain was given {rule!r}; it takes rules, such as Chain(ClipGrad(), Adam()){hint}"
                 )
 
+        for rule in self.rules[:-1]:
+            for part in parts(rule):
+                if isinstance(part, Rule) and part.last:
+                    raise BadSetting(
+                        f"Chain was given a {type(part).__name__} before other rules; it averages the "
+                        f"parameters that a step leads to: write it last, Chain(..., {type(part).__name__}())"
+                    )
         wrappers = [
             part for rule in self.rules for part in parts(rule) if isinstance(part, Rule) and part.whole
         ]

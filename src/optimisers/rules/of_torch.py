@@ -1,9 +1,9 @@
 """Formulas of torch.optim that are written nowhere else."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from optimisers.arrays.protocol import Array
-from optimisers.ops import abs2, abs_, ema, maximum, real_zeros_like, sqrt, zeros_like
+from optimisers.ops import abs2, abs_, copy, ema, landing, maximum, real_zeros_like, sqrt, where, zeros_like
 from optimisers.rule import Rule, in_unit_interval, not_negative, static
 from optimisers.rules.adam import AdaMaxState, AdamState, adam_state, check_moments, moments
 
@@ -105,3 +105,43 @@ class SparseAdam(Rule):
         new, _, _ = moments(self.beta, state, dx)
         rate = self.eta * sqrt(new.weight[1]) / new.weight[0]
         return new, rate * new.m / (sqrt(new.v) + self.epsilon)
+
+
+class ASGDState(NamedTuple):
+    average: Any
+    """The mean of the parameters since step t0."""
+    t: Any
+    """How many steps were taken."""
+    rate: Any
+    """The rate of the next step, made after the last one."""
+
+
+class ASGD(Rule):
+    """Descent whose rate falls by itself, with decay, and the mean of where it led: dx' = r (dx + lambd x),
+    r = eta / (1 + lambd eta t)^alpha.
+
+    Polyak & Juditsky, "Acceleration of stochastic approximation by averaging", 1992, as torch.optim.ASGD: the
+    rate of a step is made after the step before, so a new eta counts one step late. The mean begins after
+    step `t0`; `averaged(state, model)` is the model with it. In a chain it stands last.
+    """
+
+    last: ClassVar[bool] = True
+
+    eta: float = 0.01
+    lambd: float = 1e-4
+    alpha: float = 0.75
+    t0: float = 1e6
+
+    def init(self, x: Array) -> ASGDState:
+        return ASGDState(copy(x), 0, 0.0)
+
+    def apply(self, state: ASGDState, x: Array, dx: Array) -> Any:
+        rate = where(state.t == 0, self.eta, state.rate)
+        step = rate * (dx + self.lambd * x)
+        share = 1 / maximum(state.t - self.t0, 1)
+        average = ema(1 - share, state.average, landing(x, step))
+        t = state.t + 1
+        return ASGDState(average, t, self.eta / (1 + self.lambd * self.eta * t) ** self.alpha), step
+
+    def evaluate(self, state: ASGDState, x: Array) -> Any:
+        return state.average

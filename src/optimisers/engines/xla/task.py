@@ -110,18 +110,15 @@ def call_of(step: Step, p: Pass, part: Bundles, among: Together) -> dict[str, li
     table, row = step.scalars.near.symbols(p.scalars)
     leaves = among.leaves
     stored = [name for name, _ in p.stores]
-    stacked = stacked_by(p)
-    single = [name for name in dict.fromkeys([*p.loads, *stored]) if name not in stacked]
-    held = {name: arrays_of(step, name, part, among.leaves) for name in single}
-    held |= {name: among.forms(stacked[name]) for name in stored if name in stacked}
+    held = {name: arrays_of(step, name, part, among) for name in dict.fromkeys([*p.loads, *stored])}
     names = [*p.loads, *(f"f{j}" for j in range(len(p.free)))]
     held |= {f"f{j}": among.spread(e) for j, e in enumerate(p.free)}
     given = [a for name in names for a in held[name]]
     counts = [len(held[name]) for name in names]
     kinds = tuple((name, [(a.shape, a.dtype) for a in held[name]]) for name in stored)
-    alone, each = among.alone.counts(names, counts), among.alone.kinds(kinds)
+    single, each = among.alone.counts(names, counts), among.alone.kinds(kinds)
     plain: Any = functools.partial(
-        _evaluated, p, step.wide, names, alone, each, row, part, leaves, step.shapes
+        _evaluated, p, step.wide, names, single, each, row, part, leaves, step.shapes
     )
     if p.free or p.fills:
         plain = functools.partial(among.alone.evaluated, plain, names, counts, stored)
@@ -129,18 +126,14 @@ def call_of(step: Step, p: Pass, part: Bundles, among: Together) -> dict[str, li
     return {name: [next(out) for _ in like] for name, like in kinds}
 
 
-def stacked_by(p: Pass) -> dict[str, Expr]:
-    """The values that a pass reads and writes in stacks, by name."""
-    read = {f"f{j}": e for j, e in enumerate(p.free)}
-    return read | {name: e for name, e in p.stores if name.startswith("w")}
-
-
-def arrays_of(step: Step, name: str, part: Bundles, leaves: list[int]) -> list[Any]:
-    """The arrays behind a name: parameters and gradients leaf by leaf, state by buffer."""
+def arrays_of(step: Step, name: str, part: Bundles, among: Together) -> list[Any]:
+    """The arrays behind a name: parameters and gradients leaf by leaf, state by buffer, stacks by shape."""
     if name == "x":
-        return [step.xs[i] for i in leaves]
+        return [step.xs[i] for i in among.leaves]
     if name.startswith("d"):
-        return [step.grads[number_of(name)][i] for i in leaves]
+        return [step.grads[number_of(name)][i] for i in among.leaves]
+    if name.startswith("w"):
+        return among.forms()
     pack = step.slots[number_of(name)]
     return [pack.buffers[_buffer(pack, unit[0])] for unit in part]
 
@@ -184,24 +177,24 @@ def fast(
     options = {
         "outputs": [jax.ShapeDtypeStruct(a.shape, a.dtype) for name in stored for a in held[name]],
         "aliases": aliases,
-        "places": buffers_of(step, p, base, part, among),
+        "places": buffers_of(step, base, part, among),
         "row": np.asarray(row)[leaves],
         "sizes": np.asarray(step.sizes)[leaves],
     }
     return ffi.with_fallback(functools.partial(_launched, source, options), plain)
 
 
-def buffers_of(step: Step, p: Pass, base: dict[str, int], part: Bundles, among: Together) -> Any:
+def buffers_of(step: Step, base: dict[str, int], part: Bundles, among: Together) -> Any:
     """(buffer, byte offset) of the arrays of a kernel for every leaf; `base`: first buffer of each."""
     leaves = among.leaves
     found = np.zeros((len(base), len(leaves), 2), np.int64)
-    position, stacked = {i: k for k, i in enumerate(leaves)}, stacked_by(p)
+    position = {i: k for k, i in enumerate(leaves)}
     for c, (name, first) in enumerate(base.items()):
         if name == "x" or name.startswith("d"):
             found[c, :, 0] = first + np.arange(len(leaves))
             continue
-        if name in stacked:
-            found[c] = among.places(stacked[name], first)
+        if name.startswith(("f", "w")):
+            found[c] = among.places(first)
             continue
         pack = step.slots[number_of(name)]
         for u, unit in enumerate(part):
@@ -224,15 +217,14 @@ def reduce(step: Step, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any] 
         return None
     part = units(step)
     among = Together(step, leaves)
-    held = {name: arrays_of(step, name, part, leaves) for name in p.loads}
+    held = {name: arrays_of(step, name, part, among) for name in p.loads}
     table, row = step.scalars.near.symbols(p.scalars)
     first, _ = _firsts({name: len(held[name]) for name in p.loads})
-    base = {name: first[name] for name in columns(p, inplace=True)}
     ops = [r.op for r in p.reductions]
     options = {
         "outputs": [],
         "aliases": {},
-        "places": buffers_of(step, p, base, part, among),
+        "places": buffers_of(step, {name: first[name] for name in columns(p, inplace=True)}, part, among),
         "row": np.asarray(row),
         "sizes": np.asarray(step.sizes),
         "sums": len(ops),

@@ -43,23 +43,21 @@ class Together:
         for e, f in zip(what.wanted, outputs, strict=True):
             self.stacks.found[id(e)] = [f]
 
-    def forms(self, e: Expr) -> list[Any]:
-        """The stacks of a value that a pass writes, one for each shape."""
-        kind = self.stacks.kind(e)
-        return [jax.ShapeDtypeStruct((len(b.leaves), *b.shape), kind) for b in self.batch.buckets]
+    def forms(self) -> list[Any]:
+        """The stacks that a pass writes, one for each shape."""
+        real = self.stacks.real
+        return [jax.ShapeDtypeStruct((len(b.leaves), *b.shape), real) for b in self.batch.buckets]
 
     def spread(self, e: Expr) -> list[Any]:
-        """A value as stacks of the shape of x, in the type in which a kernel reads it."""
+        """A value as stacks of the shape of x."""
         (found,) = self.stacks.found[id(e)]
-        kind = self.stacks.kind(e)
-        return [self.stacks.widened(bucket, stack).astype(kind) for bucket, stack in found.stacks]
+        return [self.stacks.widened(bucket, stack) for bucket, stack in found.stacks]
 
-    def places(self, e: Expr, first: int) -> Indices:
-        """(buffer, byte in it) of every leaf, in the stacks of a value of which the first is this buffer."""
-        kind = self.stacks.kind(e)
+    def places(self, first: int) -> Indices:
+        """(buffer, byte in it) of every leaf, in stacks of which the first is this buffer."""
         found = np.zeros((len(self.leaves), 2), np.int64)
         for b, (bucket, at) in enumerate(zip(self.batch.buckets, self.alone.at, strict=True)):
-            each = math.prod(bucket.shape) * kind.itemsize
+            each = math.prod(bucket.shape) * self.stacks.real.itemsize
             found[at, 0] = first + b
             found[at, 1] = each * np.arange(len(at))
         return found
