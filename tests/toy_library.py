@@ -1,5 +1,6 @@
 """An array library from outside, in one file: arrays that are none of NumPy, and what they answer."""
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from typing import Any, final
@@ -9,6 +10,10 @@ import numpy as np
 import optimisers as opt
 from optimisers.arrays.numpylike import operations
 from optimisers.arrays.protocol import Library, Run, Scalar, Shape
+from optimisers.arrays.registry import Plug
+from optimisers.engines import interpret
+from optimisers.engines.task import Step
+from optimisers.state.group import Group
 
 Host = np.ndarray[Any, np.dtype[Any]]
 
@@ -152,4 +157,19 @@ class ToyLibrary(Library[Toy, np.dtype[Any]]):
         return Toy(np.zeros(shape, dtype))
 
 
-BACKEND = opt.Backend("toys", (__name__,), ToyLibrary())
+def _refusal(group: Group) -> str:
+    return "" if group.kind.dtype == np.float32 else f"toys of {group.kind.dtype}"
+
+
+def _begin(step: Step) -> None:
+    began.append(step.leaves)
+    interpret.ENGINE.begin(step)
+
+
+began: list[int] = []
+"""How many leaves each step of the engine of toys had."""
+
+ENGINE = dataclasses.replace(interpret.ENGINE, name="toybox", refusal=_refusal, begin=_begin)
+"""An engine from outside: the interpreter, for toys of float32 alone."""
+
+BACKEND = opt.Backend("toys", (__name__,), ToyLibrary(), engines=(Plug("toybox", ENGINE),))

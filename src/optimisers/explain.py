@@ -179,8 +179,9 @@ def kernel(rule: Rule, dtype: object = "float32", *, inplace: bool = True, engin
     Raises TraceError if the rule cannot be traced, BadState if it is no rule or cannot be printed as a
     kernel, BadSetting for another engine.
     """
-    if engine not in choose.FUSED:
-        names = " or ".join(map(repr, choose.FUSED))
+    printers = {name: plug for name, plug in choose.named().items() if plug.prints}
+    if engine not in printers:
+        names = " or ".join(map(repr, printers))
         raise BadSetting(f"kernel was given engine={engine!r}; it takes {names}")
     if not isinstance(rule, Rule):
         raise BadState(f"kernel takes a rule, such as Adam(); {rule!r} was given")
@@ -192,7 +193,8 @@ def kernel(rule: Rule, dtype: object = "float32", *, inplace: bool = True, engin
     shape = Shape.of(x)
     (group,) = grouped([(0, rule, started(rule, x, "x"))], [shape])
     name = shape.library.type_name(shape.dtype)
-    printed = importlib.import_module(choose.FUSED[engine].module).printed
+    printed = choose.engine_of(printers[engine]).printed
+    assert printed is not None
     try:
         texts = [
             legend(p) + printed(group.program, p, name, inplace=inplace)

@@ -10,7 +10,7 @@ import pytest
 import optimisers as opt
 from optimisers.arrays import registry
 from tests.table import TABLE, Row
-from tests.toy_library import BACKEND, Toy, ToyLibrary
+from tests.toy_library import BACKEND, Toy, ToyLibrary, began
 from tests.worlds import arrays_of, close, gradients_of, leaves, trained
 
 ROOT = Path(opt.__file__).parents[2]
@@ -157,6 +157,23 @@ def test_state_is_shown_and_explained() -> None:
     assert "engine interpret" in str(opt.explain(state))
     assert "m=float64[2, 2]" in str(state)
     assert type(leaves(state)[0].state.m) is Toy
+
+
+def test_its_own_engine_steps_what_it_does_not_refuse() -> None:
+    narrow = Toy(np.ones(3, np.float32))
+    given = {"w": narrow, "b": Toy(np.ones(3))}
+    state = opt.setup(opt.Descent(0.5), given)
+    began.clear()
+
+    _, new = opt.update(state, given, given)
+
+    assert began == [1]
+    assert [x.held.tolist() for x in (new["w"], new["b"])] == [[0.5] * 3] * 2
+    assert "engine toybox:" in str(opt.explain(state))
+    assert "engine interpret (toys of float64)" in str(opt.explain(state))
+    opt.setup(opt.Descent(0.5), narrow, engine="toybox")
+    with pytest.raises(opt.BadSetting, match="engine='toybox' cannot run this model: toys of float64"):
+        opt.setup(opt.Descent(0.5), given, engine="toybox")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,36 @@ class Hooks:
 
 
 @dataclass(frozen=True)
+class Plug:
+    """Where an engine is found: it is imported when a group may need it."""
+
+    name: str
+    """What users call it."""
+    engine: object
+    """An `optimisers.engines.task.Engine`, or `module:attribute` of one."""
+    devices: tuple[str, ...] = ("",)
+    """How the names of its devices begin."""
+    needs: tuple[str, str] | None = None
+    """(a package without which its module cannot be imported, what is said then)."""
+    asked: bool = True
+    """Whether users may ask for it by name."""
+    prints: bool = False
+    """Whether it runs kernels that it prints."""
+    symbolic: bool = False
+    """Whether it takes steps that somebody follows."""
+
+
+NUMBA = Plug("numba", "optimisers.engines.cpu.task:ENGINE", devices=("cpu",), prints=True)
+TRITON = Plug(
+    "triton",
+    "optimisers.engines.cuda.task:ENGINE",
+    devices=("cuda",),
+    needs=("torch", "Triton is driven through PyTorch, which is not installed"),
+    prints=True,
+)
+
+
+@dataclass(frozen=True)
 class Backend:
     """All that this package knows of an array library, in one record.
 
@@ -54,6 +84,8 @@ class Backend:
     containers: Mapping[str, str] = field(default_factory=dict[str, str])
     """Package of model classes -> the module whose `container_of(kind)` knows them."""
     hooks: str | Hooks = field(default_factory=Hooks)
+    engines: tuple[Plug, ...] = ()
+    """What steps its arrays, the fastest first; the interpreter comes last for all."""
     public: Mapping[str, str] = field(default_factory=dict[str, str])
     """Names of the root of this package that need the library -> their modules."""
 
@@ -61,13 +93,14 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
-        Backend("numpy", ("numpy",), "optimisers.arrays.numpy:library"),
+        Backend("numpy", ("numpy",), "optimisers.arrays.numpy:library", engines=(NUMBA,)),
         Backend(
             "torch",
             ("torch",),
             "optimisers.arrays.torch:library",
             containers={"torch": "optimisers.tree.modules_torch"},
             hooks="optimisers.torch.compiler:HOOKS",
+            engines=(NUMBA, TRITON),
             public={
                 "TorchOptimizer": "optimisers.torch.optimizer",
                 "from_torch_class": "optimisers.torch.classes",
@@ -79,13 +112,22 @@ BACKENDS: dict[str, Backend] = {
             "optimisers.arrays.jax:library",
             containers={"flax": "optimisers.tree.modules_jax", "equinox": "optimisers.tree.modules_jax"},
             hooks="optimisers.jax.pytree:HOOKS",
+            engines=(
+                Plug("numba", "optimisers.engines.xla.task:KERNELS"),
+                Plug("xla", "optimisers.engines.xla.task:OPERATIONS", asked=False, symbolic=True),
+            ),
             public={
                 "as_optax": "optimisers.jax.optax",
                 "from_optax": "optimisers.jax.optax",
                 "vmap_axes": "optimisers.jax.pytree",
             },
         ),
-        Backend("cupy", ("cupy",), "optimisers.arrays.cupy:library"),
+        Backend(
+            "cupy",
+            ("cupy",),
+            "optimisers.arrays.cupy:library",
+            engines=(TRITON, Plug("cupy.fuse", "optimisers.engines.cupy:ENGINE", asked=False)),
+        ),
     )
 }
 """Library -> all that is known of it. Nowhere else stands which module serves which library."""
@@ -94,8 +136,8 @@ BACKENDS: dict[str, Backend] = {
 def register_backend(backend: Backend) -> None:
     """Let arrays of another library be trained: a record that names its types and what they answer.
 
-    Its `arrays` is an instance of a subclass of `optimisers.arrays.protocol.Library`. Raises BadSetting if
-    another back end has its name or one of its packages.
+    Its `arrays` is an instance of a subclass of `optimisers.arrays.protocol.Library`; its `engines` run its
+    steps where they do not refuse. Raises BadSetting if another back end has its name or one of its packages.
     """
     if not isinstance(backend, Backend):
         raise BadSetting(f"register_backend takes a Backend; {backend!r} is not one")

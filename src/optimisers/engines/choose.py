@@ -3,9 +3,10 @@
 """
 
 import dataclasses
-import importlib
 import importlib.util
 
+from optimisers.arrays import registry
+from optimisers.arrays.registry import TRITON, Plug
 from optimisers.engines import interpret
 from optimisers.engines.task import Engine
 from optimisers.errors import BadSetting
@@ -30,61 +31,33 @@ class Choice:
         return self.refusals[-1][1] if self.refusals else ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Plug:
-    """Where an engine is found: its module is imported when a group may need it."""
-
-    name: str
-    """What users call it."""
-    module: str
-    value: str = "ENGINE"
-    devices: tuple[str, ...] = ("",)
-    """How the names of its devices begin."""
-    needs: tuple[str, str] | None = None
-    """(a package without which its module cannot be imported, what is said then)."""
-
-    @property
-    def loaded(self) -> Engine:
-        """The engine itself."""
-        return getattr(importlib.import_module(self.module), self.value)
-
-    def refusal(self, group: Group) -> str:
-        """Why it does not take a group; empty if it does."""
-        if self.needs is not None and importlib.util.find_spec(self.needs[0]) is None:
-            return self.needs[1]
-        return self.loaded.refusal(group)
-
-    def serves(self, group: Group) -> bool:
-        """Whether it is made for the device of a group."""
-        return group.kind.device.startswith(self.devices)
+def plugs(group: Group) -> tuple[Plug, ...]:
+    """The engines of the library of a group, the fastest first."""
+    return registry.BACKENDS[group.kind.name].engines
 
 
-NUMBA = Plug("numba", "optimisers.engines.cpu.task", devices=("cpu",))
-TRITON = Plug(
-    "triton",
-    "optimisers.engines.cuda.task",
-    devices=("cuda",),
-    needs=("torch", "Triton is driven through PyTorch, which is not installed"),
-)
+def named() -> dict[str, Plug]:
+    """Those that users may ask for, by name; of several libraries' engines of one name the first."""
+    found: dict[str, Plug] = {}
+    for backend in registry.BACKENDS.values():
+        for plug in backend.engines:
+            if plug.asked:
+                found.setdefault(plug.name, plug)
+    return found
 
-ENGINES: dict[str, tuple[Plug, ...]] = {
-    "numpy": (NUMBA,),
-    "torch": (NUMBA, TRITON),
-    "cupy": (TRITON, Plug("cupy.fuse", "optimisers.engines.cupy")),
-    "jax": (
-        Plug("numba", "optimisers.engines.xla.task", "KERNELS"),
-        Plug("xla", "optimisers.engines.xla.task", "OPERATIONS"),
-    ),
-}
-"""Array library -> its engines, the fastest first; the interpreter comes last for all."""
 
-SYMBOLIC = {"jax": ENGINES["jax"][-1]}
-"""Array library -> its engine for steps that somebody follows."""
+def engine_of(plug: Plug) -> Engine:
+    """The engine itself, imported now."""
+    found = registry.load(plug.engine) if isinstance(plug.engine, str) else plug.engine
+    assert isinstance(found, Engine)
+    return found
 
-FUSED = {plug.name: plug for plug in (NUMBA, TRITON)}
-"""The engines that print kernels, by name."""
 
-NAMES = (*FUSED, interpret.NAME)
+def refusal(plug: Plug, group: Group) -> str:
+    """Why an engine does not take a group; empty if it does."""
+    if plug.needs is not None and importlib.util.find_spec(plug.needs[0]) is None:
+        return plug.needs[1]
+    return engine_of(plug).refusal(group)
 
 
 def choice_for(group: Group, wanted: str | None) -> Choice:
@@ -99,43 +72,45 @@ def engine_for(group: Group, wanted: str | None, *, symbolic: bool) -> Engine:
     """The engine of a step; where somebody follows it, one that only uses functions of the array library."""
     if not symbolic:
         return choice_for(group, wanted).engine
-    plug = SYMBOLIC.get(group.kind.name)
-    return interpret.ENGINE if plug is None else plug.loaded
+    found = [p for p in plugs(group) if p.symbolic]
+    return engine_of(found[0]) if found else interpret.ENGINE
 
 
 def _choose(group: Group, wanted: str | None) -> Choice:
-    if wanted not in (None, *NAMES):
-        raise BadSetting(f"engine={wanted!r}; it takes {', '.join(map(repr, NAMES))}, or None to choose")
+    names = (*named(), interpret.NAME)
+    if wanted not in (None, *names):
+        raise BadSetting(f"engine={wanted!r}; it takes {', '.join(map(repr, names))}, or None to choose")
     if group.kind.capturable:
         return _captured(group, wanted)
     if wanted == interpret.NAME:
         return Choice(interpret.ENGINE, (("", "asked for"),))
-    if wanted is not None and group.kind.name != "jax":
+    if wanted is not None:
         return _wanted(group, wanted)
     refusals: list[tuple[str, str]] = []
-    for plug in ENGINES.get(group.kind.name, ()):
-        if plug.serves(group):
-            why = plug.refusal(group)
+    for plug in plugs(group):
+        if group.kind.device.startswith(plug.devices):
+            why = refusal(plug, group)
             if not why:
-                return Choice(plug.loaded, tuple(refusals))
+                return Choice(engine_of(plug), tuple(refusals))
             refusals.append((plug.name, why))
     return Choice(interpret.ENGINE, tuple(refusals))
 
 
 def _wanted(group: Group, wanted: str) -> Choice:
     """The engine that was asked for; raises BadSetting if it does not take the group."""
-    plug = FUSED[wanted]
-    if why := plug.refusal(group):
+    own = {p.name: p for p in plugs(group)}
+    plug = own.get(wanted) or named()[wanted]
+    if why := refusal(plug, group):
         raise BadSetting(f"engine={wanted!r} cannot run this model: {why}")
-    return Choice(plug.loaded, ())
+    return Choice(engine_of(plug), ())
 
 
 def _captured(group: Group, wanted: str | None) -> Choice:
     """The engine for a state that lives on its device; raises BadSetting if it does not take the group."""
-    why = TRITON.refusal(group) if wanted in (None, TRITON.name) else f"engine={wanted!r}"
+    why = refusal(TRITON, group) if wanted in (None, TRITON.name) else f"engine={wanted!r}"
     if why:
         raise BadSetting(
             f"capturable=True cannot run this model: {why}; it takes float16, bfloat16, float32 and float64 "
             "on a CUDA device, and the engine 'triton'"
         )
-    return Choice(TRITON.loaded, ())
+    return Choice(engine_of(TRITON), ())

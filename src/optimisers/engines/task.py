@@ -14,8 +14,9 @@ from optimisers.engines.memory import Known, Spans, merged
 from optimisers.engines.totals import Totals, on_host
 from optimisers.errors import BadState, DomainError, TraceError
 from optimisers.graph.expr import Expr
-from optimisers.graph.passes import stages
+from optimisers.graph.passes import Pass, stages
 from optimisers.graph.scalars import Scalars, Table, counters
+from optimisers.graph.trace import Program
 from optimisers.state.buffers import Indices, Pack
 from optimisers.state.group import Group
 from optimisers.state.memo import Subset
@@ -85,6 +86,14 @@ class Engine:
     """The engine to fall back on."""
     keeps_totals: bool = False
     """Whether totals stay where they were computed."""
+    printed: "Printed | None" = None
+    """The source of its kernels."""
+
+
+class Printed(Protocol):
+    """Prints the source of one pass, for gradients of the type of the parameters; raises Unprintable."""
+
+    def __call__(self, program: Program, p: Pass, dtype: str, /, *, inplace: bool) -> str: ...
 
 
 class StepScalars(Protocol):

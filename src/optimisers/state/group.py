@@ -41,7 +41,7 @@ class Shape:
     packed: bool = False
     """Whether small ones of them share a vector all the same, since the user wanted that."""
     kernels: bool = True
-    """Whether compiled kernels may run: no engine was asked for. Whether they can is seen where a step is
+    """Whether compiled kernels may run: nothing else was asked for. Whether they can is seen where a step is
     compiled.
     """
     capturable: bool = False
@@ -64,7 +64,7 @@ class Shape:
             library.device(x),
             loose,
             packed,
-            engine is None,
+            engine in (None, "numba"),
             capturable,
         )
 

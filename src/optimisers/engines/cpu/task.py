@@ -133,5 +133,15 @@ def gathered(op: str, partial: Any, leaf: Indices, leaves: int) -> Any:
     return out
 
 
-ENGINE = Engine(NAME, refusal, begin, reduce, prepare, addressed.spans, addressed.separate, addressed.finish)
+ENGINE = Engine(
+    NAME,
+    refusal,
+    begin,
+    reduce,
+    prepare,
+    addressed.spans,
+    addressed.separate,
+    addressed.finish,
+    printed=printed,
+)
 """Leaves of one group, on their way through compiled kernels."""

@@ -261,5 +261,6 @@ ENGINE = Engine(
     addressed.separate,
     finish,
     keeps_totals=True,
+    printed=printed,
 )
 """Leaves of one group, on their way through kernels on their device."""
