@@ -1,19 +1,86 @@
 """What does a parameter group of torch say of a rule? The names of settings there, and their values."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import torch
 
 from optimisers.errors import BadSetting, BadState
 from optimisers.rule import Rule
-from optimisers.rules.descent import Momentum, Nesterov
-from optimisers.settings import ELSEWHERE, adjustable, adjusted, numbers, settings, skeleton
+from optimisers.rules.adam import AdamW, AMSGrad, TorchAMSGrad
+from optimisers.rules.adaptive import RMSProp, Rprop
+from optimisers.rules.descent import SGD, Momentum, Nesterov
+from optimisers.rules.gradient import DecoupledDecay, Maximise
+from optimisers.rules.of_torch import TorchRMSProp
+from optimisers.settings import (
+    ELSEWHERE,
+    Value,
+    adjustable,
+    adjusted,
+    fields,
+    inner,
+    numbers,
+    replaced,
+    settings,
+    skeleton,
+)
 from optimisers.settings import parts as parts_of_value
+from optimisers.torch.classes import chained, plain
 from optimisers.tree.path import KeyPath, matches
 
-TORCH_NAMES = {"beta": "betas", "epsilon": "eps", "lam": "weight_decay"}
-"""Settings that stand in a group under torch's name too, where schedulers and trainers look for them."""
+TORCH_NAMES = {
+    "eta": "lr",
+    "beta": "betas",
+    "epsilon": "eps",
+    "lam": "weight_decay",
+    "psi": "momentum_decay",
+    "decay": "lr_decay",
+}
+"""Settings that stand in a group under torch's name too, where schedulers and trainers look for them; `eta`
+under that name alone.
+"""
+
+OWN_NAMES: dict[type, dict[str, str]] = {
+    Momentum: {"rho": "momentum"},
+    Nesterov: {"rho": "momentum"},
+    SGD: {"rho": "momentum"},
+    RMSProp: {"rho": "alpha"},
+    TorchRMSProp: {"rho": "alpha", "mu": "momentum"},
+    Rprop: {"ell": "etas", "gamma": "step_sizes"},
+}
+"""The same for settings that mean something else elsewhere."""
+
+FLAGS = {
+    "amsgrad": "take TorchAMSGrad",
+    "nesterov": "take SGD(eta, rho, nesterov=True)",
+    "centered": "take RMSProp(centred=True)",
+    "decoupled_weight_decay": "take AdamW, or DecoupledDecay(lam, couple=True) behind the rule",
+    "differentiable": "write optimisers.update, whose steps autograd follows",
+    "capturable": "write TorchOptimizer(params, rule, capturable=True)",
+    "dampening": "take SGD(eta, rho, dampening)",
+    "momentum_decay": "take TorchNAdam(psi=...)",
+    "lr_decay": "take TorchAdaGrad(decay=...)",
+    "initial_accumulator_value": "take TorchAdaGrad(start=...)",
+    "maximize": "put Maximise() first in the chain",
+}
+"""Keys of torch's groups that are a rule of its own here, or no matter of groups -> what to write."""
+
+
+SAID_BY = {
+    "maximize": Maximise,
+    "amsgrad": (AMSGrad, TorchAMSGrad),
+    "decoupled_weight_decay": (AdamW, DecoupledDecay),
+}
+"""Flags that are the kind of a rule."""
+
+
+def torch_names(part: Value) -> dict[str, str]:
+    """The settings of a rule itself that torch has too -> their names there. Decay that does not follow the
+    rate has no name in torch.
+    """
+    apart = isinstance(part, AdamW | DecoupledDecay) and not part.couple
+    names = {**TORCH_NAMES, **OWN_NAMES.get(type(part), {})}
+    return {
+        name: names[name] for name, _ in settings(part) if name in names and not (apart and name == "lam")
+    }
 
 
 def known(rule: Rule, name: str) -> bool:
@@ -21,35 +88,68 @@ def known(rule: Rule, name: str) -> bool:
     return field_of(rule, name) in adjustable(rule)
 
 
-def fields_of(rule: Rule, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Settings of a group as the fields of the rule; those of other tools are left alone."""
-    found: dict[str, Any] = {}
+def told(rule: Rule, given: Mapping[str, Any], where: str) -> Rule:
+    """The rule with the settings of a group; those of other tools are left alone.
+
+    A `weight_decay`, which every class of torch has, is added where the rule lacks it: behind the rule, times
+    its rate. Raises BadSetting for what torch knows and this rule does not.
+    """
+    given = {name: plain(value) for name, value in given.items()}
+    changes: dict[str, Any] = {}
     for name, value in given.items():
-        if known(rule, name):
-            found[field_of(rule, name)] = plain(value)
-        elif name in ELSEWHERE and not _nothing(value):
-            raise BadSetting(
-                f"{where} sets {name}={value!r}, and {rule!r} has no such setting; it has "
-                f"{', '.join(defaults_of(rule))}"
-            )
-    return found
+        if field_of(rule, name) == "eta" and any(isinstance(part, Rprop) for part in parts_of_value(rule)):
+            rule = within(rule, Rprop, lambda part, eta=value: remade(part, eta=eta))
+        elif known(rule, name):
+            changes[field_of(rule, name)] = value
+        elif name == "weight_decay" and not _nothing(value):
+            rule = _decaying(rule, value, where)
+        elif name == "weight_decay" and value is not None and "lam" in adjustable(rule):
+            changes["lam"] = value
+        elif name in ELSEWHERE or name in FLAGS:
+            _refuse(rule, name, value, where)
+    return adjusted(rule, changes)
+
+
+def _decaying(rule: Rule, lam: Any, where: str) -> Rule:
+    if "lam" in adjustable(rule):
+        raise BadSetting(
+            f"{where} sets weight_decay={lam!r}, which is times the rate, and the decay of {rule!r} is not; "
+            "write lam=, or couple=True in the rule"
+        )
+    if "eta" not in adjustable(rule):
+        raise BadSetting(f"{where} sets weight_decay={lam!r}, and {rule!r} has no rate that it could follow")
+    return followed(rule, DecoupledDecay(lam, couple=True))
+
+
+def _refuse(rule: Rule, name: str, value: Any, where: str) -> None:
+    """Raise BadSetting for a setting that torch has and the rule has not, where it says something."""
+    listed = list(parts_of_value(rule))
+    here = {"centered": "centred", "initial_accumulator_value": "start"}.get(name, name)
+    has = [getattr(part, here) for part in listed if hasattr(part, here)]
+    has += [True for part in listed if isinstance(part, SAID_BY.get(name, ()))]
+    if value in has or (_nothing(value) and not any(has)):
+        return
+    hint = f"; {FLAGS[name]}" if name in FLAGS else ""
+    raise BadSetting(
+        f"{where} sets {name}={value!r}, and {rule!r} has no such setting; it has "
+        f"{', '.join(defaults_of(rule))}{hint}"
+    )
 
 
 def defaults_of(rule: Rule | None, clock: int = 0) -> dict[str, Any]:
     """The settings of a rule as a group holds them: the first of each name among the rules it is made of, and
-    schedules by their present value.
+    schedules by their present value. Torch's name comes after ours: it counts where both were changed.
     """
-    found: dict[str, Any] = {}
+    found: set[str] = set()
+    shown: dict[str, Any] = {}
     for part in parts_of_value(rule):
+        names, numbers = torch_names(part), {f.name for f in fields(part) if f.kind is not None}
         for name, value in settings(part):
-            if name not in adjustable(part) or name in found:
-                continue
-            found[name] = _at(plain(value), clock)
-            if name in TORCH_NAMES:
-                found[TORCH_NAMES[name]] = found[name]
-            elif name == "rho" and isinstance(part, Momentum | Nesterov):
-                found["momentum"] = found[name]
-    return {("lr" if name == "eta" else name): value for name, value in found.items()}
+            if (name in numbers or name == "eta") and name not in found:
+                found.add(name)
+                keys = (name, names.get(name, name)) if name != "eta" else ("lr",)
+                shown |= dict.fromkeys(keys, _at(plain(value), clock))
+    return shown
 
 
 def _at(value: Any, clock: int) -> Any:
@@ -79,17 +179,36 @@ def has_schedule(rule: Rule) -> bool:
 
 def field_of(rule: Rule, name: str) -> str:
     """The field that a key of a group stands for."""
-    fields = adjustable(rule)
-    if name in fields:
+    if name in adjustable(rule):
         return name
-    return {"lr": "eta", "momentum": "rho"}.get(name) or ELSEWHERE.get(name, name)
+    for part in parts_of_value(rule):
+        for field, there in torch_names(part).items():
+            if there == name:
+                return field
+    return name if name == "weight_decay" else ELSEWHERE.get(name, name)
 
 
-def plain(value: Any) -> Any:
-    """A setting as a number of Python, or a tuple of them; schedules stay."""
-    if isinstance(value, tuple | list):
-        return tuple(map(plain, value))
-    return value.item() if isinstance(value, torch.Tensor) else value
+def within(rule: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """A rule with every part of a kind replaced."""
+    if isinstance(rule, kind):
+        return change(rule)
+    changes = {name: inner(value, lambda v: within(v, kind, change)) for name, value in settings(rule)}
+    return replaced(rule, changes)
+
+
+def remade(part: Rule, **changes: object) -> Rule:
+    """A rule with fields replaced, structure too, and checked."""
+    new = replaced(part, changes)
+    new.__post_init__()
+    return new
+
+
+def followed(rule: Rule, other: Rule) -> Rule:
+    """A rule with another behind it, inside those that wrap a whole chain."""
+    wrapped = getattr(rule, "rule", None)
+    if rule.whole and isinstance(wrapped, Rule):
+        return remade(rule, rule=followed(wrapped, other))
+    return chained(rule, other)
 
 
 def _nothing(value: Any) -> bool:

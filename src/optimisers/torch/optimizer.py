@@ -28,16 +28,17 @@ from optimisers.settings import parts as parts_of_value
 from optimisers.state.edit import present
 from optimisers.state.leaf import parts
 from optimisers.step.update import setup, takes_scaling, update_, update_scaled
+from optimisers.torch.classes import plain
 from optimisers.torch.groups import (
+    FLAGS,
     by_glob,
     defaults_of,
     field_of,
-    fields_of,
     has_schedule,
     is_schedule,
     known,
-    plain,
     renewed,
+    told,
 )
 from optimisers.torch.loading import adopt, entry_name, in_order
 
@@ -95,13 +96,13 @@ class TorchOptimizer(torch.optim.Optimizer):
             params, self._given = by_glob(rule, list(params))
             defaults = settings
             for name in settings:
-                if not any(known(r, name) for r in self._given if r is not None):
+                if name not in FLAGS and not any(known(r, name) for r in self._given if r is not None):
                     raise UnknownField(f"TorchOptimizer was given {name}=, which none of the rules has")
         elif isinstance(rule, Rule):
             for name in settings:
-                if not known(rule, name) and name not in ELSEWHERE:
+                if not known(rule, name) and name not in ELSEWHERE and name not in FLAGS:
                     refuse_unknown(rule, [name])
-            self._rule = adjusted(rule, fields_of(rule, settings, "TorchOptimizer"))
+            self._rule = told(rule, settings, "TorchOptimizer")
             tensors = {k: v for k, v in settings.items() if isinstance(v, torch.Tensor)}
             defaults = defaults_of(self._rule) | tensors
         else:
@@ -132,7 +133,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         else:
             own = {k: v for k, v in given.items() if k not in ("params", "param_names")}
             common = {} if self._given is None else self.defaults
-            rule = adjusted(rule, fields_of(rule, {**common, **own}, f"group {n}"))
+            rule = told(rule, {**common, **own}, f"group {n}")
             given.pop("eta", None)
             rates = {k: v for k, v in self.defaults.items() if isinstance(v, torch.Tensor)}
             shown = defaults_of(rule) | {k: v for k, v in rates.items() if k not in own}
