@@ -223,7 +223,7 @@ def first_steps(before: str = "") -> dict[str, Any]:
 
         def apply(self, state: Any, x: Any, dx: Any) -> Any:
             m = opt.ema(self.beta[0], state[0], dx)
-            a = opt.ema(self.beta[1], state[1], opt.abs(dx))
+            a = opt.ema(self.beta[1], state[1], opt.ops.abs(dx))
             return (m, a), self.eta * m / (a + 1e-8)
 
     begin = time.perf_counter()

@@ -26,9 +26,9 @@ CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "condition": lambda word, x, _: word(x > 0),
     "conditions": lambda word, x, y: word(x > 0, y < 1),
     "choice": lambda word, x, y: word(x < y, x, y),
-    "halves": lambda word, x, _: word(opt.high_bits(x), opt.low_bits(x)),
+    "halves": lambda word, x, _: word(opt.ops.high_bits(x), opt.ops.low_bits(x)),
 }
-CALLS["choice of complex"] = lambda word, x, y: word(opt.real(x) < opt.imag(y), x, y)
+CALLS["choice of complex"] = lambda word, x, y: word(opt.ops.real(x) < opt.ops.imag(y), x, y)
 
 ARGUMENTS: dict[str, str] = {
     **dict.fromkeys(("add", "subtract", "multiply", "divide", "maximum", "minimum"), "two"),
@@ -92,7 +92,7 @@ class Says(opt.Rule):
 
     def init(self, x: Any) -> Any:
         kept = {
-            w: opt.zeros_like if ops.WORDS[w].gives in ("same", "branch") else opt.real_zeros_like
+            w: opt.zeros_like if ops.WORDS[w].gives in ("same", "branch") else opt.ops.real_zeros_like
             for w in self.words
         }
         return {w: like(x) for w, like in kept.items()}

@@ -66,8 +66,8 @@ class Sketched(opt.Rule):
         return ()
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        product = dx @ (opt.transpose(dx) @ dx)
-        return state, self.eta * product / (1 + opt.sqrt(opt.sum(opt.abs2(dx))))
+        product = dx @ (opt.ops.transpose(dx) @ dx)
+        return state, self.eta * product / (1 + opt.sqrt(opt.ops.sum(opt.abs2(dx))))
 
 
 class RowScaled(opt.Rule):
@@ -79,7 +79,7 @@ class RowScaled(opt.Rule):
         return ()
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        lengths = opt.sqrt(opt.sum(opt.abs2(dx), axis=-1, keepdims=True))
+        lengths = opt.sqrt(opt.ops.sum(opt.abs2(dx), axis=-1, keepdims=True))
         return state, self.eta * dx / (lengths + 0.5)
 
 
@@ -90,11 +90,11 @@ class RowMoments(opt.Rule):
     rho: float = 0.9
 
     def init(self, x: Any) -> Any:
-        return (opt.sum(opt.zeros_like(x), axis=-1, keepdims=True),)
+        return (opt.ops.sum(opt.zeros_like(x), axis=-1, keepdims=True),)
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
         (v,) = state
-        v = opt.ema(self.rho, v, opt.sum(dx * dx, axis=-1, keepdims=True))
+        v = opt.ema(self.rho, v, opt.ops.sum(dx * dx, axis=-1, keepdims=True))
         return (v,), self.eta * dx / (opt.sqrt(v) + 0.1)
 
 

@@ -36,7 +36,7 @@ def _word(
     family: str = "elementwise", gives: str = "same"
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(declaration: Callable[..., Any]) -> Callable[..., Any]:
-        name = declaration.__name__.rstrip("_")
+        name = declaration.__name__
         WORDS[name] = Word(name, family, gives)
 
         @functools.wraps(declaration)
@@ -200,7 +200,7 @@ def sign(x: Operand) -> Any:
 
 
 @_word(gives="real")
-def abs_(x: Operand) -> Any:
+def abs(x: Operand) -> Any:
     """|x|, real also for complex x."""
 
 
@@ -283,17 +283,17 @@ def to_float32(x: Operand) -> Any:
 
 
 @_word("reduce")
-def sum_(x: Operand, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
+def sum(x: Operand, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
     """The sum over all elements of this array, in float64 inside fused kernels; or along `axis`."""
 
 
 @_word("reduce")
-def max_(x: Operand, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
+def max(x: Operand, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
     """The largest element of this array (NaN if there is one); or along `axis`."""
 
 
 @_word("reduce")
-def min_(x: Operand, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
+def min(x: Operand, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
     """The smallest element of this array (NaN if there is one); or along `axis`."""
 
 
@@ -482,12 +482,12 @@ def size_of(x: Operand) -> Any:
 
 def mean(x: Operand) -> Any:
     """The mean over all elements of this array."""
-    return sum_(x) / size_of(x)
+    return sum(x) / size_of(x)
 
 
 def dot(a: Operand, b: Operand) -> Any:
     """The sum over all elements of conj(a) * b."""
-    return sum_(conj(a) * b)
+    return sum(conj(a) * b)
 
 
 def norm(x: Operand, p: float = 2.0) -> Any:
@@ -495,29 +495,83 @@ def norm(x: Operand, p: float = 2.0) -> Any:
     least.
     """
     if p == 2:
-        return sqrt(sum_(abs2(x)))
-    size = abs_(x)
+        return sqrt(sum(abs2(x)))
+    size = abs(x)
     if p == 1:
-        return sum_(size)
+        return sum(size)
     if p == float("inf"):
-        return where(equal(size_of(x), 0), 0.0, max_(size))
+        return where(equal(size_of(x), 0), 0.0, max(size))
     if p == -float("inf"):
-        return where(equal(size_of(x), 0), 0.0, min_(size))
+        return where(equal(size_of(x), 0), 0.0, min(size))
     if p == 0:
-        return sum_(where(not_equal(size, 0), 1.0, 0.0))
-    return where(equal(size_of(x), 0), 0.0, sum_(size**p) ** (1 / p))
+        return sum(where(not_equal(size, 0), 1.0, 0.0))
+    return where(equal(size_of(x), 0), 0.0, sum(size**p) ** (1 / p))
 
 
-NAMES = frozenset(WORDS) | {
-    "square",
-    "ema",
+__all__ = [
+    "Becomes",
+    "abs",
+    "abs2",
+    "add",
+    "arctan",
+    "call",
+    "ceil",
+    "check",
     "clip",
-    "mean",
-    "dot",
-    "norm",
-    "zeros_like",
-    "ones_like",
-    "full_like",
+    "conj",
     "copy",
-}
-"""The words by the names that users write."""
+    "cos",
+    "divide",
+    "dot",
+    "ema",
+    "equal",
+    "exp",
+    "expm1",
+    "floor",
+    "full_like",
+    "greater",
+    "greater_equal",
+    "high_bits",
+    "imag",
+    "isfinite",
+    "isnan",
+    "join_bits",
+    "landing",
+    "less",
+    "less_equal",
+    "log",
+    "log1p",
+    "logical_and",
+    "logical_not",
+    "logical_or",
+    "low_bits",
+    "matmul",
+    "max",
+    "maximum",
+    "mean",
+    "min",
+    "minimum",
+    "multiply",
+    "negative",
+    "norm",
+    "not_equal",
+    "ones_like",
+    "power",
+    "real",
+    "real_zeros_like",
+    "reshape",
+    "sign",
+    "sin",
+    "sqrt",
+    "square",
+    "subtract",
+    "sum",
+    "tanh",
+    "total",
+    "transpose",
+    "typed_zeros_like",
+    "under",
+    "when",
+    "where",
+    "zeros_like",
+]

@@ -7,10 +7,11 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Generator
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from optimisers.errors import BadSetting, TraceError, UnknownField
 from optimisers.settings import (
+    ELSEWHERE,
     Value,
     adjusted,
     fields,
@@ -65,6 +66,14 @@ class Rule(Value):
         refuse_unknown(self, changes)
         return adjusted(self, changes)
 
+    if not TYPE_CHECKING:  # a checker knows what a rule has
+
+        def __getattr__(self, name: str) -> Any:
+            here, cls = ELSEWHERE.get(name), type(self).__name__
+            instead = f"its {here}" if here in type(self)._fields else ELSEWHERE_CALLED.get(name)
+            said = "" if instead is None else f"; write {instead}"
+            raise AttributeError(f"{cls} has no attribute {name!r}{said}", name=name, obj=self)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for field, value in settings(self):
@@ -72,6 +81,20 @@ class Rule(Value):
                 raise BadSetting(
                     f"{type(self).__name__}.eta is {value!r}; the learning rate cannot be negative"
                 )
+
+
+TORCHS = "opt.TorchOptimizer(params, rule)"
+
+ELSEWHERE_CALLED = {
+    "step": "opt.update(state, model, grads), where state = opt.setup(rule, model)",
+    "update": "opt.update(state, model, grads), where state = opt.setup(rule, model)",
+    "zero_grad": "opt.update(state, model, grads): gradients are arguments",
+    "add_param_group": TORCHS,
+    "param_groups": TORCHS,
+    "state_dict": TORCHS,
+    "load_state_dict": TORCHS,
+}
+"""Methods of torch's and Optax's optimisers that a rule does not have -> what to write."""
 
 
 def changes_of(eta: object, changes: dict[str, Any]) -> dict[str, Any]:

@@ -285,7 +285,7 @@ class Extremes(opt.Rule):
     """Steps by the largest and smallest element, and the sum."""
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        return state, (opt.max(dx) + opt.min(dx) + opt.sum(dx)) * dx
+        return state, (opt.ops.max(dx) + opt.ops.min(dx) + opt.ops.sum(dx)) * dx
 
 
 def test_the_pass_of_a_global_norm_gives_the_sums_of_every_leaf(x64: bool) -> None:

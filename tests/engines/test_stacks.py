@@ -59,11 +59,11 @@ class Axes(opt.Rule):
         return opt.zeros_like(x)
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        rows = opt.sum(opt.square(dx), axis=-1, keepdims=True)
+        rows = opt.ops.sum(opt.ops.square(dx), axis=-1, keepdims=True)
         y = dx / opt.sqrt(rows + 1)
         p = (y @ dx.T) @ dx
-        size = opt.sqrt(opt.sum(opt.abs2(p @ y.T)) + 1)
-        state = state + opt.call(abs, p) - opt.max(dx, axis=0)
+        size = opt.sqrt(opt.ops.sum(opt.abs2(p @ y.T)) + 1)
+        state = state + opt.ops.call(abs, p) - opt.ops.max(dx, axis=0)
         return state, self.eta * (p / size + state)
 
 

@@ -1451,7 +1451,7 @@ class OfProducts(opt.Rule):
     eta: float = 0.1
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        return state, self.eta * dx / opt.sqrt(opt.sum(opt.abs2(dx @ opt.transpose(dx))))
+        return state, self.eta * dx / opt.sqrt(opt.ops.sum(opt.abs2(dx @ opt.ops.transpose(dx))))
 
 
 @capturable_or_not

@@ -105,7 +105,7 @@ class Mixed(opt.Rule):
         return opt.zeros_like(x)
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        positive, long = dx > 0, opt.sum(opt.abs2(dx)) > 1
+        positive, long = dx > 0, opt.ops.sum(opt.abs2(dx)) > 1
         return state + positive, self.eta * (positive + long) + opt.where(long & positive, dx, 2 * dx)
 
 

@@ -23,7 +23,7 @@ FLOORS = (
     ("state",),
     ("engines",),
     ("step",),
-    ("flat", "averaged", "explain", "grads", "torch", "jax"),
+    ("flat", "averaged", "explain", "grads", "names", "torch", "jax"),
     ("__init__",),
     ("demo",),
     ("__main__",),

@@ -1592,7 +1592,7 @@ def test_a_rule_that_branches_on_a_value_says_what_to_write() -> None:
             return ()
 
         def apply(self, state: Any, x: Any, dx: Any) -> Any:
-            return state, dx if opt.sum(dx) > 0 else -dx
+            return state, dx if opt.ops.sum(dx) > 0 else -dx
 
     text = text_of(opt.TraceError, lambda: opt.setup(Branches(), two()))
 

@@ -361,10 +361,10 @@ def test_a_nan_of_any_bits_stays_one_in_a_split_master(engine: str) -> None:
 @pytest.mark.parametrize("value", [0x7FFFFFFF, 0x7FFF8000, 0xFFFFFFFF, 0x7F800001])
 def test_high_and_low_bits_of_a_nan_are_a_nan(value: int) -> None:
     nan = np.array([value], np.uint32).view(np.float32)
-    high, low = opt.high_bits(nan), opt.low_bits(nan)
+    high, low = opt.ops.high_bits(nan), opt.ops.low_bits(nan)
 
     assert np.isnan(np.asarray(high).astype(np.float32)).all()
-    assert np.isnan(opt.join_bits(high, low)).all()
+    assert np.isnan(opt.ops.join_bits(high, low)).all()
 
 
 def test_high_and_low_bits_hold_every_float32() -> None:
@@ -372,7 +372,7 @@ def test_high_and_low_bits_hold_every_float32() -> None:
     upper = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
     for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
         x = (upper | np.uint32(lower)).view(np.float32)
-        back = np.asarray(opt.join_bits(opt.high_bits(x), opt.low_bits(x)))
+        back = np.asarray(opt.ops.join_bits(opt.ops.high_bits(x), opt.ops.low_bits(x)))
         number = ~np.isnan(x)
 
         assert bits(back[number]) == bits(x[number])
@@ -789,7 +789,7 @@ class Curved(opt.Rule):
     b: float = 0.5
 
     def init(self, x: Any) -> Any:
-        return opt.ones_like(x), opt.zeros_like(x)
+        return opt.ops.ones_like(x), opt.zeros_like(x)
 
     def apply(self, state: Any, x: Any, dx: Any, dx2: Any) -> Any:
         return (state[0] + 1, state[1] + 1), self.a * dx + self.b * dx2
@@ -812,7 +812,7 @@ class Agreeing(opt.Rule):
         return ()
 
     def apply(self, state: Any, x: Any, dx: Any, dx2: Any) -> Any:
-        opt.check(opt.sum(opt.abs2(dx - dx2)) == 0, "the gradients differ")
+        opt.ops.check(opt.ops.sum(opt.abs2(dx - dx2)) == 0, "the gradients differ")
         return state, dx
 
 

@@ -31,7 +31,7 @@ def test_the_sum_of_squares_is_that_of_float64(engine: str) -> None:
 
     class Norm(opt.Rule):
         def apply(self, state: Any, x: Any, dx: Any) -> Any:
-            return state, opt.where(x < 1, opt.sqrt(opt.sum(dx * dx)), 0.0)
+            return state, opt.where(x < 1, opt.sqrt(opt.ops.sum(dx * dx)), 0.0)
 
     _, x = opt.update(
         opt.setup(Norm(), np.zeros(1000, np.float32), engine=engine), np.zeros(1000, np.float32), g

@@ -143,7 +143,7 @@ def test_conditions_in_conditions_have_clocks_of_their_own(engine: str) -> None:
 def test_a_condition_of_one_leaf_counts_for_that_leaf(engine: str) -> None:
     class Loud(opt.Rule):
         def apply(self, state: Any, x: Any, dx: Any) -> Any:
-            return state, opt.when(opt.sum(dx) > 1, dx)
+            return state, opt.when(opt.ops.sum(dx) > 1, dx)
 
     model = model_of("a", "b")
     state = opt.setup(opt.Chain(Loud(), opt.Descent(rising)), model, engine=engine)

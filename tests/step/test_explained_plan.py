@@ -14,7 +14,7 @@ class Squared(opt.Rule):
         return ()
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        return state, (dx @ opt.transpose(dx)) @ dx
+        return state, (dx @ opt.ops.transpose(dx)) @ dx
 
 
 def test_products_are_counted() -> None:

@@ -64,7 +64,7 @@ def one_class(arrays: Callable[..., Any], step: Callable[[Any, Any], None], i: i
         def apply(self, state: Any, x: Any, dx: Any) -> Any:
             m, count = state
             m = 0.5 * m + dx
-            return (m, count + 1), self.eta / opt.sqrt(opt.total(opt.sum(m * m)) + count) * m
+            return (m, count + 1), self.eta / opt.sqrt(opt.total(opt.ops.sum(m * m)) + count) * m
 
     def schedule(clock: Any) -> Any:
         return 0.5 / (clock + 1)

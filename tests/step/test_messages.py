@@ -1144,13 +1144,13 @@ BRANCHED = (
 )
 PYTHON_NUMBER = (
     "turned a value that is not known until the step runs into a Python number; "
-    "leave out float() and int(), and use the words of optimisers instead of those of math"
+    "leave out float() and int(), and use the operations of opt.ops instead of those of math"
 )
 
 
 @answers(TraceError, f"Mine: a rule {BRANCHED}")
 def branching_on_a_sum() -> None:
-    traced(lambda _self, s, _x, dx: (s, dx if opt.sum(dx) > 0 else -dx))
+    traced(lambda _self, s, _x, dx: (s, dx if opt.ops.sum(dx) > 0 else -dx))
 
 
 @answers(TraceError, f"Mine: a rule {BRANCHED}")
@@ -1165,7 +1165,7 @@ def the_larger_of_two_arrays_by_the_built_in_max() -> None:
 
 @answers(TraceError, f"Mine: a rule {PYTHON_NUMBER}")
 def a_float_of_a_sum() -> None:
-    traced(lambda _self, s, _x, dx: (s, float(opt.sum(dx)) * dx))
+    traced(lambda _self, s, _x, dx: (s, float(opt.ops.sum(dx)) * dx))
 
 
 @answers(TraceError, f"Mine: a rule {PYTHON_NUMBER}")
@@ -1214,25 +1214,27 @@ def writing_into_an_array() -> None:
 
 
 @answers(
-    TraceError, "Mine: a rule called np.cbrt on a symbol; use the words of optimisers, or call(np.cbrt, x)"
+    TraceError,
+    "Mine: a rule called np.cbrt on a symbol; use the operations of opt.ops, or opt.ops.call(np.cbrt, x)",
 )
 def a_function_of_numpy_that_is_no_word() -> None:
     traced(lambda _self, s, _x, dx: (s, np.cbrt(dx)))
 
 
-@answers(TraceError, "Mine: a rule called np.sum on a symbol; write sum(...) with the word of optimisers")
+@answers(TraceError, "Mine: a rule called np.sum on a symbol; write opt.ops.sum(...)")
 def the_sum_of_numpy() -> None:
     traced(lambda _self, s, _x, dx: (s, dx / np.sum(dx)))
 
 
-@answers(TraceError, "Mine: a rule called np.where on a symbol; write where(...) with the word of optimisers")
+@answers(TraceError, "Mine: a rule called np.where on a symbol; write opt.ops.where(...)")
 def the_where_of_numpy() -> None:
     traced(lambda _self, s, _x, dx: (s, np.where(dx > 0, dx, 0)))
 
 
 @answers(
     TraceError,
-    "Mine: a rule called np.linalg.norm on a symbol; use the words of optimisers, or call(np.linalg.norm, x)",
+    "Mine: a rule called np.linalg.norm on a symbol; use the operations of opt.ops, or "
+    "opt.ops.call(np.linalg.norm, x)",
 )
 def the_norm_of_numpy() -> None:
     traced(lambda _self, s, _x, dx: (s, dx / np.linalg.norm(dx)))
@@ -1241,7 +1243,7 @@ def the_norm_of_numpy() -> None:
 @answers(
     TraceError,
     "Mine: a rule asked an array for .mean, which it does not have while a step is traced; "
-    "write mean(x) with the word of optimisers",
+    "write opt.ops.mean(x)",
 )
 def a_method_that_is_a_word() -> None:
     traced(lambda _self, s, _x, dx: (s, dx - dx.mean()))
@@ -1284,7 +1286,7 @@ def the_total_of_an_array_outside_a_rule() -> None:
 
 @answers(TraceError, "Mine: check() takes scalars, such as a norm or a sum")
 def a_check_of_each_element() -> None:
-    traced(lambda _self, _s, _x, dx: (opt.check(dx > 0, "negative"), dx))
+    traced(lambda _self, _s, _x, dx: (opt.ops.check(dx > 0, "negative"), dx))
 
 
 @answers(TraceError, "ClipGrad: maximum of complex numbers has no meaning; take abs or real first")
@@ -1294,13 +1296,13 @@ def clipping_complex_gradients_by_value() -> None:
 
 @answers(TraceError, "Mine combined an array of shape (2,) with parameters of shape (2, 3), at model")
 def shapes_that_do_not_fit_inside_a_rule() -> None:
-    s: Any = traced(lambda _self, s, _x, dx: (s, dx - opt.sum(dx, axis=1)))
+    s: Any = traced(lambda _self, s, _x, dx: (s, dx - opt.ops.sum(dx, axis=1)))
     update(s, np.ones((2, 3)), np.ones((2, 3)))
 
 
 @answers(TraceError, "Mine gave a state of shape (3,) where one of shape (2,) goes, at model")
 def a_state_that_changes_its_shape() -> None:
-    s: Any = traced(lambda _self, _s, _x, dx: (opt.sum(dx, axis=0), dx), lambda _self, _x: np.zeros(2))
+    s: Any = traced(lambda _self, _s, _x, dx: (opt.ops.sum(dx, axis=0), dx), lambda _self, _x: np.zeros(2))
     update(s, np.ones((2, 3)), np.ones((2, 3)))
 
 

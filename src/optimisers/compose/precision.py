@@ -3,11 +3,11 @@
 import warnings
 from typing import Any, ClassVar, NamedTuple
 
+from optimisers import ops
 from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
 from optimisers.ops import (
     Becomes,
-    abs_,
     copy,
     high_bits,
     join_bits,
@@ -137,5 +137,5 @@ def fitting(high: Any, low: Any) -> Any:
     """The low bits of a master; 0 where somebody has written a weight to which they cannot belong: nothing is
     rounded up to 0, or beyond infinity, and their bits together would be no number.
     """
-    zero, infinite = (high == 0) & (low < 0), (abs_(high) == float("inf")) & (low > 0)
+    zero, infinite = (high == 0) & (low < 0), (ops.abs(high) == float("inf")) & (low > 0)
     return where(zero | infinite, 0.0, low)

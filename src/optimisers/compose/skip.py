@@ -2,8 +2,9 @@
 
 from typing import Any, NamedTuple
 
+from optimisers import ops
 from optimisers.arrays.protocol import Array
-from optimisers.ops import isfinite, sum_, total, under, when, where
+from optimisers.ops import isfinite, total, under, when, where
 from optimisers.rule import Rule, a_rule, stepped
 
 
@@ -30,7 +31,7 @@ class SkipNonFinite(Rule):
         return SkipState(0, self.rule.init(x))
 
     def apply(self, state: SkipState, x: Array, dx: Array, *more: Array) -> Any:
-        bad = total(sum_(where(isfinite(dx), 0.0, 1.0)))
+        bad = total(ops.sum(where(isfinite(dx), 0.0, 1.0)))
         skipped = state.skipped + where(bad > 0, 1, 0)
         sound = when(bad == 0, dx)
         if sound is None:

@@ -107,7 +107,7 @@ class Symbol(Expr):
     def __float__(self) -> float:
         raise TraceError(
             "a rule turned a value that is not known until the step runs into a Python number; leave out "
-            "float() and int(), and use the words of optimisers instead of those of math"
+            "float() and int(), and use the operations of opt.ops instead of those of math"
         )
 
     __int__ = __index__ = __complex__ = __round__ = __floor__ = __ceil__ = __trunc__ = __float__
@@ -129,12 +129,14 @@ class Symbol(Expr):
         raise TraceError("a rule wrote into an array; rules are pure: return the new state and the step")
 
     def __array__(self, *_: Any, **__: Any) -> Any:
-        raise TraceError("a rule gave a symbol to NumPy; use the words of optimisers, or call(function, x)")
+        raise TraceError(
+            "a rule gave a symbol to NumPy; use the operations of opt.ops, or opt.ops.call(function, x)"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        known = f"; write {name}(x) with the word of optimisers" if name in ops.NAMES else ""
+        known = f"; write opt.ops.{name}(x)" if name in ops.__all__ else ""
         raise TraceError(
             f"a rule asked an array for .{name}, which it does not have while a step is traced{known}"
         )
@@ -142,9 +144,9 @@ class Symbol(Expr):
     def __array_function__(self, function: Any, *_: Any) -> Any:
         name = f"{function.__module__}.{function.__name__}".removeprefix("numpy.")
         instead = (
-            f"write {name}(...) with the word of optimisers"
-            if name in ops.NAMES
-            else (f"use the words of optimisers, or call(np.{name}, x)")
+            f"write opt.ops.{name}(...)"
+            if name in ops.__all__
+            else f"use the operations of opt.ops, or opt.ops.call(np.{name}, x)"
         )
         raise TraceError(f"a rule called np.{name} on a symbol; {instead}")
 
@@ -155,8 +157,8 @@ class Symbol(Expr):
         if method == "__call__" and not options and name in ops.WORDS:
             return ops.speak(name, inputs, {})
         raise TraceError(
-            f"a rule called np.{ufunc.__name__} on a symbol; use the words of optimisers, or "
-            f"call(np.{ufunc.__name__}, x)"
+            f"a rule called np.{ufunc.__name__} on a symbol; use the operations of opt.ops, or "
+            f"opt.ops.call(np.{ufunc.__name__}, x)"
         )
 
     # -- the protocol of `value` and `ops` --

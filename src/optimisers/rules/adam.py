@@ -2,8 +2,9 @@
 
 from typing import Any, NamedTuple
 
+from optimisers import ops
 from optimisers.arrays.protocol import Array
-from optimisers.ops import abs2, abs_, ema, full_like, maximum, real_zeros_like, sqrt, where, zeros_like
+from optimisers.ops import abs2, ema, full_like, maximum, real_zeros_like, sqrt, where, zeros_like
 from optimisers.rule import Rule, in_unit_interval, instead_of_variant, not_negative, static
 
 
@@ -193,7 +194,7 @@ class AdaMax(Rule):
         return AdaMaxState(zeros_like(x), real_zeros_like(x), 0.0)
 
     def apply(self, state: AdaMaxState, x: Array, dx: Array) -> Any:
-        m, u = ema(self.beta[0], state.m, dx), maximum(self.beta[1] * state.u, abs_(dx))
+        m, u = ema(self.beta[0], state.m, dx), maximum(self.beta[1] * state.u, ops.abs(dx))
         weight = ema(self.beta[0], state.weight, 1)
         return AdaMaxState(m, u, weight), self.eta / weight * m / (u + self.epsilon)
 

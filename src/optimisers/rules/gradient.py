@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from optimisers import ops
 from optimisers.arrays.protocol import Array, Operand
 from optimisers.errors import BadSetting
-from optimisers.ops import abs2, check, clip, isfinite, minimum, norm, sign, sqrt, sum_, total, where
+from optimisers.ops import abs2, check, clip, isfinite, minimum, norm, sign, sqrt, total, where
 from optimisers.rule import Rule, not_negative, rate_before, static
 
 
@@ -137,7 +138,7 @@ class ClipGlobalNorm(Rule):
         not_negative(self, "omega")
 
     def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
-        square = sum_(abs2(dx))
+        square = ops.sum(abs2(dx))
         size = sqrt(total(square))
         if self.throw:
             message = (

@@ -2,8 +2,9 @@
 
 from typing import Any, ClassVar, NamedTuple
 
+from optimisers import ops
 from optimisers.arrays.protocol import Array
-from optimisers.ops import abs2, abs_, copy, ema, landing, maximum, real_zeros_like, sqrt, where, zeros_like
+from optimisers.ops import abs2, copy, ema, landing, maximum, real_zeros_like, sqrt, where, zeros_like
 from optimisers.rule import Rule, in_unit_interval, not_negative, static
 from optimisers.rules.adam import AdaMaxState, AdamState, adam_state, check_moments, moments
 
@@ -75,7 +76,7 @@ class TorchAdaMax(Rule):
         return AdaMaxState(zeros_like(x), real_zeros_like(x), 0.0)
 
     def apply(self, state: AdaMaxState, x: Array, dx: Array) -> Any:
-        m, u = ema(self.beta[0], state.m, dx), maximum(self.beta[1] * state.u, abs_(dx) + self.epsilon)
+        m, u = ema(self.beta[0], state.m, dx), maximum(self.beta[1] * state.u, ops.abs(dx) + self.epsilon)
         weight = ema(self.beta[0], state.weight, 1)
         return AdaMaxState(m, u, weight), self.eta / weight * m / u
 
