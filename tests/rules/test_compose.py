@@ -916,6 +916,45 @@ def test_a_second_gradient_may_be_optional(engine: str, step: Step) -> None:
     np.testing.assert_array_equal(twice["p"], 1 - G["p"] / G2["p"])
 
 
+class Estimating(opt.Rule):
+    """Divides by the mean of the second gradients that came."""
+
+    def init(self, x: Any) -> Any:
+        return {"mean": opt.zeros_like(x), "seen": 0}
+
+    def apply(self, state: Any, x: Any, dx: Any, dx2: Any = None) -> Any:
+        mean, seen = state["mean"], state["seen"]
+        if dx2 is not None:
+            seen = seen + 1
+            mean = mean + (dx2 - mean) / seen
+        return {"mean": mean, "seen": seen}, dx / (1 + mean)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+@both_updates
+def test_a_second_gradient_that_is_none_is_no_new_estimate(library: str, step: Step) -> None:
+    """In whole, by its place, and left out: the state stays as it was there."""
+    module = pytest.importorskip({"jax": "jax.numpy"}.get(library, library))
+    made = module.tensor if library == "torch" else module.asarray
+
+    def tree(p: float, q: float | None) -> Any:
+        one = made(np.full(3, q, np.float32)) if q is not None else None
+        return {"p": made(np.full(2, p, np.float32)), "q": [one]}
+
+    model = tree(0.0, 0.0)
+    state = opt.setup(Estimating(), model)
+    seen = [tree(3.0, 1.0), None, tree(5.0, None), None]
+    wanted = ((0, 0), (-0.25, -0.5), (-0.5, -1.0), (-0.7, -1.5), (-0.9, -2.0))
+    for t, second in enumerate(seen):
+        more = () if t == 3 else (second,)
+        state, model = step(state, model, tree(1.0, 1.0), *more)
+        p, q = wanted[t + 1]
+
+        np.testing.assert_allclose(model["p"], np.full(2, p), rtol=1e-6)
+        np.testing.assert_allclose(model["q"][0], np.full(3, q), rtol=1e-6)
+    assert [int(state[k].state["seen"]) for k in ("p", "q.0")] == [2, 1]
+
+
 @both_engines
 @both_updates
 def test_second_gradients_of_a_tie_are_summed_too(engine: str, step: Step) -> None:

@@ -158,8 +158,18 @@ class Group:
     def program_for(self, gradients: int) -> Program:
         """The program for updates with this many gradients; raises TraceError if the rule needs more."""
         if gradients not in self.programs:
-            self.programs[gradients] = program_of(self.rule_of(0), self.state_of(0), self.kind, gradients - 1)
+            state = self.stand_in(self.program.template)
+            self.programs[gradients] = program_of(self.rule, state, self.kind, gradients - 1)
         return self.programs[gradients]
+
+    def stand_in(self, template: Any) -> Any:
+        """A state of the form of a template, whose arrays have types and shapes alone: the numbers may be
+        traced.
+        """
+        arrays = iter([p.library.stand_in(p.places.shapes[0], p.dtype) for p in self.slots])
+        return unflatten(
+            template, iter([next(arrays) if registry.isarray(v) else v for _, v in flatten(template)])
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what can be made again: programs, and the tables of engines."""
@@ -169,11 +179,7 @@ class Group:
     def __setstate__(self, kept: dict[str, Any]) -> None:
         template = kept.pop("template")
         vars(self).update(kept, memo=Memo())
-        arrays = iter([p.library.stand_in(p.places.shapes[0], p.dtype) for p in self.slots])
-        state = unflatten(
-            template, iter([next(arrays) if registry.isarray(v) else v for _, v in flatten(template)])
-        )
-        self.program = program_of(self.rule, state, self.kind)
+        self.program = program_of(self.rule, self.stand_in(template), self.kind)
         self.programs = {needed(self.rule) + 1: self.program}
 
     def rule_of(self, i: int) -> Rule:

@@ -1,7 +1,7 @@
 """What does a step of a part of a state come to? One job for each group of leaves; each goes to an engine."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,6 +15,25 @@ from optimisers.state.store import Store
 from optimisers.state.table import CAPTURED
 from optimisers.step.plan import Plan, active, plan_of
 from optimisers.tree.walk import Node
+
+Orders: TypeAlias = list[Sequence[Any]]
+"""The gradients of every order, first order first, each at the places of a model."""
+
+
+def by_orders(
+    members: Indices | None, taken: Indices, orders: Orders
+) -> list[tuple[Indices | None, Indices, Orders]]:
+    """(members, where they stand, the gradients that they have) of leaves that have as many: None among
+    further gradients means that there is none at this step.
+    """
+    if len(orders) == 1:
+        return [(members, taken, orders)]
+    known = np.array([[order[i] is not None for i in taken] for order in orders])
+    counts = np.logical_and.accumulate(known).sum(0)
+    if (counts == len(orders)).all():
+        return [(members, taken, orders)]
+    every = np.arange(len(taken)) if members is None else members
+    return [(every[counts == n], taken[counts == n], orders[:n]) for n in np.unique(counts).tolist()]
 
 
 class Steps:
@@ -56,11 +75,12 @@ class Steps:
                     members, taken = (np.arange(len(on)) if inside is None else inside)[on], at[on]
             if not len(taken):
                 continue
-            for chosen, at_chosen, engine in self.by_kind(g, members, taken, orders):
-                given = [xs, *orders]
-                if not plan.whole or chosen is not None:
-                    given = [[v[i] for i in at_chosen] for v in given]
-                jobs.append((self.job(g, chosen, given[0], tuple(given[1:])), engine))
+            for inside_of, at_of, known in by_orders(members, taken, orders):
+                for chosen, at_chosen, engine in self.by_kind(g, inside_of, at_of, known):
+                    given = [xs, *known]
+                    if not plan.whole or chosen is not None:
+                        given = [[v[i] for i in at_chosen] for v in given]
+                    jobs.append((self.job(g, chosen, given[0], tuple(given[1:])), engine))
         return jobs
 
     def by_kind(

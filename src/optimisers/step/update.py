@@ -180,8 +180,8 @@ def update(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
 
     `grads` has the structure of `model`; None in it means "no step here", which is not the same as a zero
     gradient: momenta stay untouched too. `more` are further gradients (of second order, say) for rules that
-    ask for them. What takes no step is shared with the old model. `state` may be a part of a state tree, with
-    that part of the model.
+    ask for them; None in their place, or in them, means that there is none at this step. What takes no step
+    is shared with the old model. `state` may be a part of a state tree, with that part of the model.
 
     Raises TreeMismatch, naming the path, if structure, shapes or types do not fit, BadState for mixed-up
     arguments, and what the rules raise, such as DomainError for a norm that is not finite.
