@@ -1,7 +1,7 @@
 """Which rule is a class of torch.optim, with which keywords?"""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from optimisers.compose.chain import Chain
@@ -235,3 +235,24 @@ CLASSES: dict[str, Callable[..., Rule]] = {
     "asgd": _asgd,
 }
 """Class of torch.optim, in lower case -> the rule for its keywords."""
+
+KEYWORDS = frozenset(key for make in CLASSES.values() for key in inspect.signature(make).parameters)
+"""What the constructors of these classes take, and their groups hold."""
+
+
+def rule_of_group(optimizer: Any, group: Mapping[str, Any]) -> Rule:
+    """The rule of one group of an optimiser of torch."""
+    title = next(
+        (cls.__name__ for cls in type(optimizer).__mro__ if cls.__module__.startswith("torch.optim.")), ""
+    )
+    title = title if title != "Optimizer" else type(optimizer).__name__
+    make = CLASSES.get(title.lower())
+    takes = {*inspect.signature(make).parameters} if make is not None else set[str]()
+    known = takes | {"maximize", "differentiable"}
+    return from_torch_class(title, **{k: v for k, v in group.items() if k in known})
+
+
+def of_other_tools(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in a group of torch beside the keywords of its class."""
+    ours = {*KEYWORDS, *HOW, *ELSEWHERE, "maximize", "params"}
+    return {k: v for k, v in group.items() if k not in ours}

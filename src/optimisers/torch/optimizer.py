@@ -29,6 +29,7 @@ from optimisers.state.edit import present
 from optimisers.state.leaf import parts
 from optimisers.step.update import setup, takes_scaling, update_, update_scaled
 from optimisers.torch.classes import plain
+from optimisers.torch.convert import as_ours
 from optimisers.torch.groups import (
     FLAGS,
     by_glob,
@@ -41,6 +42,7 @@ from optimisers.torch.groups import (
     told,
 )
 from optimisers.torch.loading import adopt, entry_name, in_order
+from optimisers.torch.takeover import groups_of, take_over
 
 __all__ = ["TorchOptimizer"]
 
@@ -109,6 +111,20 @@ class TorchOptimizer(torch.optim.Optimizer):
             hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
             raise BadState(f"TorchOptimizer was given {rule!r} where the rule goes{hint}")
         super().__init__(params, defaults)
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, *, engine: str | None = None) -> "TorchOptimizer":
+        """An optimiser of torch as one of ours, which goes on where it stands: its parameters and groups, its
+        hooks and what it has learnt, with the same numbers.
+
+        Make schedulers from what comes back: those of the old one go on to set the groups of that. Raises
+        UnknownField for a class that is no rule here (`from_torch_class` says which are).
+        """
+        groups = groups_of(optimizer)
+        capturable = any(group.get("capturable") for group in optimizer.param_groups)
+        new = cls(groups, groups[0]["rule"], engine=engine, capturable=capturable)
+        take_over(new, optimizer)
+        return new
 
     def _forget(self) -> None:
         """Have no tree: it is made when it is first needed."""
@@ -374,7 +390,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         given: list[dict[str, Any]] = []
         catch = self.register_load_state_dict_pre_hook(lambda _, loaded: given.append(loaded))
         try:
-            super().load_state_dict(in_order(state_dict, self.param_groups))
+            super().load_state_dict(in_order(as_ours(state_dict, self._rules), self.param_groups))
             loaded = given[0]
             order = [n for group in loaded["param_groups"] for n in group["params"]]
             self.state.clear()

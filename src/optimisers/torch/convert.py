@@ -1,0 +1,122 @@
+"""What does an optimiser of torch keep, in our words? For those who go on from its checkpoint."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from optimisers.errors import TreeMismatch
+from optimisers.nest import flatten
+from optimisers.rule import Rule
+from optimisers.rules.descent import Momentum, Nesterov
+from optimisers.settings import adjustable, parts
+from optimisers.torch.classes import ELSEWHERE, HOW, of_other_tools, plain
+from optimisers.torch.groups import defaults_of, has_schedule, told, torch_names
+from optimisers.torch.loading import entry_name
+
+ARRAYS = {
+    "exp_avg": "m",
+    "exp_avg_sq": "v",
+    "max_exp_avg_sq": "most",
+    "exp_inf": "u",
+    "square_avg": "q",
+    "grad_avg": "mean",
+    "acc_delta": "d",
+    "sum": "sum",
+    "prev": "g",
+    "step_size": "eta",
+    "ax": "average",
+    "eta": "rate",
+    "mu_product": "product",
+    "momentum_buffer": "v",
+}
+"""What torch keeps of a parameter -> the state of a rule here."""
+
+
+def as_ours(saved: dict[str, Any], rules: Iterable[Rule | None]) -> dict[str, Any]:
+    """A saved state whose groups and entries of classes of torch are those of our rules; others as they are.
+
+    Raises TreeMismatch where a group was saved by another class than its rule, or with other flags.
+    """
+    groups: list[dict[str, Any]] = []
+    states: dict[Any, Any] = dict(saved["state"])
+    rules = list(rules)
+    for n, group in enumerate(saved["param_groups"]):
+        rule = rules[n] if n < len(rules) else None
+        if rule is None or not _is_torchs(group, rule):
+            groups.append(group)
+            continue
+        groups.append(_group(group, rule, f"group {n} of the saved state"))
+        for number in group["params"]:
+            if number in states:
+                states[number] = _entry(states[number], group, rule)
+    return {**saved, "state": states, "param_groups": groups}
+
+
+def _is_torchs(group: Mapping[str, Any], rule: Rule) -> bool:
+    """Whether a saved group is that of a class of torch: it has their flags, and not the names here."""
+    flags = {*HOW, *ELSEWHERE, "maximize"}
+    here = {name for part in parts(rule) if isinstance(part, Rule) for name in torch_names(part)} - {"eta"}
+    return bool(flags & group.keys()) and not (here and here <= group.keys())
+
+
+def _group(group: dict[str, Any], rule: Rule, where: str) -> dict[str, Any]:
+    """A group of torch by our names; a schedule of ours goes on."""
+    kept = of_other_tools(group) | {"params": group["params"]}
+    said = {k: v for k, v in group.items() if k not in kept and k not in AT_THE_START}
+    if has_schedule(rule) or "eta" not in adjustable(rule):
+        del said["lr"]
+    if not plain(group.get("weight_decay", 0)):
+        said.pop("decoupled_weight_decay", None)
+    if plain(said.get("weight_decay", 0)) and "lam" not in adjustable(rule):
+        raise TreeMismatch(
+            f"{where} decays by weight_decay={said['weight_decay']!r}, and {rule!r} does not; take the "
+            "rule of from_torch_class with the keywords of the class that saved it"
+        )
+    return kept | defaults_of(told(rule, said, where))
+
+
+AT_THE_START = {*ELSEWHERE, "initial_accumulator_value"}
+"""Keywords that count when an optimiser is made, and no more when it goes on."""
+
+
+def _entry(saved: Mapping[str, Any], group: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
+    """What torch keeps of a parameter, by the names of the state of a rule; what a rule has not stays by its
+    own name, and is refused where the state is taken over.
+    """
+    saved = {k: v for k, v in saved.items() if v is not None}
+    steps = int(saved.get("step", 0))
+    known: dict[str, Any] = {"t": steps, "started": 1, **_weights(saved, group, steps)}
+    for name, value in saved.items():
+        known[ARRAYS.get(name, name)] = value
+    if "acc_delta" in saved:
+        known["a"] = known.pop("q")
+    for part in parts(rule):
+        if isinstance(part, Momentum | Nesterov) and "momentum_buffer" in saved:
+            rate = float(group["lr"])
+            known["v"] = known["v"] * (rate if isinstance(part, Momentum) else -rate)
+    wanted = [path for path, _ in flatten(rule.init(torch.zeros(1)))]
+    found = {entry_name(path): _tensor(known[name]) for path in wanted if (name := _last(path)) in known}
+    others = {k: v for k, v in saved.items() if k not in ARRAYS and k not in ("step", "mu")}
+    if len(found) < len(wanted):
+        return others | {k: v for k, v in saved.items() if k in ARRAYS}
+    return others | {"step": _tensor(steps), **found}
+
+
+def _weights(saved: Mapping[str, Any], group: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The sums of the weights in the averages of Adam and its kin: 1 - beta^t."""
+    if "exp_avg" not in saved:
+        return {}
+    sums = [1 - float(beta) ** steps for beta in group["betas"]]
+    return {"weight.0": sums[0], "weight.1": sums[1], "weight": sums[0]}
+
+
+def _last(path: tuple[Any, ...]) -> str:
+    """The name of what stands at a path, without the rules around it: `weight.0`."""
+    named = max((i for i, part in enumerate(path) if isinstance(part, str)), default=0)
+    return ".".join(map(str, path[named:]))
+
+
+def _tensor(value: Any) -> Any:
+    """An entry as it is saved: a tensor; numbers in double precision."""
+    return value if isinstance(value, torch.Tensor) else torch.tensor(float(value), dtype=torch.float64)
