@@ -9,6 +9,7 @@ from optimisers.engines import sparse
 from optimisers.engines.choose import engine_for
 from optimisers.engines.task import Engine, Job, Step, ready
 from optimisers.errors import BadState
+from optimisers.rule import Rule, needed
 from optimisers.state.buffers import Indices
 from optimisers.state.group import Group
 from optimisers.state.store import Store
@@ -21,15 +22,15 @@ Orders: TypeAlias = list[Sequence[Any]]
 
 
 def by_orders(
-    members: Indices | None, taken: Indices, orders: Orders
+    members: Indices | None, taken: Indices, orders: Orders, rule: Rule
 ) -> list[tuple[Indices | None, Indices, Orders]]:
     """(members, where they stand, the gradients that they have) of leaves that have as many: None among
-    further gradients means that there is none at this step.
+    further gradients means that there is none at this step, which a rule that needs more is told.
     """
     if len(orders) == 1:
         return [(members, taken, orders)]
     known = np.array([[order[i] is not None for i in taken] for order in orders])
-    counts = np.logical_and.accumulate(known).sum(0)
+    counts = np.maximum(np.logical_and.accumulate(known).sum(0), min(1 + needed(rule), len(orders)))
     if (counts == len(orders)).all():
         return [(members, taken, orders)]
     every = np.arange(len(taken)) if members is None else members
@@ -75,7 +76,7 @@ class Steps:
                     members, taken = (np.arange(len(on)) if inside is None else inside)[on], at[on]
             if not len(taken):
                 continue
-            for inside_of, at_of, known in by_orders(members, taken, orders):
+            for inside_of, at_of, known in by_orders(members, taken, orders, self.store.groups[g].rule):
                 for chosen, at_chosen, engine in self.by_kind(g, inside_of, at_of, known):
                     given = [xs, *known]
                     if not plan.whole or chosen is not None:
