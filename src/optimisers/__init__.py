@@ -3,7 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from optimisers import ops
-from optimisers.arrays.registry import Backend, isnumeric, load, maywrite, public, register_backend
+from optimisers.arrays.registry import (
+    Backend,
+    isnumeric,
+    load_public,
+    maywrite,
+    public_names,
+    register_backend,
+)
 from optimisers.averaged import averaged
 from optimisers.compose.accumulate import AccumGrad
 from optimisers.compose.average import EMA
@@ -85,18 +92,22 @@ from optimisers.tree.children import register
 from optimisers.tree.path import KeyPath
 
 if TYPE_CHECKING:
-    from optimisers.jax.optax import as_optax, from_optax
-    from optimisers.jax.pytree import vmap_axes
-    from optimisers.torch.classes import from_torch_class
-    from optimisers.torch.optimizer import TorchOptimizer
+    from optimisers.jax.optax import as_optax as as_optax
+    from optimisers.jax.optax import from_optax as from_optax
+    from optimisers.jax.pytree import vmap_axes as vmap_axes
+    from optimisers.torch.classes import from_torch_class as from_torch_class
+    from optimisers.torch.optimizer import TorchOptimizer as TorchOptimizer
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """What needs another library is imported when it is first asked for."""
-    module = public(name)
-    return meant(name, __all__) if module is None else getattr(load(module), name)
+    """What needs another library is imported when it is first asked for; a star import leaves it out."""
+    return load_public(name) if name in public_names() else meant(name, __dir__())
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *public_names()])
 
 
 __all__ = [
@@ -159,7 +170,6 @@ __all__ = [
     "TorchAdaGrad",
     "TorchAdaMax",
     "TorchNAdam",
-    "TorchOptimizer",
     "TorchRAdam",
     "TorchRMSProp",
     "TraceError",
@@ -170,7 +180,6 @@ __all__ = [
     "abs2",
     "adjust",
     "adjust_",
-    "as_optax",
     "averaged",
     "copy",
     "current",
@@ -179,8 +188,6 @@ __all__ = [
     "explain",
     "freeze",
     "freeze_",
-    "from_optax",
-    "from_torch_class",
     "gradients",
     "hyperparameters",
     "isnumeric",
@@ -204,7 +211,6 @@ __all__ = [
     "update",
     "update_",
     "value_and_grad",
-    "vmap_axes",
     "when",
     "where",
     "with_hyperparameters",

@@ -90,7 +90,7 @@ def more_than_names(text: str) -> list[str]:
         passed = {"__all__", "__version__"}
         listed = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in passed
         typed = isinstance(node, ast.If) and all(isinstance(n, ast.ImportFrom) for n in node.body)
-        later = isinstance(node, ast.FunctionDef) and node.name == "__getattr__"
+        later = isinstance(node, ast.FunctionDef) and node.name in ("__getattr__", "__dir__")
         if not (docstring or listed or typed or later or isinstance(node, ast.ImportFrom)):
             extra.append(ast.unparse(node))
     return extra

@@ -218,9 +218,23 @@ def container_module(package: str) -> str | None:
     return next((b.containers[package] for b in BACKENDS.values() if package in b.containers), None)
 
 
-def public(name: str) -> str | None:
-    """The module of a public name that needs a library."""
-    return next((b.public[name] for b in BACKENDS.values() if name in b.public), None)
+def public_names() -> dict[str, str]:
+    """Name of the root that needs a library -> its module."""
+    return {name: module for b in BACKENDS.values() for name, module in b.public.items()}
+
+
+def load_public(name: str) -> Any:
+    """What stands under such a name, imported now.
+
+    Raises ModuleNotFoundError, which says what to install, where its library is not there.
+    """
+    try:
+        return getattr(load(public_names()[name]), name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"optimisers.{name} needs {error.name}, which is not installed; write pip install {error.name}",
+            name=error.name,
+        ) from error
 
 
 def library(*args: object) -> Library:
