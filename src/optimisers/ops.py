@@ -505,7 +505,10 @@ def norm(x: Operand, p: float = 2.0) -> Any:
         return where(equal(size_of(x), 0), 0.0, min(size))
     if p == 0:
         return sum(where(not_equal(size, 0), 1.0, 0.0))
-    return where(equal(size_of(x), 0), 0.0, sum(size**p) ** (1 / p))
+    zero = equal(size, 0)  # of which neither power nor root is differentiated
+    powers = sum(where(zero, 0.0 if p > 0 else float("inf"), where(zero, 1.0, size) ** p))
+    nothing = equal(powers, 0) | equal(powers, 0.0 if p > 0 else float("inf"))
+    return where(nothing, 0.0, where(nothing, 1.0, powers) ** (1 / p))
 
 
 __all__ = [

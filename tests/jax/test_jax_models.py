@@ -586,7 +586,7 @@ def test_the_updates_of_a_rule_are_applied_by_equinox() -> None:
 
 
 def test_a_transformation_without_parameters_says_what_to_write() -> None:
-    tx = opt.as_optax(opt.Adam())
+    tx = opt.as_optax(opt.AdamW(lam=0.1))
     with pytest.raises(opt.BadState) as caught:
         tx.update(SLOPES[0], tx.init(PLAIN))
 

@@ -9,6 +9,7 @@ from optimisers.errors import TraceError
 from optimisers.graph.clocks import Clocks
 from optimisers.graph.expr import Expr, Guard, order
 from optimisers.graph.lower import Lowering
+from optimisers.graph.memo import kept
 from optimisers.graph.simplify import clean, unique
 from optimisers.graph.symbol import Symbol, Trace, lift, make, tracing
 from optimisers.nest import flatten, form, unflatten
@@ -49,6 +50,8 @@ class Program:
     clocks: tuple[int, ...]
     """Which clock the schedules of each part of the rule read: UPDATES, or the number of such a counter."""
     new_x: Expr | None
+    change: Expr | None
+    """What is to be added to the parameters to have the new ones."""
     new_slots: tuple[Expr, ...]
     new_counters: tuple[Expr, ...]
     checks: tuple[tuple[Expr, str, tuple[Expr, ...]], ...]
@@ -70,6 +73,18 @@ class Program:
             *self.new_counters,
             *(e for c, _, values in self.checks for e in (c, *values)),
         ]
+
+
+@kept
+def of_changes(program: Program) -> Program:
+    """The program that gives what is to be added to the parameters where the other gives new ones."""
+    return dataclasses.replace(program, new_x=program.change)
+
+
+@kept
+def reads_parameters(program: Program) -> bool:
+    """Whether steps depend on the values of the parameters."""
+    return any(e.op == "input" and e.value == "x" for e in order(of_changes(program).roots))
 
 
 # -- tracing -------------------------------------------------------------------------------------------------
@@ -113,7 +128,8 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
         symbols, new = [*symbols, *hidden], [*new, *counted]
         olds = [inputs[0], *symbols]
         outputs = [_guarded(e, old) for e, old in zip([new_x, *new], olds, strict=True)]
-        (new_x, *new), conditions, checks = _cleaned(outputs, notes)
+        outputs.append(_guarded(_change(inputs[0], dx), lift(0.0)))
+        (new_x, *new, change), conditions, checks = _cleaned(outputs, notes)
     return Program(
         title=repr(rule),
         template=unflatten(state, iter([_blank(v) for _, v in flatten(state)])),
@@ -123,6 +139,7 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
         hidden=len(hidden),
         clocks=tuple(clocks.read),
         new_x=None if dx is None else new_x,
+        change=None if dx is None else change,
         new_slots=tuple(e for s, e in zip(symbols, new, strict=True) if s.op == "input"),
         new_counters=tuple(e for s, e in zip(symbols, new, strict=True) if s.op == "number"),
         checks=tuple(checks),
@@ -149,6 +166,13 @@ def _new_x(x: Symbol, dx: Any) -> Symbol:
     if dx is None:
         return x
     return lift(dx.value) if isinstance(dx, Becomes) else make("subtract", (x, lift(dx)))
+
+
+def _change(x: Symbol, dx: Any) -> Symbol:
+    """What is to be added to the parameters: the step itself, not a difference of parameters."""
+    if dx is None:
+        return lift(0.0)
+    return make("subtract", (lift(dx.value), x)) if isinstance(dx, Becomes) else make("negative", (lift(dx),))
 
 
 Check = tuple[Expr, str, tuple[Expr, ...]]

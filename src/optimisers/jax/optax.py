@@ -1,18 +1,62 @@
 """Rules as transformations of Optax, and transformations of Optax as rules for a whole model."""
 
+import copy
+import dataclasses
 import functools
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optimisers.arrays import registry
+from optimisers.arrays.jax import library as arrays
+from optimisers.engines.signals import held
 from optimisers.errors import BadState, TreeMismatch
+from optimisers.graph.trace import reads_parameters
+from optimisers.jax.mirror import (
+    About,
+    Mirrored,
+    Reflection,
+    Static,
+    about_of,
+    children_of,
+    is_absent,
+    kinds_of,
+    known,
+    labelled,
+    mirrored,
+    names_of,
+    order_of,
+    reflected,
+    reflection_of,
+    slot_name,
+)
+from optimisers.jax.pytree import stepped
+from optimisers.nest import flatten
 from optimisers.rule import Rule
-from optimisers.step.update import setup, update
+from optimisers.settings import numbers, skeleton
+from optimisers.state.group import Shape, program_of, started
+from optimisers.state.interface import ScalarTable
+from optimisers.state.leaf import parts
+from optimisers.state.store import Store
+from optimisers.state.structure import structure_of
+from optimisers.step.update import choose, evaluated, setup
 from optimisers.tree.path import KeyPath
-from optimisers.tree.walk import Layout, Ties, gather, gather_gradients, rebuild, survey
+from optimisers.tree.walk import (
+    EMPTY,
+    Layout,
+    Node,
+    Ties,
+    gather,
+    gather_gradients,
+    rebuild,
+    rebuilt,
+    survey,
+)
 
 __all__ = ["as_optax", "from_optax"]
 
@@ -23,36 +67,183 @@ __all__ = ["as_optax", "from_optax"]
 def as_optax(rule: object) -> optax.GradientTransformationExtraArgs:
     """A rule (or {glob: rule}) as a transformation of Optax, to chain, wrap, and hand to trainers.
 
-    Its state is that of `setup` over the arrays of the parameters, by their path: adjust and freeze it there.
-    `update` needs the parameters, and ignores further arguments. Since it returns what is to be added to
-    them, rounding differs from that of our own `update` by one addition.
+    Its `update` returns the step of the rule, with the sign that Optax adds; it needs the parameters where
+    the rule reads them, and ignores further arguments. Its state is read, adjusted and frozen as one of
+    `setup`, with the paths of the parameters as names; to Optax it has the form of Optax's own states, where
+    eta is "learning_rate" and the clock "count". A setting counts as whoever changed it last wrote it: the
+    transformation (another one, or one around it that injects hyper-parameters) or `adjust`.
+
+    Raises BadState for a state that is none of `as_optax`, or of rules of another structure.
     """
 
     def init(params: Any) -> Any:
-        return setup(rule, _named(params)[0], engine="interpret")
+        known()
+        named, form = _named(params)
+        if not named:
+            return _without_parameters(rule, form)
+        whole = setup(rule, named, engine="interpret")
+        store, node, path = parts(whole) if whole != () else (_nothing(named), EMPTY, KeyPath())
+        number = {str(p): leaf for leaf, p in enumerate(store.layout.paths)}
+        place = tuple(number.get(name, -1) for name in named)
+        given = tuple(_settings(rule, store, kind.groups) for kind in kinds_of(structure_of(store)))
+        children = children_of(store, given, place, functools.partial(jax.tree.unflatten, form))
+        about = About(jax.tree.structure(children, is_leaf=is_absent), given, place)
+        return mirrored(store, node, path, about)
 
-    def change(updates: object, state: object, params: object = None, **_: object) -> Any:
-        if params is None:
-            raise BadState("as_optax(rule) needs the parameters; write tx.update(grads, state, params)")
-        named, _ = _named(params)
+    def update(updates: Any, state: object, params: Any = None, **_: object) -> Any:
+        if not isinstance(state, Mirrored):
+            raise BadState(
+                f"a state of as_optax was wanted and a {type(state).__name__} came; write tx.init(params)"
+            )
+        known()
         slopes, form = _named(updates)
-        state, new = update(state, named, {k: slopes.get(k) for k in named})
-        steps = [new[k] - named[k] if k in slopes else None for k in slopes]
-        return jax.tree.unflatten(form, steps), state
+        if not reflection_of(state).static.place:
+            return updates, _counted(state)
+        state = _with_settings_of(rule, state)
+        store, node, path = parts(state)
+        xs = _parameters(store, node, params)
+        orders = [gather_gradients(node, {k: slopes.get(k) for k in node.keys}, path)]
+        done = stepped(store, node, path, xs, orders, changes=True)
+        after, new = evaluated(store, node, xs, orders, changes=True) if done is None else done
+        number = {str(p): leaf for leaf, p in enumerate(store.layout.paths)}
+        steps = [new.get(number.get(k, -1), jnp.zeros_like(g)) for k, g in slopes.items()]
+        return jax.tree.unflatten(form, steps), mirrored(after, node, path, about_of(state))
 
-    return optax.GradientTransformationExtraArgs(init, change)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _named(tree: object) -> tuple[dict[str, Any], Any]:
-    """(the arrays of a pytree by their path, its form)."""
+    """(the arrays of a pytree by their path, its form); those of NumPy are taken for arrays of JAX."""
     found, form = jax.tree_util.tree_flatten_with_path(tree)
-    return {_path(keys): x for keys, x in found}, form
+    return {_path(keys): jnp.asarray(x) if isinstance(x, np.ndarray) else x for keys, x in found}, form
 
 
 def _path(keys: Any) -> str:
     """A path as our globs read it; the wrapper of a variable of Flax does not count."""
     text = jax.tree_util.keystr(keys, simple=True, separator=".")
     return text.removesuffix(".value") or "params"
+
+
+def _parameters(store: Store, node: Node, params: Any) -> list[Any]:
+    """The parameters of each leaf; zeros where they were not given, and no rule reads them."""
+    if params is not None:
+        return gather(node, _named(params)[0], KeyPath())
+    if any(reads_parameters(g.program) for g in store.groups):
+        raise BadState("as_optax(rule) needs the parameters; write tx.update(grads, state, params)")
+    kinds = [store.shapes[leaf] for leaf in node.leaves]
+    return [0 if k is None else jnp.zeros(k.shape, k.dtype) for k in kinds]
+
+
+# -- settings of the transformation --------------------------------------------------------------------------
+
+
+def _settings(rule: Any, store: Store, groups: Sequence[int]) -> Any:
+    """The settings that a transformation gives now to the leaves of some groups: [leaves, settings], or one
+    row for all where it has one rule.
+    """
+    return _table([numbers(r) for r in _rules_of(rule, store, groups)])
+
+
+def _table(rows: list[list[Any]]) -> Any:
+    """Rows of numbers, some of them traced perhaps, as an array."""
+    plain = all(isinstance(v, float | int) for row in rows for v in row)
+    return arrays.table(np.array(rows, np.float64).reshape(len(rows), -1) if plain else rows)
+
+
+def _rules_of(rule: Any, store: Store, groups: Sequence[int]) -> list[Rule]:
+    """The rules of the leaves of some groups, or the one for all. Raises BadState for those of another
+    structure.
+    """
+    leaves = [int(leaf) for g in groups for leaf in store.groups[g].leaves]
+    own = skeleton(store.groups[groups[0]].rule)
+    if isinstance(rule, Rule):
+        chosen = [rule]
+    else:
+        shapes = [None if k is None else k.stand_in() for k in store.shapes]
+        every = choose(rule, store.layout, shapes)
+        chosen = [every[leaf] for leaf in leaves]
+    for r in chosen:
+        if not isinstance(r, Rule) or skeleton(r) != own:
+            raise BadState(
+                f"the state is that of {store.groups[groups[0]].rule!r}, and the transformation has {r!r}; "
+                "write tx.init(params) for a state of its own"
+            )
+    return chosen
+
+
+def _with_settings_of(rule: Any, state: Mirrored) -> Mirrored:
+    """The state with those settings that the transformation has changed since the last step."""
+    state = copy.copy(state)  # what is found out inside a transform does not stay in the old one
+    store, node, path = parts(state)
+    told: list[Any] = []
+    for kind, before in zip(kinds_of(structure_of(store)), about_of(state).given, strict=True):
+        rules = _rules_of(rule, store, kind.groups)
+        now = _table([numbers(r) for r in rules])
+        told.append(now)
+        if not now.shape[1]:
+            continue
+        changed = (now != before) & ~(jnp.isnan(now) & jnp.isnan(before))
+        start = 0
+        for g in kind.groups:
+            group = store.groups[g]
+            own = np.zeros(len(group.leaves), int) if len(now) == 1 else start + np.arange(len(group.leaves))
+            group.table = _parted(group.table, [rules[i] for i in own]).to_traced(arrays)
+            values, first = group.table.values, np.unique(group.table.row, return_index=True)[1]
+            given = jnp.where(changed[own[first]], now[own[first]], values[:, : group.table.hypers])
+            values = arrays.placed(values, (slice(None), slice(0, group.table.hypers)), given)
+            group.table = group.table.filled(values, group.table.clock)
+            start += len(group.leaves)
+    return mirrored(store, node, path, dataclasses.replace(about_of(state), given=tuple(told)))
+
+
+def _parted(table: ScalarTable, rules: list[Rule]) -> ScalarTable:
+    """The scalar table of leaves that now have these rules: no row is shared by two whose numbers differ."""
+    known: dict[Any, int] = {}
+    keys = [tuple(v if isinstance(v, float | int) else (id(v),) for v in numbers(r)) for r in rules]
+    label = np.array([known.setdefault(key, len(known)) for key in keys])
+    shared = len(known) > 1 and len(np.unique(np.stack([table.row, label]), axis=1).T) > table.rows
+    return table.split_by(label) if shared else table
+
+
+# -- no parameters -------------------------------------------------------------------------------------------
+
+
+def _without_parameters(rule: Any, form: Any) -> Mirrored:
+    """The state for parameters without arrays: what stands in place of them stands in it for every array of
+    the state, so that Optax's placeholder finds where parameters are.
+    """
+    if not isinstance(rule, Rule | Mapping):
+        raise BadState(
+            "as_optax(function) has to see the parameters, and these have no array; give it a rule"
+        )
+    several: Any = rule.values() if isinstance(rule, Mapping) else [rule]
+    rules = {order_of(r): r for r in several if r is not None}
+    trees: dict[str, Any] = {}
+    scalars: list[Any] = []
+    for _, r in sorted(rules.items()):
+        x = jnp.zeros((1, 1))
+        start = started(r, x, "params")
+        program = program_of(r, start, Shape.of(x, "interpret"))
+        trees |= {slot_name(s.path): jax.tree.unflatten(form, []) for s in program.slots}
+        own = _table([[*numbers(r), *(v for _, v in flatten(start) if not registry.isarray(v))]])
+        own = jnp.pad(own, ((0, 0), (0, program.hidden)))
+        names = names_of(program, r)
+        scalars.append(labelled(*names, own[0], jnp.int32(0), own[:, : program.hypers]))
+    static = Static(structure_of(_nothing({})), (), free=True)
+    return reflected(Reflection(static, {"arrays": trees, "rules": tuple(scalars)}))
+
+
+def _nothing(named: dict[str, Any]) -> Store:
+    """The store of parameters of which none is trained."""
+    layout, found = survey(named)
+    return Store(layout, [None] * len(found), [], np.zeros(len(found), bool))
+
+
+def _counted(state: Mirrored) -> Mirrored:
+    """A state without parameters after another step."""
+    held = reflection_of(state)
+    rules = tuple({**scalars, "count": scalars["count"] + 1} for scalars in held.children["rules"])
+    return reflected(Reflection(held.static, {**held.children, "rules": rules}))
 
 
 # -- Optax here ----------------------------------------------------------------------------------------------
@@ -71,6 +262,21 @@ class WholeState:
         """(state, model) after a step. `extra` goes to the transformation: for a line search `value`, `grad`
         and `value_fn`, a loss of the model.
         """
+        inner, new = self._computed(model, grads, extra)
+        return WholeState(self.rule, self.layout, inner), rebuild(self.layout.root, model, new)
+
+    def stepped_(self, model: Any, grads: Any, **extra: Any) -> Any:
+        """The same step in place: this state goes on, and modules of NNX are written."""
+        inner, new = self._computed(model, grads, extra)
+        made, writes = rebuilt(self.layout.root, model, new)
+        with held():
+            self.inner = inner
+            for write in writes:
+                write()
+        return self, made
+
+    def _computed(self, model: Any, grads: Any, extra: dict[str, Any]) -> tuple[Any, dict[int, Any]]:
+        """(the state of the transformation, the parameters by leaf) after a step."""
         root = self.layout.root
         xs = _by_leaf(root, gather(root, model, KeyPath()))
         slopes = _summed(root, gather_gradients(root, grads, KeyPath()))
@@ -100,9 +306,8 @@ class WholeState:
             extra["grad"] = {names[i]: g for i, g in given.items()}
         found: Any = self.rule.tx.update({names[i]: g for i, g in slopes.items()}, self.inner, old, **extra)
         steps, inner = found
-        stepped = cast("dict[str, Any]", optax.apply_updates(old, steps))
-        new = {i: stepped[name] for i, name in names.items()}
-        return WholeState(self.rule, self.layout, inner), rebuild(root, model, new)
+        new = cast("dict[str, Any]", optax.apply_updates(old, steps))
+        return inner, {i: new[name] for i, name in names.items()}
 
 
 def _by_leaf(root: Any, values: Any) -> dict[int, Any]:

@@ -191,11 +191,11 @@ jax.tree_util.register_pytree_node(
 )
 
 
-def _step(structure: Structure, path: KeyPath, held: Any, xs: Any, orders: Any) -> _Out:
+def _step(structure: Structure, path: KeyPath, changes: bool, held: Any, xs: Any, orders: Any) -> _Out:
     node, notes = _located(structure, path), list[Any]()
     token = watches.set(notes)
     try:
-        store, new = evaluated(structure.filled(held), node, xs, orders)
+        store, new = evaluated(structure.filled(held), node, xs, orders, changes=changes)
     finally:
         watches.reset(token)
     held, after = _apart(store)
@@ -206,10 +206,10 @@ def _step(structure: Structure, path: KeyPath, held: Any, xs: Any, orders: Any) 
 
 
 @kept
-def jitted(structure: Structure, path: KeyPath) -> Any:
+def jitted(structure: Structure, path: KeyPath, changes: bool) -> Any:
     """The compiled step of a part of the states of one structure."""
     _remember(structure)
-    return jax.jit(functools.partial(_step, structure, path))
+    return jax.jit(functools.partial(_step, structure, path, changes))
 
 
 RECENT = 16
@@ -235,10 +235,10 @@ def _remember(structure: Structure) -> None:
 
 
 def stepped(
-    store: Store, node: Node, path: KeyPath, xs: Any, orders: list[Any]
+    store: Store, node: Node, path: KeyPath, xs: Any, orders: list[Any], *, changes: bool = False
 ) -> tuple[Store, dict[int, Any]] | None:
     """(the store after a step, the new parameters by leaf), computed by one jitted function; None inside a
-    transform.
+    transform. With `changes`, what is to be added to the parameters in place of new ones.
 
     Raises DomainError, naming the leaf, where a check of a rule fails: nothing was handed out then.
     """
@@ -247,7 +247,7 @@ def stepped(
         return None  # the engines say what is wrong
     refuse_untied(store, node, xs)
     structure = structure_of(store)
-    run = jitted(structure, path)
+    run = jitted(structure, path, changes)
     out = run(store.arrays(), list(xs), [_once(node, o) for o in orders])
     for (holds, *values), (message, paths) in zip(out.checks, out.after.about, strict=True):
         refuse(np.asarray(holds), [np.asarray(v) for v in values], message, paths)

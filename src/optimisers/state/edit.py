@@ -1,5 +1,6 @@
 """How is a state changed between steps? Freeze, thaw, adjust, and hyper-parameters as numbers."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from optimisers.rule import Rule, changes_of
 from optimisers.settings import Value, adjustable, adjusted, refuse_unknown, schedules, walk
 from optimisers.settings import parts as parts_of_value
 from optimisers.state.group import Group
-from optimisers.state.leaf import Leaf, handle, parts
+from optimisers.state.leaf import Branch, Leaf, handle, parts
 from optimisers.state.select import Where, leaves_of
 from optimisers.state.store import Store
 from optimisers.tree.walk import Node
@@ -76,10 +77,16 @@ def adjust(state: Any, eta: Any = None, *, where: Where = None, **changes: Any) 
 
 
 def _forked(state: Any, change: Callable[[Any], None]) -> Any:
-    store, node, path = parts(state)
-    new = handle(store.fork(), node, path)
+    new = _copied(state)
     change(new)
     return new
+
+
+def _copied(state: Any) -> Any:
+    """A state that may be changed apart from this one, which nobody has to look at for that."""
+    if not isinstance(state, Leaf | Branch):
+        parts(state)  # which says what is wrong
+    return copy.copy(state)
 
 
 def _rules(store: Store, leaves: list[int]) -> list[Rule]:
@@ -140,12 +147,11 @@ def with_hyperparameters(state: Any, values: dict[str, Any]) -> Any:
 
     The values may be traced by a transform; then a step follows them. Raises UnknownField for other names.
     """
-    known = hyperparameters(state)
+    new = _copied(state)
+    known = hyperparameters(new)
     for name in values:
         if name not in known:
             raise UnknownField(f"there is no hyper-parameter {name!r}; there are {', '.join(known)}")
-    store, node, path = parts(state)
-    new = handle(store.fork(), node, path)
     taken = dict.fromkeys(values, 0)
     changed = parts(new)[0]
     with changed.lock:

@@ -15,7 +15,7 @@ from optimisers.arrays import registry
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.errors import BadState
 from optimisers.graph.expr import Expr, cuts, order
-from optimisers.graph.trace import Program, trace
+from optimisers.graph.trace import Program, of_changes, trace
 from optimisers.nest import flatten, form, unflatten
 from optimisers.rule import Rule, needed
 from optimisers.settings import fill, numbers, skeleton
@@ -170,6 +170,11 @@ class Group:
         return unflatten(
             template, iter([next(arrays) if registry.isarray(v) else v for _, v in flatten(template)])
         )
+
+    def of_changes(self) -> "Group":
+        """The same leaves, whose steps give what is to be added to the parameters."""
+        programs = {n: of_changes(p) for n, p in self.programs.items()}
+        return dataclasses.replace(self, program=of_changes(self.program), programs=programs)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what can be made again: programs, and the tables of engines."""

@@ -253,7 +253,7 @@ def handle(store: Store, node: Node, path: KeyPath) -> Any:
 
 def opened(of: "Leaf | Branch") -> tuple[Store, Node, KeyPath]:
     """What stands behind a handle."""
-    return of.__reduce__()[1]
+    return of.__reduce__()[1][:3]
 
 
 def parts(state: Any) -> tuple[Store, Node, KeyPath]:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import hashlib
+import itertools
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from optimisers.arrays import registry
+from optimisers.errors import BadState
 from optimisers.settings import skeleton
 from optimisers.state.buffers import Bundled, Loose, Pack
 from optimisers.state.group import Group
@@ -149,11 +151,29 @@ class Pending:
         self.structure, self.arrays = structure, arrays
 
     def store(self) -> Store:
-        """The store itself."""
+        """The store itself; raises BadState for one that has become many, or holds no arrays."""
+        refuse_many(self.structure, self.arrays)
         store = self.structure.filled(self.arrays)
         if store.compiled is not None:
             store.settle()
         return store
+
+
+def refuse_many(structure: Structure, arrays: Sequence[Any]) -> None:
+    """Raise BadState for arrays of several states, which a map or a stack has put together."""
+    counts = [n + 2 for n, _ in structure.counts()]
+    if len(arrays) != sum(counts):
+        raise BadState(
+            "a transform has put something else in place of the arrays of this state: nothing is read there"
+        )
+    for end in itertools.accumulate(counts):
+        for x, ndim in ((arrays[end - 2], 2), (arrays[end - 1], 1)):
+            if (many := getattr(x, "ndim", ndim) - ndim) > 0:
+                members = " x ".join(str(n) for n in x.shape[:many])
+                raise BadState(
+                    f"this is {members} states in one, from a map or a stack; write vmap(function)(state) to "
+                    "read or change all of them, or jax.tree.map(lambda a: a[0], state) to take one"
+                )
 
 
 def _shapes_of(group: Group) -> list[tuple[int, ...]]:

@@ -2,6 +2,7 @@
 together.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
@@ -76,7 +77,7 @@ def setup(
             NoParameters,
             stacklevel=2,
         )
-    rules = _choose(rule, layout, arrays)
+    rules = choose(rule, layout, arrays)
     shapes = [
         None if r is None else Shape.of(x, engine, packed=packed, capturable=capturable)
         for r, x in zip(rules, arrays, strict=True)
@@ -123,7 +124,7 @@ def _refuse_model(model: Any) -> None:
         )
 
 
-def _choose(rule: Any, layout: Layout, arrays: list[Any]) -> list[Any]:
+def choose(rule: Any, layout: Layout, arrays: list[Any]) -> list[Any]:
     """The rule of each leaf."""
     if isinstance(rule, Mapping):
         return _by_glob(dict(rule), layout)
@@ -181,11 +182,14 @@ def update(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     `grads` has the structure of `model`; None in it means "no step here", which is not the same as a zero
     gradient: momenta stay untouched too. `more` are further gradients (of second order, say) for rules that
     ask for them; None in their place, or in them, means that there is none at this step. What takes no step
-    is shared with the old model. `state` may be a part of a state tree, with that part of the model.
+    is shared with the old model. `state` may be a part of a state tree, with that part of the model; `()`,
+    where nothing is trained, gives the model back.
 
     Raises TreeMismatch, naming the path, if structure, shapes or types do not fit, BadState for mixed-up
     arguments, and what the rules raise, such as DomainError for a norm that is not finite.
     """
+    if _untrained(state):
+        return state, model
     for compiler in registry.compilers:
         if compiler.looks():
             return compiler.update(state, model, _given(grads, "update"), more)
@@ -212,12 +216,20 @@ def stepped(
     return evaluated(store, node, xs, orders) if found is None else found
 
 
-def evaluated(store: Store, node: Node, xs: Any, orders: list[Any]) -> tuple[Store, dict[int, Any]]:
-    """The same, by the engines."""
-    step = Steps(store, node, xs, orders, inplace=False)
+def evaluated(
+    store: Store, node: Node, xs: Any, orders: list[Any], *, changes: bool = False
+) -> tuple[Store, dict[int, Any]]:
+    """The same, by the engines; with `changes`, what is to be added to parameters in place of new ones."""
+    run = store.apart([g.of_changes() for g in store.groups]) if changes else store
+    step = Steps(run, node, xs, orders, inplace=False)
     step.prepare()
     new = step.store_all()
-    groups = [step.targets.get(g) or group.fork() for g, group in enumerate(store.groups)]
+    groups = [step.targets.get(g) or group.fork() for g, group in enumerate(run.groups)]
+    if changes:
+        groups = [
+            dataclasses.replace(g, program=old.program, programs=old.programs)
+            for g, old in zip(groups, store.groups, strict=True)
+        ]
     return store.successor(groups), new
 
 
@@ -232,11 +244,13 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     thread: they are called when all of it is stored, and find no half step. For that they are replaced for
     this moment, and put back; `update`, whose new arrays nobody has yet, replaces none.
     """
+    if _untrained(state):
+        return state, model
     for compiler in registry.compilers:
         if compiler.looks():
             return compiler.aside(update_, state, model, grads, *more)
     if hasattr(type(state), "stepped"):
-        return state.stepped(model, _given(grads, "update_"))
+        return state.stepped_(model, _given(grads, "update_"))
     store, node, path = _opened(state, model)
     xs, orders = walked(node, path, model, (_given(grads, "update_"), *more))
     if any(g.kind.library.immutable for g in store.groups):
@@ -278,6 +292,11 @@ def takes_scaling(state: Any) -> bool:
     whole = all(slot.shape is None for g in store.groups for slot in g.program.slots)
     stored = [store_pass(g.program, None) for g in store.groups]
     return store.capturable and whole and not any(p is not None and p.free for p in stored)
+
+
+def _untrained(state: Any) -> bool:
+    """Whether a state is that of a model, or a part of one, in which nothing is trained."""
+    return isinstance(state, tuple) and not state
 
 
 def _opened(state: Any, model: Any) -> tuple[Store, Node, KeyPath]:

@@ -33,6 +33,12 @@ def _variable() -> Any:
     return getattr(flax, "Variable", None)
 
 
+def is_variable(x: object) -> bool:
+    """Whether something is a variable of Flax NNX."""
+    variable = _variable()
+    return variable is not None and isinstance(x, variable)
+
+
 def _level(obj: object) -> list[tuple[Any, Any]]:
     """(key, child) of everything one level down; nothing for what is a leaf to JAX."""
     found = default_registry.flatten_one_level_with_keys(obj)

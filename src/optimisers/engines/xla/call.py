@@ -261,6 +261,7 @@ def with_fallback(
 def _step() -> Any:
     """The word of JAX's own language that stands for a step with two ways."""
     import jax
+    from jax.experimental import jet
     from jax.extend.core import Primitive, jaxpr_as_fun
     from jax.interpreters import ad, batching, mlir
 
@@ -294,12 +295,16 @@ def _step() -> Any:
         changes = [ad.instantiate_zeros(t) for t in tangents]
         return jax.jvp(functools.partial(by_plain, **ways), tuple(arrays), tuple(changes))
 
+    def expanded(arrays: Any, series: Any, *, plain: Any, **_: object) -> Any:
+        return jet.jet(lambda *a: plain(list(a)), arrays, series, factorial_scaled=False)
+
     step.def_impl(now)
     step.def_abstract_eval(forms)
     mlir.register_lowering(step, mlir.lower_fun(by_plain, multiple_results=True))
     mlir.register_lowering(step, by_machine, platform="cpu")
     batching.primitive_batchers[step] = mapped
     ad.primitive_jvps[step] = differentiated
+    jet.jet_rules[step] = expanded
     return step
 
 

@@ -343,7 +343,7 @@ def _evaluated(
             inputs = {
                 name: _part(name, held[name], u, part, start, shapes, at, len(at) > 1) for name in names
             }
-            values = _pass_of_ragged(p, wide, inputs, table[int(row[leaves[part[0]]])])
+            values = _pass(p, wide, inputs, table[int(row[leaves[part[0]]])])
             for name, _ in kinds:
                 pieces[name].append(values[name])
             start += sum(int(np.prod(shapes[at.index(k)])) for k in part) if shapes else 0
@@ -416,31 +416,6 @@ def _part(
         return held[unit]
     length = sum(int(np.prod(shapes[at.index(k)])) for k in part)
     return held[unit] if len(part) == len(at) else held[unit][start : start + length]
-
-
-def _pass_of_ragged(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any) -> dict[str, Any]:
-    """The same for an array of three axes or more, as a vector: on the CPU, XLA loops slowly over short axes,
-    and a branch keeps it from undoing the reshape.
-    """
-    shape = next(iter(inputs.values())).shape
-    if len(shape) < 3 or jax.default_backend() != "cpu":
-        return _pass(p, wide, inputs, scalars)
-
-    stored = [name for name, _ in p.stores]
-    if any(name not in inputs for name in stored):
-        return _pass(p, wide, inputs, scalars)
-
-    def flat(given: Any) -> Any:
-        found = _pass(p, wide, given, scalars)
-        return {k: jnp.broadcast_to(found[k], given[k].shape).astype(given[k].dtype) for k in stored}
-
-    def same(given: Any) -> Any:
-        return {k: given[k] for k in stored}
-
-    vectors = {k: v.reshape(-1) for k, v in inputs.items()}
-    known = (scalars[0] == scalars[0]) | jnp.isnan(scalars[0]) if len(scalars) else jnp.asarray(True)
-    found = jax.lax.cond(jax.lax.optimization_barrier(known), flat, same, vectors)
-    return {k: v.reshape(shape) for k, v in found.items()}
 
 
 def _pass(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any) -> dict[str, Any]:
