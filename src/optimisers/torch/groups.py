@@ -1,6 +1,6 @@
 """What does a parameter group of torch say of a rule? The names of settings there, and their values."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from optimisers.errors import BadSetting, BadState
@@ -220,6 +220,17 @@ def renewed(was: Rule, new: Rule, changes: dict[str, Any], old: Rule) -> Rule:
     """The rule of a leaf after its group has changed; that of the group, unless the leaf had its own."""
     same = numbers(old) == numbers(was) and skeleton(old) == skeleton(was)
     return new if same else adjusted(old, changes)
+
+
+def require_dense(given: Iterable[Any]) -> None:
+    """Raise BadSetting for parameters that are no dense arrays; gradients may be sparse."""
+    for p in given:
+        tensor = p[1] if isinstance(p, tuple) else p
+        if getattr(tensor, "is_sparse", False) or getattr(tensor, "is_sparse_csr", False):
+            raise BadSetting(
+                f"a parameter of shape {tuple(tensor.shape)} is sparse; only gradients may be so: "
+                "write tensor.to_dense()"
+            )
 
 
 def by_glob(rules: Mapping[str, Any], named: list[Any]) -> tuple[list[dict[str, Any]], list[Any]]:

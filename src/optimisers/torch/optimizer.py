@@ -39,6 +39,7 @@ from optimisers.torch.groups import (
     is_schedule,
     known,
     renewed,
+    require_dense,
     told,
 )
 from optimisers.torch.loading import adopt, entry_name, in_order
@@ -142,6 +143,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         """Train more parameters, with settings of their own; what has been learnt stays."""
         n = len(self.param_groups)
         given = dict(param_group)
+        if not isinstance(given["params"], torch.Tensor | set):
+            given["params"] = list(given["params"])
+            require_dense(given["params"])
         rule = self._rule if self._given is None else self._given[min(n, len(self._given) - 1)]
         rule = given.pop("rule", rule)
         if rule is None:
