@@ -7,7 +7,8 @@ from optimisers.errors import NoMatch
 from optimisers.nest import entries
 from optimisers.state.leaf import parts
 from optimisers.state.select import leaves_of
-from optimisers.tree.walk import gather, rebuild
+from optimisers.tree.gather import gather
+from optimisers.tree.rebuild import rebuild
 
 
 def averaged(state: object, model: object) -> Any:

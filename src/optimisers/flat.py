@@ -7,8 +7,11 @@ from optimisers.errors import BadState, TreeMismatch
 from optimisers.rule import Rule
 from optimisers.state.leaf import Branch, Leaf
 from optimisers.tree.children import container
+from optimisers.tree.gather import gather
+from optimisers.tree.layout import Layout
 from optimisers.tree.path import KeyPath
-from optimisers.tree.walk import Layout, Ties, gather, rebuild, survey
+from optimisers.tree.rebuild import rebuild
+from optimisers.tree.walk import Ties, survey
 
 
 class Restructure:

@@ -7,8 +7,10 @@ from optimisers.arrays import registry
 from optimisers.errors import BadState
 from optimisers.state.leaf import Branch, Leaf
 from optimisers.tree.children import container
+from optimisers.tree.gather import gather, mirrored
 from optimisers.tree.path import KeyPath
-from optimisers.tree.walk import gather, mirrored, rebuild, survey
+from optimisers.tree.rebuild import rebuild
+from optimisers.tree.walk import survey
 
 
 def gradients(model: object) -> Any:

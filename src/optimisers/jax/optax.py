@@ -45,18 +45,11 @@ from optimisers.state.leaf import parts
 from optimisers.state.store import Store
 from optimisers.state.structure import structure_of
 from optimisers.step.update import choose, evaluated, setup
+from optimisers.tree.gather import gather, gather_gradients
+from optimisers.tree.layout import EMPTY, Layout, Node
 from optimisers.tree.path import KeyPath
-from optimisers.tree.walk import (
-    EMPTY,
-    Layout,
-    Node,
-    Ties,
-    gather,
-    gather_gradients,
-    rebuild,
-    rebuilt,
-    survey,
-)
+from optimisers.tree.rebuild import rebuild, rebuilt
+from optimisers.tree.walk import Ties, survey
 
 __all__ = ["as_optax", "from_optax"]
 

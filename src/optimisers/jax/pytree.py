@@ -28,8 +28,8 @@ from optimisers.state.store import Store
 from optimisers.state.structure import Pending, Structure, structure_of
 from optimisers.step.plan import refuse_untied
 from optimisers.step.update import evaluated
+from optimisers.tree.layout import Node, find
 from optimisers.tree.path import KeyPath
-from optimisers.tree.walk import Node, find
 
 # pyright: reportPrivateUsage=false
 

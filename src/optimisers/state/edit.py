@@ -16,7 +16,7 @@ from optimisers.state.group import Group
 from optimisers.state.leaf import Branch, Leaf, handle, parts
 from optimisers.state.select import Where, leaves_of
 from optimisers.state.store import Store
-from optimisers.tree.walk import Node
+from optimisers.tree.layout import Node
 
 
 def freeze_(state: Any, where: Where = None) -> None:

@@ -17,8 +17,8 @@ from optimisers.rule import Rule
 from optimisers.settings import skeleton
 from optimisers.state.store import Store
 from optimisers.state.structure import Pending
+from optimisers.tree.layout import Node, find
 from optimisers.tree.path import Attr, KeyPath
-from optimisers.tree.walk import Node, find
 
 
 class Leaf:

@@ -7,8 +7,8 @@ from optimisers.rule import Rule
 from optimisers.settings import parts as parts_of_value
 from optimisers.state.leaf import handle, parts
 from optimisers.state.store import Store
+from optimisers.tree.layout import Node
 from optimisers.tree.path import KeyPath, matches
-from optimisers.tree.walk import Node
 
 Where = object
 """A selector: a glob over paths, a predicate (path, leaf), a rule type, or a list of these."""

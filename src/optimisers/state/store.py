@@ -19,7 +19,7 @@ from optimisers.rule import Rule
 from optimisers.settings import numbers, skeleton
 from optimisers.state.buffers import Indices
 from optimisers.state.group import Entry, Group, Shape, grouped
-from optimisers.tree.walk import Layout
+from optimisers.tree.layout import Layout
 
 Change = Callable[[Rule], Rule]
 

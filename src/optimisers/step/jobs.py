@@ -15,7 +15,7 @@ from optimisers.state.group import Group
 from optimisers.state.store import Store
 from optimisers.state.table import CAPTURED
 from optimisers.step.plan import Plan, active, plan_of
-from optimisers.tree.walk import Node
+from optimisers.tree.layout import Node
 
 Orders: TypeAlias = list[Sequence[Any]]
 """The gradients of every order, first order first, each at the places of a model."""

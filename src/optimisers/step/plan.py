@@ -14,8 +14,8 @@ from optimisers.engines.memory import Known
 from optimisers.errors import TreeMismatch
 from optimisers.state.buffers import Indices
 from optimisers.state.store import Store
+from optimisers.tree.layout import Layout, Node
 from optimisers.tree.path import KeyPath
-from optimisers.tree.walk import Layout, Node
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

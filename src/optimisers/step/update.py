@@ -20,8 +20,11 @@ from optimisers.state.leaf import Branch, Leaf, handle, parts
 from optimisers.state.select import listed
 from optimisers.state.store import Store
 from optimisers.step.jobs import Steps
+from optimisers.tree.gather import gather, gather_gradients
+from optimisers.tree.layout import Layout, Node
 from optimisers.tree.path import KeyPath, matches
-from optimisers.tree.walk import Layout, Node, Ties, gather, gather_gradients, rebuild, rebuilt, survey
+from optimisers.tree.rebuild import rebuild, rebuilt
+from optimisers.tree.walk import Ties, survey
 
 # -- setup ---------------------------------------------------------------------------------------------------
 

@@ -180,20 +180,31 @@ def loose(obj: object, keys: tuple[Any, ...], needed: tuple[Any, ...]) -> dict[A
     every key that is `needed` (None for "no step") and none that is not among `keys`.
     """
     if isinstance(obj, Mapping):
-        extra: list[Any] = [k for k in obj if k not in keys]
-        missing = [k for k in needed if k not in obj]
-        if extra or missing:
-            return f"{extra[0]!r}, which is not in the model" if extra else _absent(missing[0])
-        return {k: obj[k] for k in needed}
+        return _by_key(obj, keys, needed)
     named = all(isinstance(k, str) for k in keys)
     if isinstance(obj, tuple | list) and not (named and hasattr(obj, "_fields")):
         return _by_place(list(obj), keys, type(obj).__name__)
+    return _by_attribute(obj, needed if named else (), needed)
+
+
+def _by_key(obj: Mapping[Any, Any], keys: tuple[Any, ...], needed: tuple[Any, ...]) -> dict[Any, Any] | str:
+    """The entries of a mapping."""
+    extra = [k for k in obj if k not in keys]
+    missing = [k for k in needed if k not in obj]
+    if extra or missing:
+        return f"{extra[0]!r}, which is not in the model" if extra else _absent(missing[0])
+    return {k: obj[k] for k in needed}
+
+
+def _by_attribute(obj: object, names: tuple[Any, ...], needed: tuple[Any, ...]) -> dict[Any, Any] | str:
+    """The children of a container of any kind, or the attributes `names` of an object."""
     ways = container(obj)
     if ways is not None and (own := ways.keys(obj)) and set(needed) <= set(own):
         return dict(zip(own, ways.read(obj, own), strict=True))
-    missing = [k for k in needed if not (named and hasattr(obj, k))]
-    if len(missing) == len(needed) and container(obj) is None:
+    there = [k for k in names if hasattr(obj, k)]
+    if not there and ways is None:
         return f"a {type(obj).__name__} where a container stands"
+    missing = [k for k in needed if k not in there]
     return _absent(missing[0]) if missing else {k: getattr(obj, k) for k in needed}
 
 
@@ -204,8 +215,13 @@ def _by_place(items: list[Any], keys: tuple[Any, ...], kind: str) -> dict[Any, A
     if any(not isinstance(k, int | Attr) for k in keys):
         return f"a {kind} where a dict stands, and its order might be another"
     if len(items) != len(keys):
-        return f"{len(items)} entr{'y' if len(items) == 1 else 'ies'}, not {len(keys)}"
+        return f"{entries(len(items))}, not {len(keys)}"
     return dict(zip(keys, items, strict=True))
+
+
+def entries(count: int) -> str:
+    """`1 entry`, `2 entries`."""
+    return f"{count} entr{'y' if count == 1 else 'ies'}"
 
 
 def _absent(key: object) -> str:

@@ -1,16 +1,14 @@
-"""How are model, state and gradients walked together? Along one layout, made once by `survey`.
+"""How is a model walked the first time? `survey` makes the layout along which model, state and gradients are
+walked together at every step.
 
-The layout is a tree of nodes that mirrors the model: containers, and leaves where arrays are trained. The
-same array at several places (the same memory: one object, equal views of it, or transposed views) is one leaf
-with several places. Of arrays that cannot be written, being one object means nothing: any copy loses it.
+The same array at several places (the same memory: one object, equal views of it, or transposed views) is one
+leaf with several places. Of arrays that cannot be written, being one object means nothing: any copy loses it.
 There a tie is declared, by an object that stands at two places, or by whoever calls.
 """
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from operator import attrgetter, itemgetter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,103 +16,9 @@ import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.errors import BadSetting, NoMatch, TreeMismatch
-from optimisers.tree.children import Container, container, container_of, loose
+from optimisers.tree.children import Container, container
+from optimisers.tree.layout import EMPTY, FROZEN, Layout, Node, fetcher, leaf_paths, picker
 from optimisers.tree.path import Attr, KeyPath, matches
-
-
-@dataclasses.dataclass(eq=False)
-class Node:
-    """One place of the model: a leaf (an array that is trained), a container, or nothing to train."""
-
-    leaf: int = -1
-    """The number of the leaf, or -1."""
-    axes: tuple[int, ...] | None = None
-    """How the axes of the leaf's first place are permuted here, for a transposed tie."""
-    kind: type | None = None
-    ways: Container | None = None
-    keys: tuple[Any, ...] = ()
-    """All keys of the container."""
-    children: "tuple[Node, ...]" = ()
-    """One for each key."""
-    live: "tuple[tuple[Any, Node], ...]" = ()
-    """The keys and children that have leaves in them."""
-    pick: Callable[[dict[int, Any]], dict[Any, Any]] | None = None
-    """New arrays by leaf number -> those of the live children by key; set where all of these are leaves with
-    the axes of their first place. Raises KeyError where one is missing.
-    """
-    fetch: Callable[[Any], Any] | None = None
-    """The values of the live children in one call; set where all of them are leaves."""
-    leaves: tuple[int, ...] = ()
-    """The leaves below, in the order of the walk, one entry a place."""
-    frozen: bool = False
-    """Whether a parameter stands here that did not want to be trained."""
-    again: bool = False
-    """Whether all leaves below were met before: their gradients may stand there alone."""
-    first: "Node | None" = None
-    """The node of the same container where it was met first."""
-
-    @functools.cached_property
-    def names(self) -> list[str]:
-        """The path to each place below, as text."""
-        return [str(path) for path, _ in _leaf_paths(self, KeyPath())]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("ways", "fetch", "pick", "names")}
-
-    def __setstate__(self, kept: dict[str, Any]) -> None:
-        self.ways = None if kept["kind"] is None else container_of(kept["kind"])
-        vars(self).update(kept, fetch=_fetcher(self.ways, kept["live"]), pick=_picker(kept["live"]))
-
-
-def _fetcher(ways: Container | None, live: "tuple[tuple[Any, Node], ...]") -> Callable[[Any], Any] | None:
-    """Reads all live children in one call, if all of them are leaves."""
-    if not live or ways is None or not ways.direct or any(c.leaf < 0 for _, c in live):
-        return None
-    keys = [k for k, _ in live]
-    get = attrgetter(*keys) if isinstance(keys[0], Attr) else itemgetter(*keys)
-    return get if len(keys) > 1 else lambda obj: (get(obj),)
-
-
-def _picker(live: "tuple[tuple[Any, Node], ...]") -> Callable[[dict[int, Any]], dict[Any, Any]] | None:
-    """See `Node.pick`."""
-    if not live or any(c.leaf < 0 or c.axes is not None for _, c in live):
-        return None
-    keys, numbers = [k for k, _ in live], [c.leaf for _, c in live]
-    get = itemgetter(*numbers) if len(live) > 1 else lambda new: (new[numbers[0]],)
-    return lambda new: dict(zip(keys, get(new), strict=True))
-
-
-@dataclasses.dataclass(eq=False)
-class Layout:
-    """The walk over one model."""
-
-    root: Node
-    paths: list[KeyPath]
-    """The path of each leaf: that of its first place."""
-    places: list[list[KeyPath]]
-    """All paths of each leaf."""
-    floats: list[tuple[KeyPath, Any]]
-    """Numbers beside arrays: they do not train, though somebody may think so."""
-
-    @functools.cached_property
-    def key(self) -> Any:
-        """Equal for the layouts of models that are walked alike."""
-        return _node_key(self.root)
-
-
-def _node_key(node: Node) -> Any:
-    if node.leaf >= 0:
-        return node.leaf, node.axes
-    return node.kind, node.keys, tuple((k, _node_key(c)) for k, c in node.live)
-
-
-EMPTY = Node()
-
-FROZEN = Node(frozen=True)
-
-
-# -- the first walk ------------------------------------------------------------------------------------------
-
 
 Ties = Sequence[tuple[str, ...]]
 """Places that hold one array, by their paths, or by globs that match one path each."""
@@ -196,17 +100,7 @@ class _Survey:
         return node
 
     def branch(self, obj: object, ways: Container, path: KeyPath) -> Node:
-        keys = ways.keys(obj)
-        if self.ordered and isinstance(obj, dict):
-            with contextlib.suppress(TypeError):
-                keys = tuple(sorted(keys))
-        if ways.trainable is not None:
-            for name in ways.trainable:
-                if name not in keys:
-                    raise TreeMismatch(
-                        f"{type(obj).__name__} was registered with trainable {name!r}, which is not among "
-                        f"its children {', '.join(map(str, keys))}"
-                    )
+        keys = self.keys(obj, ways)
         children: list[Node] = []
         for key, value in zip(keys, self.read(obj, ways, keys, path), strict=True):
             below = path if ways.bare else KeyPath(path, key)
@@ -224,11 +118,25 @@ class _Survey:
             keys=keys,
             children=tuple(children),
             live=live,
-            pick=_picker(live),
-            fetch=_fetcher(ways, live),
+            pick=picker(live),
+            fetch=fetcher(ways, live),
             leaves=leaves,
             again=bool(live) and all(c.again for _, c in live),
         )
+
+    def keys(self, obj: object, ways: Container) -> tuple[Any, ...]:
+        """The keys of a container; raises TreeMismatch where one registered as trainable is missing."""
+        keys = ways.keys(obj)
+        for name in ways.trainable or ():
+            if name not in keys:
+                raise TreeMismatch(
+                    f"{type(obj).__name__} was registered with trainable {name!r}, which is not among its "
+                    f"children {', '.join(map(str, keys))}"
+                )
+        if self.ordered and isinstance(obj, dict):
+            with contextlib.suppress(TypeError):
+                return tuple(sorted(keys))
+        return keys
 
     @staticmethod
     def read(obj: object, ways: Container, keys: tuple[Any, ...], path: KeyPath) -> list[Any]:
@@ -313,7 +221,7 @@ class _Survey:
 
     def seen_again(self, node: Node, path: KeyPath) -> Node:
         """A container met before: a node that knows the first, so that the rebuilt model shares it too."""
-        for below, leaf in _leaf_paths(node, path):
+        for below, leaf in leaf_paths(node, path):
             self.places[leaf].append(below)
         return dataclasses.replace(node, again=True, first=node.first or node)
 
@@ -402,290 +310,3 @@ def _declared_float(obj: object, key: object) -> bool:
         if declared is not None:
             return declared is float or "float" in str(declared)
     return False
-
-
-def extended(node: Node, path: KeyPath, key: object) -> KeyPath:
-    """The path of a child of a node; the wrapper of one array does not count."""
-    return path if node.ways is not None and node.ways.bare else KeyPath(path, key)
-
-
-def _leaf_paths(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
-    """(path, leaf) for every place below a node."""
-    if node.leaf >= 0:
-        yield path, node.leaf
-    for key, child in node.live:
-        yield from _leaf_paths(child, extended(node, path, key))
-
-
-# -- the walks of every step ---------------------------------------------------------------------------------
-
-
-def gather(node: Node, model: object, path: KeyPath, seen: str = "setup") -> Any:
-    """The arrays of a model at the places below `node`, in order.
-
-    Raises TreeMismatch where the structure is not that which `seen`, the function that made the layout, saw.
-    """
-    if node.leaf >= 0:
-        return [model]
-    if node.ways is not None and node.ways.gather is not None:
-        found = node.ways.gather(model, node, node.names) if type(model) is node.kind else None
-        if found is not None:
-            return found
-    elif node.fetch is not None and type(model) is node.kind and _sized_like(node, model):
-        try:
-            return node.fetch(model)
-        except (LookupError, AttributeError):
-            pass
-    out: list[Any] = []
-    for key, child, value in model_children(node, model, path, seen):
-        out.extend(gather(child, value, KeyPath(path, key), seen))
-    return out
-
-
-def _sized_like(node: Node, obj: Any) -> bool:
-    """Whether a dict, list or tuple has as many entries as `setup` saw; other containers have their
-    class's.
-    """
-    if node.kind not in (dict, list, tuple):
-        return True
-    same = len(node.live) == len(node.keys) or node.kind is not dict or all(k in obj for k in node.keys)
-    return same and len(obj) == len(node.keys)
-
-
-def model_children(node: Node, model: object, path: KeyPath, seen: str) -> Iterator[tuple[Any, Node, Any]]:
-    """(key, child, value) of the live children of a container; raises TreeMismatch if it is not the one
-    surveyed.
-    """
-    if not node.leaves:
-        return
-    ways = container(model)
-    assert node.kind is not None
-    if ways is None or (type(model) is not node.kind and not isinstance(model, node.kind)):
-        raise TreeMismatch(
-            f"{path.code()} is a {type(model).__name__}; `{seen}` saw a {node.kind.__name__}; call `{seen}` "
-            "again for another model"
-        )
-    keys = ways.keys(model)
-    if keys != node.keys and set(keys) != set(node.keys):
-        if issubclass(node.kind, list | tuple) and not isinstance(node.keys[0], Attr):
-            raise TreeMismatch(
-                f"{path.code()} has {len(keys)} entr{'y' if len(keys) == 1 else 'ies'}; `{seen}` saw "
-                f"{len(node.keys)}; call `{seen}` again for another model"
-            )
-        gone = [k for k in node.keys if k not in keys]
-        new = [k for k in keys if k not in node.keys]
-        what = f"no {gone[0]!r}, which `{seen}` saw" if gone else f"{new[0]!r}, which `{seen}` did not see"
-        raise TreeMismatch(f"{path.code()} has {what}; call `{seen}` again for another model")
-    values = dict(zip(keys, ways.read(model, keys), strict=True))
-    for key, child in node.live:
-        yield key, child, values[key]
-
-
-def gather_gradients(node: Node, grads: object, path: KeyPath) -> Any:
-    """The gradients at the places below `node`, in order: None where there is no step.
-
-    Gradients may stand in any container with the keys of the model. Raises TreeMismatch where they do not
-    fit.
-    """
-    if node.leaf >= 0:
-        return [grads]
-    if grads is None:
-        return [None] * len(node.leaves)
-    if (
-        node.fetch is not None
-        and type(grads) is node.kind
-        and len(node.live) == len(node.keys)
-        and _sized_like(node, grads)
-    ):
-        try:
-            return node.fetch(grads)
-        except (LookupError, AttributeError):
-            pass
-    if registry.isarray(grads):
-        return _bare(node, grads, path)
-    if isinstance(grads, Mapping) and any(k not in node.keys for k in grads):
-        named = _by_name(node, grads, path)
-        if named is not None:
-            return named
-    found = loose(grads, node.keys, tuple(k for k, c in node.live if not c.again or _has(grads, k)))
-    if isinstance(found, str):
-        live = [str(k) for k, _ in node.live]
-        raise TreeMismatch(
-            f"{path.code('grads')} has {found}; it takes the structure of the model, with "
-            f"{', '.join(live[:8])}{', ...' if len(live) > 8 else ''}"
-        )
-    _refuse_frozen(node, grads, path)
-    out: list[Any] = []
-    for key, child in node.live:
-        out.extend(gather_gradients(child, found.get(key), extended(node, path, key)))
-    return out
-
-
-def _has(grads: object, key: object) -> bool:
-    """Whether gradients have something under a key."""
-    return (
-        key in grads
-        if isinstance(grads, Mapping)
-        else isinstance(grads, list | tuple) or hasattr(grads, str(key))
-    )
-
-
-def _refuse_frozen(node: Node, grads: object, path: KeyPath) -> None:
-    """Raise TreeMismatch for the gradient of a parameter that is not trained."""
-    if not isinstance(grads, Mapping):
-        return
-    for key, child in zip(node.keys, node.children, strict=True):
-        if child.frozen and grads.get(key) is not None:
-            raise TreeMismatch(NOT_TRAINED.format(path.code("grads"), repr(str(key))))
-
-
-NOT_TRAINED = (
-    "{} has a gradient for {}, which the state does not train; it was no trainable parameter at `setup`"
-)
-
-
-def _bare(node: Node, grads: Any, path: KeyPath) -> list[Any]:
-    """An array that stands for a container of one."""
-    if node.ways is not None and node.ways.bare:
-        return [grads]
-    raise TreeMismatch(
-        f"{path.code('grads')} is an array of shape {tuple(grads.shape)}; the model has a "
-        f"{node.kind.__name__ if node.kind else 'container'} there"
-    )
-
-
-def _by_name(node: Node, grads: Mapping[Any, Any], path: KeyPath) -> list[Any] | None:
-    """The gradients of a dict whose keys are the names of parameters; None if they are not.
-
-    Names of arrays that are not trained may be there with None, and a tied array may be there once.
-    """
-    if len(grads) == len(node.names):
-        try:
-            return [grads[name] for name in node.names]
-        except KeyError:
-            pass
-    if any(k in grads for k, c in node.live if c.leaf < 0):
-        return None
-    dotted = any("." in name for name in node.names) or (node.ways is not None and node.ways.gradients)
-    if not dotted or not any(name in grads for name in node.names):
-        return None
-    known = set(node.names)
-    for key, value in grads.items():
-        if key not in known and value is not None:
-            raise TreeMismatch(NOT_TRAINED.format(path.code("grads"), repr(key)))
-    there = {leaf for leaf, name in zip(node.leaves, node.names, strict=True) if name in grads}
-    for leaf, name in zip(node.leaves, node.names, strict=True):
-        if leaf not in there:
-            raise TreeMismatch(f"{path.code('grads')} has no {name!r} (None means no step there)")
-    return [grads.get(name) for name in node.names]
-
-
-def mirrored(node: Node, values: Sequence[Any]) -> Any:
-    """Values for the places below a node, in a plain tree like the model: dicts and lists, and for models
-    that name their parameters a dict by name, tied ones once.
-    """
-    return _mirrored(node, dict(zip(node.names, values, strict=True)), "")
-
-
-def _mirrored(node: Node, values: dict[str, Any], prefix: str) -> Any:
-    if node.leaf >= 0:
-        return values[prefix.removesuffix(".")]
-    if node.ways is not None and node.ways.gradients is not None:
-        first: dict[int, str] = {}
-        for name, leaf in zip(node.names, node.leaves, strict=True):
-            first.setdefault(leaf, name)
-        return {name: values[prefix + name] for name in first.values()}
-    inner = {
-        k: _mirrored(c, values, f"{prefix}{k}.") if c.leaves else None
-        for k, c in zip(node.keys, node.children, strict=True)
-    }
-    return inner if any(not isinstance(k, int) for k in node.keys) else list(inner.values())
-
-
-def rebuild(node: Node, model: object, new: dict[int, Any]) -> Any:
-    """The model with the leaves in `new` replaced; what holds none of them is the same object as before."""
-    memo: dict[int, Any] = {}
-    result = _rebuild(node, model, new, memo, None)
-    for relink, pairs in _by_relink(memo).items():
-        relink(pairs)
-    return result
-
-
-def rebuilt(node: Node, model: object, new: dict[int, Any]) -> tuple[Any, list[Callable[[], Any]]]:
-    """(the same in place, what is left to do): containers that can be written are, but not before the rest is
-    done, since constructors of those that cannot may raise.
-    """
-    memo: dict[int, Any] = {}
-    writes: list[Callable[[], Any]] = []
-    result = _rebuild(node, model, new, memo, writes)
-    writes += [functools.partial(relink, pairs) for relink, pairs in _by_relink(memo).items()]
-    return result, writes
-
-
-def _rebuild(
-    node: Node,
-    model: object,
-    new: dict[int, Any],
-    memo: dict[int, Any],
-    writes: list[Callable[[], Any]] | None,
-) -> Any:
-    """A part of the model with the leaves in `new` replaced; writing into it is left for later where `writes`
-    takes note.
-    """
-    if node.leaf >= 0:
-        x = new.get(node.leaf)
-        if x is None:
-            return model
-        return x if node.axes is None else registry.library(x).permuted(x, node.axes)
-    here = id(node.first or node)
-    if here not in memo:
-        memo[here] = _changed(node, model, new, memo, writes)
-    return memo[here]
-
-
-def _changed(
-    node: Node,
-    model: object,
-    new: dict[int, Any],
-    memo: dict[int, Any],
-    writes: list[Callable[[], Any]] | None,
-) -> Any:
-    """A container with the leaves in `new` replaced."""
-    assert node.ways is not None
-    changes: dict[Any, Any] = {}
-    if node.pick is not None:
-        try:
-            changes = node.pick(new)
-        except KeyError:
-            changes = {key: new[c.leaf] for key, c in node.live if c.leaf in new}
-    else:
-        for key, child, value in model_children(node, model, KeyPath(), "setup"):
-            if any(i in new for i in child.leaves):
-                made = _rebuild(child, value, new, memo, writes)
-                if made is not value or writes is None:
-                    changes[key] = made
-    if not changes:
-        return model
-    if writes is not None and node.ways.write is not None:
-        writes.append(functools.partial(node.ways.write, model, changes))
-        return model
-    result = node.ways.rebuild(model, changes)
-    if result is not model and node.ways.relink is not None:
-        memo.setdefault(-1, []).append((node.ways.relink, model, result))
-    return result
-
-
-def _by_relink(memo: dict[int, Any]) -> dict[Any, list[tuple[Any, Any]]]:
-    """The (old, new) containers that may hold each other elsewhere than among their children."""
-    found: dict[Any, list[tuple[Any, Any]]] = {}
-    for relink, old, made in memo.get(-1, ()):
-        found.setdefault(relink, []).append((old, made))
-    return found
-
-
-def find(node: Node, key: object) -> Node | None:
-    """The child of a node under `key`."""
-    for k, child in zip(node.keys, node.children, strict=True):
-        if k == key:
-            return child
-    return None

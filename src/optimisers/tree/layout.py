@@ -1,0 +1,124 @@
+"""What does a walk know of a model? A tree of nodes that mirrors it: containers, and leaves where arrays are
+trained.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from operator import attrgetter, itemgetter
+from typing import Any
+
+from optimisers.tree.children import Container, container_of
+from optimisers.tree.path import Attr, KeyPath
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """One place of the model: a leaf (an array that is trained), a container, or nothing to train."""
+
+    leaf: int = -1
+    """The number of the leaf, or -1."""
+    axes: tuple[int, ...] | None = None
+    """How the axes of the leaf's first place are permuted here, for a transposed tie."""
+    kind: type | None = None
+    ways: Container | None = None
+    keys: tuple[Any, ...] = ()
+    """All keys of the container."""
+    children: "tuple[Node, ...]" = ()
+    """One for each key."""
+    live: "tuple[tuple[Any, Node], ...]" = ()
+    """The keys and children that have leaves in them."""
+    pick: Callable[[dict[int, Any]], dict[Any, Any]] | None = None
+    """New arrays by leaf number -> those of the live children by key; set where all of these are leaves with
+    the axes of their first place. Raises KeyError where one is missing.
+    """
+    fetch: Callable[[Any], Any] | None = None
+    """The values of the live children in one call; set where all of them are leaves."""
+    leaves: tuple[int, ...] = ()
+    """The leaves below, in the order of the walk, one entry a place."""
+    frozen: bool = False
+    """Whether a parameter stands here that did not want to be trained."""
+    again: bool = False
+    """Whether all leaves below were met before: their gradients may stand there alone."""
+    first: "Node | None" = None
+    """The node of the same container where it was met first."""
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """The path to each place below, as text."""
+        return [str(path) for path, _ in leaf_paths(self, KeyPath())]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("ways", "fetch", "pick", "names")}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.ways = None if kept["kind"] is None else container_of(kept["kind"])
+        vars(self).update(kept, fetch=fetcher(self.ways, kept["live"]), pick=picker(kept["live"]))
+
+
+def fetcher(ways: Container | None, live: "tuple[tuple[Any, Node], ...]") -> Callable[[Any], Any] | None:
+    """Reads all live children in one call, if all of them are leaves."""
+    if not live or ways is None or not ways.direct or any(c.leaf < 0 for _, c in live):
+        return None
+    keys = [k for k, _ in live]
+    get = attrgetter(*keys) if isinstance(keys[0], Attr) else itemgetter(*keys)
+    return get if len(keys) > 1 else lambda obj: (get(obj),)
+
+
+def picker(live: "tuple[tuple[Any, Node], ...]") -> Callable[[dict[int, Any]], dict[Any, Any]] | None:
+    """See `Node.pick`."""
+    if not live or any(c.leaf < 0 or c.axes is not None for _, c in live):
+        return None
+    keys, numbers = [k for k, _ in live], [c.leaf for _, c in live]
+    get = itemgetter(*numbers) if len(live) > 1 else lambda new: (new[numbers[0]],)
+    return lambda new: dict(zip(keys, get(new), strict=True))
+
+
+@dataclasses.dataclass(eq=False)
+class Layout:
+    """The walk over one model."""
+
+    root: Node
+    paths: list[KeyPath]
+    """The path of each leaf: that of its first place."""
+    places: list[list[KeyPath]]
+    """All paths of each leaf."""
+    floats: list[tuple[KeyPath, Any]]
+    """Numbers beside arrays: they do not train, though somebody may think so."""
+
+    @functools.cached_property
+    def key(self) -> Any:
+        """Equal for the layouts of models that are walked alike."""
+        return _node_key(self.root)
+
+
+def _node_key(node: Node) -> Any:
+    if node.leaf >= 0:
+        return node.leaf, node.axes
+    return node.kind, node.keys, tuple((k, _node_key(c)) for k, c in node.live)
+
+
+EMPTY = Node()
+
+FROZEN = Node(frozen=True)
+
+
+def extended(node: Node, path: KeyPath, key: object) -> KeyPath:
+    """The path of a child of a node; the wrapper of one array does not count."""
+    return path if node.ways is not None and node.ways.bare else KeyPath(path, key)
+
+
+def leaf_paths(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
+    """(path, leaf) for every place below a node."""
+    if node.leaf >= 0:
+        yield path, node.leaf
+    for key, child in node.live:
+        yield from leaf_paths(child, extended(node, path, key))
+
+
+def find(node: Node, key: object) -> Node | None:
+    """The child of a node under `key`."""
+    for k, child in zip(node.keys, node.children, strict=True):
+        if k == key:
+            return child
+    return None
