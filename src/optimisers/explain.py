@@ -103,8 +103,8 @@ def explain(state: object) -> Explanation:
     parameter.
 
     Counted for a step in which every condition of the rules holds (the flush of AccumGrad, say), with
-    gradients of the type of the parameters; for the interpreter, every word is a pass. Raises BadState for
-    anything but a state.
+    gradients of the type of the parameters; for the interpreter, every operation is a pass. Raises BadState
+    for anything but a state.
     """
     store, node, _ = parts(state)
     below = np.unique(np.array(node.leaves, np.int64))

@@ -28,8 +28,8 @@ class Rule(Value):
     functions.
 
     `init(x) -> state` and `apply(state, x, dx) -> (state, dx)`, where the returned `dx` is subtracted from
-    `x`. Both are pure and use only arithmetic and the words of `optimisers.ops`; `apply` runs once, when it
-    is traced, so a Python value in it (a random number, a counter) is a constant of the rule. State is any
+    `x`. Both are pure and use only arithmetic and the operations of `optimisers.ops`; `apply` runs once, when
+    it is traced, so a Python value in it (a random number, a counter) is a constant of the rule. State is any
     nest of tuples, NamedTuples and dicts, of arrays and numbers; None or () if there is none.
 
     Fields with a number as default are hyper-parameters: they can be adjusted, and each may be a schedule, a

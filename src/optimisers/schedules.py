@@ -3,7 +3,7 @@
 The clock is 0 at the first update of a `setup` and ticks by one at every update: it counts from 0, as in
 Optax and torch, and not from 1 as in ParameterSchedulers.jl. All lengths are in updates, not epochs.
 
-Any function of the clock that is written with arithmetic and the words of `optimisers.ops` is a schedule.
+Any function of the clock that is written with arithmetic and operations of `optimisers.ops` is a schedule.
 Those below are values besides: they print, compare, and every number in them can change without a new
 compilation. In all of them
 
@@ -28,7 +28,7 @@ from optimisers.settings import Value, number, settings, static
 class Schedule(Value):
     """A number as a function of the clock; subclass it, list its numbers as fields, write `__call__`.
 
-    The clock and the fields may be traced, so the body uses arithmetic and the words of `optimisers.ops`,
+    The clock and the fields may be traced, so the body uses arithmetic and operations of `optimisers.ops`,
     never `if`. The clock may also be an array: `schedule(np.arange(1000))` is the whole curve.
     """
 

@@ -441,9 +441,6 @@ class Library(Protocol[A, D]):
     operations: Mapping[str, Callable[..., Any]]
     """The functions of `optimisers.ops` by their names."""
 
-    NAME = property(lambda self: self.name)
-    WORDS = property(lambda self: self.operations)
-
     # -- said with these, for all libraries -----------------------------------------------------------------
 
     def size(self, x: A) -> int:

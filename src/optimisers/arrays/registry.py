@@ -284,6 +284,3 @@ def unknown_array(x: object) -> str:
     kind, packages = type(x), _packages()
     known = any(p in packages for base in kind.__mro__ for p in _prefixes(base.__module__))
     return "" if known or not all(hasattr(x, n) for n in ("shape", "dtype", "__add__")) else kind.__module__
-
-
-module_of = library_of

@@ -64,7 +64,7 @@ def unfused(p: Pass) -> str | None:
     if p.free:
         return "values of another shape than the parameters"
     odd = next((e.op for e in p.body if e.op not in WORDS and e.op not in _KNOWN), None)
-    return None if odd is None else f"the word {odd}"
+    return None if odd is None else f"the operation {odd}"
 
 
 # -- a pass as a function ------------------------------------------------------------------------------------

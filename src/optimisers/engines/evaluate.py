@@ -31,7 +31,7 @@ def evaluate(
     that are known already, and gets the new ones.
     """
     found = {} if found is None else found
-    apply: Callable[[str], Callable[..., Any]] = operation or library.WORDS.__getitem__
+    apply: Callable[[str], Callable[..., Any]] = operation or library.operations.__getitem__
     types = {"bool": np.dtype(bool), "real": library.real_of(wide), "complex": wide}
     convert: Callable[[Any, Any], Any] = cast or library.cast
     for e in order(roots, found):

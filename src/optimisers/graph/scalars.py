@@ -85,7 +85,7 @@ class Scalars:
             leafy = any(map(self.of_leaf.__getitem__, map(id, e.args)))
             if leafy:
                 values = [self.spread(v, a) for v, a in zip(values, e.args, strict=True)]
-            value = self.library.WORDS[e.op](*values)
+            value = self.library.operations[e.op](*values)
         self.values[id(e)], self.of_leaf[id(e)] = value, leafy
 
     def spread(self, value: Any, e: Expr) -> Any:
@@ -100,7 +100,7 @@ class Scalars:
 
     def sum(self, e: Expr) -> Any:
         """The sum of a scalar node over the leaves."""
-        found = self.library.WORDS["sum"](self.of_leaves(e))
+        found = self.library.operations["sum"](self.of_leaves(e))
         return float(found) if self.library is host else found
 
     def symbols(self, scalars: tuple[Expr, ...]) -> tuple[Any, Any]:
@@ -182,7 +182,7 @@ def written_out(first: Expr, *others: Expr, single: bool) -> Callable[[Any, Any]
         elif e.op == "where" and single:
             text = f"{args[1]} if {args[0]} else {args[2]}"
         else:
-            known[f"word_{e.op}"] = host.WORDS[e.op]
+            known[f"word_{e.op}"] = host.operations[e.op]
             text = f"word_{e.op}({', '.join(args)})"
         lines.append(f"    {name} = {text}\n")
     answer = "".join(f"{names[id(e)]}, " for e in wanted)

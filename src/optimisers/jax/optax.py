@@ -365,7 +365,7 @@ class from_optax:  # noqa: N801 it is used as a function
         """The state for a model."""
         layout, arrays = survey(model, ties)
         for path, x in zip(layout.paths, arrays, strict=True):
-            if registry.library(x).NAME != "jax":
+            if registry.library(x).name != "jax":
                 raise BadState(f"{path.code()} is no array of JAX, which is what Optax steps")
         names = map(str, layout.paths)
         return WholeState(self, layout, self.tx.init(dict(zip(names, arrays, strict=True))))

@@ -106,7 +106,7 @@ class Pack:
     @classmethod
     def zeros(cls, library: Any, dtype: Any, device: str, places: Places) -> "Pack":
         return cls(
-            library.NAME, dtype, device, places, [library.zeros(n, dtype, device) for n in places.lengths]
+            library.name, dtype, device, places, [library.zeros(n, dtype, device) for n in places.lengths]
         )
 
     @functools.cached_property
@@ -191,7 +191,7 @@ class Bundled(Loose):
     @classmethod
     def of(cls, library: Any, device: str, places: Places, arrays: list[Any]) -> "Bundled":
         """A pack of these arrays."""
-        return cls(library.NAME, arrays[0].dtype, device, places, places_filled(library, places, arrays))
+        return cls(library.name, arrays[0].dtype, device, places, places_filled(library, places, arrays))
 
     def copy(self) -> "Bundled":
         return Bundled(self.name, self.dtype, self.device, self.places, list(self.buffers))

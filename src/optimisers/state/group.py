@@ -57,7 +57,7 @@ class Shape:
         strides, loose = library.dense_strides(x), library.is_loose(x)
         packed = packed and loose and library.immutable
         return cls(
-            library.NAME,
+            library.name,
             tuple(x.shape),
             strides,
             x.dtype,
@@ -240,7 +240,7 @@ def grouped(entries: Sequence[Any], shapes: Sequence[Shape | None]) -> list[Grou
             form(state),
             _arrays(state, kind),
             str(kind.dtype),
-            kind.library.NAME,
+            kind.library.name,
             kind.device,
             kind.loose,
             kind.packed,

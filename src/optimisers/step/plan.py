@@ -146,5 +146,5 @@ def _sum_of_places(grads: Sequence[tuple[Any, Any]], paths: list[KeyPath]) -> An
             )
     if len(found) <= 1:
         return found[0] if found else None
-    add = registry.library(found[0]).WORDS["add"]  # which knows on which device
+    add = registry.library(found[0]).operations["add"]  # which knows on which device
     return functools.reduce(add, (registry.library(g).widened(g) for g in found))
