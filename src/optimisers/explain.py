@@ -21,6 +21,7 @@ from optimisers.graph.recipe import recipe
 from optimisers.rule import Rule
 from optimisers.state.group import Group, Shape, grouped, started
 from optimisers.state.leaf import parts
+from optimisers.tree.path import KeyPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +154,10 @@ def _array_operations(group: Group, members: Any) -> tuple[int, int]:
     done: tuple[int, ...] = ()
     rounds: list[Round] = []
     for level, _ in enumerate(stages(program)):
-        found = operations(program, level, done=done)
-        if found is not None:
-            rounds, done = [*rounds, found], (*done, level)
-    last = operations(program, None, (True,) * len(program.guards), done)
-    rounds += [] if last is None else [last]
+        found = operations(program, level, done=done).rounds
+        rounds += found
+        done = (*done, level) if found else done
+    rounds += operations(program, None, (True,) * len(program.guards), done).rounds
     products, flops = 0, 0
     for shape, count in Counter(shapes).items():
         for todo in (recipe(part, shape) for part in rounds):
@@ -192,7 +192,7 @@ def kernel(rule: Rule, dtype: object = "float32", *, inplace: bool = True, engin
             f"kernel was given dtype={dtype!r}; it takes types of floating point or complex numbers"
         )
     shape = Shape.of(x)
-    (group,) = grouped([(0, rule, started(rule, x, "x"))], [shape])
+    (group,) = grouped([(0, rule, started(rule, x, KeyPath("x")))], [shape])
     name = shape.library.type_name(shape.dtype)
     printed = choose.engine_of(printers[engine]).printed
     assert printed is not None

@@ -224,6 +224,25 @@ def walk(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tupl
         yield path, value
 
 
+def owners(value: object) -> Iterator[tuple[str, int]]:
+    """(field, place in it) for every number of `numbers` that a field of a rule holds itself; ("", 0) for
+    those inside of schedules and of structure.
+    """
+    if isinstance(value, Value):
+        for name, kind, static, _ in fields(value):
+            held = getattr(value, name)
+            if kind is not None and not static:
+                for i, part in enumerate(held if isinstance(kind, tuple) else (held,)):
+                    yield from [(name, i)] if is_number(part) else (("", 0) for _ in walk(part))
+            elif not static:
+                yield from owners(held)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from owners(item)
+    elif is_number(value):
+        yield "", 0
+
+
 def skeleton(value: object) -> Any:
     """What is left of `value` without its numbers: hashable, equal for values that may share a program."""
     if isinstance(value, Value):
@@ -325,6 +344,25 @@ def parts(value: object) -> Iterator[Value]:
     elif isinstance(value, tuple):
         for item in value:
             yield from parts(item)
+
+
+def scheduled(value: object) -> set[str]:
+    """The names of the fields, of `value` and of the values in it, that hold a schedule, or one among their
+    numbers.
+    """
+    return {
+        name
+        for part in parts(value)
+        for name, kind, *_ in fields(part)
+        if kind is not None and is_schedule(getattr(part, name))
+    }
+
+
+def is_schedule(value: object) -> bool:
+    """Whether a setting, or a number in it, is a function of the clock."""
+    return any(
+        callable(v) and not is_number(v) for v in (value if isinstance(value, tuple | list) else (value,))
+    )
 
 
 def adjustable(value: object) -> list[str]:

@@ -273,6 +273,11 @@ class Library(Protocol[A, D]):
         """Write `value` into `target`, rounding once to its type."""
         raise _lacking(self.name, "assign")
 
+    def assign_many(self, targets: Sequence[A], values: Sequence[A]) -> None:
+        """Write arrays into arrays."""
+        for target, value in zip(targets, values, strict=True):
+            self.assign(target, value)
+
     @abstractmethod
     def to_numpy(self, x: A) -> HostArray:
         """The elements as an array of NumPy, for somebody to look at."""

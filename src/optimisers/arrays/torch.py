@@ -400,6 +400,10 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
         with torch.no_grad():
             target.copy_(value) if isinstance(value, Tensor) else target.fill_(value)
 
+    def assign_many(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(list(targets), list(values))
+
     def to_numpy(self, x: Tensor) -> HostArray:
         x = getattr(x, "to_local", lambda: x)().detach().cpu().resolve_conj().resolve_neg()
         return (x.float() if x.dtype is torch.bfloat16 else x).numpy()

@@ -215,7 +215,7 @@ def _without_parameters(rule: Any, form: Any) -> Mirrored:
     scalars: list[Any] = []
     for _, r in sorted(rules.items()):
         x = jnp.zeros((1, 1))
-        start = started(r, x, "params")
+        start = started(r, x, KeyPath("params"))
         program = program_of(r, start, Shape.of(x, "interpret"))
         trees |= {slot_name(s.path): jax.tree.unflatten(form, []) for s in program.slots}
         own = _table([[*numbers(r), *(v for _, v in flatten(start) if not registry.isarray(v))]])

@@ -143,8 +143,8 @@ class Pack:
 
     def put_many(self, members: Indices, values: Sequence[Any]) -> None:
         """Write several arrays."""
-        for i, value in zip(members.tolist(), values, strict=True):
-            self.put(i, value)
+        arrays = self if 4 * len(members) < len(self) else list(self)
+        self.library.assign_many([arrays[i] for i in members.tolist()], values)
 
     def __getitem__(self, i: int) -> Any:
         p = self.places
@@ -154,7 +154,9 @@ class Pack:
         return len(self.places.shapes)
 
     def __iter__(self) -> Iterator[Any]:
-        return (self[i] for i in range(len(self)))
+        p, view = self.places, self.library.view
+        where = zip(p.buffer.tolist(), p.offset.tolist(), p.shapes, p.strides, strict=True)
+        return (view(self.buffers[b], offset, shape, strides) for b, offset, shape, strides in where)
 
 
 class Loose(Pack):
@@ -181,8 +183,15 @@ class Loose(Pack):
         old = self[i]
         self.buffers[self.places.number[i]] = self.library.rounded(old, value)
 
+    def put_many(self, members: Indices, values: Sequence[Any]) -> None:
+        for i, value in zip(members.tolist(), values, strict=True):
+            self.put(i, value)
+
     def __getitem__(self, i: int) -> Any:
         return self.buffers[self.places.number[i]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
 
 
 class Bundled(Loose):

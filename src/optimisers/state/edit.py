@@ -64,7 +64,7 @@ def adjust_(state: Any, eta: Any = None, *, where: Where = None, **changes: Any)
             raise UnknownField(f"there is nothing to train here, so nothing has a setting {name}")
     for rule in rules:  # before anything changes
         adjusted(rule, changes)
-    store.change(leaves, lambda rule: adjusted(rule, changes))
+    store.adjust_many([(leaves, changes)])
 
 
 def adjust(state: Any, eta: Any = None, *, where: Where = None, **changes: Any) -> Any:

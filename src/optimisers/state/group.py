@@ -22,6 +22,7 @@ from optimisers.settings import fill, numbers, skeleton
 from optimisers.state.buffers import Bundled, Indices, Loose, Pack, Places
 from optimisers.state.memo import Memo, Subset
 from optimisers.state.table import ScalarTable, as_kind, table_of
+from optimisers.tree.path import KeyPath
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -333,11 +334,11 @@ def _places(arrays: list[Any]) -> Places:
     return Places.of([tuple(a.shape) for a in arrays], [contiguous_strides(tuple(a.shape)) for a in arrays])
 
 
-def started(rule: Rule, x: Any, path: str) -> Any:
-    """The state that a rule wants for an array; raises BadState if it is no state."""
+def started(rule: Rule, x: Any, path: KeyPath) -> Any:
+    """The state that a rule wants for the array at a path; raises BadState for what is no rule."""
     if not isinstance(rule, Rule):
         hint = f"; write {rule.__name__}()" if isinstance(rule, type) and issubclass(rule, Rule) else ""
-        raise BadState(f"the rule for {path} is {rule!r}; it takes a rule, such as Adam(){hint}")
+        raise BadState(f"the rule for {path.code()} is {rule!r}; it takes a rule, such as Adam(){hint}")
     state = rule.init(x)
     if x.shape != ():
         return state

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import registry
+from optimisers.settings import owners, scheduled
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -72,3 +73,17 @@ def on_host(values: Any) -> Any:
         items: Iterable[Any] = values
         return [on_host(v) for v in items]
     return registry.library(values).to_numpy(values) if registry.isarray(values) else float(values)
+
+
+def columns_of(rule: object, names: Iterable[str]) -> dict[str, list[list[int]]] | None:
+    """Which hyper-parameters of a rule bear some names, for those that it has: a list for each number of such
+    a setting, since a chain may have one in several rules; None where one is a schedule.
+    """
+    wanted = set(names)
+    if not wanted.isdisjoint(scheduled(rule)):
+        return None
+    found: dict[str, dict[int, list[int]]] = {}
+    for j, (name, place) in enumerate(owners(rule)):
+        if name in wanted:
+            found.setdefault(name, {}).setdefault(place, []).append(j)
+    return {name: list(places.values()) for name, places in found.items()}

@@ -16,9 +16,11 @@ import numpy as np
 from optimisers.arrays import registry
 from optimisers.nest import flatten
 from optimisers.rule import Rule
-from optimisers.settings import numbers, skeleton
+from optimisers.settings import adjusted, numbers, skeleton
 from optimisers.state.buffers import Indices
 from optimisers.state.group import Entry, Group, Shape, grouped
+from optimisers.state.rows import columns_of, flat
+from optimisers.state.table import ScalarTable
 from optimisers.tree.layout import Layout
 
 Change = Callable[[Rule], Rule]
@@ -124,6 +126,18 @@ class Store:
     def __setstate__(self, kept: dict[str, Any]) -> None:
         vars(self).update(kept, lock=threading.RLock())
 
+    def grow(self, other: "Store", layout: Layout) -> None:
+        """Take in the leaves of another store behind those of this one; `layout` is that of both."""
+        with self.lock:
+            for group in other.groups:
+                group.leaves = group.leaves + len(self.shapes)
+            self.groups = [*self.groups, *other.groups]
+            self.shapes = [*self.shapes, *other.shapes]
+            self.frozen = np.concatenate([self.frozen, other.frozen])
+            self.layout, self.handles = layout, {}
+            self.index()
+        self.changed()
+
     # -- what a step asks --
 
     def arrays(self) -> list[Any]:
@@ -213,23 +227,40 @@ class Store:
         self.changed()
 
     def change(self, leaves: Iterable[int], new: Change) -> None:
-        """Replace the rule of every one of the leaves; state stays, and so do rules' equal parts of it."""
-        self.change_many([(leaves, new)])
-
-    def change_many(self, changes: Sequence[tuple[Iterable[int], Change]]) -> None:
-        """Replace the rules of some leaves in one way, those of others in another; no leaf stands in two.
+        """Replace the rule of every one of the leaves; state stays, and so do rules' equal parts of it.
 
         Where only hyper-parameters change, rows of tables are written; a leaf whose rule gets another
         structure changes its group.
         """
-        lists = [list(leaves) for leaves, _ in changes]
-        of = np.repeat(np.arange(len(lists)), [len(leaves) for leaves in lists])
+        self._edit([leaves], lambda group, label: _changed(group, label, [new]))
+
+    def adjust_many(self, changes: Sequence[tuple[Iterable[int], Mapping[str, Any]]]) -> None:
+        """Give some leaves other hyper-parameters by name, and others others; no leaf stands in two.
+
+        Each must have been found fit by the rules. Numbers in the place of numbers are written into the
+        tables, all at once.
+        """
+        given = [fields for _, fields in changes]
+
+        def edit(group: Group, label: Indices) -> list[Entry]:
+            return [] if _written(group, label, given) else _changed(group, label, [_to(f) for f in given])
+
+        self._edit([leaves for leaves, _ in changes], edit)
+
+    def _edit(
+        self, lists: Sequence[Iterable[int]], edit: Callable[[Group, Indices], Sequence[Entry]]
+    ) -> None:
+        """Edit the groups of the leaves in some lists. `edit` is given the list of each member of a group, -1
+        for none, and returns the entries that belong there no longer.
+        """
+        listed = [list(leaves) for leaves in lists]
+        of = np.repeat(np.arange(len(listed)), [len(leaves) for leaves in listed])
         moved: list[Entry] = []
         with self.lock:
-            for group, members, which in self.found(itertools.chain.from_iterable(lists)):
+            for group, members, which in self.found(itertools.chain.from_iterable(listed)):
                 label = np.full(len(group.leaves), -1)
                 label[members] = of[which]
-                moved += _changed(group, label, [new for _, new in changes])
+                moved += edit(group, label)
             if moved:
                 self.move(moved)
         self.changed()
@@ -253,27 +284,67 @@ class Store:
         self.changed()
 
 
-def _changed(group: Group, label: Indices, changes: Sequence[Change]) -> list[Entry]:
-    """Change the rules of the leaves of a group whose label is not -1; the entries of those that no longer
-    belong there.
+def _to(fields: Mapping[str, Any]) -> Change:
+    """Sets hyper-parameters of a rule by name."""
+    return lambda rule: adjusted(rule, dict(fields))
+
+
+def _parted(group: Group, label: Indices) -> tuple[ScalarTable, Indices, Indices]:
+    """(the table of a group in which only members of one label share rows, the rows of those whose label is
+    not -1, the first member of each).
     """
     table = group.table
     if not (label == label[0]).all():
         table = table.split_by(label)
+    touched = np.flatnonzero(label >= 0)
+    rows, first = np.unique(table.row[touched], return_index=True)
+    return table, rows, touched[first]
+
+
+def _written(group: Group, label: Indices, given: Sequence[Mapping[str, Any]]) -> bool:
+    """Write hyper-parameters of the members of a group, those of one label alike; False, and nothing is
+    written, where a setting is no number before or after.
+    """
+    columns = columns_of(group.rule, {name for fields in given for name in fields})
+    if columns is None:
+        return False
+    table, rows, first = _parted(group, label)
+    change = label[first]
+    edits: list[tuple[Indices, list[int], Any]] = []
+    for names in {tuple(given[k]) for k in np.unique(change).tolist()}:
+        alike = np.array([tuple(given[k]) == names for k in change.tolist()])
+        known = [name for name in names if name in columns]
+        values = [[*flat([given[k][name] for name in known])] for k in change[alike].tolist()]
+        if not all(isinstance(v, float | int) for row in values for v in row):
+            return False
+        places = [places for name in known for places in columns[name]]
+        spread = [n for n, same in enumerate(places) for _ in same]
+        at = [j for same in places for j in same]
+        if at:
+            edits.append((rows[alike], at, np.array(values, np.float64)[:, spread]))
+    for where, at, values in edits:
+        table = table.write_hypers(where, at, values)
+    group.table = table.merge_equal()
+    return True
+
+
+def _changed(group: Group, label: Indices, changes: Sequence[Change]) -> list[Entry]:
+    """Change the rules of the members of a group whose label is not -1; the entries of those that no longer
+    belong there.
+    """
+    table, rows, first = _parted(group, label)
     moved: list[Entry] = []
-    rows: list[int] = []
+    stay: list[int] = []
     written: list[list[Any]] = []
     own = skeleton(group.rule)
-    touched = np.flatnonzero(label >= 0)
-    for r, first in zip(*np.unique(table.row[touched], return_index=True), strict=True):
-        i = int(touched[first])
-        rule = changes[label[i]](group.rule_of(i))
+    for r, i in zip(rows.tolist(), first.tolist(), strict=True):
+        rule = changes[int(label[i])](group.rule_of(i))
         if skeleton(rule) == own:
-            rows.append(int(r))
+            stay.append(r)
             written.append(numbers(rule))
             continue
         moved += [group.entry(k)._replace(rule=rule) for k in np.flatnonzero(table.row == r).tolist()]
-    if rows and table.hypers:
-        table = table.write_hypers(np.array(rows), slice(0, table.hypers), written)
+    if stay and table.hypers:
+        table = table.write_hypers(np.array(stay), slice(0, table.hypers), written)
     group.table = table.merge_equal()
     return moved

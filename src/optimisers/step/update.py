@@ -81,12 +81,29 @@ def setup(
             stacklevel=2,
         )
     rules = choose(rule, layout, arrays)
+    store = store_of(layout, arrays, rules, engine=engine, packed=packed, capturable=capturable)
+    for name in {kind.name for kind in store.shapes if kind is not None}:
+        if (known := registry.hooks(name).known) is not None:
+            known(store)
+    return handle(store, layout.root, KeyPath())
+
+
+def store_of(
+    layout: Layout,
+    arrays: Sequence[Any],
+    rules: Sequence[Rule | None],
+    *,
+    engine: str | None,
+    packed: bool = False,
+    capturable: bool = False,
+) -> Store:
+    """The state of some arrays, each with a rule, or with None to train nothing there."""
     shapes = [
         None if r is None else Shape.of(x, engine, packed=packed, capturable=capturable)
         for r, x in zip(rules, arrays, strict=True)
     ]
     entries = [
-        (i, r, started(r, x, layout.paths[i].code()))
+        (i, r, started(r, x, layout.paths[i]))
         for i, (r, x) in enumerate(zip(rules, arrays, strict=True))
         if r is not None
     ]
@@ -95,10 +112,7 @@ def setup(
     store = Store(layout, shapes, grouped(entries, shapes), np.zeros(len(arrays), bool), engine=engine)
     for group in store.groups:
         choice_for(group, engine)
-    for name in {kind.name for kind in shapes if kind is not None}:
-        if (known := registry.hooks(name).known) is not None:
-            known(store)
-    return handle(store, layout.root, KeyPath())
+    return store
 
 
 def _refuse_uncapturable(shapes: Sequence[Shape | None]) -> None:
@@ -275,23 +289,34 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     return state, made
 
 
-def update_scaled(state: Any, model: Any, grads: Any, scaling: tuple[Any, Any]) -> None:
-    """A step in place whose gradients are divided by a number first, and which is none where another is not
-    0: both on the device, where they stay. For states that say `takes_scaling`.
+def update_listed(
+    store: Store,
+    node: Node,
+    xs: Sequence[Any],
+    grads: Sequence[Any],
+    scaling: tuple[Any, Any] | None = None,
+) -> None:
+    """A step in place of parameters and gradients that come in the order of the walk.
+
+    `scaling`, for states that say `takes_scaling`: the gradients are divided by its first number, and the
+    step is none where the second is not 0; both are on the device, where they stay. Raises BadState, naming
+    it, for a parameter that cannot be written.
     """
-    store, node, path = parts(state)
-    xs, orders = walked(node, path, model, (grads,))
-    kind = store.groups[0].kind
-    scale, found = (kind.library.moved(value, kind.device) for value in scaling)
-    step = Steps(store, node, xs, orders, inplace=True, scaling=(scale, found))
-    step.prepare()
+    if scaling is not None:
+        kind = store.groups[0].kind
+        scaling = kind.library.moved(scaling[0], kind.device), kind.library.moved(scaling[1], kind.device)
+    step = Steps(store, node, xs, [grads], inplace=True, scaling=scaling)
+    for leaf in step.prepare():
+        raise BadState(
+            f"{str(store.layout.paths[leaf])!r} cannot be written: it is an expanded tensor, or one that was "
+            "made in inference mode; give its clone() to the optimiser"
+        )
     with held():
         step.store_all()
 
 
-def takes_scaling(state: Any) -> bool:
+def takes_scaling(store: Store) -> bool:
     """Whether a step of this state may depend on numbers on the device alone."""
-    store = parts(state)[0]
     whole = all(slot.shape is None for g in store.groups for slot in g.program.slots)
     stored = [store_pass(g.program, None) for g in store.groups]
     return store.capturable and whole and not any(p is not None and p.free for p in stored)

@@ -17,10 +17,9 @@ from optimisers.settings import (
     adjusted,
     fields,
     inner,
-    numbers,
     replaced,
+    scheduled,
     settings,
-    skeleton,
 )
 from optimisers.settings import parts as parts_of_value
 from optimisers.torch.classes import chained, plain
@@ -64,6 +63,9 @@ FLAGS = {
 """Keys of torch's groups that are a rule of its own here, or no matter of groups -> what to write."""
 
 
+ASKING = {*ELSEWHERE, *FLAGS, "beta", "epsilon", "eta", "lam", "omega"}
+"""Keys of a group that ask for something."""
+
 SAID_BY = {
     "maximize": Maximise,
     "amsgrad": (AMSGrad, TorchAMSGrad),
@@ -101,16 +103,17 @@ def told(rule: Rule, given: Mapping[str, Any], where: str) -> Rule:
             rule = within(rule, Rprop, lambda part, eta=value: remade(part, eta=eta))
         elif known(rule, name):
             changes[field_of(rule, name)] = value
-        elif name == "weight_decay" and not _nothing(value):
+        elif name == "weight_decay" and not nothing(value):
             rule = _decaying(rule, value, where)
         elif name == "weight_decay" and value is not None and "lam" in adjustable(rule):
             changes["lam"] = value
-        elif name in ELSEWHERE or name in FLAGS:
-            _refuse(rule, name, value, where)
+        else:
+            refuse(rule, name, value, where)
     return adjusted(rule, changes)
 
 
 def _decaying(rule: Rule, lam: Any, where: str) -> Rule:
+    """A rule with decay behind it that follows the rate."""
     if "lam" in adjustable(rule):
         raise BadSetting(
             f"{where} sets weight_decay={lam!r}, which is times the rate, and the decay of {rule!r} is not; "
@@ -121,13 +124,17 @@ def _decaying(rule: Rule, lam: Any, where: str) -> Rule:
     return followed(rule, DecoupledDecay(lam, couple=True))
 
 
-def _refuse(rule: Rule, name: str, value: Any, where: str) -> None:
-    """Raise BadSetting for a setting that torch has and the rule has not, where it says something."""
+def refuse(rule: Rule, name: str, value: Any, where: str) -> None:
+    """Raise BadSetting for a setting that torch has and the rule has not, where it says something; those of
+    other tools are left alone.
+    """
+    if name not in ASKING:
+        return
     listed = list(parts_of_value(rule))
     here = {"centered": "centred", "initial_accumulator_value": "start"}.get(name, name)
     has = [getattr(part, here) for part in listed if hasattr(part, here)]
     has += [True for part in listed if isinstance(part, SAID_BY.get(name, ()))]
-    if value in has or (_nothing(value) and not any(has)):
+    if value in has or (nothing(value) and not any(has)):
         return
     hint = f"; {FLAGS[name]}" if name in FLAGS else ""
     raise BadSetting(
@@ -148,33 +155,35 @@ def defaults_of(rule: Rule | None, clock: int = 0) -> dict[str, Any]:
             if (name in numbers or name == "eta") and name not in found:
                 found.add(name)
                 keys = (name, names.get(name, name)) if name != "eta" else ("lr",)
-                shown |= dict.fromkeys(keys, _at(plain(value), clock))
+                shown |= dict.fromkeys(keys, at(plain(value), clock))
     return shown
 
 
-def _at(value: Any, clock: int) -> Any:
+def at(value: Any, clock: int) -> Any:
     """The present value of a setting."""
     if isinstance(value, tuple):
-        return tuple(_at(v, clock) for v in value)
+        return tuple(at(v, clock) for v in value)
     if callable(value):
         number: Any = value(clock)
         return float(number)
     return value
 
 
-def is_schedule(value: Any) -> bool:
-    """Whether a setting, or a number in it, is a function of the clock."""
-    return any(callable(v) for v in (value if isinstance(value, tuple | list) else (value,)))
-
-
 def has_schedule(rule: Rule) -> bool:
     """Whether a setting of the rule is a schedule."""
-    return any(
-        is_schedule(v)
-        for part in parts_of_value(rule)
-        for name, v in settings(part)
-        if name in adjustable(part)
-    )
+    return bool(scheduled(rule))
+
+
+def meanings_of(rule: Rule) -> dict[str, str]:
+    """The field of a rule behind every key that it takes, by our names and by torch's."""
+    found: dict[str, str] = {}
+    own = {name: name for name in adjustable(rule)}
+    for part in parts_of_value(rule):
+        for field, there in torch_names(part).items():
+            if field in own:
+                found.setdefault(there, field)
+    others = {key: name for key, name in ELSEWHERE.items() if name in own and key != "weight_decay"}
+    return others | found | own
 
 
 def field_of(rule: Rule, name: str) -> str:
@@ -211,15 +220,9 @@ def followed(rule: Rule, other: Rule) -> Rule:
     return chained(rule, other)
 
 
-def _nothing(value: Any) -> bool:
+def nothing(value: Any) -> bool:
     """Whether a setting says that something is not wanted: a rule without it may ignore it."""
     return value is None or (isinstance(value, float | int) and value == 0)
-
-
-def renewed(was: Rule, new: Rule, changes: dict[str, Any], old: Rule) -> Rule:
-    """The rule of a leaf after its group has changed; that of the group, unless the leaf had its own."""
-    same = numbers(old) == numbers(was) and skeleton(old) == skeleton(was)
-    return new if same else adjusted(old, changes)
 
 
 def require_dense(given: Iterable[Any]) -> None:
@@ -239,7 +242,7 @@ def by_glob(rules: Mapping[str, Any], named: list[Any]) -> tuple[list[dict[str, 
         raise BadState("a dict of rules takes a module or named parameters: write model.named_parameters()")
     taken: dict[str, list[Any]] = {glob: [] for glob in rules}
     for name, p in named:
-        glob = next((g for g in rules if matches(g, KeyPath(name))), None)
+        glob = matching(rules, name)
         if glob is None:
             raise BadState(f'no rule for {name!r}; the globs are {", ".join(map(repr, rules))}; add "**"')
         taken[glob].append((name, p))
@@ -247,3 +250,8 @@ def by_glob(rules: Mapping[str, Any], named: list[Any]) -> tuple[list[dict[str, 
         if not found:
             raise BadState(f"{glob!r} takes no parameter; there are {', '.join(n for n, _ in named[:6])}")
     return [{"params": found} for found in taken.values()], list(rules.values())
+
+
+def matching(rules: Iterable[str], name: str) -> str | None:
+    """The first glob that takes a name."""
+    return next((glob for glob in rules if matches(glob, KeyPath(name))), None)

@@ -1,86 +1,246 @@
-"""How does a saved state come into an optimiser? By name where both sides have names, and checked."""
+"""How does a saved state come into an optimiser? By name where both sides have names, and checked before
+anything changes.
+"""
 
-from collections.abc import Iterable
-from typing import Any
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from optimisers.arrays import registry
+import numpy as np
+import torch
+
 from optimisers.errors import TreeMismatch
-from optimisers.nest import flatten, unflatten
+from optimisers.nest import flatten
 from optimisers.settings import fill
-from optimisers.state.store import Store
+from optimisers.state.group import started
+from optimisers.torch.published import Block, Published, entry_name
+from optimisers.tree.path import KeyPath
+
+MARKS = ("settings", "frozen")
+"""Entries of a saved state that say what was changed in the tree alone."""
 
 
-def entry_name(path: tuple[Any, ...]) -> str:
-    """Where in the state of a rule something stands, as torch's loaders take it."""
-    return ".".join(map(str, path)) or "state"
+# -- which saved state belongs to which parameter ------------------------------------------------------------
 
 
-def in_order(saved: dict[str, Any], groups: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """A saved state whose parameters stand in the order of the groups here, where both have names."""
-    new: list[dict[str, Any]] = []
-    for theirs, ours in zip(saved["param_groups"], groups, strict=False):
-        names, wanted = theirs.get("param_names"), ours.get("param_names")
-        if names and wanted and names != wanted:
-            if set(names) != set(wanted):
-                lost = sorted(set(wanted) - set(names)) or sorted(set(names) - set(wanted))
+class Arranged(NamedTuple):
+    """A saved state in the order of the groups that are here."""
+
+    groups: list[dict[str, Any]]
+    """Their settings, one for each group here."""
+    numbers: list[list[Any]]
+    """For each parameter its number in the saved state; None where it is not there."""
+
+
+def arranged(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], left: list[str] | None) -> Arranged:
+    """A saved state as the groups here take it, by name where both sides have names for all, else by place.
+
+    What does not fit is noted in `left`, or raises where that is None: TreeMismatch for other names, and for
+    a group whose parameters had different settings; ValueError for other groups of parameters without names.
+    """
+    theirs = _groups_of(saved)
+    if all(_named(group) for group in (*theirs, *groups)):
+        return _by_name(theirs, groups, left)
+    if left is None:
+        if len(theirs) != len(groups):
+            raise TreeMismatch(
+                f"the saved state has a different number of parameter groups: {len(theirs)}; there are "
+                f"{len(groups)} here"
+            )
+        for n, (one, other) in enumerate(zip(theirs, groups, strict=True)):
+            if len(one["params"]) != len(other["params"]):
                 raise TreeMismatch(
-                    f"the saved state is that of other parameters: {lost[0]!r} is on one side only"
+                    f"the saved state doesn't match the size of optimizer's group {n}: it has "
+                    f"{len(one['params'])} parameters, and there are {len(other['params'])} here"
                 )
-            number = dict(zip(names, theirs["params"], strict=True))
-            theirs = theirs | {"params": [number[n] for n in wanted], "param_names": list(wanted)}  # noqa: PLW2901 what is kept
-        new.append(theirs)
-    return saved | {"param_groups": new + saved["param_groups"][len(new) :]}
+    numbers = iter([number for group in theirs for number in group["params"]])
+    return Arranged(
+        [_settings(theirs[n]) if n < len(theirs) else {} for n in range(len(groups))],
+        [[next(numbers, None) for _ in group["params"]] for group in groups],
+    )
 
 
-def adopt(store: Store, saved: dict[int, dict[str, Any]], frozen: list[int]) -> None:
-    """Take over the states of leaves that a checkpoint or another process has saved, all at once."""
-    states = {leaf: _state_from(store, leaf, found) for leaf, found in saved.items()}
-    frozen = [*frozen, *(leaf for leaf, found in saved.items() if found.get("frozen", 0))]
-    if states:
-        store.assign_many(states)
-        store.wind(
-            {
-                leaf: {k: int(found[k]) for k in store.progress_of(leaf) if k in found}
-                for leaf, found in saved.items()
-            }
+def _groups_of(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups of a saved state; raises TreeMismatch for what is none."""
+    groups = saved.get("param_groups")
+    if not isinstance(groups, list) or not isinstance(saved.get("state"), Mapping):
+        raise TreeMismatch(
+            "a saved state has 'state' and 'param_groups'; this has "
+            f"{', '.join(map(repr, saved)) or 'nothing'}"
         )
+    found: list[dict[str, Any]] = list(groups)
+    for n, group in enumerate(found):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            raise TreeMismatch(f"group {n} of the saved state has no list of params: {group!r}")
+    return found
+
+
+def _named(group: Mapping[str, Any]) -> bool:
+    names = group.get("param_names")
+    return names is not None and len(names) == len(group["params"])
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def bare_name(name: str) -> str:
+    """The name of a parameter without what torch.compile puts into it."""
+    return name.replace("_orig_mod.", "")
+
+
+def _by_name(
+    theirs: list[dict[str, Any]], groups: Sequence[dict[str, Any]], left: list[str] | None
+) -> Arranged:
+    at = {
+        bare_name(name): (number, n)
+        for n, group in enumerate(theirs)
+        for name, number in zip(group["param_names"], group["params"], strict=True)
+    }
+    wanted = [[bare_name(name) for name in group["param_names"]] for group in groups]
+    ours = {name for names in wanted for name in names}
+    lost = [*sorted(ours - at.keys()), *sorted(at.keys() - ours)]
+    if lost and left is None:
+        raise TreeMismatch(
+            f"the saved state is that of other parameters: {lost[0]!r} is on one side only; strict=False "
+            "takes what fits"
+        )
+    if left is not None:
+        left += [f"{name!r} is on one side only" for name in lost]
+    settings = [
+        _common(n, [at[name][1] for name in names if name in at], theirs, left)
+        for n, names in enumerate(wanted)
+    ]
+    return Arranged(settings, [[at[name][0] if name in at else None for name in names] for names in wanted])
+
+
+def _common(
+    n: int, sources: list[int], theirs: list[dict[str, Any]], left: list[str] | None
+) -> dict[str, Any]:
+    """The settings of a group here whose parameters were in some groups of the saved state."""
+    if not sources:
+        return {}
+    first, *more = dict.fromkeys(sources)
+    found = _settings(theirs[first])
+    for other in more:
+        differing = [k for k, v in found.items() if _settings(theirs[other]).get(k) != v]
+        if not differing:
+            continue
+        text = (
+            f"group {n} holds parameters of groups {first} and {other} of the saved state, whose "
+            f"{', '.join(differing)} differ"
+        )
+        if left is None:
+            raise TreeMismatch(f"{text}; strict=False keeps the settings that are here")
+        left.append(text)
+        return {}
+    return found
+
+
+# -- what is saved of one parameter --------------------------------------------------------------------------
+
+
+def misfit(block: Block, i: int, name: str, found: Any, others: Collection[str] | None) -> str:
+    """Why the saved entries of a parameter do not fit its leaf, number `i` of a block; empty if they do.
+
+    `others` are entries of other tools that may stand there too; None for any.
+    """
+    if not isinstance(found, Mapping):
+        return f"the state of {name!r} is a {type(found).__name__}; it takes a dict"
+    mine = {*block.progress, *MARKS}
+    keys = found.keys() - mine
+    lacking = [key for key in block.own if key not in keys]
+    extra = [] if others is None else [key for key in keys if key not in block.own and key not in others]
+    if extra or (lacking and (others is None or len(lacking) < len(block.own) or not keys)):
+        keeps = ", ".join(map(repr, block.own)) or "nothing"
+        return (
+            f"the state of {name!r} has {', '.join(map(repr, found)) or 'nothing'}; "
+            f"{block.group.rule_of(i)!r} keeps {keeps}; load the state of the same rule"
+        )
+    for key in (*block.progress, *block.columns):
+        if key in found and (reason := _no_number(found[key], whole=key in block.progress)):
+            return f"{key!r} of {name!r} {reason}"
+    for key, pack in block.slots.items():
+        if reason := _no_array(found[key], pack):
+            return f"{key!r} of {name!r} {reason}"
+        if tuple(found[key].shape) != pack.places.shapes[i]:
+            return (
+                f"{key!r} of {name!r} has shape {tuple(found[key].shape)}; the parameter takes "
+                f"{pack.places.shapes[i]}"
+            )
+    return ""
+
+
+def _no_number(value: Any, *, whole: bool) -> str:
+    """Why an entry is no counter."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    if not isinstance(value, int | float) or math.isnan(value):
+        return f"is {value!r}; it takes a number"
+    return f"is {value!r}; it takes a number of steps" if whole and value < 0 else ""
+
+
+def _no_array(value: Any, pack: Any) -> str:
+    """Why an entry is no array of a slot."""
+    if not isinstance(value, torch.Tensor):
+        return f"is a {type(value).__name__}; it takes a tensor"
+    if value.is_complex() and not pack.dtype.is_complex:
+        return "is complex; it takes real numbers"
+    if not (value.is_complex() or value.is_floating_point()) and pack.dtype.is_floating_point:
+        return f"is a tensor of {value.dtype}; it takes floating point numbers"
+    return ""
+
+
+def entries_of(found: Mapping[str, Any], p: Any, block: Block, i: int) -> Mapping[str, Any]:
+    """What the state of a parameter becomes: of one whose rule keeps nothing any more there, a new one."""
+    if any(name in found for name in block.own) or (not block.own and found.keys() & block.progress):
+        return found
+    state = started(block.group.rule_of(i), p, KeyPath())
+    return {entry_name(at): value for at, value in flatten(state)} | {"step": 0}
+
+
+def adopt(held: Published, saved: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Take over the entries of parameters, which were found to fit, all at once."""
+    by_block: dict[int, list[tuple[int, Any]]] = {}
+    for p, found in saved.items():
+        block, i = held.place(p)
+        by_block.setdefault(id(block.group), []).append((i, entries_of(found, p, block, i)))
+    with held.store.lock:
+        for key, given in by_block.items():
+            _adopt(held.block_of[key], np.array([i for i, _ in given]), [found for _, found in given])
+    held.store.changed()
+    _mark(held, saved)
+
+
+def _adopt(block: Block, members: Any, found: Sequence[Mapping[str, Any]]) -> None:
+    """Take over the entries of some members of a group."""
+    block.group.owned()
+    for key, pack in block.slots.items():
+        pack.put_many(members, [each[key] for each in found])
+    clock = [float(each.get("step", 0)) for each in found]
+    numbers = [
+        [step, *(float(each[name]) if name in each else step for name in block.columns)]
+        for step, each in zip(clock, found, strict=True)
+    ]
+    block.count(members, np.array(numbers, np.float64))
+
+
+def _mark(held: Published, saved: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Freeze and adjust what was frozen or adjusted when it was saved."""
+    store = held.store
+    frozen = [held.leaf_of[p] for p, found in saved.items() if found.get("frozen", 0)]
     if frozen:
         store.freeze(frozen, True)
     by_settings: dict[tuple[float, ...], list[int]] = {}
-    for leaf, found in saved.items():
+    for p, found in saved.items():
         if "settings" in found:
-            by_settings.setdefault(tuple(found["settings"].tolist()), []).append(leaf)
-    if by_settings:
-        store.change_many(
-            [(leaves, lambda rule, own=own: fill(rule, iter(own))) for own, leaves in by_settings.items()]
-        )
+            by_settings.setdefault(tuple(found["settings"].tolist()), []).append(held.leaf_of[p])
+    for own, leaves in by_settings.items():
+        store.change(leaves, lambda rule, own=own: fill(rule, iter(own)))
 
 
-def _state_from(store: Store, leaf: int, saved: dict[str, Any]) -> Any:
-    """The state of a leaf from what was saved; raises TreeMismatch where it does not fit."""
-    group, i = store.where(leaf)
-    template = group.program.template
-    entries = list(flatten(template))
-    name = str(store.layout.paths[leaf])
-    known, extra = {entry_name(path) for path, _ in entries}, {*store.progress_of(leaf), "settings", "frozen"}
-    if saved.keys() - extra != known:
-        raise TreeMismatch(
-            f"the state of {name!r} has {', '.join(map(repr, saved))}; {group.rule_of(i)!r} keeps "
-            f"{', '.join(repr(entry_name(path)) for path, _ in entries)}; load the state of the same rule"
-        )
-    new: list[Any] = []
-    slots = iter(group.slots)
-    for path, value in entries:
-        found = saved[entry_name(path)]
-        if not registry.isarray(value):
-            new.append(float(found))
-            continue
-        pack = next(slots)
-        shape = pack.places.shapes[i]
-        if tuple(found.shape) != shape:
-            raise TreeMismatch(
-                f"{entry_name(path)!r} of {name!r} has shape {tuple(found.shape)}; the parameter takes "
-                f"{shape}"
-            )
-        new.append(found.to(pack[i].device if group.kind.loose else group.kind.device))
-    return unflatten(template, iter(new))
+def names_of_others(held: Published) -> list[str]:
+    """The entries that other tools keep beside those of the rules."""
+    known = {name for block in held.blocks for name in block.names}
+    state = held.state.values()
+    return sorted({key for entries in state if isinstance(entries, Mapping) for key in entries} - known)

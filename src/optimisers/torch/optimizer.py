@@ -3,47 +3,30 @@
 # PyTorch answers some questions only in private.
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 
-import functools
-import operator
+import contextlib
+import copy
 import warnings
-import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from optimisers.arrays import registry
 from optimisers.arrays.torch import library as tensors
-from optimisers.errors import BadState, UnknownField
-from optimisers.nest import flatten
+from optimisers.errors import BadSetting, BadState, TreeMismatch, UnknownField
 from optimisers.rule import Rule
-from optimisers.settings import (
-    ELSEWHERE,
-    adjustable,
-    adjusted,
-    numbers,
-    refuse_unknown,
-    settings,
-)
-from optimisers.settings import parts as parts_of_value
-from optimisers.state.edit import present
-from optimisers.state.leaf import parts
-from optimisers.step.update import setup, takes_scaling, update_, update_scaled
-from optimisers.torch.classes import plain
+from optimisers.settings import is_schedule, numbers
+from optimisers.state.leaf import handle
+from optimisers.step.update import takes_scaling, update_listed
+from optimisers.torch.classes import HOW, plain
 from optimisers.torch.convert import as_ours
-from optimisers.torch.groups import (
-    FLAGS,
-    by_glob,
-    defaults_of,
-    field_of,
-    has_schedule,
-    is_schedule,
-    known,
-    renewed,
-    require_dense,
-    told,
-)
-from optimisers.torch.loading import adopt, entry_name, in_order
+from optimisers.torch.groups import ASKING, by_glob, matching, meanings_of, require_dense, told
+from optimisers.torch.keeping import Keeper, plain_entries
+from optimisers.torch.loading import arranged, bare_name, misfit, names_of_others
+from optimisers.torch.param_group import ParamGroup
+from optimisers.torch.published import Published
 from optimisers.torch.takeover import groups_of, take_over
+from optimisers.tree.path import KeyPath
 
 __all__ = ["TorchOptimizer"]
 
@@ -71,8 +54,6 @@ class TorchOptimizer(torch.optim.Optimizer):
     fit, and what `update_` raises.
     """
 
-    _step_supports_amp_scaling = True
-
     def __init__(
         self,
         params: Any,
@@ -82,36 +63,30 @@ class TorchOptimizer(torch.optim.Optimizer):
         capturable: bool = False,
         **settings: Any,
     ) -> None:
-        self._engine, self._capturable = engine, capturable
-        self._rules: list[Rule | None] = []
-        self._seen: list[dict[str, Any]] = []
-        self._scheduled: list[bool] = []
-        self._kept: dict[Any, tuple[Any, bool]] = {}
-        self._tensors: dict[int, tuple[weakref.ref[torch.Tensor], int, Any]] = {}
-        self._forget()
+        self._keeper = Keeper(engine, capturable=capturable)
+        self._incoming: dict[Any, Any] | None = None
+        """Saved entries on their way into `state`."""
         if isinstance(params, torch.nn.Module):
             wrapped = isinstance(params, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel)
             inner: torch.nn.Module = params.module if wrapped else params
-            params = [(name.replace("_orig_mod.", ""), p) for name, p in inner.named_parameters()]
+            params = [(bare_name(name), p) for name, p in inner.named_parameters()]
         self._rule: Rule | None = None
-        self._given: list[Any] | None = None
+        self._globs: dict[str, Any] | None = None
+        self._given: list[Any] = []
+        """The rules of the groups that globs have made, as long as they are being added."""
+        self._common: dict[str, Any] = settings
         if isinstance(rule, Mapping):
             params, self._given = by_glob(rule, list(params))
-            defaults = settings
-            for name in settings:
-                if name not in FLAGS and not any(known(r, name) for r in self._given if r is not None):
-                    raise UnknownField(f"TorchOptimizer was given {name}=, which none of the rules has")
+            self._globs = dict(rule)
+            self._refuse_strange(settings, [r for r in rule.values() if r is not None])
         elif isinstance(rule, Rule):
-            for name in settings:
-                if not known(rule, name) and name not in ELSEWHERE and name not in FLAGS:
-                    refuse_unknown(rule, [name])
+            self._refuse_strange(settings, [rule])
             self._rule = told(rule, settings, "TorchOptimizer")
-            tensors = {k: v for k, v in settings.items() if isinstance(v, torch.Tensor)}
-            defaults = defaults_of(self._rule) | tensors
         else:
             hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
             raise BadState(f"TorchOptimizer was given {rule!r} where the rule goes{hint}")
-        super().__init__(params, defaults)
+        super().__init__(params, self._defaults(settings))
+        self._given = []
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, *, engine: str | None = None) -> "TorchOptimizer":
@@ -127,101 +102,97 @@ class TorchOptimizer(torch.optim.Optimizer):
         take_over(new, optimizer)
         return new
 
-    def _forget(self) -> None:
-        """Have no tree: it is made when it is first needed."""
-        self._tree: Any = None
-        self._model: dict[str, Any] = {}
-        self._known: list[Any] = []
-        self._untrained: list[int] = []
-        self._published = 0
-        self._leaf_of: dict[Any, int] = {}
-        self._rule_of: dict[Any, Any] = {}
+    @staticmethod
+    def _refuse_strange(settings: Mapping[str, Any], rules: list[Rule]) -> None:
+        """Raise UnknownField for a setting that neither torch nor one of the rules has."""
+        known = [meanings_of(rule) for rule in rules]
+        for name in settings:
+            if name not in ASKING and name not in HOW and not any(name in each for each in known):
+                has = ", ".join(dict.fromkeys(key for each in known for key in each.values()))
+                raise UnknownField(f"TorchOptimizer was given {name}=, which no rule has; there are {has}")
+
+    def _defaults(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """What new groups start from: the settings of the rule, with those that were given as tensors."""
+        if self._rule is None:
+            return {k: v for k, v in settings.items() if not is_schedule(v)}
+        shown = ParamGroup(dict(settings), self._rule)
+        return {k: v for k, v in shown.group.items() if k != "eta"}
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler must leave the division to `step`: on the device, and for gradients in float16,
+        which it refuses.
+        """
+        return self._keeper.capturable or any(
+            p.dtype is torch.float16 for group in self.param_groups for p in group["params"]
+        )
 
     # -- groups --
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Train more parameters, with settings of their own; what has been learnt stays."""
+        """Train more parameters, with settings of their own; what has been learnt stays.
+
+        `rule` in it is their rule. Raises BadSetting for settings that the rule does not have.
+        """
         n = len(self.param_groups)
         given = dict(param_group)
         if not isinstance(given["params"], torch.Tensor | set):
             given["params"] = list(given["params"])
             require_dense(given["params"])
-        rule = self._rule if self._given is None else self._given[min(n, len(self._given) - 1)]
-        rule = given.pop("rule", rule)
+        self._named(given, n)
+        rule = self._rule_for(given, n)
         if rule is None:
             given.setdefault("lr", 0.0)
-        else:
-            own = {k: v for k, v in given.items() if k not in ("params", "param_names")}
-            common = {} if self._given is None else self.defaults
-            rule = told(rule, {**common, **own}, f"group {n}")
-            given.pop("eta", None)
-            rates = {k: v for k, v in self.defaults.items() if isinstance(v, torch.Tensor)}
-            shown = defaults_of(rule) | {k: v for k, v in rates.items() if k not in own}
-            given |= {k: v for k, v in shown.items() if k not in given or is_schedule(given[k])}
         super().add_param_group(given)
-        self._rules.append(rule)
-        self._scheduled.append(rule is not None and has_schedule(rule))
-        self._seen.append(self._shown(self.param_groups[-1], rule))
-        self._stop()
+        self._keeper.groups.append(ParamGroup(self.param_groups[-1], rule))
 
-    def _shown(self, group: dict[str, Any], rule: Any) -> dict[str, Any]:
-        """The settings of a group as they stand, by key."""
-        return (
-            {} if rule is None else {key: self._read(group[key]) for key in defaults_of(rule) if key in group}
-        )
+    def _rule_for(self, given: dict[str, Any], n: int) -> Rule | None:
+        """The rule of a new group, with the settings that stand in it."""
+        if "rule" in given:
+            rule = given.pop("rule")
+        elif self._globs is None:
+            rule = self._rule
+        elif n < len(self._given):
+            rule = self._given[n]
+        else:
+            names = given.get("param_names") or [p[0] for p in given["params"] if isinstance(p, tuple)]
+            found = {glob for name in names if (glob := matching(self._globs, name)) is not None}
+            rule = self._globs[found.pop()] if len(found) == 1 else list(self._globs.values())[-1]
+        if rule is None:
+            return None
+        if not isinstance(rule, Rule):
+            hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
+            raise BadState(f"group {n} has {rule!r} as its rule; it takes a rule, such as Adam(){hint}")
+        common: dict[str, Any] = {}
+        if rule is not self._rule:
+            takes = meanings_of(rule)
+            common = {k: v for k, v in self._common.items() if k in takes or k not in ASKING}
+        own = {k: v for k, v in given.items() if k not in ("params", "param_names")}
+        return told(rule, {**common, **own}, f"group {n}")
+
+    def _named(self, given: dict[str, Any], n: int) -> None:
+        """Name the parameters of a new group, where those of the others have names."""
+        taken = {name for group in self.param_groups for name in group.get("param_names", ())}
+        params = given["params"]
+        if not taken or "param_names" in given or isinstance(params, set):
+            return
+        listed = [params] if isinstance(params, torch.Tensor) else list(params)
+        if all(isinstance(p, torch.Tensor) for p in listed):
+            stem = str(n)
+            while any(f"{stem}.{i}" in taken for i in range(len(listed))):
+                stem += "'"
+            given["params"] = [(f"{stem}.{i}", p) for i, p in enumerate(listed)]
 
     def read_groups(self) -> None:
-        """Take over what schedulers and users have changed in the groups since the last step, as `step`
-        does.
+        """Take over what schedulers and users have changed in the groups and in `state` since the last step,
+        as `step` does.
         """
-        if not self._is_ready(self._parameters()):
-            self._start()
-        if self._leaf_of:
-            self._read_groups()
+        self._follow()
+        self._keeper.read()
 
-    def _read_groups(self) -> None:
-        """Take over what is another number than at the last look: of all groups in one edit."""
-        store = parts(self._tree)[0]
-        new: dict[int, tuple[Rule, dict[str, Any]]] = {}
-        for n, (group, rule, seen) in enumerate(zip(self.param_groups, self._rules, self._seen, strict=True)):
-            now = {key: self._read(group[key]) for key in seen}
-            if rule is not None and now != seen:
-                changes = {field_of(rule, k): v for k, v in now.items() if v != seen[k]}
-                new[n] = adjusted(rule, changes), changes
-        if new:
-            edits = [
-                (self._leaves(n), functools.partial(renewed, self._rules[n], *of)) for n, of in new.items()
-            ]
-            store.change_many([(leaves, change) for leaves, change in edits if leaves])
-        for n, group in enumerate(self.param_groups):
-            if n in new:
-                self._rules[n] = rule = new[n][0]
-                self._scheduled[n] = has_schedule(rule)
-                self._rule_of.update(dict.fromkeys(group["params"], rule))
-            rule = self._rules[n]
-            if rule is not None and (n in new or (self._scheduled[n] and not self._capturable)):
-                leaves = self._leaves(n)
-                now = present(*store.where(leaves[0]), rule) if leaves and self._scheduled[n] else rule
-                meant = defaults_of(now).items()
-                group.update({k: v for k, v in meant if k not in group or v != self._read(group[k])})
-                self._seen[n] = self._shown(group, rule)
-
-    def _leaves(self, n: int) -> list[int]:
-        """The leaves of the parameters of a group."""
-        return [self._leaf_of[p] for p in self.param_groups[n]["params"] if p in self._leaf_of]
-
-    def _read(self, value: Any) -> Any:
-        """A setting as a number; a tensor is read anew when it has been written."""
-        if not isinstance(value, torch.Tensor):
-            return plain(value)
-        read = self._tensors.get(id(value))
-        if read is None or read[0]() is not value or read[1] != value._version:
-            if tensors.capturing(str(value.device)):
-                raise BadState("a setting was changed; write read_groups() before a graph is captured")
-            forget = functools.partial(self._tensors.pop, id(value), None)
-            held = weakref.ref(value, lambda _: forget())
-            read = self._tensors[id(value)] = held, value._version, plain(value)
-        return read[2]
+    def _follow(self) -> None:
+        """Follow what was done to the groups and to the state."""
+        self._keeper.follow(self.param_groups, self.state, self._rule_for)
 
     # -- the step --
 
@@ -230,210 +201,199 @@ class TorchOptimizer(torch.optim.Optimizer):
     def step(self, closure: Any = _NO_CLOSURE) -> Any:
         """One step with the gradients that the parameters keep; returns what `closure`, which works out loss
         and gradients, returns.
+
+        Raises BadState, naming it, for a parameter that has a gradient and cannot be stepped; then, and
+        whenever a step raises, parameters, gradients and state are as they were.
         """
         loss = None
         if callable(closure):
             with torch.enable_grad():
                 loss = closure()
-        given = self._parameters()
-        grads = [p.grad for p in given]
-        if not self._is_ready(given) or any(grads[i] is not None for i in self._untrained):
-            untouched = not self.state
-            self._start()
-            if closure is None and untouched and _asks_for_state_only(self.param_groups, grads):
-                return loss
+        untouched = not self.state
+        self._follow()
+        keeper = self._keeper
+        held, xs = keeper.held, keeper.trained
+        if held is None:
+            return loss
+        grads = [p.grad for p in xs]
+        if closure is None and untouched and _asks_for_state_only(self.param_groups, grads):
+            return loss
+        scaling, grads = self._unscaled(held, grads)
+        if grads is None:
+            return loss
+        if keeper.capturable and tensors.capturing(str(xs[0].device)):
+            for n, group in enumerate(keeper.groups):
+                group.refuse_changed(n)
+        else:
+            keeper.read()
+        update_listed(held.store, held.store.layout.root, xs, grads, scaling)
+        held.refresh()
+        return loss
+
+    def _unscaled(self, held: Published, grads: list[Any]) -> tuple[Any, list[Any] | None]:
+        """(scale and what was found infinite, for a device that divides; the gradients, divided by the scale
+        of a GradScaler that has left it to us: None where the step is none).
+        """
         found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if not self._leaf_of:
-            return loss
-        slopes = dict(zip(self._model, grads, strict=True))
-        if found is not None and self._capturable and takes_scaling(self._tree):
-            self._read_groups()
-            scale = torch.ones_like(found) if scale is None else scale
-            update_scaled(self._tree, self._model, slopes, (scale, found))
-            return loss
-        if found is not None and self._capturable and tensors.capturing(str(found.device)):
+        if found is None:
+            return None, grads
+        if self._keeper.capturable and takes_scaling(held.store):
+            return (torch.ones_like(found) if scale is None else scale, found), grads
+        if self._keeper.capturable and tensors.capturing(str(found.device)):
             raise BadState(
                 "this rule computes values of another shape than the parameters; a step of it that a "
                 "GradScaler may skip cannot be captured"
             )
-        if found is not None and found.item():
-            return loss
-        if scale is not None:
-            torch._foreach_mul_([g for g in grads if g is not None], 1 / scale.item())
-        self._read_groups()
-        update_(self._tree, self._model, slopes)
-        return loss
+        if found.item():
+            return None, None
+        if scale is None:
+            return None, grads
+        share = 1 / scale.item()
+        wide = [None if g is None else g.to(tensors.arithmetic(g.dtype)) * share for g in grads]
+        return None, wide
 
-    def _parameters(self) -> list[Any]:
-        groups = self.param_groups
-        return groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
-
-    def _is_ready(self, given: list[Any]) -> bool:
-        """Whether there is a tree for these parameters, and nobody has deleted state: others may stand in the
-        groups now.
-        """
-        return (
-            self._tree is not None
-            and len(self.state) == self._published
-            and len(given) == len(self._known)
-            and all(map(operator.is_, given, self._known))
-        )
+    # -- the state as a tree --
 
     @property
     def tree(self) -> Any:
         """The state as `setup` gives it: a Leaf for each parameter, by its name."""
         self.read_groups()
-        return self._tree
+        if self._keeper.held is None:
+            return ()
+        store = self._keeper.held.store
+        known = registry.hooks("torch").known
+        if store.compiled is None and known is not None:
+            known(store)
+        return handle(store, store.layout.root, KeyPath())
 
     @property
     def parameters(self) -> dict[str, Any]:
         """The parameters by name, as `tree` mirrors them."""
-        return dict(self._model) if self.tree is not None else {}
+        self.read_groups()
+        return {self._keeper.names[p]: p for p in self._keeper.trained}
 
-    # -- the state, for those who look for it where torch keeps it --
-
-    def _start(self) -> None:
-        """Make the tree for the parameters that are in the groups now, from what is known of their state."""
-        self._stop()
-        given, rules, names = self._parameters(), list[Any](), list[str]()
-        for n, (group, rule) in enumerate(zip(self.param_groups, self._rules, strict=True)):
-            called = group.get("param_names") or [f"{n}.{i}" for i in range(len(group["params"]))]
-            names += called if not set(called) & set(names) else [f"{n}.{name}" for name in called]
-            rules += [self._kept.get(p, (rule,))[0] if rule is not None else None for p in group["params"]]
-        model = dict(zip(names, given, strict=True))
-        rule_of = dict(zip(names, rules, strict=True))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = setup(
-                lambda path, _: rule_of[str(path[0])], model, engine=self._engine, capturable=self._capturable
-            )
-        leaf_of: dict[Any, int] = {}
-        if tree != ():
-            store, node, _ = parts(tree)
-            places = dict(zip(node.names, node.leaves, strict=True))
-            trained = {name: leaf for name, leaf in places.items() if store.shapes[leaf] is not None}
-            leaf_of = {model[name]: leaf for name, leaf in trained.items()}
-            frozen = [leaf for p, leaf in leaf_of.items() if self._kept.get(p, (None, False))[1]]
-            adopt(store, {leaf: self.state[p] for p, leaf in leaf_of.items() if self.state.get(p)}, frozen)
-        everyone = set(given)
-        for p in list(self.state):
-            if p not in everyone:
-                del self.state[p]
-        self._tree, self._model, self._known, self._leaf_of = tree, model, list(given), leaf_of
-        self._rule_of = {
-            p: r for g, r in zip(self.param_groups, self._rules, strict=True) for p in g["params"]
-        }
-        self._untrained = [i for i, p in enumerate(given) if p not in leaf_of and rules[i] is not None]
-        self._publish(leaf_of)
-        self._published = len(self.state)
-
-    def _stop(self) -> None:
-        """Forget the tree; what it has learnt stays in `state`, what was frozen or adjusted in it is kept."""
-        if self._tree is not None:
-            self._keep()
-            self._forget()
-
-    def _keep(self) -> None:
-        """Note what the tree knows, for one that is made anew or elsewhere."""
-        if self._tree is None or not self._leaf_of:
-            return
-        store = parts(self._tree)[0]
-        self._publish([p for p in self._leaf_of if p in self.state])
-        self._kept = {}
-        rules: dict[tuple[int, int], Rule] = {}
-        for p, leaf in self._leaf_of.items():
-            group, i = store.where(leaf)
-            row = id(group), int(group.table.row[i])
-            if row not in rules:
-                rules[row] = group.rule_of(i)
-            self._kept[p] = rules[row], bool(store.frozen[leaf])
-
-    def _publish(self, parameters: Iterable[Any]) -> None:
-        """Show the state of parameters in `state`: arrays as views, which stay true, numbers as they are
-        now.
-        """
-        if not self._leaf_of:
-            return
-        store = parts(self._tree)[0]
-        histories: dict[tuple[int, int], tuple[dict[str, Any], list[Any]]] = {}
-        keys: dict[int, list[str]] = {}
-        common: dict[int, list[Any]] = {}
-        for p in parameters:
-            group, i = store.where(self._leaf_of[p])
-            row, rule = (id(group), int(group.table.row[i])), self._rule_of[p]
-            if row not in histories:
-                histories[row] = store.progress_of(self._leaf_of[p]), numbers(group.rule_of(i))
-            if id(group) not in keys:
-                keys[id(group)] = [entry_name(path) for path, _ in flatten(group.program.template)]
-            if id(rule) not in common:
-                common[id(rule)] = numbers(rule)
-            clocks, own = histories[row]
-            shown: dict[str, Any] = {k: torch.tensor(float(v)) for k, v in clocks.items()}
-            for key, (_, value) in zip(keys[id(group)], flatten(group.state_of(i)), strict=True):
-                tensor = isinstance(value, torch.Tensor)
-                shown[key] = value if tensor else torch.tensor(float(value), dtype=torch.float64)
-            if own != common[id(rule)]:
-                shown["settings"] = torch.tensor(own, dtype=torch.float64)
-            if store.frozen[self._leaf_of[p]]:
-                shown["frozen"] = torch.tensor(1.0)
-            self.state[p] = shown
+    # -- saving and loading --
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of all parameters by number, and the groups, as torch saves them."""
-        if self._tree is not None:
-            self._publish([p for p in self._leaf_of if p in self.state])
-        return super().state_dict()
+        """The state of all parameters by number, and the groups, as torch saves them; where other tools keep
+        entries in `state`, "others" has their names.
+        """
+        if self.state:
+            self._follow()
+        with contextlib.suppress(BadSetting):  # what no rule takes is saved as it stands
+            self._keeper.read()
+        self._keeper.note()
+        plainly = self.register_state_dict_post_hook(lambda _, packed: self._plainly(packed), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            plainly.remove()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def _plainly(self, packed: dict[str, Any]) -> dict[str, Any]:
+        """A saved state of plain dicts, with what was frozen and adjusted."""
+        number = {
+            p: n
+            for group, saved in zip(self.param_groups, packed["param_groups"], strict=True)
+            for p, n in zip(group["params"], saved["params"], strict=True)
+        }
+        state = plain_entries(packed["state"])
+        for p, (own, frozen, _) in self._keeper.own.items():
+            if own is not None and number[p] in state:
+                state[number[p]]["settings"] = torch.tensor(numbers(own), dtype=torch.float64)
+            if frozen and number[p] in state:
+                state[number[p]]["frozen"] = torch.tensor(1.0)
+        others = self._others()
+        return packed | {"state": state} | ({"others": others} if others else {})
+
+    def _others(self) -> list[str]:
+        """The entries that other tools keep in `state`."""
+        return [] if self._keeper.held is None else names_of_others(self._keeper.held)
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Go on from a saved state; parameters are matched by name where both sides have names.
 
-        State keeps the element type in which it was saved. Raises TreeMismatch for a state of other shapes or
-        of another rule, ValueError for other groups; then nothing has changed.
+        State keeps the element type in which it was saved. Raises TreeMismatch for a state of other shapes,
+        names or groups, or of another rule, and BadSetting for settings that the rules do not have; then
+        nothing has changed. With `strict=False` what fits is taken, and a warning says what did not.
         """
-        before = vars(self).copy()
-        given: list[dict[str, Any]] = []
-        catch = self.register_load_state_dict_pre_hook(lambda _, loaded: given.append(loaded))
+        before, left = vars(self).copy(), list[str]()
+        before["_keeper"] = copy.copy(self._keeper)
+        arrange = self.register_load_state_dict_pre_hook(
+            lambda _, saved: self._arranged(saved, None if strict else left)
+        )
         try:
-            super().load_state_dict(in_order(as_ours(state_dict, self._rules), self.param_groups))
-            loaded = given[0]
-            order = [n for group in loaded["param_groups"] for n in group["params"]]
-            self.state.clear()
-            for n, p in zip(order, self._parameters(), strict=True):
-                if n in loaded["state"]:
-                    self.state[p] = dict(loaded["state"][n])
-            self._forget()
-            self._kept = {p: (rule, frozen) for p, (rule, frozen) in self._kept.items() if frozen}
-            self._seen = [self._loaded(n) for n in range(len(self.param_groups))]
-            self._start()
+            super().load_state_dict(state_dict)
+            keeper, state = self._keeper, self.state
+            keeper.own = {}
+            self._follow()
+            keeper.include([p for p in keeper.idle if state.get(p)], state)
+            keeper.read()
         except BaseException:
             vars(self).clear()
             vars(self).update(before)
             raise
         finally:
-            catch.remove()
+            arrange.remove()
+            self._incoming = None
+        if left:
+            warnings.warn(f"not loaded: {'; '.join(left)}", stacklevel=2)
 
-    def _loaded(self, n: int) -> dict[str, Any]:
-        """What was seen of a group before it was loaded; the present value of a schedule is no change."""
-        rule, seen, group = self._rules[n], self._seen[n], self.param_groups[n]
-        if rule is None or not self._scheduled[n]:
-            return seen
-        moving = {
-            name
-            for part in parts_of_value(rule)
-            for name, value in settings(part)
-            if name in adjustable(part) and is_schedule(value)
+    def _arranged(self, saved: dict[str, Any], left: list[str] | None) -> dict[str, Any]:
+        """A saved state as the groups here take it; its entries wait in `_incoming` until the groups are
+        there.
+        """
+        self._follow()
+        saved = as_ours(saved, [mine.rule for mine in self._keeper.groups])
+        groups, state = self.param_groups, saved["state"]
+        settings, numbered = arranged(saved, groups, left)
+        incoming = {
+            p: state[n]
+            for group, ns in zip(groups, numbered, strict=True)
+            for p, n in zip(group["params"], ns, strict=True)
+            if n is not None and n in state
         }
-        return {k: plain(group[k]) if field_of(rule, k) in moving else v for k, v in seen.items()}
+        known = {n for ns in numbered for n in ns}
+        strange = [n for n in state if isinstance(n, int) and n not in known]
+        if strange and left is None:
+            raise TreeMismatch(
+                f"the saved state has entries under {strange[0]}, a number that no parameter has"
+            )
+        others = {*saved.get("others", ()), *self._others()}
+        self._incoming = {p: e for p, e in incoming.items() if self._fits(p, e, others, left)}
+        new: list[dict[str, Any]] = []
+        for n, (mine, own, ns) in enumerate(zip(self._keeper.groups, settings, numbered, strict=True)):
+            names = {k: v for k, v in mine.group.items() if k == "param_names"}
+            new.append(mine.fitted(own, n, lenient=left is not None) | {"params": list(ns)} | names)
+        return {
+            **saved,
+            "state": {k: v for k, v in state.items() if not isinstance(k, int)},
+            "param_groups": new,
+        }
+
+    def _fits(self, p: Any, entries: Any, others: set[str], left: list[str] | None) -> bool:
+        """Whether saved entries fit a parameter; raises TreeMismatch for others, or notes why they do not."""
+        held = self._keeper.held
+        if held is None or p not in held.leaf_of:
+            return True  # it is seen when a state is made
+        reason = misfit(*held.place(p), self._keeper.names[p], entries, others)
+        if reason and left is None:
+            raise TreeMismatch(reason)
+        if reason and left is not None:
+            left.append(reason)
+        return not reason
 
     def __getstate__(self) -> dict[str, Any]:
-        self._keep()
-        kept = ("_engine", "_capturable", "_rules", "_given", "_rule", "_seen", "_scheduled", "_kept")
+        self._keeper.note()
+        kept = ("_keeper", "_rule", "_globs", "_given", "_common", "_incoming")
         return super().__getstate__() | {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tensors = {}
-        self._forget()
+        if self._incoming is None:
+            return
+        groups = zip(self._keeper.groups, self.param_groups, strict=True)
+        self._keeper.groups = [mine.loaded(group) for mine, group in groups]
+        self.state.update({p: dict(entries) for p, entries in self._incoming.items()})
 
 
 def _asks_for_state_only(groups: list[dict[str, Any]], grads: list[Any]) -> bool:

@@ -122,3 +122,26 @@ def find(node: Node, key: object) -> Node | None:
         if k == key:
             return child
     return None
+
+
+def joined(first: Layout, second: Layout) -> Layout:
+    """The layout of two flat dicts of arrays as one: the leaves of the second behind those of the first."""
+    n, a, b = len(first.paths), first.root, second.root
+    moved = [
+        dataclasses.replace(child, leaf=child.leaf + n, leaves=(child.leaf + n,)) if child.leaves else child
+        for child in b.children
+    ]
+    live = (*a.live, *((k, child) for k, child in zip(b.keys, moved, strict=True) if child.leaves))
+    root = Node(
+        kind=a.kind,
+        ways=a.ways,
+        keys=a.keys + b.keys,
+        children=(*a.children, *moved),
+        live=live,
+        pick=picker(live),
+        fetch=fetcher(a.ways, live),
+        leaves=a.leaves + tuple(leaf + n for leaf in b.leaves),
+    )
+    return Layout(
+        root, first.paths + second.paths, first.places + second.places, first.floats + second.floats
+    )

@@ -8,7 +8,7 @@ There a tie is declared, by an object that stands at two places, or by whoever c
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -24,14 +24,16 @@ Ties = Sequence[tuple[str, ...]]
 """Places that hold one array, by their paths, or by globs that match one path each."""
 
 
-def survey(model: object, ties: Ties = ()) -> tuple[Layout, list[Any]]:
-    """The layout of a model, and the array of each leaf.
+def survey(
+    model: object, ties: Ties = (), trained: Callable[[Any], bool] = registry.istrainable
+) -> tuple[Layout, list[Any]]:
+    """The layout of a model, and the array of each leaf: of those that are `trained`.
 
     Raises TreeMismatch for a container that holds itself, a class that hides arrays without being registered,
     parameters that overlap in memory without being the same, and declared ties of arrays that cannot be one;
     NoMatch for a tie that names no place, or several.
     """
-    return _Survey(checked_ties(ties)).run(model)
+    return _Survey(checked_ties(ties), trained).run(model)
 
 
 def checked_ties(ties: Any) -> Ties:
@@ -50,8 +52,14 @@ class _Survey:
     one order.
     """
 
-    def __init__(self, ties: Ties = (), *, ordered: bool = False) -> None:
-        self.ties, self.ordered = ties, ordered
+    def __init__(
+        self,
+        ties: Ties = (),
+        trained: Callable[[Any], bool] = registry.istrainable,
+        *,
+        ordered: bool = False,
+    ) -> None:
+        self.ties, self.trained, self.ordered = ties, trained, ordered
         self.arrays: list[Any] = []
         self.places: list[list[KeyPath]] = []
         self.known: dict[Any, int] = {}
@@ -67,7 +75,7 @@ class _Survey:
             )
         root = self.visit(model, KeyPath(), listed=False)
         if self.arrays and not self.ordered and all(registry.library(x).sorts_dicts for x in self.arrays):
-            return _Survey(self.ties, ordered=True).run(model)
+            return _Survey(self.ties, self.trained, ordered=True).run(model)
         self.refuse_overlaps()
         for tie in self.ties:
             self.refuse_tie(tie)
@@ -75,7 +83,7 @@ class _Survey:
 
     def visit(self, obj: object, path: KeyPath, *, listed: bool) -> Node:
         if registry.isarray(obj):
-            if registry.istrainable(obj):
+            if self.trained(obj):
                 return self.leaf(obj, path)
             if registry.isnumeric(obj):
                 return FROZEN

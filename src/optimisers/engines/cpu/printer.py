@@ -214,8 +214,6 @@ class Printer(Maths):
         self.arrays = columns(p, inplace=inplace)
         self.stored = {s: s if not self.is_apart(s) else f"new {s}" for s, _ in p.stores}
         """The array of the kernel that takes what is stored."""
-        self.narrow = {f"f{j}" for j, once in enumerate(p.narrow) if once}
-        """Values that are one number a leaf."""
 
     def is_apart(self, array: str) -> bool:
         """Whether a new array is written, beside the old one."""
@@ -269,10 +267,7 @@ class Printer(Maths):
         at: dict[str, str] = {}
         for j, a in enumerate(self.arrays):
             at[a] = f"at_{self.names_of(a)}"
-            once = a in self.narrow
-            lines.append(
-                f"{at[a]} = addresses[{j}, k]" + ("" if once else f" + {BYTES[self.kinds[a]]} * first")
-            )
+            lines.append(f"{at[a]} = addresses[{j}, k] + {BYTES[self.kinds[a]]} * first")
         sums = self.sums()
         for r, total in zip(p.reductions, sums, strict=True):
             edge = f"rank_{r.op}({self.real}({'-' if r.op == 'max' else ''}math.inf))"
@@ -306,9 +301,9 @@ class Printer(Maths):
                 lines.append(f"{self.names[id(e)]} = {text}")
         return lines
 
-    def load(self, array: str, at: str, index: str = "i") -> str:
+    def load(self, array: str, at: str) -> str:
         """An element of an array, in the type of the arithmetic."""
-        return f"load_{self.names_of(array)}({at}, {index})"
+        return f"load_{self.names_of(array)}({at}, i)"
 
     def store(self, array: str, at: str, value: str) -> str:
         """The line that stores an element, given in the type of the arithmetic."""
@@ -326,8 +321,7 @@ class Printer(Maths):
             if e.op == "load":
                 name, text = self.names_of(e.value), self.load(e.value, at[e.value])
             elif e.op == "spread":
-                name, array = f"free{spread or ''}", f"f{spread}"
-                text = self.load(array, at[array], "0" if array in self.narrow else "i")
+                name, text = f"free{spread or ''}", self.load(f"f{spread}", at[f"f{spread}"])
                 spread += 1
             else:
                 text = self.word(e)

@@ -1,0 +1,309 @@
+"""Which parameters have a state, and by which rule? What stands in `param_groups` and `state` decides: both
+are followed at every step, whoever wrote there.
+"""
+
+# pyright: reportPrivateImportUsage=false
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from optimisers.arrays.torch import library as tensors
+from optimisers.errors import BadState, TreeMismatch
+from optimisers.graph.clocks import UPDATES
+from optimisers.rule import Rule
+from optimisers.settings import adjusted, numbers
+from optimisers.step.update import store_of
+from optimisers.torch.loading import adopt, misfit
+from optimisers.torch.param_group import ParamGroup
+from optimisers.torch.published import Entries, Published
+from optimisers.tree.layout import joined
+from optimisers.tree.walk import survey
+
+GROWTH = 8
+"""How many times parameters are put behind others before all are laid out anew."""
+
+Groups = list[dict[str, Any]]
+"""Groups of parameters, as torch has them."""
+
+
+@final
+class Keeper:
+    """The state of the parameters that are in some groups."""
+
+    def __init__(self, engine: str | None, *, capturable: bool) -> None:
+        self.engine, self.capturable = engine, capturable
+        self.groups: list[ParamGroup] = []
+        self.names: dict[Any, str] = {}
+        self.own: dict[Any, tuple[Rule | None, bool, ParamGroup]] = {}
+        """What was adjusted and frozen in the tree, beside the groups."""
+        self.away: Any = WeakTensorKeyDictionary()
+        """The entries of parameters that were taken out of the groups, and may come again."""
+        self.forget()
+
+    def forget(self) -> None:
+        """Have no state: it is made when it is first needed."""
+        self.held: Published | None = None
+        self.known: list[Any] = []
+        """All parameters of the groups."""
+        self.trained: list[Any] = []
+        """Those that have a state, in the order of the store."""
+        self.idle: list[Any] = []
+        """Those that have a rule and none."""
+        self.grown = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the entries in `state` do not say; the others are made again."""
+        return {name: getattr(self, name) for name in ("engine", "capturable", "groups", "names", "own")}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        vars(self).update(kept, away=WeakTensorKeyDictionary())
+        self.forget()
+
+    # -- following --
+
+    def follow(self, groups: Groups, state: Any, rule_for: Callable[[dict[str, Any], int], Any]) -> None:
+        """Have a state for the parameters that are in the groups now, and take over what others have written
+        into `state`. `rule_for` gives the rule of a group that was not there before.
+
+        Raises TreeMismatch for entries that do not fit, BadState for a parameter whose gradient cannot step
+        it.
+        """
+        given = parameters_of(groups)
+        if (
+            len(groups) != len(self.groups)
+            or not all(map(operator.is_, groups, [mine.group for mine in self.groups]))
+            or len(given) != len(self.known)
+            or not all(map(operator.is_, given, self.known))
+        ):
+            self._regroup(groups, given, state, rule_for)
+        if any(p.grad is not None for p in self.idle):
+            self.include(self.idle, state)
+        held = self.held
+        if held is not None:
+            if not held.intact(state):
+                self._exchange(held, groups, state)
+            held.recount()
+
+    def _regroup(self, groups: Groups, given: list[Any], state: Any, rule_for: Callable[..., Any]) -> None:
+        """Follow what was done to the list of groups and to their lists of parameters."""
+        before = {id(mine.group): mine for mine in self.groups}
+        found = [
+            before.get(id(group)) or ParamGroup(group, rule_for(group, n)) for n, group in enumerate(groups)
+        ]
+        known = len(self.known)
+        grown = (
+            self.held is not None
+            and len(given) > known
+            and all(map(operator.is_, given, self.known))
+            and found[: len(self.groups)] == self.groups
+            and self.grown < GROWTH
+        )
+        if not grown:
+            self.stop()
+        self.groups = found
+        self.call(groups)
+        if grown:
+            self.known = list(given)
+            self.include(given[known:], state)
+        else:
+            self._start(given, state)
+
+    def call(self, groups: Groups) -> None:
+        """Give every parameter a name, that which it had if it had one, and show the names in the groups if
+        any of these has names.
+        """
+        listed, before = any("param_names" in group for group in groups), self.names
+        names: dict[Any, str] = {}
+        taken: set[str] = set()
+        for n, group in enumerate(groups):
+            params, own = group["params"], group.get("param_names")
+            if own is None or len(own) != len(params):
+                own = [before.get(p, f"{n}.{i}") if listed else f"{n}.{i}" for i, p in enumerate(params)]
+            found: list[str] = []
+            for p, name in zip(params, own, strict=True):
+                if p not in names:
+                    while name in taken:
+                        name = f"{n}.{name}"  # noqa: PLW2901 until nobody has it
+                    names[p] = name
+                    taken.add(name)
+                found.append(names[p])
+            if listed:
+                group["param_names"] = found
+        self.names = names
+
+    def _start(self, given: list[Any], state: Any) -> None:
+        """Make the state of all parameters from what is known of it."""
+        self.known = list(given)
+        for mine in self.groups:
+            mine.leaves = []
+            mine.begin()
+        self._put_away(set(given), state)
+        self.include(given, state)
+
+    def _put_away(self, here: set[Any], state: Any) -> None:
+        """Keep the entries of parameters that are in no group any more, and give back those of others."""
+        for p in [p for p in state if isinstance(p, torch.Tensor) and p not in here]:
+            entries = state.pop(p)
+            self.away[p] = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in entries.items()}
+        for p in here:
+            if p in self.away and p not in state:
+                state[p] = self.away.pop(p)
+
+    def include(self, parameters: Sequence[Any], state: Any) -> None:
+        """Have a state for more parameters: those that want to be trained, or have gradients or state."""
+        group_of = {p: mine for mine in self.groups for p in mine.group["params"]}
+        chosen = {
+            self.names[p]: p
+            for p in dict.fromkeys(parameters)
+            if group_of[p].rule is not None and (_wants(p) or state.get(p)) and _may_be_stepped(p, self.names)
+        }
+        if chosen:
+            self._make(chosen, group_of, state)
+        mine = {} if self.held is None else self.held.leaf_of
+        self.idle = [p for p, group in group_of.items() if group.rule is not None and p not in mine]
+
+    def _make(self, chosen: dict[str, Any], group_of: Mapping[Any, ParamGroup], state: Any) -> None:
+        """Make the state of parameters, and put it behind that of the others."""
+        layout, arrays = survey(chosen, trained=tensors.is_inexact)
+        order = list(zip(layout.root.leaves, chosen.values(), strict=True))
+        rules = {leaf: self._rule_of(p, group_of[p]) for leaf, p in reversed(order)}
+        store = store_of(
+            layout,
+            arrays,
+            [rules[leaf] for leaf in range(len(arrays))],
+            engine=self.engine,
+            capturable=self.capturable,
+        )
+        saved = {p: dict(state[p]) for p in chosen.values() if state.get(p)}
+        held = self.held
+        first = 0 if held is None else len(held.store.shapes)
+        leaf_of = {p: leaf + first for leaf, p in order}
+        if held is None:
+            held = self.held = Published(store, state, leaf_of)
+        else:
+            held.grow(store, joined(held.store.layout, layout), leaf_of)
+            self.grown += 1
+        self.trained = [*self.trained, *chosen.values()]
+        for p, leaf in leaf_of.items():
+            group_of[p].leaves.append(leaf)
+        if saved:
+            self.take(held, saved, state)
+        frozen = [leaf for p, leaf in leaf_of.items() if p in self.own and self.own[p][1]]
+        if frozen:
+            held.store.freeze(frozen, True)
+
+    def _rule_of(self, p: Any, mine: ParamGroup) -> Rule | None:
+        """The rule of a parameter: its own, as long as it stays in its group, or that of the group."""
+        own, _, group = self.own.get(p, (None, False, None))
+        return own if own is not None and group is mine else mine.rule
+
+    # -- what others have written into the state --
+
+    def _exchange(self, held: Published, groups: Groups, state: Any) -> None:
+        """Take over the entries that others have put into `state`."""
+        found = held.exchanged(state)
+        if all(held.fits(p) for p in found):
+            self.take(held, found, state)
+            return
+        self.stop()  # a parameter has another shape now, or is somewhere else
+        self.call(groups)
+        self._start(parameters_of(groups), state)
+
+    def take(self, held: Published, found: Mapping[Any, Mapping[str, Any]], state: Any) -> None:
+        """Take over entries of parameters, and publish them; raises TreeMismatch for what does not fit."""
+        for p, entries in found.items():
+            block, i = held.place(p)
+            if any(name in entries for name in block.own) and (
+                reason := misfit(block, i, self.names[p], entries, None)
+            ):
+                raise TreeMismatch(reason)
+        held.state = state
+        adopt(held, found)
+        if held.current:
+            held.put(found)
+        held.refresh()
+
+    def stop(self) -> None:
+        """Forget the store: what it has learnt stands in `state`; what was frozen or adjusted in it is
+        kept.
+        """
+        if self.held is not None:
+            self.note()
+            self.forget()
+
+    def note(self) -> None:
+        """Note what was frozen or adjusted in the tree, for one that is made anew or elsewhere."""
+        if self.held is None:
+            return
+        store, self.own = self.held.store, {}
+        rules: dict[tuple[int, int], tuple[Rule, list[Any]]] = {}
+        p_of = {leaf: p for p, leaf in self.held.leaf_of.items()}
+        for mine in self.groups:
+            common = numbers(mine.rule)
+            for leaf in mine.leaves:
+                group, i = store.where(leaf)
+                row = id(group), int(group.table.row[i])
+                if row not in rules:
+                    rule = group.rule_of(i)
+                    rules[row] = rule, numbers(rule)
+                rule, own = rules[row]
+                if own != common or store.frozen[leaf]:
+                    own_rule = rule if own != common else None
+                    self.own[p_of[leaf]] = own_rule, bool(store.frozen[leaf]), mine
+
+    # -- settings --
+
+    def read(self) -> None:
+        """Take over what is another number in the groups than at the last look: of all groups in one edit.
+
+        Raises BadSetting, before anything changes, for what a rule does not take.
+        """
+        held = self.held
+        edits = [(mine, found) for n, mine in enumerate(self.groups) if (found := mine.edits(n))]
+        if edits:
+            rules = [adjusted(mine.rule, found) for mine, found in edits]
+            if held is not None:
+                held.store.adjust_many([(mine.leaves, found) for mine, found in edits if mine.leaves])
+            for (mine, found), rule in zip(edits, rules, strict=True):
+                mine.renew(rule, found)
+        if held is not None and not self.capturable:
+            for mine in self.groups:
+                if mine.moving and mine.leaves:
+                    mine.move(_clock_of(held, mine.leaves[0]))
+
+
+def parameters_of(groups: Groups) -> list[Any]:
+    """The parameters of some groups, one after another."""
+    return groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
+
+
+def plain_entries(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The entries of a state as plain dicts."""
+    return {key: dict(entries) if isinstance(entries, Entries) else entries for key, entries in state.items()}
+
+
+def _clock_of(held: Published, leaf: int) -> Callable[[int], int]:
+    """The clock that the schedules of each part of the rule of a leaf read."""
+    group, i = held.store.where(leaf)
+    steps = group.table.read_counters(i)[len(group.types) :]
+    read = group.program.clocks
+    return lambda part: group.table.read_clock(i) if read[part] == UPDATES else int(steps[read[part]])
+
+
+def _wants(p: Any) -> bool:
+    """Whether a parameter is to be trained: it says so, or somebody has given it a gradient."""
+    return p.requires_grad or p.grad is not None
+
+
+def _may_be_stepped(p: Any, names: Mapping[Any, str]) -> bool:
+    """Whether a tensor has numbers that can be stepped; raises BadState for others that have a gradient."""
+    if not tensors.is_inexact(p) and p.grad is not None:
+        raise BadState(
+            f"{names[p]!r} has a gradient and cannot be stepped: it is a tensor of {p.dtype}; keep it in a "
+            "wider type"
+        )
+    return tensors.is_inexact(p)

@@ -1,0 +1,219 @@
+"""What stands in one parameter group of torch, by which rule, and what of it has changed?"""
+
+# PyTorch answers some questions only in private.
+# pyright: reportPrivateUsage=false
+
+import copy
+import operator
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+
+from optimisers.errors import BadSetting, BadState
+from optimisers.rule import Rule
+from optimisers.settings import adjusted, fields, is_schedule
+from optimisers.settings import parts as parts_of_value
+from optimisers.torch.classes import plain
+from optimisers.torch.groups import ASKING, at, defaults_of, meanings_of, nothing, refuse, told
+
+
+@final
+class ParamGroup:
+    """One parameter group, and the rule that it stands for."""
+
+    leaves: list[int]
+    """The leaves of its parameters."""
+
+    def __init__(self, group: dict[str, Any], rule: Rule | None) -> None:
+        self.group, self.leaves = group, []
+        self.take(rule)
+
+    def take(self, rule: Rule | None) -> None:
+        """Stand for a rule: all of its settings are shown, those that others keep under more names too."""
+        group, self.rule = self.group, rule
+        self.watched: dict[str, str] = {}
+        self.constant: list[str] = []
+        self.moving: list[tuple[str, Any, int]] = []
+        if rule is not None:
+            group.pop("eta", None)
+            for key, value in defaults_of(rule).items():
+                self.put(key, value)
+            group.setdefault("lr", 1.0)
+            meanings = meanings_of(rule)
+            self.watched = {key: meanings[key] for key in group if key in meanings}
+            self.constant = [key for key in group if key not in meanings and key in ASKING]
+            self.moving = _moving(rule)
+        self.fetch = _fetcher([*self.watched, *self.constant])
+        self.look()
+
+    def renew(self, rule: Rule, found: dict[str, Any]) -> None:
+        """Stand for a rule that differs by the fields that were found."""
+        new = self.group.keys() != self.known.keys()
+        if new or self.moving or any(is_schedule(value) for value in found.values()):
+            self.take(rule)
+            return
+        self.rule = rule
+        for key, field in self.watched.items():
+            if field in found:
+                self.put(key, found[field])
+        self.look()
+
+    def put(self, key: str, value: Any) -> None:
+        """Show a value; a tensor that holds it stays."""
+        if key not in self.group or plain(self.group[key]) != value:
+            self.group[key] = value
+
+    def begin(self) -> None:
+        """Take the rate that stands here for the first one, where it is read at the start alone."""
+        if self.rule is not None and "lr" in self.constant:
+            seen = dict(zip([*self.watched, *self.constant], self.seen, strict=True))
+            if plain(self.group["lr"]) != seen["lr"]:
+                self.take(told(self.rule, {"lr": self.group["lr"]}, "a group"))
+
+    def look(self) -> None:
+        """Note what stands in the group now."""
+        held = self.fetch(self.group)
+        self.seen = tuple(map(plain, held))
+        self.raw = [_written(v) for v in held]
+        """The tensors among them, and how often they had been written."""
+        self.known = dict.fromkeys(self.group)
+
+    def move(self, clock: Callable[[int], int]) -> None:
+        """Show the present values of schedules."""
+        now = {field: at(value, clock(n)) for field, value, n in self.moving}
+        for key, field in self.watched.items():
+            if field in now:
+                self.put(key, now[field])
+        self.seen = tuple(map(plain, self.fetch(self.group)))
+
+    def refuse_changed(self, n: int) -> None:
+        """Raise BadState where something else stands in group number n than at the last look: a graph that
+        is being captured would not hold it, and tensors cannot be read then.
+        """
+        now = zip(self.fetch(self.group), self.seen, self.raw, strict=True)
+        if any(
+            _written(value) != raw if isinstance(value, torch.Tensor) else value != seen
+            for value, seen, raw in now
+        ):
+            raise BadState(f"group {n} was changed; write read_groups() before a graph is captured")
+
+    def loaded(self, group: dict[str, Any]) -> "ParamGroup":
+        """The same group after it was loaded: what is another number there will be found, but for the present
+        value of a schedule, which is no change.
+        """
+        new = copy.copy(self)
+        moving = {field for field, _, _ in self.moving}
+        new.group = group
+        new.seen = tuple(
+            plain(group[key]) if self.watched.get(key) in moving else seen
+            for key, seen in zip([*self.watched, *self.constant], self.seen, strict=True)
+        )
+        return new
+
+    def fitted(self, saved: dict[str, Any], n: int, *, lenient: bool) -> dict[str, Any]:
+        """The settings of a saved group, each under all of its names; those that it lacks stay as they are if
+        that is `lenient`. Raises BadSetting for what the rule does not take.
+        """
+        full = dict(saved)
+        if self.rule is None:
+            return self.settings | full
+        meanings = meanings_of(self.rule)
+        for key, field in self.watched.items():
+            if key not in full:
+                named = next((name for name in full if meanings.get(name) == field), None)
+                if named is None and not lenient:
+                    raise BadSetting(f"group {n} of the saved state has no {key}, which {self.rule!r} has")
+                full[key] = self.group[key] if named is None else full[named]
+        full = {key: self.group[key] for key in self.constant} | full
+        adjusted(self.rule, self.loaded(full).edits(n))
+        return full
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What stands in the group beside its parameters."""
+        return {k: v for k, v in self.group.items() if k not in ("params", "param_names")}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("fetch", "raw")}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        vars(self).update(kept, raw=[None] * len(kept["seen"]))
+        self.fetch = _fetcher([*self.watched, *self.constant])
+
+    def edits(self, n: int) -> dict[str, Any]:
+        """What was written into group number n since the last look, as fields of its rule.
+
+        Raises BadSetting for what the rule does not have, for a setting that is gone, and for two names of
+        one setting with different values.
+        """
+        try:
+            if self.fetch(self.group) == self.seen and self.group.keys() == self.known.keys():
+                return {}
+        except (KeyError, RuntimeError):
+            pass  # a key that is gone, a tensor that is no number
+        return {} if self.rule is None else self._edits(self.rule, f"group {n}")
+
+    def _edits(self, rule: Rule, where: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        seen = dict(zip([*self.watched, *self.constant], self.seen, strict=True))
+        meanings = meanings_of(rule)
+        for key in (*seen, *(key for key in self.group if key not in self.known)):
+            if key not in self.group:
+                raise BadSetting(f"{where} has no {key} any more; write it again: it was {seen[key]!r}")
+            value = plain(self.group[key])
+            if key in seen and value == seen[key]:
+                continue
+            if key in meanings:
+                _put(found, meanings[key], key, value, where)
+            elif key == "lr" and any(hasattr(part, "eta") for part in parts_of_value(rule)):
+                continue  # the rate of Rprop is read at the start alone, here as in torch
+            elif key == "lr":
+                raise BadSetting(
+                    f"{where} sets lr to {value!r}, and {rule!r} has no rate that may change; write "
+                    "Chain(rule, Descent(1.0)), whose rate scales the step"
+                )
+            else:
+                refuse(rule, key, value, where)
+                if key in seen and not nothing(seen[key]):
+                    raise BadSetting(
+                        f"{where} sets {key} to {value!r}; it was {seen[key]!r} from the start, and belongs "
+                        "to the structure of the rule"
+                    )
+        if not found:
+            self.look()
+        return found
+
+
+def _written(value: Any) -> Any:
+    """Which tensor a setting is, and how often it has been written; None for a number."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    return id(value), None if value.is_inference() else value._version  # noqa: SLF001 there is no other name
+
+
+def _fetcher(keys: list[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """Reads the values of some keys in one call."""
+    if len(keys) > 1:
+        return operator.itemgetter(*keys)
+    return lambda group: tuple(group[key] for key in keys)
+
+
+def _moving(rule: Rule) -> list[tuple[str, Any, int]]:
+    """(field, value, which part of the rule) for each setting that is a schedule."""
+    found: dict[str, tuple[str, Any, int]] = {}
+    for n, part in enumerate(parts_of_value(rule)):
+        for name, kind, *_ in fields(part):
+            if kind is not None:
+                found.setdefault(name, (name, getattr(part, name), n))
+    return [entry for entry in found.values() if is_schedule(entry[1])]
+
+
+def _put(found: dict[str, Any], field: str, key: str, value: Any, where: str) -> None:
+    """Note the new value of a field; raises BadSetting where another name of it was given another."""
+    if field in found and found[field] != value:
+        raise BadSetting(
+            f"{where} sets {field} to {found[field]!r} and, by its name {key}, to {value!r}; write one of "
+            "them"
+        )
+    found[field] = value
