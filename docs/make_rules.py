@@ -554,8 +554,9 @@ class Printer:
             return f"{self.text(a[0], ATOM)}^" + (above if len(above) == 1 else f"{{{above}}}"), POWER
         if e.op == "sqrt":
             return rf"\sqrt{{{self.text(a[0])}}}", ATOM
-        if e.op == "abs":
-            return bars(self.text(a[0])), ATOM
+        if e.op in ("abs", "norm2"):
+            inner = self.text(a[0])
+            return bars(inner) if e.op == "abs" else rf"\lVert {inner} \rVert_2", ATOM
         if e.op == "abs2":
             return f"{bars(self.text(a[0]))}^2", POWER
         if e.op == "conj":
@@ -568,13 +569,19 @@ class Printer:
         if e.op == "where":
             return self._cases(e), 0
         if e.op == "total":
-            return rf"\sum_{{\text{{leaves}}}} {self.text(a[0], PRODUCT)}", PRODUCT
+            return self._total(e)
         if e.op in REDUCTIONS and e.domain == "scalar":
             return f"{REDUCTIONS[e.op]} {self.text(a[0], PRODUCT)}", PRODUCT
         if e.op in ("floor", "ceil"):
             return rf"\l{e.op} {self.text(a[0])} \r{e.op}", ATOM
         name = FUNCTIONS.get(e.op, rf"\operatorname{{{e.op.replace('_', ' ')}}}")
         return f"{name}{parenthesised(', '.join(self.text(x) for x in a))}", ATOM
+
+    def _total(self, e: Expr) -> tuple[str, int]:
+        over = r"\sum_{\text{leaves}}"
+        if dict(e.options)["join"] == "norm2":
+            return rf"\sqrt{{{over} {self.text(e.args[0], ATOM)}^2}}", ATOM
+        return rf"{over} {self.text(e.args[0], PRODUCT)}", PRODUCT
 
     def _cases(self, e: Expr) -> str:
         rows: list[str] = []

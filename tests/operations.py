@@ -19,6 +19,14 @@ ELEMENTWISE = sorted(name for name, word in ops.WORDS.items() if word.family == 
 REDUCE = sorted(name for name, word in ops.WORDS.items() if word.family == "reduce")
 
 
+def reduced(name: str, values: Any) -> float:
+    """What a reduction is of all elements, by NumPy in float64; of none, what changes no other."""
+    if not np.size(values):
+        return {"max": -math.inf, "min": math.inf}.get(name, 0.0)
+    function = {"norm2": np.linalg.norm}.get(name) or getattr(np, name)
+    return float(function(np.asarray(values, float).ravel()))
+
+
 CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "one": lambda word, x, _: word(x),
     "two": lambda word, x, y: word(x, y),

@@ -287,6 +287,13 @@ def sum(x: Operand, axis: int | tuple[int, ...] | None = None, keepdims: bool = 
     """The sum over all elements of this array, in float64 inside fused kernels; or along `axis`."""
 
 
+@_word("reduce", gives="real")
+def norm2(x: Operand, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
+    """The root of the sum of |x|^2 over all elements of this array, right also where the squares are too
+    large or too small for their type; or along `axis`.
+    """
+
+
 @_word("reduce")
 def max(x: Operand, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
     """The largest element of this array (NaN if there is one); or along `axis`."""
@@ -323,17 +330,24 @@ def call(function: Callable[..., Any], *args: object) -> Any:
 # -- the tree ------------------------------------------------------------------------------------------------
 
 
-def total(s: Operand) -> Any:
-    """The sum of the scalar `s` over all leaves stepped together whose rule asks for it too.
+def total(s: Operand, p: int = 1) -> Any:
+    """The sum of the scalar `s` over all leaves stepped together whose rule asks for it too; with p = 2 the
+    root of the sum of its squares: `total(norm(dx), p=2)` is the norm of all gradients together.
 
     The first total of a type of rule is one sum, whatever stands before and behind that rule and whatever its
     settings are; its second total is another. Called on a plain number, outside any update, there is one
     leaf, and the total is `s` itself.
     """
+    if p not in (1, 2):
+        raise TraceError(
+            f"total(..., p={p!r}); it takes 1 for the sum, or 2 for the root of the sum of squares"
+        )
     write = getattr(type(s), "__total__", None)
     if write is None and getattr(s, "shape", ()) != ():
         raise TraceError("total() was given an array; it takes a scalar: total(sum(...))")
-    return s if write is None else write(s)
+    if write is None:
+        return s if p == 1 else abs(s)
+    return write(s, p)
 
 
 def when(condition: Operand, dx: Operand) -> Any:
@@ -495,7 +509,7 @@ def norm(x: Operand, p: float = 2.0) -> Any:
     least.
     """
     if p == 2:
-        return sqrt(sum(abs2(x)))
+        return norm2(x)
     size = abs(x)
     if p == 1:
         return sum(size)
@@ -557,6 +571,7 @@ __all__ = [
     "multiply",
     "negative",
     "norm",
+    "norm2",
     "not_equal",
     "ones_like",
     "power",

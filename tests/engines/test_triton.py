@@ -401,9 +401,8 @@ def test_the_two_halves_of_a_float32_are_all_of_it() -> None:
 @pytest.mark.parametrize("name", words.REDUCE)
 def test_a_kernel_reduces_as_numpy_does(name: str, dtype: str) -> None:
     arrays = [np.array(v, float).astype(dtype_of(dtype)) for v in words.SUMS.values()]
-    empty = {"sum": 0.0, "max": -math.inf, "min": math.inf}[name]
     with np.errstate(all="ignore"):
-        wanted = [float(getattr(np, name)(a.astype(float))) if a.size else empty for a in arrays]
+        wanted = [words.reduced(name, a) for a in arrays]
     for capturable in (False, True):
         model = [on_device(a) for a in arrays]
         state = opt.setup(words.Reduces(name), model, engine="triton", capturable=capturable)
@@ -461,17 +460,33 @@ def test_the_chunks_of_a_leaf_are_gathered_whatever_their_number(name: str, coun
     values = np.random.default_rng(count).standard_normal(count + 7)
     begin, out = np.array([0, 3, 3 + count, count + 7]), on_device(np.zeros(3))
     device_functions.gather[(3,)](on_device(values), on_device(begin), out, OP=name, BLOCK=128, num_warps=4)
-    empty = {"sum": 0.0, "max": -math.inf, "min": math.inf}[name]
     pieces = [values[:3], values[3 : 3 + count], values[3 + count :]]
-    wanted = [getattr(np, name)(p) if len(p) else empty for p in pieces]
+    wanted = [words.reduced(name, p) for p in pieces]
     np.testing.assert_allclose(on_host(out), wanted, rtol=1e-13)
 
 
 @pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 5000])
-def test_all_chunks_are_added_up_whatever_their_number(count: int) -> None:
-    values, out = np.random.default_rng(count).standard_normal(count + 5), on_device(np.zeros(1))
-    device_functions.add_up[(1,)](on_device(values), count, out, BLOCK=1024, num_warps=8)
-    np.testing.assert_allclose(on_host(out), values[:count].sum(), rtol=1e-12)
+@pytest.mark.parametrize("name", ["sum", "norm2"])
+def test_all_chunks_are_added_up_whatever_their_number(name: str, count: int) -> None:
+    values, out = np.random.default_rng(count).uniform(0, 1, count + 5), on_device(np.zeros(1))
+    device_functions.add_up[(1,)](on_device(values), count, out, OP=name, BLOCK=1024, num_warps=8)
+    np.testing.assert_allclose(on_host(out), words.reduced(name, values[:count]), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("float32", 1e37), ("float32", 1e-37), ("float64", 1e300), ("float64", 1e-300)]
+)
+def test_a_norm_is_right_where_squares_overflow_or_vanish(dtype: str, size: float) -> None:
+    grads = [np.full(500, size).astype(dtype), (np.array([0.0, -0.3, 0.4]) * size).astype(dtype)]
+    for capturable in (False, True):
+        rule = opt.Chain(opt.ClipGlobalNorm(size / 10, throw=False), opt.Descent(1.0))
+        model = [on_device(np.zeros_like(g)) for g in grads]
+        state = opt.setup(rule, model, engine="triton", capturable=capturable)
+        _, model = opt.update_(state, model, [on_device(g) for g in grads])
+        length = math.hypot(*(float(v) for g in grads for v in g))
+        for x, g in zip(model, grads, strict=True):
+            rtol = 1e-6 if dtype == "float32" else 1e-12
+            np.testing.assert_allclose(-on_host(x), g * (size / 10 / length), rtol=rtol)
 
 
 # -- half precision ------------------------------------------------------------------------------------------

@@ -169,6 +169,7 @@ def passes_of(
             sum(launch.BLOCK // THREADS * kernels.BYTES[kind] // 16 for kind in kinds)
             for kinds in (read, written)
         )
+        loads *= 2 if any(r.op == "norm2" for r in p.reductions) else 1  # there is a second look
         found.append(
             PassCase(
                 Case(title, text, *split(launch.options_of(kernels.BYTES[dtype]))),
@@ -227,9 +228,12 @@ def scalars_of(row: Row) -> list[Case]:
 BY_HAND = [
     *(
         Case(f"gather {op}", "gather", {"OP": op, "BLOCK": 1024}, launch.EXACT)
-        for op in ("sum", "max", "min")
+        for op in ("sum", "max", "min", "norm2")
     ),
-    Case("add_up", "add_up", {"BLOCK": 8192}, launch.EXACT | {"num_warps": 16}),
+    *(
+        Case(f"add_up {op}", "add_up", {"OP": op, "BLOCK": 8192}, launch.EXACT | {"num_warps": 16})
+        for op in ("sum", "norm2")
+    ),
 ]
 
 FOLLOWING = Row(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from optimisers.arrays.norms import norm2
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape
 from optimisers.errors import BadSetting
 
@@ -153,6 +154,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "reshape": jnp.reshape,
     "call": lambda function, *args: function(*args),
 }
+OPERATIONS["norm2"] = norm2(OPERATIONS, lambda x: float(jnp.finfo(x.dtype).tiny), jax.lax.stop_gradient)
 
 
 @final
@@ -275,11 +277,13 @@ class JaxLibrary(Library[Array, Dtype]):
 
     def across(self, op: str, value: Array, x: Array) -> Array:
         axes = tuple(varying(x))
-        return (
-            {"sum": jax.lax.psum, "max": jax.lax.pmax, "min": jax.lax.pmin}[op](value, axes)
-            if axes
-            else value
-        )
+        if not axes:
+            return value
+        if op == "norm2":
+            top = jax.lax.pmax(jax.lax.stop_gradient(value), axes)
+            scale = jnp.where((top > 0) & (top < math.inf), top, 1)
+            return scale * _sqrt(jax.lax.psum((value / scale) ** 2, axes))
+        return {"sum": jax.lax.psum, "max": jax.lax.pmax, "min": jax.lax.pmin}[op](value, axes)
 
     # -- scalars --------------------------------------------------------------------------------------------
 

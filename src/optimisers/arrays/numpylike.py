@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from optimisers.arrays.layout import axes_in_memory, permutation
+from optimisers.arrays.norms import norm2
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape, Strides
 
 Dtype = np.dtype[Any]
@@ -140,7 +141,7 @@ def _extreme(xp: ModuleType, name: str, empty: float) -> Callable[..., Any]:
 
 def operations(xp: Any) -> dict[str, Callable[..., Any]]:
     """The operations, computed by the functions of `xp`."""
-    return {
+    found: dict[str, Callable[..., Any]] = {
         "add": xp.add,
         "subtract": xp.subtract,
         "multiply": xp.multiply,
@@ -192,3 +193,9 @@ def operations(xp: Any) -> dict[str, Callable[..., Any]]:
         "reshape": xp.reshape,
         "call": lambda function, *args: function(*args),
     }
+    return found | {"norm2": norm2(found, _least)}
+
+
+def _least(x: HostArray) -> float:
+    """The least normal number of the type of the arithmetic."""
+    return float(np.finfo(np.result_type(x.dtype, np.float32)).tiny)

@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch._C import _functorch as functorch
 
 from optimisers.arrays.layout import contiguous_strides, permutation
+from optimisers.arrays.norms import norm2
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape, Strides
 
 Tensor = torch.Tensor
@@ -198,6 +199,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "reshape": torch.reshape,
     "call": lambda function, *args: function(*args),
 }
+OPERATIONS["norm2"] = norm2(OPERATIONS, lambda x: torch.finfo(x.dtype).tiny, torch.Tensor.detach)
 
 
 @final

@@ -16,7 +16,7 @@ from optimisers.errors import BadState, DomainError, TraceError
 from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Pass, stages
 from optimisers.graph.scalars import Scalars, Table, counters
-from optimisers.graph.trace import Program
+from optimisers.graph.trace import Program, total_join
 from optimisers.state.buffers import Indices, Pack
 from optimisers.state.group import Group
 from optimisers.state.memo import Subset
@@ -106,7 +106,7 @@ class StepScalars(Protocol):
 
     def put(self, e: Expr, value: Any, *, of_leaf: bool) -> None: ...
     def of_leaves(self, e: Expr) -> Any: ...
-    def sum(self, e: Expr) -> Any: ...
+    def total(self, join: str, e: Expr) -> Any: ...
     def table(self, scalars: tuple[Expr, ...]) -> tuple[Table, Any]: ...
     def fetch(self, wanted: Sequence[Expr]) -> None: ...
 
@@ -175,7 +175,7 @@ class Step:
                 for r in stage.reductions:
                     self.scalars.put(r, found.get(r, np.zeros(self.leaves)), of_leaf=True)
                 for t in stage.totals:
-                    totals.give(t, self.scalars.sum(t.args[0]))
+                    totals.give(t, self.scalars.total(total_join(t), t.args[0]))
                 self.reduced = moved = True
             known = [totals.known(t) for t in stage.totals]
             if any(value is None for value in known):

@@ -1,6 +1,7 @@
 """What do leaves of several groups sum to?"""
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from optimisers.arrays import registry
 from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Stage
-from optimisers.graph.trace import total_key
+from optimisers.graph.trace import total_join, total_key
 
 
 class Totals:
@@ -37,7 +38,12 @@ class Totals:
             return None
         if len({str(getattr(part, "device", "host")) for part in parts}) > 1 and not self.symbolic:
             parts = [on_host(part) for part in parts]
-        return functools.reduce(operator.add, parts)
+        if total_join(total) == "sum" or len(parts) == 1:
+            return functools.reduce(operator.add, parts)
+        if not any(map(registry.isarray, parts)):
+            return math.hypot(*parts)
+        library = registry.library(*parts)
+        return library.operations["norm2"](library.stacked(parts))
 
 
 def on_host(value: Any) -> Any:

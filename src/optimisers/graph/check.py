@@ -15,7 +15,7 @@ DOMAINS = frozenset({"scalar", "array", "free"})
 
 _ARGUMENTS = {
     **dict.fromkeys(LEAVES, 0),
-    **dict.fromkeys(("cast", "spread", "store", "sum", "max", "min"), 1),
+    **dict.fromkeys(("cast", "spread", "store", "sum", "norm2", "max", "min"), 1),
     **dict.fromkeys(("add", "subtract", "multiply", "divide", "power", "maximum", "minimum"), 2),
     **dict.fromkeys(("less", "less_equal", "greater", "greater_equal", "equal", "not_equal"), 2),
     **dict.fromkeys(("logical_and", "logical_or", "matmul", "join_bits"), 2),

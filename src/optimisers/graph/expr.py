@@ -23,7 +23,7 @@ Guard = tuple["Expr", ...]
 
 Options = tuple[tuple[str, Any], ...]
 
-_REDUCTIONS = frozenset({"sum", "max", "min"})
+_REDUCTIONS = frozenset({"sum", "norm2", "max", "min"})
 
 
 class Expr:

@@ -98,9 +98,9 @@ class Scalars:
         """The value of a scalar node for every leaf, as an array."""
         return self.library.broadcast(self.spread(self.get(e), e), (len(self.row),))
 
-    def sum(self, e: Expr) -> Any:
-        """The sum of a scalar node over the leaves."""
-        found = self.library.operations["sum"](self.of_leaves(e))
+    def total(self, join: str, e: Expr) -> Any:
+        """What a reduction makes of a scalar node over the leaves."""
+        found = self.library.operations[join](self.of_leaves(e))
         return float(found) if self.library is host else found
 
     def symbols(self, scalars: tuple[Expr, ...]) -> tuple[Any, Any]:

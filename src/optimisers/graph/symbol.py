@@ -180,13 +180,15 @@ class Symbol(Expr):
         return make("add", (lift(value), make("subtract", (x, x)))) if x.domain == "free" else lift(value)
 
     @staticmethod
-    def __total__(s: "Symbol") -> Any:
+    def __total__(s: "Symbol", p: int) -> Any:
         if s.domain != "scalar":
             raise TraceError("total() was given an array; it takes a scalar: total(sum(...))")
         trace, rule = current(), asking.get()
         name = f"{rule.__module__}.{rule.__qualname__}" if rule else ""
         count = trace.totals[name] = trace.totals.get(name, 0) + 1
-        return make("total", (s,), options=(("of", f"{name} {count}"),))
+        return make(
+            "total", (s,), options=(("of", f"{name} {count}"), ("join", "norm2" if p == 2 else "sum"))
+        )
 
     @staticmethod
     def __when__(condition: Any, dx: Any) -> Any:
@@ -327,8 +329,9 @@ def write(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Symbol:
         chosen = dict(zip(("axis", "keepdims"), args[1:], strict=False)) | options
         along = {k: v for k, v in chosen.items() if v is not None and v is not False}
         if not along:
+            own = make("abs", (x,)) if name == "norm2" else x
             return (
-                x if x.domain == "scalar" else make(name, (x,), domain="scalar", type=reduced_type(name, x))
+                own if x.domain == "scalar" else make(name, (x,), domain="scalar", type=reduced_type(name, x))
             )
         return make(name, (x,), domain="free", options=tuple(sorted(along.items())))
     nodes = tuple(lift(a) for a in args)
@@ -338,6 +341,8 @@ def write(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Symbol:
 
 
 def reduced_type(name: str, x: Expr) -> str:
+    if name == "norm2":
+        return "real"
     if name != "sum" and x.type == "complex":
         raise TraceError(f"{name} of complex numbers has no meaning; take abs or real first")
     return "real" if x.type == "bool" else x.type

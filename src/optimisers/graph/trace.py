@@ -314,3 +314,8 @@ def total_key(e: Expr) -> str:
     it is.
     """
     return dict(e.options)["of"]
+
+
+def total_join(e: Expr) -> str:
+    """The reduction that makes one number of what the leaves give to a total: `sum` or `norm2`."""
+    return dict(e.options)["join"]

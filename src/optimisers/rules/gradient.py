@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from optimisers import ops
 from optimisers.arrays.protocol import Array, Operand
 from optimisers.errors import BadSetting
-from optimisers.ops import abs2, check, clip, isfinite, minimum, norm, sign, sqrt, total, where
+from optimisers.ops import check, clip, isfinite, minimum, norm, sign, total, where
 from optimisers.rule import Rule, not_negative, rate_before, static
 
 
@@ -138,14 +137,14 @@ class ClipGlobalNorm(Rule):
         not_negative(self, "omega")
 
     def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
-        square = ops.sum(abs2(dx))
-        size = sqrt(total(square))
+        own = norm(dx)
+        size = total(own, p=2)
         if self.throw:
             message = (
                 "the gradients have global norm {}; ClipGlobalNorm takes finite ones, ClipGlobalNorm(..., "
                 "throw=False) lets others pass"
             )
-            check(isfinite(square), message, size)  # names the leaf at fault, if it is one
+            check(isfinite(own), message, size)  # names the leaf at fault, if it is one
             check(isfinite(size), message, size)
         return state, dx * shrink(self.omega, size)
 

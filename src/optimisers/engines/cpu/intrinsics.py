@@ -201,6 +201,36 @@ def complex_of(typingctx: object, re: Any, im: Any) -> Any:
     return kind(re, re), emit
 
 
+LEAST, MOST, UP, DOWN = 2.0**-900, 2.0**1000, 2.0**600, 2.0**-600
+"""Between which sums of squares are trusted as they are; by what elements are multiplied below and above."""
+
+
+@intrinsic
+def refit(typingctx: object, total: object) -> Any:
+    """By what to multiply elements whose squares sum to `total`: 1 where that is neither too large nor too
+    small to be right.
+    """
+
+    def emit(_: object, b: ir.IRBuilder, __: object, args: Sequence[ir.Value]) -> Any:
+        small = b.fcmp_ordered("<", args[0], ir.Constant(F64, LEAST))
+        large = b.fcmp_unordered(">", args[0], ir.Constant(F64, MOST))
+        by = b.select(large, ir.Constant(F64, DOWN), ir.Constant(F64, 1.0))
+        return b.select(small, ir.Constant(F64, UP), by)
+
+    return types.float64(types.float64), emit
+
+
+@intrinsic
+def square(typingctx: object, x: object, by: object) -> Any:
+    """(x by)^2, multiplied in this order: each half is in range, by^2 and x^2 need not be."""
+
+    def emit(_: object, b: Any, __: object, args: Sequence[ir.Value]) -> Any:
+        fitted = b.fmul(args[0], args[1], flags=("nsz",))  # flags of its own: not those of the kernel
+        return b.fmul(fitted, fitted, flags=("nsz",))
+
+    return types.float64(types.float64, types.float64), emit
+
+
 @intrinsic
 def claim(typingctx: object, counter: object) -> Any:
     """The number at the address `counter`, which is raised by one in the same instant: the next span to work

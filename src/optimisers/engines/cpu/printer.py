@@ -98,6 +98,7 @@ REAL: dict[str, Callable[..., str]] = {
     "to_bfloat16": _real("to_bfloat16({0})"),
     "to_float32": _real("to_float32({0})"),
     "sum": _real("{0} + float64({1})"),
+    "norm2": _real("{0} + float64({1}) * float64({1})"),
     "max": _real("max({0}, rank_max({1}))"),
     "min": _real("min({0}, rank_min({1}))"),
 }
@@ -269,14 +270,47 @@ class Printer(Maths):
             at[a] = f"at_{self.names_of(a)}"
             lines.append(f"{at[a]} = addresses[{j}, k] + {BYTES[self.kinds[a]]} * first")
         sums = self.sums()
-        for r, total in zip(p.reductions, sums, strict=True):
+        if sums:
+            return lines + self.reduced(self.element(at), sums)
+        return [
+            *lines,
+            "for i in range(n):",
+            *("    " + line for line in [*self.element(at), *self.stores(at)]),
+        ]
+
+    def reduced(self, element: list[str], sums: list[str]) -> list[str]:
+        """The reductions of a chunk. Where squares overflow or vanish, what is in the caches is looked at
+        again, times a power of two.
+        """
+        p, lines, again = self.p, list[str](), list[str]()
+        of = list(zip(p.reductions, map(self.atom, p.terms), p.terms, sums, strict=True))
+        for r, _, _, total in of:
             edge = f"rank_{r.op}({self.real}({'-' if r.op == 'max' else ''}math.inf))"
-            lines.append(f"{total} = {'float64(0)' if r.op == 'sum' else edge}")
-        lines.append("for i in range(n):")
-        lines += ["    " + line for line in self.element(at, sums)]
-        for j, (r, total) in enumerate(zip(p.reductions, sums, strict=True)):
-            lines.append(f"partial[{j}, c] = {total if r.op == 'sum' else f'unrank({total})'}")
+            lines.append(f"{total} = {edge if r.op in ('max', 'min') else 'float64(0)'}")
+        lines += ["for i in range(n):", *("    " + line for line in element)]
+        for r, value, term, total in of:
+            lines.append(f"    {total} = {self.taken(r.op, total, value, term.type)}")
+        norms = {total: (value, term) for r, value, term, total in of if r.op == "norm2"}
+        for total in norms:
+            lines.append(f"by_{total} = refit({total})")
+        if norms:
+            lines.append(f"if {' | '.join(f'(by_{total} != 1)' for total in norms)}:")
+            again += [f"{total} = float64(0)" for total in norms]
+            again += ["for i in range(n):", *("    " + line for line in element)]
+            for total, (value, term) in norms.items():
+                parts = [f"{value}.real", f"{value}.imag"] if term.type == "complex" else [value]
+                again += [f"    {total} = {total} + square(float64({x}), by_{total})" for x in parts]
+        lines += ["    " + line for line in again]
+        for j, (r, _, _, total) in enumerate(of):
+            given = {"sum": "{0}", "norm2": "math.sqrt({0}) / by_{0}"}.get(r.op, "unrank({0})").format(total)
+            lines.append(f"partial[{j}, c] = {given}")
         return lines
+
+    def taken(self, op: str, total: str, value: str, kind: str) -> str:
+        """A reduction with one more element in it."""
+        if op == "norm2" and kind == "complex":
+            return f"{total} + float64({COMPLEX['abs2', 'complex'].format(value)})"
+        return self.words[op](total, value)
 
     def sums(self) -> list[str]:
         """The names of the reductions."""
@@ -309,11 +343,8 @@ class Printer(Maths):
         """The line that stores an element, given in the type of the arithmetic."""
         return f"store_{self.names_of(array)}({at}, i, {value})"
 
-    def counted(self, op: str, value: str) -> str:
-        """An element, as a reduction takes it."""
-        return value
-
-    def element(self, at: dict[str, str], sums: list[str]) -> list[str]:
+    def element(self, at: dict[str, str]) -> list[str]:
+        """The maths of one element."""
         p, lines, spread = self.p, list[str](), 0
         for e in p.body:
             if e.domain == "scalar":
@@ -328,12 +359,14 @@ class Printer(Maths):
                 name = self.new_name()
             self.names[id(e)] = name
             lines.append(f"{name} = {text}")
-        for r, term, total in zip(p.reductions, p.terms, sums, strict=True):
-            lines.append(f"{total} = {self.words[r.op](total, self.counted(r.op, self.atom(term)))}")
-        for slot, e in p.stores:
-            array = self.stored[slot]
-            lines.append(self.store(array, at[array], self.atom(e.args[0])))
         return lines
+
+    def stores(self, at: dict[str, str]) -> list[str]:
+        """What is stored of one element."""
+        return [
+            self.store(self.stored[slot], at[self.stored[slot]], self.atom(e.args[0]))
+            for slot, e in self.p.stores
+        ]
 
 
 def columns(p: Pass, *, inplace: bool) -> list[str]:
@@ -396,7 +429,7 @@ def source(
             f"{about}import math\n\nimport numpy\nfrom numba import njit\n"
             "from numpy import complex64, complex128, float32, float64\n\n"
             "from optimisers.engines.cpu.intrinsics import (\n    claim, complex_of, high_bits, join_bits, "
-            "loader, low_bits, rank_max, rank_min,\n    select, storer, "
+            "loader, low_bits, rank_max, rank_min, refit,\n    select, square, storer, "
             "to_bfloat16, to_float16, to_float32, unrank,\n)\n"
             f"\n# intrinsics {support_hash('cpu/intrinsics.py')}\n{body}"
         )

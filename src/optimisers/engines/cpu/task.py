@@ -128,9 +128,24 @@ def gathered(op: str, partial: Any, leaf: Indices, leaves: int) -> Any:
     """The reduction of every leaf from those of its chunks, in their fixed order."""
     if op == "sum":
         return np.bincount(leaf, partial, leaves) if len(leaf) else np.zeros(leaves)
+    if op == "norm2":
+        return joined(partial, leaf, leaves)
     out = np.full(leaves, -np.inf if op == "max" else np.inf)
     (np.maximum if op == "max" else np.minimum).at(out, leaf, partial)
     return out
+
+
+def joined(norms: Any, leaf: Indices, leaves: int) -> Any:
+    """The norm of every leaf from those of its chunks."""
+    if not len(leaf):
+        return np.zeros(leaves)
+    fit = (norms == 0) | ((norms > 1e-130) & (norms < 1e130))
+    if fit.all():
+        return np.sqrt(np.bincount(leaf, norms * norms, leaves))
+    top = np.zeros(leaves)
+    np.maximum.at(top, leaf, norms)
+    scale = np.where((top > 0) & (top < np.inf), top, 1.0)
+    return scale * np.sqrt(np.bincount(leaf, (norms / scale[leaf]) ** 2, leaves))
 
 
 ENGINE = Engine(

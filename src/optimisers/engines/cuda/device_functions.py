@@ -190,36 +190,77 @@ def min_over(values):
 
 
 @triton.jit
+def refit(total):
+    """By what to multiply elements whose squares sum to `total`: 1 where that is neither too large nor too
+    small to be right.
+    """
+    return tl.where(total < 2.0**-900, 2.0**600, tl.where(total <= 2.0**1000, 1.0, 2.0**-600))
+
+
+@triton.jit
+def scale_of(largest):
+    """By what to divide numbers before they are squared."""
+    return tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
+
+
+@triton.jit
+def _norm(partial, start, end, BLOCK: tl.constexpr):
+    """The root of the sum of squares of some numbers, always in the same order."""
+    most = tl.zeros([BLOCK], tl.float64)
+    for s in range(start, end, BLOCK):
+        i = s + tl.arange(0, BLOCK)
+        most = larger(most, tl.load(partial + i, mask=i < end, other=0))
+    scale = scale_of(max_over(most))
+    found = tl.zeros([BLOCK], tl.float64)
+    for s in range(start, end, BLOCK):
+        i = s + tl.arange(0, BLOCK)
+        value = tl.load(partial + i, mask=i < end, other=0) / scale
+        found += value * value
+    return root(sum_over(found)) * scale
+
+
+@triton.jit
+def _extreme_of(partial, start, end, OP: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest or the smallest of some numbers; NaN if one is."""
+    none = float("-inf") if OP == "max" else float("inf")
+    found = tl.full([BLOCK], none, tl.float64)
+    for s in range(start, end, BLOCK):
+        i = s + tl.arange(0, BLOCK)
+        value = tl.load(partial + i, mask=i < end, other=none)
+        found = larger(found, value) if OP == "max" else smaller(found, value)
+    return max_over(found) if OP == "max" else min_over(found)
+
+
+@triton.jit
+def _sum(partial, start, end, BLOCK: tl.constexpr):
+    """The sum of some numbers, always in the same order."""
+    found = tl.zeros([BLOCK], tl.float64)
+    for s in range(start, end, BLOCK):
+        i = s + tl.arange(0, BLOCK)
+        found += tl.load(partial + i, mask=i < end, other=0)
+    return sum_over(found)
+
+
+@triton.jit
+def _of_all(partial, start, end, OP: tl.constexpr, BLOCK: tl.constexpr):
+    if OP == "sum":
+        return _sum(partial, start, end, BLOCK)
+    elif OP == "norm2":
+        return _norm(partial, start, end, BLOCK)
+    else:
+        return _extreme_of(partial, start, end, OP, BLOCK)
+
+
+@triton.jit
 def gather(partial, begin, out, OP: tl.constexpr, BLOCK: tl.constexpr):
     """The reduction of every leaf from those of its chunks, always in the same order; a program takes one
     leaf.
     """
     k = tl.program_id(0)
-    start, end = tl.load(begin + k), tl.load(begin + k + 1)
-    none = 0.0 if OP == "sum" else float("-inf") if OP == "max" else float("inf")
-    found = tl.full([BLOCK], none, tl.float64)
-    for s in range(start, end, BLOCK):
-        i = s + tl.arange(0, BLOCK)
-        value = tl.load(partial + i, mask=i < end, other=none)
-        if OP == "sum":
-            found += value
-        elif OP == "max":
-            found = larger(found, value)
-        else:
-            found = smaller(found, value)
-    if OP == "sum":
-        tl.store(out + k, sum_over(found))
-    elif OP == "max":
-        tl.store(out + k, max_over(found))
-    else:
-        tl.store(out + k, min_over(found))
+    tl.store(out + k, _of_all(partial, tl.load(begin + k), tl.load(begin + k + 1), OP, BLOCK))
 
 
 @triton.jit(do_not_specialize=["count"])
-def add_up(partial, count, out, BLOCK: tl.constexpr):
-    """The sum over all chunks, always in the same order; one program."""
-    found = tl.zeros([BLOCK], tl.float64)
-    for s in range(0, count, BLOCK):
-        i = s + tl.arange(0, BLOCK)
-        found += tl.load(partial + i, mask=i < count, other=0)
-    tl.store(out, tl.sum(found))
+def add_up(partial, count, out, OP: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum or the norm over all chunks, always in the same order; one program."""
+    tl.store(out, _of_all(partial, 0, count, OP, BLOCK))

@@ -53,19 +53,20 @@ WORDS: dict[str, Callable[..., str]] = {
     "maximum": "tl.where({0} > {1}, {0}, tl.where({0} == {0}, {1}, {0}))".format,
     "minimum": "tl.where({0} < {1}, {0}, tl.where({0} == {0}, {1}, {0}))".format,
     "sum": "{0} + {1}".format,
+    "norm2": "{0} + {1} * {1}".format,
 }
 """Words on real numbers, where Triton does not write them as Python does. The reductions at the end take the
 value so far first.
 """
 
-IDENTITY = {"sum": "0", "max": "-inf", "min": "inf"}
+IDENTITY = {"sum": "0", "norm2": "0", "max": "-inf", "min": "inf"}
 """What a reduction of nothing is."""
 
 
 CALLED = (
     *("arctan", "bfloat16_of", "cos", "divide", "exp", "expm1", "high_bits", "join_bits", "larger", "live"),
     *("load", "log", "log1p", "low_bits", "max_over", "min_over", "power", "root", "sin", "smaller", "store"),
-    *("sum_over", "tanh", "to_bfloat16", "to_float16", "to_float32", "widened"),
+    *("refit", "scale_of", "sum_over", "tanh", "to_bfloat16", "to_float16", "to_float32", "widened"),
 )
 """What kernels call beside Triton's own words."""
 
@@ -140,29 +141,27 @@ class _Kernel(_Written, Printer):
         )
         lines += of_leaf
         at = self.places(lines)
-        sums = self.sums()
-        for r, total in zip(p.reductions, sums, strict=True):
-            lines.append(f'{total} = tl.full([BLOCK], float("{IDENTITY[r.op]}"), tl.float64)')
-            lines.append(f'rest_{total} = tl.full([TAIL], float("{IDENTITY[r.op]}"), tl.float64)')
-        inner = ["i = s + tl.arange(0, BLOCK)", *self.element(at, sums)]
-        inner += [f"return {', '.join(sums)}"] if sums else []
+        ops = dict(zip(self.sums(), (r.op for r in p.reductions), strict=True))
+        norms = [total for total, op in ops.items() if op == "norm2"]
+        inner = ["i = s + tl.arange(0, BLOCK)", *self.element(at), *self.reducing(ops), *self.stores(at)]
+        inner += [f"return {', '.join(ops)}"] if ops else []
         lines.append("whole = tl.where(tl.load(aligned + k) != 0, n // BLOCK * BLOCK, 0)")
         more = [*(line.split(" = ")[0] for line in of_leaf), *(["scale"] if self.scaled else [])]
-        for bounds, size, wide, rest in (
-            ("0, whole", "BLOCK", "wide_", ""),
-            ("whole, n", "TAIL", "", "rest_"),
-        ):
-            kept = [rest + total for total in sums]
-            given = ["s", "n", *(wide + a for a in at.values()), *more, *kept, size, str(bool(wide))]
-            call = f"block({', '.join(given)})"
-            lines.append(f"for s in range({bounds}, {size}):")
-            lines.append(f"    {', '.join(kept)} = {call}" if sums else f"    {call}")
-        for j, (r, total) in enumerate(zip(p.reductions, sums, strict=True)):
-            value = self.words[r.op](f"{r.op}_over({total})", f"{r.op}_over(rest_{total})")
+        lines += self.blocks(at, more, ops, ["1.0"] * len(norms))
+        if norms:
+            lines += [f"by_{t} = refit(sum_over({t}) + sum_over(rest_{t}))" for t in norms]
+            lines.append(f"if {' | '.join(f'(by_{t} != 1)' for t in norms)}:")
+            again = self.blocks(at, more, ops, [f"by_{t}" for t in norms])
+            lines += ["    " + line for line in again]
+        for j, (total, op) in enumerate(ops.items()):
+            over = "sum" if op == "norm2" else op
+            value = self.words[over](f"{over}_over({total})", f"{over}_over(rest_{total})")
+            value = f"root({value}) / by_{total}" if op == "norm2" else value
             lines.append(f"tl.store(partial + {j} * tl.num_programs(0) + c, {value})")
         arguments = ["chunks", "addresses", "aligned", "table", "row", "leaves"]
         arguments += [*(["scale_at", "found"] if self.scaled else []), *(["partial"] if p.reductions else [])]
-        of_block = ["s", "n", *at.values(), *more, *sums, "BLOCK: tl.constexpr", "full: tl.constexpr"]
+        of_block = ["s", "n", *at.values(), *more, *ops, *(f"by_{t}" for t in norms)]
+        of_block += ["BLOCK: tl.constexpr", "full: tl.constexpr"]
         head = [f"{self.names_of(a)}: {self.kinds[a]}" for a in self.arrays]
         return _module(
             f"{title}\n\nAddresses, in order: {', '.join(head)}.",
@@ -189,8 +188,32 @@ class _Kernel(_Written, Printer):
             lines.append(f"{name} = {name}.to({pointer})")
         return at
 
-    def counted(self, op: str, value: str) -> str:
-        return f'live({self.cast(value, "float64")}, i, n, float("{IDENTITY[op]}"), full)'
+    def blocks(self, at: dict[str, str], more: list[str], ops: dict[str, str], by: list[str]) -> list[str]:
+        """The loops over whole blocks and over what is left; elements of norms are multiplied by `by`."""
+        lines: list[str] = []
+        for total, op in ops.items():
+            lines.append(f'{total} = tl.full([BLOCK], float("{IDENTITY[op]}"), tl.float64)')
+            lines.append(f'rest_{total} = tl.full([TAIL], float("{IDENTITY[op]}"), tl.float64)')
+        for bounds, size, wide, rest in (
+            ("0, whole", "BLOCK", "wide_", ""),
+            ("whole, n", "TAIL", "", "rest_"),
+        ):
+            kept = [rest + total for total in ops]
+            given = ["s", "n", *(wide + a for a in at.values()), *more, *kept, *by, size, str(bool(wide))]
+            call = f"block({', '.join(given)})"
+            lines.append(f"for s in range({bounds}, {size}):")
+            lines.append(f"    {', '.join(kept)} = {call}" if ops else f"    {call}")
+        return lines
+
+    def reducing(self, ops: dict[str, str]) -> list[str]:
+        """The reductions with the elements of one more block in them."""
+        lines: list[str] = []
+        for (total, op), term in zip(ops.items(), self.p.terms, strict=True):
+            value = self.cast(self.atom(term), "float64")
+            value = f"{value} * by_{total}" if op == "norm2" else value
+            lines.append(f'{total}_next = live({value}, i, n, float("{IDENTITY[op]}"), full)')
+            lines.append(f"{total} = {self.words[op](total, f'{total}_next')}")
+        return lines
 
 
 def source(
@@ -249,14 +272,14 @@ def scalar_source(
     hypers: int,
     lowering: Lowering,
     *,
-    total: bool,
+    total: str = "",
 ) -> str:
     """The module text that computes scalar nodes for every leaf.
 
     `inputs` says for every known node where it stands: "number j" in a table of `width` columns, "vector j" a
     value for every leaf, "total j" one for all, "size", "clock". New `counters` are written back into the
-    table, from column `hypers` on. With `total` the only value wanted is summed over all leaves, by one
-    program. Raises Unprintable.
+    table, from column `hypers` on. With `total`, `sum` or `norm2`, the only value wanted is reduced over all
+    leaves, by one program. Raises Unprintable.
     """
     maths = _Scalars("float64")
     given: dict[int, str] = {}
@@ -276,13 +299,7 @@ def scalar_source(
     body += maths.lines([*columns, *kept], given)
     values = [f"{maths.atom(e)} + tl.zeros([LANES], tl.float64)" for e in columns]
     if total:
-        body.append(f"sum_of += tl.where(on, {values[0]}, 0)")
-        body = [
-            "sum_of = tl.zeros([LANES], tl.float64)",
-            "for at in range(0, leaves, LANES):",
-            *("    " + line for line in body),
-            "tl.store(out, tl.sum(sum_of))",
-        ]
+        body = _totalled(body, f"tl.where(on, {values[0]}, 0)", total)
     else:
         body.insert(0, "at = tl.program_id(0) * LANES")
         body += [
@@ -309,6 +326,23 @@ def scalar_source(
             *("    " + line for line in body),
         ],
     )
+
+
+def _totalled(body: list[str], value: str, join: str) -> list[str]:
+    """Lines that reduce a value over all leaves, of which `body` computes it for some."""
+
+    def loop(total: str, last: str) -> list[str]:
+        lines = [f"{total} = tl.zeros([LANES], tl.float64)", "for at in range(0, leaves, LANES):"]
+        return [*lines, *("    " + line for line in [*body, f"{total} = {last}"])]
+
+    if join == "sum":
+        return [*loop("sum_of", f"sum_of + {value}"), "tl.store(out, tl.sum(sum_of))"]
+    return [
+        *loop("most", f"larger(most, tl.abs({value}))"),
+        "scale = scale_of(max_over(most))",
+        *loop("sum_of", f"sum_of + ({value} / scale) * ({value} / scale)"),
+        "tl.store(out, root(tl.sum(sum_of)) * scale)",
+    ]
 
 
 # -- modules -------------------------------------------------------------------------------------------------

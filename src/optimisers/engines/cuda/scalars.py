@@ -98,18 +98,19 @@ class DeviceScalars:
         """The scalar table of a pass of which the host knows all."""
         return self.near.table(scalars)
 
-    def sum(self, e: Expr) -> Any:
-        """The sum over the leaves, on the device if the host does not know what is summed."""
+    def total(self, join: str, e: Expr) -> Any:
+        """What a reduction makes of a node over the leaves, on the device if the host does not know it."""
         if not self.far([e]):
-            return self.near.sum(e)
+            return self.near.total(join, e)
         with on(self.step.library, self.device):
-            out = self.kept("total", e, 1)
+            out = self.kept(f"total {join}", e, 1)
             known = self.partials.get(id(e))
-            if isinstance(known, Partial) and known.op == "sum" and len(self.chunks.leaf):
+            if isinstance(known, Partial) and known.op == join and len(self.chunks.leaf):
                 given = known.values, len(self.chunks.leaf), out
-                launched(self.step, support().add_up, 1, given, BLOCK=8192, **EXACT | {"num_warps": 16})
+                options = EXACT | {"num_warps": 16}
+                launched(self.step, support().add_up, 1, given, OP=join, BLOCK=8192, **options)
             else:
-                self.run([e], (), out, total=True)
+                self.run([e], (), out, total=join)
             # Totals of several groups are added on the stream of PyTorch; others have streams of their own.
             return out[0] if self.step.library.name == "torch" else float(out.cpu()[0])
 
@@ -118,24 +119,22 @@ class DeviceScalars:
         shape = (self.step.leaves, max(1, len(wanted)))
         out = torch.empty(shape, dtype=torch.float64, device=self.device)
         if self.step.leaves:
-            self.run(wanted, counters, out, total=False)
+            self.run(wanted, counters, out)
         return out
 
     def kept(self, what: str, e: Expr, n: int) -> Any:
         """A vector on the device that is there again at the next step."""
         return self.scratch.kept((what, id(e)), lambda: lasting((n,), torch.float64, self.device))
 
-    def found(self, wanted: Sequence[Expr], counters: Sequence[Expr], *, total: bool) -> Any:
+    def found(self, wanted: Sequence[Expr], counters: Sequence[Expr], total: str = "") -> Any:
         """What `kernel` gives for some nodes, kept, and its name."""
         key = ("scalars", total, self.stage, *map(id, wanted), None, *map(id, counters))
-        held, _ = self.scratch.kept(
-            key, lambda: (self.kernel(wanted, counters, total=total), (wanted, counters))
-        )
+        held, _ = self.scratch.kept(key, lambda: (self.kernel(wanted, counters, total), (wanted, counters)))
         return *held, key
 
-    def run(self, wanted: Sequence[Expr], counters: Sequence[Expr], out: Any, *, total: bool) -> None:
+    def run(self, wanted: Sequence[Expr], counters: Sequence[Expr], out: Any, total: str = "") -> None:
         """Compute scalars by one launch."""
-        kernel, near, vectors, totals, key = self.found(wanted, counters, total=total)
+        kernel, near, vectors, totals, key = self.found(wanted, counters, total)
         device, leaves = self.device, self.step.leaves
         found: Any = self.scratch.kept("found", lambda: lasting((1,), torch.float32, device).zero_())
         if self.capturable:
@@ -155,13 +154,13 @@ class DeviceScalars:
 
     def prepare(self, wanted: Sequence[Expr], counters: Sequence[Expr]) -> None:
         """Have the kernel compiled that computes these and stores the counters."""
-        kernel, _, vectors, totals, _ = self.found(wanted, counters, total=False)
+        kernel, _, vectors, totals, _ = self.found(wanted, counters)
         clock = self.near.clock.dtype if isinstance(self.near.clock, torch.Tensor) else torch.float32
         kinds = [torch.float64, torch.int64, torch.int64, clock, torch.float32, torch.float64]
         kinds += [torch.float64] * (len(vectors) + len(totals))
         compiled(kernel, (*kinds, 3), self.device, LANES=LANES, **EXACT)
 
-    def kernel(self, wanted: Sequence[Expr], counters: Sequence[Expr], *, total: bool) -> Any:
+    def kernel(self, wanted: Sequence[Expr], counters: Sequence[Expr], total: str) -> Any:
         """(kernel, the nodes that the host gives it, reductions, totals) for some scalars."""
         inputs: list[tuple[Expr, str]] = []
         near: list[Expr] = []

@@ -404,11 +404,13 @@ def handle(frame, task):
         narrow_out = carray(float32s(out), (n[SUMS], n[LEAVES]))
         c = 0
         for leaf in range(n[LEAVES]):
-            total = 0.0 if kinds[r] == 0 else -math.inf if kinds[r] == 1 else math.inf
+            total = 0.0 if kinds[r] in (0, 3) else -math.inf if kinds[r] == 1 else math.inf
             while c < n[CHUNKS] and chunks[c, 0] == leaf:
                 part = partial[r, c]
                 if kinds[r] == 0:
                     total += part
+                elif kinds[r] == 3:
+                    total = math.hypot(total, part) if part == part else part
                 elif part != part or (part > total if kinds[r] == 1 else part < total):
                     total = part if total == total else total
                 c += 1

@@ -18,7 +18,7 @@ from optimisers.engines.addressed.chunks import Chunks
 from optimisers.engines.cpu import threads
 from optimisers.state.buffers import Indices
 
-OPS = ("sum", "max", "min")
+OPS = ("sum", "max", "min", "norm2")
 """Reductions, by their number in a plan."""
 
 

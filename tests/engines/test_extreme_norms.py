@@ -1,0 +1,145 @@
+"""Norms whose squares are no numbers of their type, too large or too small. `math.hypot` has them right."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import optimisers as opt
+from optimisers.engines.cpu import threads
+
+SIZES = {
+    "float32": (1e38, 1e-38, 1e-44, 1.0),
+    "float64": (1e300, 3e-300, 5e-322, 1e160, 1e-170, 1.0),
+    "complex64": (1e38, 1e-38),
+    "complex128": (1e300, 1e-300),
+}
+CASES = [(dtype, size) for dtype, sizes in SIZES.items() for size in sizes]
+
+
+def gradients(dtype: str, size: float) -> list[Any]:
+    """Of several chunks, of one, and none; the first array has elements of other sizes beside those."""
+    rng = np.random.default_rng(0)
+    long, short = rng.uniform(0.1, 0.2, 150_000), np.array([[0.5, -1.0], [0.0, 0.25]])
+    long[7], long[-3] = 1e-30, 0.0
+    found = [long * size / 100, short * size, np.zeros(5)]
+    if dtype.startswith("complex"):
+        found = [g * (0.6 - 0.8j) for g in found]
+    return [g.astype(dtype) for g in found]
+
+
+def length(*arrays: Any) -> float:
+    """The norm of all elements together."""
+    parts = [p for a in arrays for p in (a.real, a.imag)] if np.iscomplexobj(arrays[0]) else arrays
+    return math.hypot(*(float(v) for p in parts for v in p.ravel()))
+
+
+def steps(rule: opt.Rule, grads: list[Any], engine: str, library: str = "numpy") -> list[Any]:
+    """What a step takes from parameters that are zero, at a rate of 1."""
+    chain = opt.Chain(rule, opt.Descent(1.0))
+    wrap = {"numpy": np.array, "torch": torch.tensor}[library]
+    model = [wrap(np.zeros_like(g)) for g in grads]
+    state = opt.setup(chain, model, engine=engine)
+    _, model = opt.update(state, model, [wrap(g) for g in grads])
+    return [-np.asarray(x) for x in model]
+
+
+def agree(found: list[Any], grads: list[Any], sizes: list[float], omega: float) -> None:
+    for f, g, size in zip(found, grads, sizes, strict=True):
+        wanted = g * (omega / size) if size > omega else g
+        rtol = 1e-12 if g.dtype.name in ("float64", "complex128") else 3e-7
+        np.testing.assert_allclose(f, wanted, rtol=rtol, atol=float(np.finfo(g.dtype).smallest_subnormal))
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("engine", ["interpret", "numba"])
+@pytest.mark.parametrize(("dtype", "size"), CASES)
+def test_gradients_are_clipped_to_the_norm_they_have(
+    dtype: str, size: float, engine: str, library: str
+) -> None:
+    grads = gradients(dtype, size)
+    omega = size / 8
+    own = [length(g) for g in grads]
+    agree(steps(opt.ClipNorm(omega), grads, engine, library), grads, own, omega)
+    whole = [length(*grads)] * len(grads)
+    agree(steps(opt.ClipGlobalNorm(omega), grads, engine, library), grads, whole, omega)
+
+
+@pytest.mark.parametrize("engine", ["interpret", "numba"])
+def test_leaves_of_very_different_sizes_have_one_norm(engine: str) -> None:
+    grads = [np.full(3, 1e300), np.full(70_000, 1e-300), np.ones(2)]
+    found = steps(opt.ClipGlobalNorm(1.0), grads, engine)
+    np.testing.assert_allclose(found[0], 1 / math.sqrt(3), rtol=1e-12)
+    assert not found[1].any()
+    np.testing.assert_allclose(found[2], 1e-300 / math.sqrt(3), rtol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["interpret", "numba"])
+def test_groups_of_several_types_have_one_norm(engine: str) -> None:
+    grads = [np.full(2, 3e300), np.full(2, 1e38, np.float32), np.full(2, 4e300 + 0j)]
+    found = steps(opt.ClipGlobalNorm(5.0), grads, engine)
+    np.testing.assert_allclose(found[0], 3 / math.sqrt(2), rtol=1e-12)
+    np.testing.assert_allclose(found[2], 4 / math.sqrt(2), rtol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["interpret", "numba"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_refused_or_spreads(bad: float, engine: str) -> None:
+    grads = [np.full(3, 1e300), np.array([1.0, bad])]
+    with pytest.raises(opt.DomainError, match=r"grads\[1\]"):
+        steps(opt.ClipGlobalNorm(1.0), grads, engine)
+    found = steps(opt.ClipGlobalNorm(1.0, throw=False), grads, engine)
+    assert not np.isfinite(found[1][1])
+
+
+@pytest.mark.parametrize("size", [1e38, 1e-38, 1.0])
+@pytest.mark.parametrize("engine", [None, "interpret"])
+@pytest.mark.parametrize("jit", [False, True])
+def test_so_it_is_under_jax_without_float64(size: float, engine: str | None, *, jit: bool) -> None:
+    grads = gradients("float32", size)
+    omega = size / 8
+    for rule, sizes in (
+        (opt.ClipNorm(omega, throw=False), [length(g) for g in grads]),
+        (opt.ClipGlobalNorm(omega, throw=False), [length(*grads)] * 3),
+    ):
+        model = [jnp.zeros(g.shape, g.dtype) for g in grads]
+        state = opt.setup(opt.Chain(rule, opt.Descent(1.0)), model, engine=engine)
+        step = jax.jit(opt.update) if jit else opt.update
+        _, model = step(state, model, [jnp.asarray(g) for g in grads])
+        for f, g, own in zip(model, grads, sizes, strict=True):
+            wanted = g * (omega / own) if own > omega else g
+            # XLA takes numbers below the normal ones for 0
+            np.testing.assert_allclose(-np.asarray(f), wanted, rtol=2e-6, atol=1.2e-38)
+
+
+def test_a_norm_has_the_same_bits_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    grads = [np.random.default_rng(n).standard_normal(400_000).astype(np.float32) for n in range(2)]
+    found = set[bytes]()
+    for count in (1, 2, 3, 5):
+        monkeypatch.setattr(threads, "available", lambda count=count: count)
+        found.add(b"".join(x.tobytes() for x in steps(opt.ClipGlobalNorm(1.0), grads, "numba")))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("library", [np, torch, jnp])
+def test_norms_of_plain_arrays_are_right_too(library: Any) -> None:
+    kind = library.float32 if library is jnp else library.float64
+    size = 1e38 if library is jnp else 1e300
+    x = library.asarray(np.array([3.0, 0.0, -4.0]) * size / 4, dtype=kind)
+    assert float(opt.norm(x)) == pytest.approx(1.25 * size)
+    assert float(opt.norm(x * 0)) == 0
+    assert math.isnan(float(opt.norm(x * math.nan)))
+    assert float(opt.norm(x[:0])) == 0
+    rows = opt.ops.norm2(library.stack([x, x / 2]), axis=1)
+    np.testing.assert_allclose(np.asarray(rows), [1.25 * size, 0.625 * size], rtol=1e-6)
+
+
+def test_a_total_is_a_sum_or_a_norm() -> None:
+    assert opt.total(-3.0) == -3.0
+    assert opt.total(-3.0, p=2) == 3.0
+    with pytest.raises(opt.TraceError, match=r"p=3\); it takes 1 for the sum, or 2"):
+        opt.total(3.0, p=3)
