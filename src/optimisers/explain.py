@@ -154,10 +154,11 @@ def _array_operations(group: Group, members: Any) -> tuple[int, int]:
     done: tuple[int, ...] = ()
     rounds: list[Round] = []
     for level, _ in enumerate(stages(program)):
-        found = operations(program, level, done=done).rounds
-        rounds += found
-        done = (*done, level) if found else done
-    rounds += operations(program, None, (True,) * len(program.guards), done).rounds
+        found = operations(program, level, done=done)
+        if found is not None:
+            rounds, done = [*rounds, found], (*done, level)
+    last = operations(program, None, (True,) * len(program.guards), done)
+    rounds += [] if last is None else [last]
     products, flops = 0, 0
     for shape, count in Counter(shapes).items():
         for todo in (recipe(part, shape) for part in rounds):

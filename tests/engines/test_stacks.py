@@ -103,6 +103,26 @@ def test_no_product_is_computed_twice_or_leaf_by_leaf(monkeypatch: pytest.Monkey
     assert [a.shape for a, *_ in calls] == [(6, 4, 4)] * 3
 
 
+class Late(opt.Rule):
+    """A reduction of a product that is wanted only where another one of it is positive."""
+
+    def init(self, x: Any) -> Any:
+        return ()
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        z = dx @ dx
+        dx = opt.when(opt.sum(z) > 0, dx)
+        return state, opt.max(z) * dx
+
+
+def test_a_product_of_an_earlier_level_is_reduced_again() -> None:
+    model = [np.ones((2, 2)) for _ in range(3)]
+    grads = [np.array([[1.0, 2], [3, 4]]), np.array([[0.0, -1], [1, 0]]), np.eye(2)]
+    _, new = opt.update(opt.setup(Late(), model), model, grads)
+    for x, factor, g in zip(new, [22, 0, 1], grads, strict=True):
+        np.testing.assert_allclose(x, 1 - factor * g)
+
+
 class Shaped(opt.Rule):
     """State of another shape than x: the second moment of its rows, and where it stands."""
 

@@ -21,7 +21,7 @@ from optimisers.engines.workspace import Batch, Bucket, Found, Workspace
 from optimisers.errors import TraceError
 from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Pass
-from optimisers.graph.plan import Operations, Round, filling
+from optimisers.graph.plan import Round, filling
 from optimisers.graph.recipe import Operand, Operation, Recipe, Shape, recipe
 from optimisers.state.buffers import Indices
 
@@ -35,6 +35,10 @@ _CONDITIONS = frozenset({"logical_and", "logical_or", "logical_not", "where", "c
 """Operations that leave conditions as they are; for all others they count as 0 and 1."""
 
 
+Take = Callable[["Stacks", Round, Indices | None], None]
+"""Notes the reductions of a round along an axis, of some leaves."""
+
+
 class Stacks:
     """The values of another shape that a step of a job needs, each computed once."""
 
@@ -44,25 +48,23 @@ class Stacks:
         workspace: Workspace,
         fill: Callable[[Pass, Indices | None, list[Indices]], None],
         given: Callable[[str, int], Any],
+        take: "Take | None" = None,
     ) -> None:
         self.step, self.scalars, self.workspace = step, step.scalars, workspace
-        self.fill, self.given = fill, given
+        self.fill, self.given, self.take = fill, given, take
         self.library, self.wide = step.library, step.wide
         self.real = self.library.real_of(self.wide)
         self.found: dict[int, list[Found]] = {}
         self.sums: dict[int, Any] = {}
         self.known: dict[tuple[int, int], Any] = {}
+        self.readings: dict[tuple[int, bytes], Any] = {}
+        """How passes read what is found row by row."""
         self.calls = 0
 
     def kind(self, e: Expr) -> Any:
         return self.wide if e.type == "complex" else self.real
 
     # -- what is asked for --
-
-    def ensure(self, what: Operations, members: Indices | None) -> None:
-        """Compute what is not known yet, for some leaves (None for all)."""
-        for part in what.rounds:
-            self.run(part, members)
 
     def addresses(self, e: Expr) -> Indices:
         """Where a value of each leaf lies, spread to the shape and layout of x; 0 where it is not known."""
@@ -129,16 +131,24 @@ class Stacks:
     # -- a round --
 
     def run(self, what: Round, members: Indices | None) -> None:
+        """Compute the values of a round, for some leaves (None for all)."""
         batch = self.batch(members)
         self.calls += 1
+        if what.along:
+            assert self.take is not None
+            self.take(self, what, members)
         flats = self.filled(what, batch, members)
-        outputs = [Found([]) for _ in what.wanted]
+        held: list[list[tuple[Bucket, Any]]] = [[] for _ in what.wanted]
         for bucket in batch.buckets:
             stacks = [self.input(e, flats.get(j), bucket) for j, e in enumerate(what.inputs)]
-            for f, stack in zip(outputs, self.bucket(what, bucket, stacks), strict=True):
-                f.stacks.append((bucket, stack))
-        for e, f in zip(what.wanted, outputs, strict=True):
-            self.found.setdefault(id(e), []).append(f)
+            for at, stack in zip(held, self.bucket(what, bucket, stacks), strict=True):
+                at.append((bucket, stack))
+        for e, at in zip(what.wanted, held, strict=True):
+            self.note(e, at)
+
+    def note(self, e: Expr, stacks: list[tuple[Bucket, Any]]) -> None:
+        """Keep a value of some leaves, for passes and later rounds."""
+        self.found.setdefault(id(e), []).append(Found(stacks))
 
     def batch(self, members: Indices | None) -> Batch:
         """How these leaves lie in stacks; None for all."""

@@ -37,6 +37,8 @@ class Pass:
     """Sums, maxima and minima over each whole array, not lowered: by these the scalars know them."""
     terms: tuple[Expr, ...]
     """What each of them is taken of, lowered."""
+    narrow: tuple[bool, ...] = ()
+    """Of each value of another shape, where leaves are rows: whether it is one number a row."""
 
     @property
     def exact(self) -> bool:
@@ -143,23 +145,10 @@ def pass_of(lowering: Lowering, values: list[tuple[str, Expr, str]], reductions:
     stores = [lowering.store(*value) for value in values]
     terms = [lowering.value(r.args[0], "number") for r in reductions]
     check([*terms, *stores])
-    body: list[Expr] = []
-    done: set[int] = set()
-    stack = [(e, False) for e in reversed([*terms, *(s.args[0] for s in stores)])]
-    while stack:
-        e, ready = stack.pop()
-        if ready:
-            body.append(e)
-        elif id(e) not in done:
-            done.add(id(e))
-            stack.append((e, True))
-            # Below `spread` the array library computes; that is no part of the pass.
-            stack.extend((a, False) for a in (() if e.op == "spread" else reversed(e.args)))
+    body = _body([*terms, *(s.args[0] for s in stores)])
     loads = [e.value for e in body if e.op == "load"]
-    names = ["x", *sorted((n for n in loads if n.startswith("d")), key=lambda n: (len(n), n))]
-    names += sorted((n for n in loads if n.startswith("s")), key=lambda n: (len(n), n))
     return Pass(
-        loads=tuple(n for n in names if n in loads),
+        loads=tuple(sorted(loads, key=lambda name: ("xdsw".index(name[0]), len(name), name))),
         free=tuple(e.value for e in body if e.op == "spread"),
         scalars=tuple(e.value for e in body if e.op == "column"),
         body=tuple(e for e in body if e.op != "const"),
@@ -167,6 +156,24 @@ def pass_of(lowering: Lowering, values: list[tuple[str, Expr, str]], reductions:
         reductions=tuple(reductions),
         terms=tuple(terms),
     )
+
+
+def _body(roots: Sequence[Expr]) -> list[Expr]:
+    """The lowered nodes of a pass, arguments first. Below `spread` the array library computes; that is no
+    part of the pass.
+    """
+    body: list[Expr] = []
+    done: set[int] = set()
+    stack = [(e, False) for e in reversed(roots)]
+    while stack:
+        e, ready = stack.pop()
+        if ready:
+            body.append(e)
+        elif id(e) not in done:
+            done.add(id(e))
+            stack.append((e, True))
+            stack.extend((a, False) for a in (() if e.op == "spread" else reversed(e.args)))
+    return body
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

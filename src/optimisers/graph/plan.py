@@ -11,6 +11,7 @@ turned by the others.
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterable, Sequence
 
 from optimisers.graph.expr import Expr, order
@@ -24,7 +25,7 @@ from optimisers.graph.trace import Program
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Round:
-    """Array operations that need no further pass between them."""
+    """Array operations between two passes."""
 
     inputs: tuple[Expr, ...]
     """Values of the shape of x that a pass writes into stacks first."""
@@ -36,33 +37,31 @@ class Round:
     """Reductions of some nodes to one number a leaf."""
     lowering: Lowering
     """Where the pass that writes the inputs finds them lowered."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Operations:
-    """All array operations between two steps of a plan."""
-
-    rounds: tuple[Round, ...]
-    wanted: tuple[Expr, ...]
-
-
-NOTHING = Operations((), ())
+    along: tuple[Expr, ...] = ()
+    """Reductions along an axis of values of the shape of x, which a pass over rows takes first."""
 
 
 @kept
 def operations(
-    program: Program, level: int | None, holds: tuple[bool, ...] | None = None, done: tuple[int, ...] = ()
-) -> Operations:
+    program: Program,
+    level: int | None,
+    holds: tuple[bool, ...] | None = None,
+    done: tuple[int, ...] = (),
+    rank: int | None = None,
+) -> Round | None:
     """The array operations of a level, before its reductions are known; of None those before the last pass,
-    where the conditions of the program hold or not. What the levels `done` computed is known already.
+    where the conditions of the program hold or not; None if there are none. What the levels `done` computed
+    is known already.
+
+    `rank` is how many axes all arrays have, 0 if they differ, where passes go over rows; None where not.
     """
     known = {id(e) for k in done for e in free_below(_needed_at(program, k).roots)}
     need = _needed_at_end(outputs(program, holds)) if level is None else _needed_at(program, level)
     nodes = [e for e in free_below(need.roots) if id(e) not in known]
-    if not nodes:
-        return NOTHING
+    if not nodes and not need.reductions:
+        return None
     read = need.read | ({} if level is None else _read_later(program, nodes, need.reductions))
-    return _in_rounds(program, nodes, read, need.reductions)
+    return _round(nodes, need, read, program, rank)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,39 +122,18 @@ def _read_later(program: Program, nodes: Sequence[Expr], now: Sequence[Expr]) ->
     return found | {id(e): e for e in program.new_slots if id(e) in here}
 
 
-def _in_rounds(
-    program: Program, nodes: Sequence[Expr], read: dict[int, Expr], reductions: Sequence[Expr]
-) -> Operations:
-    """The nodes, cut where a pass must write elements that depend on other nodes."""
-    when: dict[int, int] = {}
-    mine = {id(e) for e in nodes}
-
-    def of_array(e: Expr) -> int:
-        """The round after which the elements of a value can be written."""
-        return max((when[i] for i in read_by([e]) if i in mine), default=-1)
-
-    for e in nodes:
-        free = [when.get(id(a), 0) for a in e.args if a.domain == "free"]
-        when[id(e)] = max([0, *free, *(of_array(a) + 1 for a in e.args if a.domain == "array")])
-    last = max(when.values())
-    filled: set[int] = set()
-    rounds: list[Round] = []
-    for k in range(last + 1):
-        here = [e for e in nodes if when[id(e)] == k]
-        arrays = {id(a): a for e in here for a in e.args if a.domain == "array" and id(a) not in filled}
-        scaled = [a for a in arrays.values() if _multiple_of(a, arrays.keys() | filled)]
-        inputs = {i: a for i, a in arrays.items() if not any(a is b for b in scaled)}
-        here = [*scaled, *here]
-        filled |= inputs.keys()
-        later = [e for e in nodes if when[id(e)] > k]
-        wanted = {id(e): e for e in here if id(e) in read}
-        wanted |= {id(a): a for e in later for a in e.args if a.domain == "free" and when.get(id(a)) == k}
-        arrays = [a for e in later for a in e.args if a.domain == "array"]
-        wanted |= {i: e for i, e in read_by(arrays).items() if when.get(i) == k}
-        sums = tuple(r for r in reductions if when.get(id(r.args[0]), 0) == k)
-        given = tuple(inputs.values())
-        rounds.append(Round(given, tuple(here), tuple(wanted.values()), sums, program.lowering))
-    return Operations(tuple(rounds), tuple(read.values()))
+def _round(
+    nodes: Sequence[Expr], need: _Need, read: Collection[int], program: Program, rank: int | None
+) -> Round:
+    """These nodes as one round."""
+    along = tuple(e for e in nodes if rank is not None and axis_of(e, rank))
+    rest = [e for e in nodes if not any(e is a for a in along)]
+    arrays = {id(a): a for e in rest for a in e.args if a.domain == "array"}
+    scaled = [a for a in arrays.values() if _multiple_of(a, arrays)]
+    inputs = tuple(a for a in arrays.values() if not any(a is b for b in scaled))
+    assert not read_by(inputs)  # what products read is of their domain (see `turn.settled`)
+    wanted = tuple(e for e in rest if id(e) in read)
+    return Round(inputs, (*scaled, *rest), wanted, need.reductions, program.lowering, along)
 
 
 def _multiple_of(e: Expr, others: Collection[int]) -> bool:
@@ -164,6 +142,43 @@ def _multiple_of(e: Expr, others: Collection[int]) -> bool:
     if e.op != "multiply" or e.type != "real" or len(inner) != 1:
         return False
     return id(inner[0]) in others and not _multiple_of(inner[0], others)
+
+
+def axis_of(e: Expr, rank: int) -> str:
+    """`last` or `first` for a reduction of a value of x's shape along that axis of matrices; else empty."""
+    if e.op not in _SMALLEST or not e.args or e.args[0].domain != "array" or e.domain != "free":
+        return ""
+    axis = dict(e.options).get("axis")
+    axes = {axis} if isinstance(axis, int) else set(axis) if isinstance(axis, tuple) else set[int]()
+    if e.args[0].type != "real" or len(axes) != 1:
+        return ""
+    (at,) = axes
+    if at == -1 or at == rank - 1 >= 0:
+        return "last"
+    return "first" if rank == 2 and at in (0, -2) else ""
+
+
+_SMALLEST = {"sum": ("add", 0.0), "max": ("maximum", -math.inf), "min": ("minimum", math.inf)}
+"""Reduction -> the operation that takes one element more, and what it begins with."""
+
+
+@kept
+def along(what: Round, rank: int) -> tuple[Pass, tuple[tuple[str, Expr, float], ...]]:
+    """The pass over rows that takes the reductions of a round along an axis, and what it adds up over the
+    rows: (array, reduction, value to begin with). Those along the last axis are its reductions.
+    """
+    first = [e for e in what.along if axis_of(e, rank) == "first"]
+    sums = [(f"w{j}", e, _SMALLEST[e.op][1]) for j, e in enumerate(first)]
+    stores = [(name, _more(name, e), "real") for name, e, _ in sums]
+    last = [e for e in what.along if axis_of(e, rank) == "last"]
+    return pass_of(what.lowering, stores, last), tuple(sums)
+
+
+def _more(name: str, e: Expr) -> Expr:
+    """What an array that gathers a reduction is after one more row."""
+    inner = e.args[0]
+    held = Expr("input", domain="array", value=name, shape=inner.shape_)
+    return Expr(_SMALLEST[e.op][0], (held, inner), domain="array", shape=inner.shape_)
 
 
 @kept

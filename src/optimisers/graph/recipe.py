@@ -281,7 +281,7 @@ class _Writer:
         direct = {o.value for _, o in outputs if not o.turned}
         found, registers = registered(self.out, direct & done)
         names = {n: i for i, n in self.numbers.items()}
-        by_id = {id(e): e for n in what.nodes for e in (n, *n.args)}
+        by_id = {id(e): e for n in (*what.nodes, *what.reductions) for e in (n, *n.args)}
         older = tuple((by_id[names[n]], n) for n in sorted(names) if n not in done and n not in inputs)
         return Recipe(tuple(found), inputs, older, outputs, registers, self.counted())
 

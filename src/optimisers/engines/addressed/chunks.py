@@ -16,9 +16,11 @@ SPAN = 1 << 14
 
 
 class Chunks:
-    """The chunk table for leaves of these sizes, and the spans of chunks that threads claim."""
+    """The chunk table for leaves of these sizes, and the spans of chunks that threads claim; leaves of one
+    `unit`, which stand side by side, are in one span.
+    """
 
-    def __init__(self, sizes: Indices, chunk: int = CHUNK) -> None:
+    def __init__(self, sizes: Indices, chunk: int = CHUNK, unit: Indices | None = None) -> None:
         self.chunk = chunk
         pieces = -(-sizes // chunk)
         leaf = np.repeat(np.arange(len(sizes)), pieces)
@@ -32,6 +34,10 @@ class Chunks:
         self.placed: dict[Any, Any] = {}
         """What engines have made of these tables elsewhere."""
         group = (np.cumsum(length) - length) // SPAN
+        if unit is not None and len(leaf):  # leaves of one unit go to one thread
+            of_chunk = unit[leaf]
+            first = np.flatnonzero(np.diff(of_chunk, prepend=-1))
+            group = np.repeat(group[first], np.diff(np.append(first, len(leaf))))
         self.spans: Indices = np.append(np.flatnonzero(np.diff(group, prepend=-1)), len(leaf)).astype(
             np.int64
         )

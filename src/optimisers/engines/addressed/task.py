@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,12 +23,13 @@ from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu.printer import Unprintable
 from optimisers.engines.interpret import Values, every
 from optimisers.engines.memory import Spans
-from optimisers.engines.stacks import Stacks, Workspace
+from optimisers.engines.stacks import Stacks, Take, Workspace
 from optimisers.engines.task import Holds, Members, Step
 from optimisers.errors import BadState, TreeMismatch
 from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Pass, is_input, number_of, outputs, reduce_pass, stages, store_pass
 from optimisers.graph.plan import operations
+from optimisers.graph.recipe import Shape
 from optimisers.graph.trace import Program
 from optimisers.state.buffers import Indices, Pack
 
@@ -100,6 +101,8 @@ def labels_of(program: Program) -> dict[str, str]:
 # -- the arrays of a step ------------------------------------------------------------------------------------
 
 
+Kept = TypeVar("Kept")
+
 PATTERNS = 16
 """How many parts of a group that took branches of their own are remembered."""
 
@@ -111,11 +114,22 @@ class Tables:
     form: Form
     chunks: Chunks
     scratch: Scratch
-    patterns: dict[bytes, Chunks]
-    """The chunk tables of some of the leaves, for the patterns seen last."""
+    patterns: dict[tuple[str, bytes], Any]
+    """Tables of some of the leaves, for the patterns seen last."""
+    rank: int | None = None
+    """How many axes the arrays have, 0 if they differ; None where no pass goes over rows."""
     apart: tuple[Indices, list[Indices]] | None = None
     """Memory that is written, and gradients that do not lie in it."""
     written: "Written | None" = None
+
+    def remembered(self, what: str, members: Members, make: Callable[[], Kept]) -> Kept:
+        """What was made of some leaves before, or is made now."""
+        key = what, b"" if members is None else members.tobytes()
+        if key not in self.patterns:
+            while len(self.patterns) >= PATTERNS:
+                self.patterns.pop(next(iter(self.patterns)), None)
+            self.patterns[key] = make()
+        return self.patterns[key]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,13 +152,19 @@ class Arrays:
     dx_at: list[Indices]
     gradient: Any
     """The element type of the gradients."""
+    take: Take | None = None
+    """Takes the reductions of a round along an axis."""
     stacks: Stacks | None = None
     """Values of another shape, computed by the array library."""
     ran: tuple[int, ...] = ()
     """The levels for which it has computed some."""
 
 
-def tables_of(step: Step, chunk: int) -> Tables:
+Ranked = Callable[[Sequence[Shape], Sequence[bool]], int | None]
+"""(shapes, whether each is contiguous) -> the `rank` of tables."""
+
+
+def tables_of(step: Step, chunk: int, ranked: Ranked | None) -> Tables:
     """The tables of these leaves, made when they are first stepped; chunks have so many elements."""
     found = step.job.subset.tables
     if not isinstance(found, Tables):
@@ -152,12 +172,16 @@ def tables_of(step: Step, chunk: int) -> Tables:
         contiguous = [contiguous_strides(s) == t for s, t in zip(places.shapes, places.strides, strict=True)]
         form = Form(name, step.kind.device, places.shapes, places.strides, contiguous)
         found = step.job.subset.tables = Tables(form, Chunks(places.sizes, chunk), Scratch(), {})
+        found.rank = None if ranked is None else ranked(places.shapes, contiguous)
     return found
 
 
-def begin(step: Step, chunk: int) -> None:
-    """Find where the arrays of a step lie, and copy those that are not laid out like the state."""
-    tables, kind, library = tables_of(step, chunk), step.kind.dtype, step.library
+def begin(step: Step, chunk: int, ranked: Ranked | None = None, take: Take | None = None) -> None:
+    """Find where the arrays of a step lie, and copy those that are not laid out like the state.
+
+    Engines whose passes go over rows say what is `ranked`, and how they `take` reductions along an axis.
+    """
+    tables, kind, library = tables_of(step, chunk, ranked), step.kind.dtype, step.library
     inplace = step.job.inplace
     x, (x_at, misfits) = step.xs, look(step, tables, "x", step.xs, kind, write=inplace)
     if len(misfits):
@@ -174,7 +198,7 @@ def begin(step: Step, chunk: int) -> None:
             if len(misfits):
                 checked = functools.partial(checked_gradient, step, n)
                 dx[n] = _laid_out(step, tables, grads, at, misfits, gradient, checked)
-    step.work = Arrays(tables, x, x_at, dx, [at for at, _ in found], gradient)
+    step.work = Arrays(tables, x, x_at, dx, [at for at, _ in found], gradient, take)
 
 
 def look(
@@ -223,13 +247,7 @@ def chunks_of(step: Step, members: Members) -> Chunks:
     tables: Tables = step.work.tables
     if members is None:
         return tables.chunks
-    key, patterns = members.tobytes(), tables.patterns
-    found = patterns.get(key)
-    if found is None:
-        while len(patterns) >= PATTERNS:
-            patterns.pop(next(iter(patterns)), None)
-        found = patterns[key] = Chunks(step.sizes[members], tables.chunks.chunk)
-    return found
+    return tables.remembered("chunks", members, lambda: Chunks(step.sizes[members], tables.chunks.chunk))
 
 
 def addresses_of(packs: Sequence[Pack], step: Step) -> list[Indices]:
@@ -257,7 +275,9 @@ def reduce(
     found: dict[Expr, Any] = {}
     if others or (p is not None and p.free):
         stacks = stacks_of(step, launch)
-        stacks.ensure(operations(step.program, level, done=arrays.ran), None)
+        what = operations(step.program, level, None, arrays.ran, arrays.tables.rank)
+        if what is not None:
+            stacks.run(what, None)
         arrays.ran = (*arrays.ran, level)
         found.update((r, stacked(step, stacks.reduced(r))) for r in others)
     if p is not None:
@@ -276,7 +296,7 @@ def stacks_of(step: Step, launch: Callable[..., None]) -> Stacks:
     if arrays.stacks is None:
         workspace = workspace_of(arrays.tables)
         fill, given = functools.partial(_fill, step, launch), functools.partial(_given, step)
-        arrays.stacks = Stacks(step, workspace, fill, given)
+        arrays.stacks = Stacks(step, workspace, fill, given, arrays.take)
     return arrays.stacks
 
 
@@ -295,28 +315,33 @@ def _given(step: Step, name: str, leaf: int) -> Any:
 
 def _fill(step: Step, launch: Callable[..., None], p: Pass, members: Members, at: list[Indices]) -> None:
     """Run a pass that writes stacks, at these addresses."""
-    new = {f"{new}w{j}": a for j, a in enumerate(at) for new in ("", "new ")}
-    launch(step, p, chunks_of(step, members), members, new)
+    launch(step, p, chunks_of(step, members), members, {f"w{j}": a for j, a in enumerate(at)})
 
 
 def rows(step: Step, p: Pass, new: dict[str, Indices], members: Members) -> list[Indices]:
     """The address table of a pass, for all leaves or for some; `new` has the arrays that are written anew."""
-    arrays: Arrays = step.work
-    state = addresses_of(step.job.group.slots, step)
-    out: list[Indices] = []
-    for name in kernels.columns(p, inplace=step.job.inplace):
-        if name in new:
-            out.append(new[name])
-        elif name == "x":
-            out.append(arrays.x_at)
-        elif name.startswith("d"):
-            out.append(arrays.dx_at[number_of(name)])
-        elif name.startswith("f"):
-            assert arrays.stacks is not None
-            out.append(arrays.stacks.addresses(p.free[number_of(name)]))
-        else:
-            out.append(state[number_of(name)])
+    out = [column(step, p, name, new) for name in kernels.columns(p, inplace=in_place(step, p))]
     return out if members is None else [r[members] for r in out]
+
+
+def in_place(step: Step, p: Pass) -> bool:
+    """Whether a pass writes the arrays that it reads; one that fills stacks writes no others."""
+    return step.job.inplace or p.fills
+
+
+def column(step: Step, p: Pass, name: str, new: dict[str, Indices]) -> Indices:
+    """Where an array of a pass lies, of every leaf."""
+    arrays: Arrays = step.work
+    if name in new:
+        return new[name]
+    if name == "x":
+        return arrays.x_at
+    if name.startswith("d"):
+        return arrays.dx_at[number_of(name)]
+    if name.startswith("f"):
+        assert arrays.stacks is not None
+        return arrays.stacks.addresses(p.free[number_of(name)])
+    return addresses_of(step.job.group.slots, step)[number_of(name)]
 
 
 # -- storing -------------------------------------------------------------------------------------------------
@@ -333,12 +358,13 @@ class Last:
 
 
 def prepared(step: Step, holds: Holds, members: Members, launch: Callable[..., None]) -> Last:
-    """Everything about the last pass that is not the kernel."""
+    """Everything about the last pass that is not the kernel, nor where it finds values of another shape."""
     arrays: Arrays = step.work
     out, p = outputs(step.program, holds), store_pass(step.program, holds)
     other: list[tuple[int, int, Any]] = []
-    if (what := operations(step.program, None, holds, arrays.ran)).rounds:
-        stacks_of(step, launch).ensure(what, members)
+    what = operations(step.program, None, holds, arrays.ran, arrays.tables.rank)
+    if what is not None:
+        stacks_of(step, launch).run(what, members)
     for j, (slot, e, pack) in enumerate(zip(step.program.slots, out.slots, step.slots, strict=True)):
         if slot.shape is not None and not is_input(e, slot.name):
             for k in every(step, members):
@@ -347,8 +373,6 @@ def prepared(step: Step, holds: Holds, members: Members, launch: Callable[..., N
                 else:
                     value = step.library.duplicate(Values(step, k).get(e))
                 other.append((j, k, step.fitting(value, pack.places.shapes[k], k, "a state")))
-    for e in p.free if p is not None else ():
-        stacks_of(step, launch).addresses(e)
     return Last(p, members, other)
 
 

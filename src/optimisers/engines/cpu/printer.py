@@ -215,6 +215,8 @@ class Printer(Maths):
         self.arrays = columns(p, inplace=inplace)
         self.stored = {s: s if not self.is_apart(s) else f"new {s}" for s, _ in p.stores}
         """The array of the kernel that takes what is stored."""
+        self.narrow = {f"f{j}" for j, once in enumerate(p.narrow) if once}
+        """Values that are one number a leaf."""
 
     def is_apart(self, array: str) -> bool:
         """Whether a new array is written, beside the old one."""
@@ -268,7 +270,10 @@ class Printer(Maths):
         at: dict[str, str] = {}
         for j, a in enumerate(self.arrays):
             at[a] = f"at_{self.names_of(a)}"
-            lines.append(f"{at[a]} = addresses[{j}, k] + {BYTES[self.kinds[a]]} * first")
+            once = a in self.narrow
+            lines.append(
+                f"{at[a]} = addresses[{j}, k]" + ("" if once else f" + {BYTES[self.kinds[a]]} * first")
+            )
         sums = self.sums()
         if sums:
             return lines + self.reduced(self.element(at), sums)
@@ -335,9 +340,9 @@ class Printer(Maths):
                 lines.append(f"{self.names[id(e)]} = {text}")
         return lines
 
-    def load(self, array: str, at: str) -> str:
+    def load(self, array: str, at: str, index: str = "i") -> str:
         """An element of an array, in the type of the arithmetic."""
-        return f"load_{self.names_of(array)}({at}, i)"
+        return f"load_{self.names_of(array)}({at}, {index})"
 
     def store(self, array: str, at: str, value: str) -> str:
         """The line that stores an element, given in the type of the arithmetic."""
@@ -352,7 +357,8 @@ class Printer(Maths):
             if e.op == "load":
                 name, text = self.names_of(e.value), self.load(e.value, at[e.value])
             elif e.op == "spread":
-                name, text = f"free{spread or ''}", self.load(f"f{spread}", at[f"f{spread}"])
+                name, array = f"free{spread or ''}", f"f{spread}"
+                text = self.load(array, at[array], "0" if array in self.narrow else "i")
                 spread += 1
             else:
                 text = self.word(e)

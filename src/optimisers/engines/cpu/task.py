@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from optimisers.engines import cache
+from optimisers.engines.addressed import byrow
 from optimisers.engines.addressed import task as addressed
+from optimisers.engines.addressed.byrow import Lines, Reading
 from optimisers.engines.addressed.chunks import CHUNK, Chunks
 from optimisers.engines.addressed.pointers import LOOKS
 from optimisers.engines.addressed.task import arithmetic_of, kinds_of, labels_of, printable, titled
@@ -62,7 +64,7 @@ def sources(program: Program, p: Pass, kinds: dict[str, str], dtype: str, *, inp
 
 def begin(step: Step) -> None:
     """Find where the arrays lie."""
-    addressed.begin(step, CHUNK)
+    addressed.begin(step, CHUNK, byrow.rank_of, functools.partial(byrow.take, step, launch_over))
 
 
 def reduce(step: Step, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
@@ -72,32 +74,66 @@ def reduce(step: Step, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
 
 def reductions(step: Step, p: Pass) -> list[Any]:
     """The reductions of a pass, each for every leaf."""
-    chunks = addressed.chunks_of(step, None)
-    partial = np.empty((len(p.reductions), len(chunks.leaf)))
-    launch(step, p, chunks, None, {}, partial)
-    return [
-        gathered(r.op, parts, chunks.leaf, step.leaves)
-        for r, parts in zip(p.reductions, partial, strict=True)
-    ]
+    over = addressed.chunks_of(step, None)
+    leaf = over.leaf
+    if (seen := reading(step, p, None)) is not None:
+        over = seen.lines.chunks
+        leaf = seen.lines.leaf[over.leaf]
+    partial = np.empty((len(p.reductions), len(leaf)))
+    launch(step, p, over, None, {}, partial)
+    return [gathered(r.op, parts, leaf, step.leaves) for r, parts in zip(p.reductions, partial, strict=True)]
 
 
 def prepare(step: Step, holds: Holds, members: Members) -> Callable[[], None]:
     """Compile the kernel of the last pass, and compute what it takes from the array library."""
     last = addressed.prepared(step, holds, members, launch)
     if last.p is not None:
-        kernel(step, last.p)
+        seen = reading(step, last.p, members)
+        kernel(step, last.p if seen is None else seen.p)
+        for e in last.p.free if seen is None else ():
+            addressed.stacks_of(step, launch).addresses(e)
     return functools.partial(addressed.store, step, last, launch)
 
 
 def launch(
     step: Step, p: Pass, chunks: Chunks, members: Members, new: dict[str, Indices], *partial: Any
 ) -> None:
-    """Run the kernel of a pass over these chunks; `new` has the addresses of the arrays that are written
-    anew.
+    """Run the kernel of a pass over these chunks, or over rows where it reads values of theirs; `new` has the
+    addresses of the arrays that are written anew.
     """
+    seen = reading(step, p, members)
+    if seen is not None:
+        free = {f"f{j}": at for j, at in enumerate(seen.free)}
+        launch_over(step, seen.p, seen.lines, free, *partial, new=new)
+    else:
+        launch_with(step, p, chunks, addressed.rows(step, p, new, members), members, *partial)
+
+
+def launch_over(
+    step: Step,
+    p: Pass,
+    lines: Lines,
+    at: dict[str, Indices],
+    *partial: Any,
+    new: dict[str, Indices] | None = None,
+) -> None:
+    """Run the kernel of a pass over rows; `at` has the addresses of what every row finds elsewhere."""
+    kinds = kinds_of(step.program, p, *types_of(step))
+    rows = [
+        at[name]
+        if name in at
+        else addressed.column(step, p, name, new or {})[lines.leaf] + kernels.BYTES[kinds[name]] * lines.place
+        for name in kernels.columns(p, inplace=addressed.in_place(step, p))
+    ]
+    launch_with(step, p, lines.chunks, rows, lines.leaf, *partial)
+
+
+def launch_with(
+    step: Step, p: Pass, chunks: Chunks, rows: list[Indices], leaf: Members, *partial: Any
+) -> None:
+    """Run the kernel of a pass; `rows` is its address table, whose columns belong to these leaves."""
     table, row = step.scalars.table(p.scalars)
-    rows = addressed.rows(step, p, new, members)
-    row = np.ascontiguousarray(row if members is None else row[members], np.int64)
+    row = np.ascontiguousarray(row if leaf is None else row[leaf], np.int64)
     addresses = step.work.tables.scratch.array("addresses", (len(rows), len(row)), np.int64)
     for i, r in enumerate(rows):
         addresses[i] = r
@@ -113,8 +149,17 @@ def launch(
 
 def kernel(step: Step, p: Pass) -> Callable[..., None]:
     """The compiled kernel of a pass."""
-    dtype, gradient = map(step.library.type_name, (step.kind.dtype, step.work.gradient))
-    return kernel_of(step.program, p, dtype, gradient, inplace=step.job.inplace)
+    return kernel_of(step.program, p, *types_of(step), inplace=addressed.in_place(step, p))
+
+
+def types_of(step: Step) -> tuple[str, str]:
+    """The element types of parameters and gradients."""
+    return step.library.type_name(step.kind.dtype), step.library.type_name(step.work.gradient)
+
+
+def reading(step: Step, p: Pass, members: Members) -> Reading | None:
+    """How a pass reads values of another shape row by row; None where all have the shape of x."""
+    return byrow.reading(step, p, members, addressed.stacks_of(step, launch)) if p.free else None
 
 
 @kept

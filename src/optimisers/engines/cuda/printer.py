@@ -112,9 +112,10 @@ class _Kernel(_Written, Printer):
         super().__init__(p, kinds, arithmetic, labels, inplace=inplace)
         self.scaled = scaled
 
-    def load(self, array: str, at: str) -> str:
+    def load(self, array: str, at: str, index: str = "i") -> str:
         kind = ARITHMETIC[self.kinds[array]]
-        text = WIDENED.get(self.kinds[array], f"({{0}}).to(tl.{kind})").format(f"load({at}, i, n, full)")
+        found = f"load({at}, {index}, n, full)"
+        text = WIDENED.get(self.kinds[array], f"({{0}}).to(tl.{kind})").format(found)
         if self.scaled and array.startswith("d"):
             text = f"divide({text}, scale.to(tl.{kind}))"
         return text if kind == self.real else self.cast(text, self.real)

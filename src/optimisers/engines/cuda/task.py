@@ -196,13 +196,16 @@ def sheet_of(step: Step, p: Pass, members: Members, table: Any, rows: list[Indic
 def kernel(step: Step, p: Pass) -> Any:
     """The kernel of a pass."""
     names = (step.library.type_name(t) for t in (step.kind.dtype, step.work.gradient))
-    return kernel_of(step.program, p, *names, inplace=step.job.inplace, scaled=step.job.scaling is not None)
+    inplace = addressed.in_place(step, p)
+    return kernel_of(step.program, p, *names, inplace=inplace, scaled=step.job.scaling is not None)
 
 
 def prepare(step: Step, holds: Holds, members: Members) -> Callable[[], None]:
     """Have the kernels compiled, and compute what the last pass takes from the array library."""
     last = addressed.prepared(step, holds, members, launch)
     if last.p is not None:
+        for e in last.p.free:
+            addressed.stacks_of(step, launch).addresses(e)
         compile_pass(step, last.p)
     if step.blind:
         scalars = () if last.p is None else last.p.scalars

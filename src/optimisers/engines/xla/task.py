@@ -70,11 +70,10 @@ def prepare(step: Step, holds: Holds, members: Members) -> Callable[[], None] | 
     found: list[tuple[Bundles, dict[str, list[Any]]]] = []
     for part in _calls(units(step)):
         among = Together(step, [i for unit in part for i in unit])
-        for r in what.rounds:
-            if r.inputs:
-                new = call_of(step, filling(r, tuple(range(len(r.inputs)))), part, among)
-                among.inputs = {j: new[f"w{j}"] for j in range(len(r.inputs))}
-            among.run(r)
+        if what is not None:
+            inputs = range(len(what.inputs))
+            new = call_of(step, filling(what, tuple(inputs)), part, among) if inputs else {}
+            among.run(what, [new[f"w{j}"] for j in inputs])
         found.append((part, call_of(step, p, part, among)))
     return functools.partial(store, step, found)
 

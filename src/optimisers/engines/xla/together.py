@@ -28,15 +28,14 @@ class Together:
         self.leaves = leaves
         self.batch = Batch.of(leaves, step.shapes, [contiguous_strides(s) for s in step.shapes])
         self.stacks = Stacks(step, Workspace(), _never, _never)
-        self.inputs: dict[int, list[Any]] = {}
         position = {i: k for k, i in enumerate(leaves)}
         self.alone = Alone([[position[i] for i in b.leaves.tolist()] for b in self.batch.buckets])
 
-    def run(self, what: Round) -> None:
+    def run(self, what: Round, inputs: list[list[Any]]) -> None:
         """Compute a round, whose inputs a pass has written."""
         outputs = [Found([]) for _ in what.wanted]
         for b, bucket in enumerate(self.batch.buckets):
-            stacks = [self.inputs[j][b] for j in range(len(what.inputs))]
+            stacks = [each[b] for each in inputs]
             stacks = [s != 0 if e.type == "bool" else s for s, e in zip(stacks, what.inputs, strict=True)]
             for f, stack in zip(outputs, self.stacks.bucket(what, bucket, stacks), strict=True):
                 f.stacks.append((bucket, stack))

@@ -1,0 +1,216 @@
+"""Reductions along an axis, taken and read by passes over rows: right, the same on any number of threads, and
+without a stack of matrices.
+
+The numbers come from plain NumPy in float64.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import optimisers as opt
+from optimisers.engines.addressed import byrow
+from optimisers.engines.cpu import threads
+
+torch = pytest.importorskip("torch")
+
+Arrays = list[Any]
+
+LIBRARIES: dict[str, Callable[[Any, str], Any]] = {
+    "numpy": np.array,
+    "torch": lambda a, kind: torch.tensor(a, dtype=getattr(torch, kind)),
+}
+
+
+def wide(x: Any) -> Any:
+    """An array of either library as one of NumPy's in double precision."""
+    held = torch.as_tensor(x)
+    return held.to(torch.complex128 if held.is_complex() else torch.float64).numpy()
+
+
+class Factored(opt.Rule):
+    """Second moments of rows and columns, and a step as long as their product says, of RMS 1 at most."""
+
+    eta: float = 0.1
+    rho: float = 0.5
+
+    def init(self, x: Any) -> Any:
+        zero = opt.zeros_like(x)
+        return opt.sum(zero, axis=-1, keepdims=True), opt.sum(zero, axis=-2, keepdims=True)
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        m, n = x.shape
+        rows = self.rho * state[0] + (1 - self.rho) * opt.sum(opt.abs2(dx), axis=-1, keepdims=True) / n
+        columns = self.rho * state[1] + (1 - self.rho) * opt.sum(opt.abs2(dx), axis=-2, keepdims=True) / m
+        mean = opt.sum(rows, axis=-2, keepdims=True) / m
+        u = dx * opt.sqrt(mean / rows) / opt.sqrt(columns)
+        rms = opt.sqrt(opt.sum(opt.abs2(u)) / x.size)
+        return (rows, columns), self.eta / opt.maximum(1.0, rms) * u
+
+
+def factored(x: Any, state: Any, g: Any, eta: float = 0.1, rho: float = 0.5) -> Any:
+    rows = rho * state[0] + (1 - rho) * (abs(g) ** 2).mean(1, keepdims=True)
+    columns = rho * state[1] + (1 - rho) * (abs(g) ** 2).mean(0, keepdims=True)
+    u = g * np.sqrt(rows.mean() / rows) / np.sqrt(columns)
+    return x - eta / max(1.0, np.sqrt((abs(u) ** 2).mean())) * u, (rows, columns)
+
+
+SHAPES = [(70, 40), (3, 64), (70, 40), (130, 33), (1, 50), (2, 70000)]
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "bfloat16", "complex64"])
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_factored_moments_are_those_of_plain_numpy(name: str, kind: str) -> None:
+    if (name, kind) == ("numpy", "bfloat16"):
+        pytest.skip("NumPy has no bfloat16")
+    rng, to = np.random.default_rng(0), LIBRARIES[name]
+
+    def drawn() -> Arrays:
+        return [rng.standard_normal(s) + (1j * rng.standard_normal(s) if "c" in kind else 0) for s in SHAPES]
+
+    model = [to(x, kind) for x in drawn()]
+    exact = list(map(wide, model))
+    states: Arrays = [(np.zeros((s[0], 1)), np.zeros((1, s[1]))) for s in SHAPES]
+    state = opt.setup(Factored(), model)
+    tolerance = {"float64": 1e-12, "bfloat16": 3e-2}.get(kind, 1e-5)
+    for t in range(3):
+        grads = [to(g, kind) for g in drawn()]
+        for i, g in enumerate(grads):
+            exact[i], states[i] = factored(exact[i], states[i], wide(g))
+        state, model = (opt.update if t % 2 else opt.update_)(state, model, grads)
+    for x, e, leaf, (rows, columns) in zip(model, exact, state, states, strict=True):
+        np.testing.assert_allclose(wide(x), e, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(wide(leaf.state[0]), rows, rtol=tolerance)
+        np.testing.assert_allclose(wide(leaf.state[1]), columns, rtol=tolerance)
+
+
+class Extremes(opt.Rule):
+    """Reductions of every kind along every axis, kept and dropped, beside a product."""
+
+    def init(self, x: Any) -> Any:
+        return opt.zeros_like(x)
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        high, low = opt.max(dx, axis=1, keepdims=True), opt.min(dx, axis=0)
+        total = opt.sum(dx - low, axis=0) + opt.max(x, axis=0, keepdims=True)
+        y = dx / (1 + opt.abs(high)) + low
+        z = (y @ opt.transpose(dx)) @ dx
+        return state + total, 0.01 * (z + y + opt.sum(opt.abs(y), axis=-1, keepdims=True))
+
+
+def extremes(x: Any, s: Any, g: Any) -> Any:
+    high, low = g.max(1, keepdims=True), g.min(0)
+    total = (g - low).sum(0) + x.max(0, keepdims=True)
+    y = g / (1 + abs(high)) + low
+    return x - 0.01 * (y @ g.T @ g + y + abs(y).sum(-1, keepdims=True)), s + total
+
+
+@pytest.mark.parametrize("step", [opt.update, opt.update_])
+@pytest.mark.parametrize("engine", [None, "interpret"])
+def test_reductions_of_all_kinds_beside_products(engine: str | None, step: Callable[..., Any]) -> None:
+    rng = np.random.default_rng(1)
+    shapes = [(70, 40), (5, 33), (70, 40)]
+    model = [rng.standard_normal(s) for s in shapes]
+    want = [(x.copy(), 0 * x) for x in model]
+    state = opt.setup(Extremes(), model, engine=engine)
+    for _ in range(2):
+        grads = [rng.standard_normal(s) for s in shapes]
+        want = [extremes(x, s, g) for (x, s), g in zip(want, grads, strict=True)]
+        state, model = step(state, model, grads)
+    for x, leaf, (e, s) in zip(model, state, want, strict=True):
+        np.testing.assert_allclose(x, e, rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(leaf.state, s, rtol=1e-10, atol=1e-10)
+
+
+class RowScaled(opt.Rule):
+    """Divides every row along the last axis by its length."""
+
+    eta: float = 1.0
+
+    def init(self, x: Any) -> Any:
+        return ()
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return state, self.eta * dx / opt.sqrt(opt.sum(opt.abs2(dx), axis=-1, keepdims=True))
+
+
+def scaled(g: Any) -> Any:
+    return g / np.sqrt((g * g).sum(-1, keepdims=True))
+
+
+def test_arrays_of_other_ranks_frozen_ones_and_those_without_gradients() -> None:
+    rng = np.random.default_rng(2)
+    model = [rng.standard_normal(s) for s in [(4, 5, 40), (60,), (3, 64), (2, 2, 3, 33), (3, 64)]]
+    want = [x.copy() for x in model]
+    state = opt.setup(RowScaled(), model)
+    opt.freeze_(state[2])
+    opt.adjust_(state[3], eta=0.5)
+    for t in range(2):
+        grads: Arrays = [None if i == t else rng.standard_normal(x.shape) for i, x in enumerate(model)]
+        for i, g in enumerate(grads):
+            if g is not None and i != 2:
+                want[i] -= (0.5 if i == 3 else 1.0) * scaled(g)
+        state, model = opt.update_(state, model, grads)
+    for x, e in zip(model, want, strict=True):
+        np.testing.assert_allclose(x, e, rtol=1e-11, atol=1e-14)
+
+
+def test_short_rows_and_other_layouts_go_by_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise RuntimeError("over rows")
+
+    monkeypatch.setattr(byrow, "take", refused)
+    rng = np.random.default_rng(3)
+    model = [rng.standard_normal((50, 5)), rng.standard_normal((50, 40)).T, rng.standard_normal((40, 50))]
+    for x in model[:2]:
+        g = np.asarray(rng.standard_normal(x.shape))
+        _, new = opt.update(opt.setup(RowScaled(), x), x, g)
+        np.testing.assert_allclose(new, x - scaled(g), rtol=1e-11)
+    with pytest.raises(RuntimeError, match="over rows"):
+        opt.update(opt.setup(RowScaled(), model[2]), model[2], model[2])
+
+
+class Rising(opt.Rule):
+    """Steps only where the gradient sums to more than 0."""
+
+    def init(self, x: Any) -> Any:
+        return ()
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        dx = opt.when(opt.sum(dx) > 0, dx)
+        return state, dx / opt.sqrt(opt.sum(opt.abs2(dx), axis=-1, keepdims=True))
+
+
+def test_where_a_condition_holds_for_some_leaves_their_rows_alone_are_stepped() -> None:
+    rng = np.random.default_rng(4)
+    model = [rng.standard_normal((4, 40)) for _ in range(4)]
+    grads = [abs(rng.standard_normal((4, 40))) * (-1 if i % 2 else 1) for i in range(4)]
+    _, new = opt.update(opt.setup(Rising(), model), model, grads)
+    for i, (x, e, g) in enumerate(zip(new, model, grads, strict=True)):
+        np.testing.assert_allclose(x, e if i % 2 else e - scaled(g), rtol=1e-12)
+
+
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    start = [rng.standard_normal((700, 600)).astype("f"), rng.standard_normal((90, 3000)).astype("f")]
+    grads = [rng.standard_normal(x.shape).astype("f") for x in start]
+    found: list[Arrays] = []
+    for count in (1, 3):
+        monkeypatch.setattr(threads, "available", lambda count=count: count)
+        model = [x.copy() for x in start]
+        state = opt.setup(Factored(), model)
+        for _ in range(2):
+            state, model = opt.update_(state, model, grads)
+        found.append(model)
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_no_stack_of_matrices_is_written() -> None:
+    model = [np.ones((256, 128), np.float32) for _ in range(8)]
+    state = opt.setup(Factored(), model)
+    opt.update_(state, model, [np.full((256, 128), i + 1.0, np.float32) for i in range(8)])
+    (group,) = opt.explain(state).groups
+    assert group.workspace < sum(x.nbytes for x in model) / 4
