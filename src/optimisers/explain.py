@@ -3,21 +3,17 @@
 import dataclasses
 import importlib
 import importlib.util
-from collections import Counter
 from typing import Any
 
 import numpy as np
 
 from optimisers.arrays.registry import isnumeric
-from optimisers.engines import choose, interpret
+from optimisers.engines import choose
 from optimisers.engines.addressed import pointers
 from optimisers.engines.addressed import task as fused
 from optimisers.engines.cpu.printer import Unprintable, legend
+from optimisers.engines.plans import Plan, plan_of
 from optimisers.errors import BadSetting, BadState
-from optimisers.graph.expr import order
-from optimisers.graph.passes import stages
-from optimisers.graph.plan import Round, operations
-from optimisers.graph.recipe import recipe
 from optimisers.rule import Rule
 from optimisers.state.group import Group, Shape, grouped, started
 from optimisers.state.leaf import parts
@@ -36,34 +32,36 @@ class GroupCost:
     reason: str
     """Why not the next faster engine; empty if it is the fastest."""
     passes: int
-    """How often a step reads through memory."""
+    """How often a step reads through memory, in which every condition of the rule holds."""
     bytes_per_parameter: int
     """What a step moves: every array read and every array written, in every pass."""
     state_bytes: int
     histories: int
     """How many different rows of numbers the leaves have."""
-    addresses: str = ""
+    addresses: str
     """How kernels find the arrays; empty where none do."""
-    refusals: tuple[tuple[str, str], ...] = ()
-    """(engine, why it does not take the group) of every faster one."""
-    products: int = 0
-    """Products of matrices, on stacks of equal shape, that the array library runs in a step."""
-    flops: int = 0
-    """Operations of floating point that all array operations of a step come to."""
-    workspace: int = 0
-    """Bytes of the buffers that hold stacks between passes, as far as they were needed yet."""
+    plan: Plan
+    """What a step does, one thing after the other."""
 
     @property
-    def plan(self) -> list[str]:
-        """What is said of a step beyond its passes."""
-        lines = [f"  not {name}: {why}" for name, why in self.refusals[:-1]]
-        if self.products or self.flops:
-            lines.append(
-                f"  array operations on stacks of equal shape: {self.products} "
-                f"product{'s' * (self.products != 1)} of matrices, {self.flops / 1e9:,.3f} Gflop, workspace "
-                f"{self.workspace / 1e6:,.1f} MB"
-            )
-        return lines
+    def refusals(self) -> tuple[tuple[str, str], ...]:
+        """(engine, why it does not take the group) of every faster one."""
+        return self.plan.refusals
+
+    @property
+    def products(self) -> int:
+        """Products of matrices, on stacks of equal shape, that the array library runs in a step."""
+        return sum(s.products for s in self.plan.steps)
+
+    @property
+    def flops(self) -> int:
+        """Operations of floating point that all these products come to."""
+        return sum(s.flops for s in self.plan.steps)
+
+    @property
+    def workspace(self) -> int:
+        """Bytes of the buffers that hold stacks between passes, as far as they were needed yet."""
+        return self.plan.workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +87,7 @@ class Explanation:
             )
             if "(" in g.addresses:  # not the fastest road
                 lines.append(f"  addresses are {g.addresses}")
-            lines += g.plan
+            lines += [f"  {line}" for line in g.plan.describe()]
         lines.append(
             f"{self.clock} update{'s' * (self.clock != 1)} so far"
             + (f", {self.frozen} array{'s' * (self.frozen != 1)} frozen" if self.frozen else "")
@@ -115,63 +113,24 @@ def explain(state: object) -> Explanation:
 
 
 def _cost(group: Group, members: Any, engine: str | None) -> GroupCost:
-    library, dtype, program = group.kind.library, group.kind.dtype, group.program
-    name = library.type_name(dtype)
+    library, program = group.kind.library, group.program
     choice = choose.choice_for(group, engine)
-    products, flops = 0, 0
-    if choice.name == interpret.NAME:
-        words = [e for e in order(program.roots) if e.args and e.domain != "scalar"]
-        passes = len(words)
-        moved = sum(1 + sum(a.domain != "scalar" for a in e.args) for e in words) * dtype.itemsize
-    else:
-        fused_passes = fused.sample_passes(program)
-        passes = len(fused_passes)
-        moved = sum(fused.traffic(program, p, name, dtype.itemsize) for p in fused_passes)
-        products, flops = _array_operations(group, members)
+    plan = plan_of(group, members.tolist(), choice)
     rows = len(np.unique(group.table.row[members]))
     return GroupCost(
         rule=program.title if rows == 1 and len(members) == len(group.leaves) else type(group.rule).__name__,
-        dtype=name,
+        dtype=library.type_name(group.kind.dtype),
         leaves=len(members),
         parameters=int(group.places.sizes[members].sum()),
         engine=choice.name,
         reason=choice.reason,
-        passes=passes,
-        bytes_per_parameter=moved,
+        passes=plan.passes,
+        bytes_per_parameter=plan.bytes,
         state_bytes=sum(int(p.places.sizes[members].sum()) * p.dtype.itemsize for p in group.slots),
         histories=rows,
         addresses=str(pointers.road(group.kind.name, group.kind.device) or "") if not choice.reason else "",
-        refusals=choice.refusals,
-        products=products,
-        flops=flops,
-        workspace=_workspace(group),
+        plan=plan,
     )
-
-
-def _array_operations(group: Group, members: Any) -> tuple[int, int]:
-    """(products, operations of floating point) that the array library runs in a step."""
-    program, shapes = group.program, [group.places.shapes[i] for i in members]
-    done: tuple[int, ...] = ()
-    rounds: list[Round] = []
-    for level, _ in enumerate(stages(program)):
-        found = operations(program, level, done=done)
-        if found is not None:
-            rounds, done = [*rounds, found], (*done, level)
-    last = operations(program, None, (True,) * len(program.guards), done)
-    rounds += [] if last is None else [last]
-    products, flops = 0, 0
-    for shape, count in Counter(shapes).items():
-        for todo in (recipe(part, shape) for part in rounds):
-            products += sum(op.kind == "product" for op in todo.operations)
-            flops += todo.flops * count
-    return products, flops
-
-
-def _workspace(group: Group) -> int:
-    """Bytes of the buffers that steps of a group have used in this thread."""
-    subset = group.memo.whole
-    tables = None if subset is None else subset.tables
-    return fused.workspace_of(tables).nbytes if isinstance(tables, fused.Tables) else 0
 
 
 def kernel(rule: Rule, dtype: object = "float32", *, inplace: bool = True, engine: str = "numba") -> str:

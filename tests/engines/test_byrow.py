@@ -38,15 +38,15 @@ class Factored(opt.Rule):
 
     def init(self, x: Any) -> Any:
         zero = opt.zeros_like(x)
-        return opt.sum(zero, axis=-1, keepdims=True), opt.sum(zero, axis=-2, keepdims=True)
+        return opt.ops.sum(zero, axis=-1, keepdims=True), opt.ops.sum(zero, axis=-2, keepdims=True)
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
         m, n = x.shape
-        rows = self.rho * state[0] + (1 - self.rho) * opt.sum(opt.abs2(dx), axis=-1, keepdims=True) / n
-        columns = self.rho * state[1] + (1 - self.rho) * opt.sum(opt.abs2(dx), axis=-2, keepdims=True) / m
-        mean = opt.sum(rows, axis=-2, keepdims=True) / m
+        rows = self.rho * state[0] + (1 - self.rho) * opt.ops.sum(opt.abs2(dx), axis=-1, keepdims=True) / n
+        columns = self.rho * state[1] + (1 - self.rho) * opt.ops.sum(opt.abs2(dx), axis=-2, keepdims=True) / m
+        mean = opt.ops.sum(rows, axis=-2, keepdims=True) / m
         u = dx * opt.sqrt(mean / rows) / opt.sqrt(columns)
-        rms = opt.sqrt(opt.sum(opt.abs2(u)) / x.size)
+        rms = opt.sqrt(opt.ops.sum(opt.abs2(u)) / x.size)
         return (rows, columns), self.eta / opt.maximum(1.0, rms) * u
 
 
@@ -93,11 +93,11 @@ class Extremes(opt.Rule):
         return opt.zeros_like(x)
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        high, low = opt.max(dx, axis=1, keepdims=True), opt.min(dx, axis=0)
-        total = opt.sum(dx - low, axis=0) + opt.max(x, axis=0, keepdims=True)
-        y = dx / (1 + opt.abs(high)) + low
-        z = (y @ opt.transpose(dx)) @ dx
-        return state + total, 0.01 * (z + y + opt.sum(opt.abs(y), axis=-1, keepdims=True))
+        high, low = opt.ops.max(dx, axis=1, keepdims=True), opt.ops.min(dx, axis=0)
+        total = opt.ops.sum(dx - low, axis=0) + opt.ops.max(x, axis=0, keepdims=True)
+        y = dx / (1 + opt.ops.abs(high)) + low
+        z = (y @ opt.ops.transpose(dx)) @ dx
+        return state + total, 0.01 * (z + y + opt.ops.sum(opt.ops.abs(y), axis=-1, keepdims=True))
 
 
 def extremes(x: Any, s: Any, g: Any) -> Any:
@@ -133,7 +133,7 @@ class RowScaled(opt.Rule):
         return ()
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        return state, self.eta * dx / opt.sqrt(opt.sum(opt.abs2(dx), axis=-1, keepdims=True))
+        return state, self.eta * dx / opt.sqrt(opt.ops.sum(opt.abs2(dx), axis=-1, keepdims=True))
 
 
 def scaled(g: Any) -> Any:
@@ -179,8 +179,8 @@ class Rising(opt.Rule):
         return ()
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        dx = opt.when(opt.sum(dx) > 0, dx)
-        return state, dx / opt.sqrt(opt.sum(opt.abs2(dx), axis=-1, keepdims=True))
+        dx = opt.when(opt.ops.sum(dx) > 0, dx)
+        return state, dx / opt.sqrt(opt.ops.sum(opt.abs2(dx), axis=-1, keepdims=True))
 
 
 def test_where_a_condition_holds_for_some_leaves_their_rows_alone_are_stepped() -> None:

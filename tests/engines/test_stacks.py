@@ -111,8 +111,8 @@ class Late(opt.Rule):
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
         z = dx @ dx
-        dx = opt.when(opt.sum(z) > 0, dx)
-        return state, opt.max(z) * dx
+        dx = opt.when(opt.ops.sum(z) > 0, dx)
+        return state, opt.ops.max(z) * dx
 
 
 def test_a_product_of_an_earlier_level_is_reduced_again() -> None:

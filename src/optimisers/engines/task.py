@@ -88,6 +88,8 @@ class Engine:
     """Whether totals stay where they were computed."""
     printed: "Printed | None" = None
     """The source of its kernels."""
+    over_rows: bool = False
+    """Whether its passes go over the rows of matrices where that saves a stack."""
 
 
 class Printed(Protocol):

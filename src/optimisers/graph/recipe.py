@@ -5,6 +5,7 @@ it turned. A product with what is added to it is one operation. Buffers are used
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from optimisers import ops
@@ -61,6 +62,8 @@ class Recipe:
     registers: int
     flops: int
     """Of all products, for one matrix."""
+    elements: int
+    """What all operations read and write, for one matrix."""
 
 
 @kept
@@ -86,43 +89,30 @@ class _Sum:
     signs: tuple[int, int]
 
 
-class _Writer:
-    """Writes the recipe of one round."""
+class Shapes:
+    """The shapes of the values of one leaf."""
 
-    def __init__(self, what: Round, shape: Shape) -> None:
-        self.what, self.shape = what, shape
-        self.mine = {id(e) for e in what.nodes}
-        self.shapes: dict[int, Shape | None] = {}
-        self.readers: dict[int, list[Expr]] = {}
-        for e in what.nodes:
-            for a in e.args:
-                self.readers.setdefault(id(a), []).append(e)
-        self.wanted = {id(e) for e in what.wanted} | {id(r.args[0]) for r in what.reductions}
-        self.flip = self.flips()
-        self.numbers: dict[int, int] = {}
-        self.out: list[Operation] = []
-        self.inside: set[int] = set()
-        self.flops = 0
-
-    # -- shapes --
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.found: dict[int, Shape | None] = {}
 
     def known(self, e: Expr) -> Shape | None:
-        """The shape of a value for one leaf; None if only the array library knows."""
+        """The shape of a value; None if only the array library knows."""
         if e.domain == "scalar":
             return ()
         if e.domain == "array":
             return self.shape
-        for node in order([e], self.shapes, given=True):
+        for node in order([e], self.found, given=True):
             if node.domain == "free":
-                self.shapes[id(node)] = self.shape_of(node)
-        return self.shapes[id(e)]
+                self.found[id(node)] = self.shape_of(node)
+        return self.found[id(e)]
 
     def shape_of(self, e: Expr) -> Shape | None:
         """The same for a node whose arguments are known."""
         if e.op in ("input", "const"):
             return e.shape_
         here = {"scalar": (), "array": self.shape}
-        args = [here[a.domain] if a.domain in here else self.shapes[id(a)] for a in e.args]
+        args = [here[a.domain] if a.domain in here else self.found[id(a)] for a in e.args]
         shapes = [a for a in args if a is not None]
         if len(shapes) < len(args):
             return None
@@ -133,6 +123,24 @@ class _Writer:
         if e.op in ops.WORDS and ops.WORDS[e.op].family == "reduce":
             return _reduced(shapes[0], **dict(e.options))
         return _broadcast(shapes) if _elementwise(e) else None
+
+
+class _Writer:
+    """Writes the recipe of one round."""
+
+    def __init__(self, what: Round, shape: Shape) -> None:
+        self.what = what
+        self.known = Shapes(shape).known
+        self.mine = {id(e) for e in what.nodes}
+        self.readers: dict[int, list[Expr]] = {}
+        for e in what.nodes:
+            for a in e.args:
+                self.readers.setdefault(id(a), []).append(e)
+        self.wanted = {id(e) for e in what.wanted} | {id(r.args[0]) for r in what.reductions}
+        self.flip = self.flips()
+        self.numbers: dict[int, int] = {}
+        self.out: list[Operation] = []
+        self.inside: set[int] = set()
 
     # -- which way round --
 
@@ -283,7 +291,9 @@ class _Writer:
         names = {n: i for i, n in self.numbers.items()}
         by_id = {id(e): e for n in (*what.nodes, *what.reductions) for e in (n, *n.args)}
         older = tuple((by_id[names[n]], n) for n in sorted(names) if n not in done and n not in inputs)
-        return Recipe(tuple(found), inputs, older, outputs, registers, self.counted())
+        size = {n: math.prod(self.known(by_id[i]) or ()) for n, i in names.items() if i in by_id}
+        elements = sum(size.get(n, 0) for op in found for n in (op.out, *(o.value for o in op.args)))
+        return Recipe(tuple(found), inputs, older, outputs, registers, self.counted(), elements)
 
     def write_node(self, e: Expr, found: "_Sum | None") -> None:
         flip = self.flip[id(e)]

@@ -203,5 +203,6 @@ ENGINE = Engine(
     addressed.separate,
     addressed.finish,
     printed=printed,
+    over_rows=True,
 )
 """Leaves of one group, on their way through compiled kernels."""

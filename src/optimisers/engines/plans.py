@@ -1,0 +1,217 @@
+"""What does a step of a group do, one thing after the other? Its plan, with what each part costs."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from optimisers.arrays.layout import contiguous_strides
+from optimisers.engines import interpret
+from optimisers.engines.addressed import byrow
+from optimisers.engines.addressed import task as fused
+from optimisers.engines.choose import Choice
+from optimisers.graph.expr import Expr, order, show
+from optimisers.graph.passes import Pass, number_of, reduce_pass, stages, store_pass
+from optimisers.graph.plan import Round, along, filling, operations
+from optimisers.graph.recipe import Shape, Shapes, recipe
+from optimisers.graph.trace import Program
+from optimisers.state.group import Group
+
+PASSES = ("pass", "pass over rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanStep:
+    """One part of a step, over all leaves of a group."""
+
+    kind: str
+    """`pass`: one kernel over all elements; `pass over rows`: the same where each row of a matrix is a leaf;
+    `array operations`: by the array library, on stacks of equal shape; `operation`: by the array library,
+    leaf by leaf.
+    """
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    bytes: int
+    """What it moves for one parameter, the cache apart; of array operations, what each reads and writes."""
+    reductions: int = 0
+    """How many numbers it gives for a leaf, or for a row."""
+    products: int = 0
+    """Products of matrices, one for all leaves of a shape."""
+    flops: int = 0
+    """Of all products and all leaves."""
+    where: tuple[str, ...] = ()
+    """The conditions without which it does not run."""
+
+    def __str__(self) -> str:
+        parts = [f"reads {', '.join(self.reads)}"] if self.reads else []
+        parts += [f"writes {', '.join(self.writes)}"] if self.writes else []
+        parts += [counted(self.reductions, "reduction")] if self.reductions else []
+        if self.products or self.flops:
+            parts.append(f"{counted(self.products, 'product')} of matrices, {self.flops / 1e9:,.3f} Gflop")
+        parts.append(f"{counted(self.bytes, 'byte')} per parameter")
+        only = f", only where {' and '.join(self.where)}" if self.where else ""
+        return f"{self.kind}: {'; '.join(parts)}{only}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a step of a group does, and who does it."""
+
+    engine: str
+    refusals: tuple[tuple[str, str], ...]
+    """(engine, why it does not take the group) of every faster one."""
+    steps: tuple[PlanStep, ...]
+    workspace: int
+    """Bytes of the buffers that hold stacks between passes, as far as they were needed yet."""
+
+    @property
+    def passes(self) -> int:
+        """How often a step reads through memory."""
+        return sum(s.kind in PASSES or s.kind == "operation" for s in self.steps)
+
+    @property
+    def bytes(self) -> int:
+        """What all passes move for one parameter."""
+        return sum(s.bytes for s in self.steps if s.kind != "array operations")
+
+    def describe(self) -> list[str]:
+        """Lines that say why each faster engine was refused, and the parts of a step where it has several."""
+        lines = [f"not {name}: {why}" for name, why in self.refusals[:-1]]
+        if len(self.steps) > 1 and self.steps[0].kind != "operation":
+            lines += [f"{i}. {step}" for i, step in enumerate(self.steps, 1)]
+        if any(s.kind == "array operations" for s in self.steps):
+            lines.append(f"workspace {self.workspace / 1e6:,.1f} MB")
+        return lines
+
+
+def counted(n: int, what: str) -> str:
+    """`1 product`, `2 products`."""
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
+def plan_of(group: Group, leaves: Sequence[int], choice: Choice) -> Plan:
+    """The plan of a step of these members of a group, in which every condition of the rule holds."""
+    shapes = [group.places.shapes[i] for i in leaves]
+    if choice.name != interpret.NAME:
+        rank = None
+        if choice.engine.over_rows:
+            laid = [group.places.strides[i] for i in leaves]
+            rank = byrow.rank_of(
+                shapes, [contiguous_strides(s) == t for s, t in zip(shapes, laid, strict=True)]
+            )
+        steps = tuple(_Writer(group, shapes, rank).steps())
+    else:
+        steps = tuple(_interpreted(group.program, group.kind.dtype.itemsize))
+    subset = group.memo.whole
+    tables = None if subset is None else subset.tables
+    held = fused.workspace_of(tables).nbytes if isinstance(tables, fused.Tables) else 0
+    return Plan(choice.name, choice.refusals, steps, held)
+
+
+def _interpreted(program: Program, itemsize: int) -> list[PlanStep]:
+    """Every operation on arrays by itself."""
+    return [
+        PlanStep("operation", (), (e.op,), (1 + sum(a.domain != "scalar" for a in e.args)) * itemsize)
+        for e in order(program.roots)
+        if e.args and e.domain != "scalar"
+    ]
+
+
+class _Writer:
+    """Lists the parts of a step."""
+
+    def __init__(self, group: Group, shapes: Sequence[Shape], rank: int | None) -> None:
+        self.program, self.rank, self.shapes = group.program, rank, Counter(shapes)
+        self.dtype, self.itemsize = group.kind.library.type_name(group.kind.dtype), group.kind.dtype.itemsize
+        self.width = 8 if fused.arithmetic_of(self.program, self.dtype) == "float64" else 4
+        """Bytes of a number of the arithmetic."""
+        self.labels = fused.labels_of(self.program)
+        self.guards = tuple(show(g) for g in self.program.guards)
+
+    def steps(self) -> list[PlanStep]:
+        """All of them, level by level, then what comes before the stores, and the stores."""
+        found: list[PlanStep] = []
+        done: tuple[int, ...] = ()
+        for level, stage in enumerate(stages(self.program)):
+            what = operations(self.program, level, None, done, self.rank)
+            if what is not None:
+                found, done = [*found, *self.round(what)], (*done, level)
+            p = reduce_pass(self.program, level, (True,) * len(stage.reductions))
+            if p is not None:
+                where = tuple(dict.fromkeys(show(g) for r in p.reductions for g in r.guard))
+                found.append(self.pass_over(p, where))
+        holds = (True,) * len(self.program.guards)
+        what = operations(self.program, None, holds, done, self.rank)
+        if what is not None:
+            idle = operations(self.program, None, tuple(not h for h in holds), done, self.rank)
+            found += self.round(what, self.guards if idle is None else ())
+        p = store_pass(self.program, holds)
+        return found if p is None else [*found, self.pass_over(p)]
+
+    def round(self, what: Round, where: tuple[str, ...] = ()) -> list[PlanStep]:
+        """The parts of array operations: sums that a pass takes, what a pass writes first, the rest."""
+        found: list[PlanStep] = []
+        if what.along and self.rank is not None:
+            found.append(self.over_rows(what, self.rank, where))
+        if what.inputs:
+            found.append(self.pass_over(filling(what, tuple(range(len(what.inputs)))), where))
+        if what.nodes or what.reductions:
+            found.append(self.by_library(what, where))
+        return found
+
+    def over_rows(self, what: Round, rank: int, where: tuple[str, ...]) -> PlanStep:
+        """The pass that takes sums along an axis; what it adds up stays in the cache."""
+        p, gathered = along(what, rank)
+        step = self.pass_over(p, where)
+        return PlanStep(
+            "pass over rows",
+            tuple(self.named(name) for name in p.loads if not name.startswith("w")),
+            (),
+            step.bytes - 2 * self.width * len(gathered),
+            len(what.along),
+            where=where,
+        )
+
+    def by_library(self, what: Round, where: tuple[str, ...]) -> PlanStep:
+        products = flops = moved = 0
+        for shape, count in self.shapes.items():
+            todo = recipe(what, shape)
+            products += sum(op.kind == "product" for op in todo.operations)
+            flops += todo.flops * count
+            moved += todo.elements * count
+        size = max(1, sum(math.prod(s) * n for s, n in self.shapes.items()))
+        reads = tuple(f"stack {j}" for j in range(len(what.inputs)))
+        return PlanStep(
+            "array operations",
+            reads,
+            (),
+            round(self.width * moved / size),
+            len(what.reductions),
+            products,
+            flops,
+            where,
+        )
+
+    def pass_over(self, p: Pass, where: tuple[str, ...] = ()) -> PlanStep:
+        """A kernel."""
+        small = sum(self.is_small(e) for e in p.free)
+        moved = fused.traffic(self.program, p, self.dtype, self.itemsize) - self.width * small
+        return PlanStep(
+            "pass over rows" if small else "pass",
+            tuple(map(self.named, [*p.loads, *(f"f{j}" for j in range(len(p.free)))])),
+            tuple(self.named(name) for name, _ in p.stores),
+            moved,
+            len(p.reductions),
+            where=where,
+        )
+
+    def is_small(self, e: Expr) -> bool:
+        """Whether passes over rows read a value where it lies, and that is smaller than x."""
+        return self.rank is not None and all(Shapes(s).known(e) != s for s in self.shapes)
+
+    def named(self, array: str) -> str:
+        """An array of a pass, for the reader."""
+        kinds = {"f": "value {} of another shape", "w": "stack {}"}
+        if array[0] in kinds:
+            return kinds[array[0]].format(number_of(array))
+        return self.labels.get(array, array)
