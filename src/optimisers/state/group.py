@@ -274,23 +274,11 @@ def _group(items: list[Entry], program: Program, shapes: Sequence[Shape | None])
     first, rule = kinds[0], items[0].rule
     rows = [[*numbers(e.rule), *_counters(e.state), *_steps(e, program)] for e in items]
     places = Places.of([k.shape for k in kinds], [k.strides for k in kinds])
-    columns = [[v for _, v in flatten(e.state) if registry.isarray(v)] for e in items]
-    packs: list[Pack] = []
-    for j, slot in enumerate(program.slots):
-        arrays = [c[j] for c in columns]
-        there = places if slot.shape is None else _places(arrays)
-        if first.packed and slot.shape is None:
-            there = Places.bundled([k.shape for k in kinds], [k.strides for k in kinds])
-            packs.append(Bundled.of(first.library, first.device, there, arrays))
-            continue
-        if first.loose:
-            packs.append(Loose(first.name, arrays[0].dtype, first.device, there, arrays))
-            continue
-        pack = Pack.zeros(first.library, arrays[0].dtype, first.device, there)
-        for i, a in enumerate(arrays):
-            if first.library.any_set(a):  # zeros are left as the system gives them, untouched
-                first.library.assign(pack[i], a)
-        packs.append(pack)
+    columns = zip(*([v for _, v in flatten(e.state) if registry.isarray(v)] for e in items), strict=True)
+    packs = [
+        _slot(kinds, places if slot.shape is None else None, list(arrays))
+        for slot, arrays in zip(program.slots, columns, strict=True)
+    ]
     return Group(
         rule=rule,
         program=program,
@@ -310,6 +298,22 @@ def _group(items: list[Entry], program: Program, shapes: Sequence[Shape | None])
             apart=any(map(depends_on_leaf, program.new_counters)),
         ),
     )
+
+
+def _slot(kinds: Sequence[Shape], places: Places | None, arrays: list[Any]) -> Pack:
+    """One array of the state of each leaf: at the places of the parameters, or, for None, at its own."""
+    first, library = kinds[0], kinds[0].library
+    if first.packed and places is not None:
+        bundled = Places.bundled([k.shape for k in kinds], [k.strides for k in kinds])
+        return Bundled.of(library, first.device, bundled, arrays)
+    there = _places(arrays) if places is None else places
+    if first.loose:
+        return Loose(first.name, arrays[0].dtype, first.device, there, arrays)
+    pack = Pack.zeros(library, arrays[0].dtype, first.device, there)
+    for i, a in enumerate(arrays):
+        if library.any_set(a):  # zeros are left as the system gives them, untouched
+            library.assign(pack[i], a)
+    return pack
 
 
 def _counters(state: Any) -> list[Any]:

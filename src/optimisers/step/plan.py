@@ -66,24 +66,34 @@ def _turned(x: Any, axes: Any) -> Any:
 
 
 def plan_of(store: Store, node: Node) -> Plan:
+    """The plan of the steps of what lies below a node of the layout."""
     if id(node) not in store.plans:
-        leaves = [i for i in dict.fromkeys(node.leaves) if store.shapes[i] is not None]
-        seen: dict[int, list[tuple[int, Any]]] = {}
-        for place, (leaf, axes) in enumerate(_places(node)):
-            seen.setdefault(leaf, []).append((place, axes))
-        ties = {n: seen[i] for n, i in enumerate(leaves) if len(seen[i]) > 1 or seen[i][0][1] is not None}
-        first = None if leaves == list(node.leaves) and not ties else [seen[i][0][0] for i in leaves]
-        at = {leaf: n for n, leaf in enumerate(leaves)}
-        parts: list[tuple[int, Any, Any]] = []
-        for g, group in enumerate(store.groups):
-            members = np.array([m for m, leaf in enumerate(group.leaves) if int(leaf) in at], np.int64)
-            if len(members):
-                inside = None if len(members) == len(group.leaves) else members
-                parts.append((g, inside, np.array([at[int(i)] for i in group.leaves[members]], np.int64)))
-        whole = len(parts) == 1 and bool((parts[0][2] == np.arange(len(leaves))).all())
-        made = Plan(leaves, parts, whole, first, ties, np.array(leaves, np.int64), Known())
-        store.plans[id(node)] = node, made
+        store.plans[id(node)] = node, _planned(store, node)
     return store.plans[id(node)][1]
+
+
+def _planned(store: Store, node: Node) -> Plan:
+    leaves = [i for i in dict.fromkeys(node.leaves) if store.shapes[i] is not None]
+    seen: dict[int, list[tuple[int, Any]]] = {}
+    for place, (leaf, axes) in enumerate(_places(node)):
+        seen.setdefault(leaf, []).append((place, axes))
+    ties = {n: seen[i] for n, i in enumerate(leaves) if len(seen[i]) > 1 or seen[i][0][1] is not None}
+    first = None if leaves == list(node.leaves) and not ties else [seen[i][0][0] for i in leaves]
+    parts = _parts(store, leaves)
+    whole = len(parts) == 1 and bool((parts[0][2] == np.arange(len(leaves))).all())
+    return Plan(leaves, parts, whole, first, ties, np.array(leaves, np.int64), Known())
+
+
+def _parts(store: Store, leaves: list[int]) -> list[tuple[int, Any, Any]]:
+    """Which of the leaves each group holds, as `Plan.parts` has it."""
+    at = {leaf: n for n, leaf in enumerate(leaves)}
+    parts: list[tuple[int, Any, Any]] = []
+    for g, group in enumerate(store.groups):
+        members = np.array([m for m, leaf in enumerate(group.leaves) if int(leaf) in at], np.int64)
+        if len(members):
+            inside = None if len(members) == len(group.leaves) else members
+            parts.append((g, inside, np.array([at[int(i)] for i in group.leaves[members]], np.int64)))
+    return parts
 
 
 def _places(node: Node) -> Iterator[tuple[int, Any]]:
