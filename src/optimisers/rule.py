@@ -241,19 +241,21 @@ def instead_of_variant(
     known = len(dataclasses.fields(old))
     settings = dict(settings)
     variant = settings.pop("variant", None) if len(given) <= known else given[known]
-    if variant == "torch":
-        warnings.warn(
-            f'{old.__name__}(variant="torch") is now a rule of its own; write {new.__name__}()',
-            DeprecationWarning,
-            stacklevel=4,
-        )
-        return new(*given[:known], **settings)
-    if variant is not None:
+    if variant is None:
+        return None
+    instead = {"torch": (new, "is now a rule of its own"), "julia": (old, "is the default")}.get(variant)
+    if instead is None:
         raise UnknownField(
             f"{old.__name__} has no variant {variant!r}; write {old.__name__}(), or {new.__name__}() for the "
             "formula of torch.optim"
         )
-    return None
+    rule, why = instead
+    warnings.warn(
+        f'{old.__name__}(variant="{variant}") {why}; write {rule.__name__}()',
+        DeprecationWarning,
+        stacklevel=4,
+    )
+    return rule(*given[:known], **settings)
 
 
 __all__ = [

@@ -6,6 +6,7 @@ trace, print) goes through here, so a rule that wraps another cannot forget to f
 """
 
 import dataclasses
+import functools
 import numbers as abstract
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple, Self, dataclass_transform
@@ -62,6 +63,8 @@ class Value:
         cls._fields = tuple(f.name for f in listed)
         cls._forms = tuple(Form(f.name, _kind(f), bool(f.metadata.get("static")), f.default) for f in listed)
         cls._named = generated
+        if cls.formerly.__func__ is not Value.formerly.__func__:
+            cls.__init__ = _unless_made(cls.__init__)
 
     _fields: ClassVar[tuple[str, ...]] = ()
     _forms: ClassVar[tuple[Form, ...]] = ()
@@ -79,9 +82,7 @@ class Value:
 
     @classmethod
     def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> Any:
-        """What arguments of an older spelling are written as now, a value of another class; None for those of
-        today.
-        """
+        """The value that arguments of an older spelling mean; None for those of today."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in vars(self) or name not in type(self)._fields:
@@ -120,6 +121,17 @@ class Value:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings(self))})"
+
+
+def _unless_made(initialise: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of a class that has older spellings: Python calls it for what `formerly` made, too."""
+
+    @functools.wraps(initialise)
+    def started(self: Value, *given: object, **settings: object) -> None:
+        if not vars(self):
+            initialise(self, *given, **settings)
+
+    return started
 
 
 def fields(value: Value) -> tuple[Form, ...]:

@@ -34,10 +34,17 @@ def test_the_older_spelling_may_go_by_place(plain: Any, torchs: Any) -> None:
 
 
 @ALL
-@pytest.mark.parametrize("variant", ["julia", "tensorflow"])
-def test_other_variants_are_refused_with_what_to_write(plain: Any, torchs: Any, variant: str) -> None:
+def test_the_older_spelling_of_the_default_gives_the_rule_itself(plain: Any, torchs: Any) -> None:
+    with pytest.warns(DeprecationWarning, match=rf"write {plain.__name__}\(\)$"):
+        rule = plain(0.25, epsilon=0.5, variant="julia")
+
+    assert rule == plain(0.25, epsilon=0.5) != torchs(0.25, epsilon=0.5)
+
+
+@ALL
+def test_other_variants_are_refused_with_what_to_write(plain: Any, torchs: Any) -> None:
     with pytest.raises(opt.UnknownField, match=rf"write {plain.__name__}\(\), or {torchs.__name__}\(\)"):
-        plain(variant=variant)
+        plain(variant="tensorflow")
 
 
 @ALL

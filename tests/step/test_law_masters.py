@@ -241,17 +241,37 @@ def test_the_comparison_costs_no_pass() -> None:
     assert group.passes == 1
 
 
+SPELT_BEFORE: Any = opt.MixedPrecision
+"""With the setting `split`, which no checker knows."""
+
+
 @pytest.mark.parametrize(
-    ("make", "now"),
+    ("make", "now", "said"),
     [
-        (lambda: opt.MixedPrecision(opt.Adam(), split=True), opt.SplitPrecision(opt.Adam())),  # pyright: ignore[reportCallIssue]
+        (
+            lambda: SPELT_BEFORE(opt.Adam(), split=True),
+            opt.SplitPrecision(opt.Adam()),
+            "write SplitPrecision",
+        ),
+        (lambda: SPELT_BEFORE(rule=opt.Adam(), split=True), opt.SplitPrecision(opt.Adam()), "write Split"),
+        (lambda: SPELT_BEFORE(opt.Adam(), split=False), opt.MixedPrecision(opt.Adam()), "leave it out"),
+        (
+            lambda: SPELT_BEFORE(opt.Adam(), "float64", split=False),
+            opt.MixedPrecision(opt.Adam(), "float64"),
+            "leave it out",
+        ),
     ],
 )
-def test_the_spelling_of_before_says_what_to_write(make: Callable[[], Any], now: opt.Rule) -> None:
-    with pytest.warns(DeprecationWarning, match=r"write SplitPrecision\(rule\)"):
+def test_the_spelling_of_before_says_what_to_write(make: Callable[[], Any], now: opt.Rule, said: str) -> None:
+    with pytest.warns(DeprecationWarning, match=said):
         found = make()
 
     assert found == now
+
+
+def test_a_split_master_of_before_has_no_other_type() -> None:
+    with pytest.raises(opt.BadSetting, match="leave out the dtype"):
+        SPELT_BEFORE(opt.Adam(), "float64", split=True)
 
 
 def test_both_rules_have_ordinary_constructors() -> None:

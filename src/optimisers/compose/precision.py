@@ -51,15 +51,20 @@ class MixedPrecision(Rule):
     dtype: str = static("float32")
 
     @classmethod
-    def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> "SplitPrecision | None":
-        if settings.get("split") is not True or len(given) != 1:
+    def formerly(
+        cls, given: tuple[Any, ...], settings: dict[str, Any]
+    ) -> "MixedPrecision | SplitPrecision | None":
+        if "split" not in settings:
             return None
+        whole = cls(*given, **{k: v for k, v in settings.items() if k != "split"})
+        split = settings["split"]
+        if split and whole.dtype != "float32":
+            raise BadSetting("SplitPrecision completes bfloat16 to float32; leave out the dtype")
+        instead = "a rule of its own; write SplitPrecision(rule)" if split else "the default; leave it out"
         warnings.warn(
-            "MixedPrecision(rule, split=True) is now a rule of its own; write SplitPrecision(rule)",
-            DeprecationWarning,
-            stacklevel=3,
+            f"MixedPrecision(rule, split={split}) is now {instead}", DeprecationWarning, stacklevel=3
         )
-        return SplitPrecision(*given)
+        return SplitPrecision(whole.rule) if split else whole
 
     def check(self) -> None:
         if isinstance(self.dtype, Rule):

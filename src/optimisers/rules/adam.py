@@ -113,7 +113,7 @@ class RAdam(Rule):
     epsilon: float = 1e-8
 
     @classmethod
-    def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> "TorchRAdam | None":
+    def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> Rule | None:
         return instead_of_variant(cls, TorchRAdam, given, settings)
 
     def check(self) -> None:
@@ -251,7 +251,7 @@ class AMSGrad(Rule):
     epsilon: float = 1e-8
 
     @classmethod
-    def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> "TorchAMSGrad | None":
+    def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> Rule | None:
         return instead_of_variant(cls, TorchAMSGrad, given, settings)
 
     def check(self) -> None:
@@ -326,7 +326,7 @@ class NAdam(Rule):
     epsilon: float = 1e-8
 
     @classmethod
-    def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> "TorchNAdam | None":
+    def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> Rule | None:
         return instead_of_variant(cls, TorchNAdam, given, settings)
 
     def check(self) -> None:

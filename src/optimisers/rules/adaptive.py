@@ -131,7 +131,7 @@ class AdaGrad(Rule):
     epsilon: float = 1e-8
 
     @classmethod
-    def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> "TorchAdaGrad | None":
+    def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> Rule | None:
         return instead_of_variant(cls, TorchAdaGrad, given, settings)
 
     def check(self) -> None:
