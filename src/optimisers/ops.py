@@ -488,6 +488,22 @@ def clip(x: Operand, low: Operand, high: Operand) -> Any:
     return minimum(maximum(x, low), high)
 
 
+def is_complex(x: Operand) -> bool:
+    """Whether an array, or a symbol that stands for one, has complex elements."""
+    one: Any = x
+    return one.type == "complex" if hasattr(type(x), "__word__") else registry.library(x).is_complex(one)
+
+
+def by_parts(function: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...]:
+    """`function(*arrays)`, several arrays; of complex ones the real and the imaginary parts, each for
+    itself.
+    """
+    if not any(map(is_complex, arrays)):
+        return function(*arrays)
+    halves = (function(*map(real, arrays)), function(*map(imag, arrays)))
+    return tuple(a + 1j * b for a, b in zip(*halves, strict=True))
+
+
 def size_of(x: Operand) -> Any:
     """The number of elements; a symbol in a trace."""
     one: Any = x

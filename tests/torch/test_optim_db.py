@@ -31,7 +31,7 @@ DIFFERENCES = {
 }
 """Inputs that torch refuses, by their description, and why they are taken here."""
 
-COMPLEX_ALIKE = ("SGD", "ASGD")
+COMPLEX_ALIKE = ("SGD", "ASGD", "Rprop")
 """Classes that step complex parameters as torch does; the others divide by |g| where torch takes real and
 imaginary parts apart.
 """

@@ -175,3 +175,11 @@ def test_the_rate_of_rprop_is_its_first_size(by: str) -> None:
     p.grad = torch.ones_like(p)
     optimizer.step()
     torch.testing.assert_close(p.detach(), parameter().detach() - 0.5)
+
+
+def test_complex_gradients_are_clipped_by_parts() -> None:
+    p = torch.nn.Parameter(torch.zeros(3, dtype=torch.complex128))
+    p.grad = torch.tensor([3 - 0.1j, -0.2 + 5j, 0.1j], dtype=torch.complex128)
+    wanted = torch.view_as_complex(-torch.view_as_real(p.grad).clamp(-0.5, 0.5))
+    opt.TorchOptimizer([p], opt.Chain(opt.ClipGrad(0.5), opt.Descent(1.0))).step()
+    torch.testing.assert_close(p.detach(), wanted)

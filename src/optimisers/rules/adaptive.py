@@ -6,8 +6,10 @@ from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
 from optimisers.ops import (
     abs2,
+    by_parts,
     ema,
     full_like,
+    is_complex,
     maximum,
     minimum,
     real_zeros_like,
@@ -79,8 +81,8 @@ class Rprop(Rule):
 
     Riedmiller & Braun, "A direct adaptive method for faster backpropagation learning: the RPROP algorithm",
     1993, without weight back-tracking, as torch.optim.Rprop. `eta`: the size at the start, read by `setup`
-    alone; `ell`: its factors after a change of sign and without; `gamma`: its least and largest value. For
-    full batches.
+    alone; `ell`: its factors after a change of sign and without; `gamma`: its least and largest value. The
+    real and the imaginary parts of complex elements are stepped each for itself. For full batches.
     """
 
     eta: float = static(1e-3)
@@ -102,15 +104,21 @@ class Rprop(Rule):
                 raise BadSetting(f"Rprop.{name} is {(low, high)!r}; it takes {wanted}")
 
     def init(self, x: Array) -> RpropState:
-        return RpropState(zeros_like(x), full_like(x, self.eta))
+        start = complex(self.eta, self.eta) if is_complex(x) else self.eta
+        return RpropState(zeros_like(x), full_like(x, start))
 
     def apply(self, state: RpropState, x: Array, dx: Array) -> Any:
+        g, size, step = by_parts(self._sized, state.g, state.eta, dx)
+        return RpropState(g, size), step
+
+    def _sized(self, before: Array, eta: Array, dx: Array) -> tuple[Any, Any, Any]:
+        """(gradient to keep, size, step) of real elements."""
         (shrink, grow), (least, most) = self.ell, self.gamma
-        agreement = state.g * dx
-        size = where(agreement > 0, minimum(state.eta * grow, most), state.eta)
-        size = where(agreement < 0, maximum(state.eta * shrink, least), size)
+        agreement = before * dx
+        size = where(agreement > 0, minimum(eta * grow, most), eta)
+        size = where(agreement < 0, maximum(eta * shrink, least), size)
         g = where(agreement < 0, 0, dx)
-        return RpropState(g, size), size * sign(g)
+        return g, size, size * sign(g)
 
 
 class AdaGradState(NamedTuple):

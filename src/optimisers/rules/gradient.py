@@ -4,7 +4,7 @@ from typing import Any
 
 from optimisers.arrays.protocol import Array, Operand
 from optimisers.errors import BadSetting
-from optimisers.ops import check, clip, isfinite, minimum, norm, sign, total, where
+from optimisers.ops import by_parts, check, clip, isfinite, minimum, norm, sign, total, where
 from optimisers.rule import Rule, not_negative, rate_before, static
 
 
@@ -74,7 +74,9 @@ class Maximise(Rule):
 
 
 class ClipGrad(Rule):
-    """Limits every element of a real gradient to [-delta, delta]."""
+    """Limits every element of the gradient to [-delta, delta]; of a complex one its real and its imaginary
+    part.
+    """
 
     lazy = True
 
@@ -84,7 +86,8 @@ class ClipGrad(Rule):
         not_negative(self, "delta")
 
     def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
-        return state, clip(dx, -self.delta, self.delta)
+        (clipped,) = by_parts(lambda part: (clip(part, -self.delta, self.delta),), dx)
+        return state, clipped
 
 
 class ClipNorm(Rule):

@@ -187,7 +187,9 @@ class Maths:
         if e.op != "const":
             return self.names[id(e)]
         if e.type == "complex":
-            raise Unprintable("a complex number beside the arrays")
+            value = complex(e.value)
+            halves = (self.literal(repr(half)) for half in (value.real, value.imag))
+            return f"complex_of({', '.join(halves)})"
         return str(e.value) if e.type == "bool" else self.literal(repr(float(e.value)))
 
     def word(self, e: Expr) -> str:
