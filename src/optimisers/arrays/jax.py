@@ -309,6 +309,9 @@ class JaxLibrary(Library[Array, Dtype]):
     def constant(self, values: object, beside: Array) -> Any:
         return jnp.asarray(values, beside.dtype)
 
+    def mapped(self, function: Callable[[Any], Any], counts: Array) -> Array:
+        return jax.vmap(function)(counts.astype(jnp.int32)).astype(counts.dtype)
+
     def stack(self, arrays: Sequence[Array]) -> Array:
         return jnp.stack(list(arrays))
 

@@ -373,6 +373,11 @@ class Library(Protocol[A, D]):
         """Scalars of the host beside a table of them."""
         return float(values) if isinstance(values, int) else values
 
+    def mapped(self, function: Callable[[Any], Any], counts: Any) -> Any:
+        """What a function that knows no vectors gives for each of some whole numbers."""
+        host = np.atleast_1d(self.to_numpy(counts) if not isinstance(counts, np.ndarray) else counts)
+        return self.constant(np.array([float(function(int(n))) for n in host]), counts)
+
     def stacked(self, values: Sequence[A | Scalar]) -> Any:
         """A vector of these scalars."""
         return np.array([self.to_host(v) for v in values])

@@ -5,6 +5,7 @@ an array of it comes, so that no library is imported that the user has not impor
 import functools
 import importlib
 import numbers
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -83,6 +84,10 @@ class Backend:
     """What its arrays answer: an instance of `Library`."""
     containers: Mapping[str, str] = field(default_factory=dict[str, str])
     """Package of model classes -> the module whose `container_of(kind)` knows them."""
+    others: str = ""
+    """The module that knows, by `is_registered(obj)`, objects of classes that users have registered with the
+    library itself, and has their ways as `OTHERS`. Its transforms are handed states of other libraries too.
+    """
     hooks: str | Hooks = field(default_factory=Hooks)
     engines: tuple[Plug, ...] = ()
     """What steps its arrays, the fastest first; the interpreter comes last for all."""
@@ -111,6 +116,7 @@ BACKENDS: dict[str, Backend] = {
             ("jax", "jaxlib"),
             "optimisers.arrays.jax:library",
             containers={"flax": "optimisers.tree.modules_jax", "equinox": "optimisers.tree.modules_jax"},
+            others="optimisers.tree.modules_jax",
             hooks="optimisers.jax.pytree:HOOKS",
             engines=(
                 Plug("numba", "optimisers.engines.xla.task:KERNELS"),
@@ -210,6 +216,21 @@ compilers: list[Compiler] = []
 """Those of the libraries of whose arrays a state was made: every `update` asks them before it looks at
 anything else.
 """
+
+
+def at_hand() -> list[Backend]:
+    """The back ends in use whose transforms take any object of classes that were registered with them."""
+    return [b for b in BACKENDS.values() if b.others and any(sys.modules.get(p) for p in b.packages)]
+
+
+def registered_elsewhere(obj: object) -> Any:
+    """The ways of an object whose class was registered with a library, or None."""
+    return next((m.OTHERS for b in at_hand() if (m := load(b.others)).is_registered(obj)), None)
+
+
+def ways_elsewhere() -> Any:
+    """The ways of the objects of a class that was found so before."""
+    return next(load(b.others).OTHERS for b in BACKENDS.values() if b.others)
 
 
 @functools.cache

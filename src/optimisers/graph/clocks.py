@@ -6,7 +6,11 @@ rule sees counts the steps for which it held.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
+
+from optimisers.arrays import registry
 from optimisers.errors import TraceError
 from optimisers.graph.symbol import Guard, Symbol, lift, make, merged
 from optimisers.rule import Rule
@@ -75,14 +79,29 @@ def _name(n: int) -> str:
     return "steps_taken" if n == 0 else f"steps_taken_{n + 1}"
 
 
-def _scheduled(clock: Symbol, name: str, schedule: Callable[[Symbol], object], _: Value) -> Symbol:
-    """The value of a schedule at a symbolic clock."""
+def _scheduled(clock: Symbol, name: str, schedule: Callable[[Any], object], _: Value) -> Symbol:
+    """The value of a schedule at a symbolic clock; one that computes with a library of arrays is called when
+    the step runs.
+    """
     try:
         value = lift(schedule(clock))
-    except TraceError as error:
+    except (TypeError, ValueError, AttributeError) as error:  # those of a library that met a symbol, or ours
+        if _gives_array(schedule):
+            return make("scheduled", (clock,), options=(("function", schedule),))
+        if not isinstance(error, TraceError):
+            raise
         raise TraceError(
             f"the schedule of {name}: {str(error).replace('a rule', 'a schedule', 1)}"
         ) from error
     if value.domain != "scalar" or value.type == "complex":
         raise TraceError(f"the schedule of {name} gives no real number for the clock")
     return make("scheduled", (value,))
+
+
+def _gives_array(schedule: Callable[[Any], object]) -> bool:
+    """Whether a schedule gives an array of a library for a plain number: a scalar one."""
+    try:
+        found: Any = schedule(0)
+    except Exception:  # noqa: BLE001 whatever it is, it is no such schedule
+        return False
+    return registry.isarray(found) and not isinstance(found, np.generic) and np.shape(found) == ()

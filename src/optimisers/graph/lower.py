@@ -17,6 +17,7 @@ arithmetic, float32 or float64, and complex for the complex type that is made of
 """
 
 from optimisers import ops
+from optimisers.errors import TraceError
 from optimisers.graph.expr import Expr, cuts, order
 
 LEAVES = frozenset({"load", "column", "const", "number", "clock", "size", "known"})
@@ -87,6 +88,11 @@ class Lowering:
             return e
         if cuts(e) or e.op == "total":
             return Expr("known", type=e.type, value=e)
+        if e.op == "scheduled" and e.options:
+            raise TraceError(
+                "a schedule that computes with arrays of a library has no place in a captured graph; write "
+                "it with the operations of optimisers"
+            )
         args = tuple(self.cast(self.scalars[id(a)][1], wanted(e, i)) for i, a in enumerate(e.args))
         return args[0] if e.op in ("scheduled", "identity") else Expr(e.op, args, type=e.type)
 

@@ -78,6 +78,8 @@ class Scalars:
             value, leafy = self.library.constant(self.sizes, self.numbers), True
         elif e.op == "scheduled":
             value = self.values[id(e.args[0])]
+            if e.options:
+                value = self.library.mapped(dict(e.options)["function"], value)
         elif cuts(e) or e.op == "total":
             raise LookupError(f"{e.op} is not known yet")
         else:
@@ -142,7 +144,12 @@ def below(e: Expr) -> tuple[Expr, ...]:
 @kept
 def is_plain(e: Expr) -> bool:
     """Whether a scalar node is made of numbers of a rule and the clock alone."""
-    return not any(cuts(n) or n.op in ("size", "total") for n in below(e))
+    return not any(cuts(n) or n.op in ("size", "total") or is_called(n) for n in below(e))
+
+
+def is_called(e: Expr) -> bool:
+    """Whether a node is a schedule that can only be called."""
+    return e.op == "scheduled" and bool(e.options)
 
 
 @kept

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from optimisers import ops
+from optimisers.arrays import registry
 from optimisers.errors import TraceError
 from optimisers.graph.expr import Expr, Guard, Options, show
 from optimisers.rule import asking
@@ -309,6 +310,11 @@ def lift(value: Any) -> Symbol:
         return Symbol("const", type="complex", value=complex(value))
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         if value.shape == ():
+            if not registry.library(value).is_fixed(value):
+                raise TraceError(
+                    "a rule used a number that a transform traces; make it a field of the rule, or of the "
+                    "schedule"
+                )
             return lift(value.item())
         text = str(value.dtype)
         kind = "complex" if "complex" in text else "bool" if "bool" in text else "real"

@@ -57,7 +57,7 @@ __all__ = ["as_optax", "from_optax"]
 # -- ours in Optax -------------------------------------------------------------------------------------------
 
 
-def as_optax(rule: object) -> optax.GradientTransformationExtraArgs:
+def as_optax(rule: object, *, conjugate: bool = False) -> optax.GradientTransformationExtraArgs:
     """A rule (or {glob: rule}) as a transformation of Optax, to chain, wrap, and hand to trainers.
 
     Its `update` returns the step of the rule, with the sign that Optax adds; it needs the parameters where
@@ -65,6 +65,9 @@ def as_optax(rule: object) -> optax.GradientTransformationExtraArgs:
     `setup`, with the paths of the parameters as names; to Optax it has the form of Optax's own states, where
     eta is "learning_rate" and the clock "count". A setting counts as whoever changed it last wrote it: the
     transformation (another one, or one around it that injects hyper-parameters) or `adjust`.
+
+    As in Optax, complex gradients are those of steepest ascent, the conjugates of what `jax.grad` gives; with
+    `conjugate=True` they are what it gives.
 
     Raises BadState for a state that is none of `as_optax`, or of rules of another structure.
     """
@@ -74,7 +77,7 @@ def as_optax(rule: object) -> optax.GradientTransformationExtraArgs:
         named, form = _named(params)
         if not named:
             return _without_parameters(rule, form)
-        whole = setup(rule, named, engine="interpret")
+        whole = setup(rule, named, engine="interpret", conjugate=conjugate)
         store, node, path = parts(whole) if whole != () else (_nothing(named), EMPTY, KeyPath())
         number = {str(p): leaf for leaf, p in enumerate(store.layout.paths)}
         place = tuple(number.get(name, -1) for name in named)

@@ -19,7 +19,7 @@ import numpy as np
 from optimisers.arrays import registry
 from optimisers.arrays.jax import library as arrays
 from optimisers.engines.task import refuse, watches
-from optimisers.errors import TreeMismatch, UnknownField
+from optimisers.errors import BadState, TreeMismatch, UnknownField
 from optimisers.graph.memo import kept
 from optimisers.settings import parts
 from optimisers.state.buffers import Bundled
@@ -82,9 +82,21 @@ def _buffer_names(store: Store, group: Any, pack: Any) -> list[str]:
 
 def _unflatten(kind: type, rest: Any, children: Any) -> Any:
     structure, path = rest
+    refuse_foreign(structure, children)
     node = _located(structure, path)
     pending = Pending(structure, tuple(children))
     return Leaf(pending, node) if kind is Leaf else Branch(pending, node, path)
+
+
+def refuse_foreign(structure: Structure, children: Any) -> None:
+    """Raise BadState for a state of another library that a transform of JAX hands on."""
+    names = {g.kind.name for g in structure.store.groups} - {arrays.name}
+    if names and any(map(arrays.is_traced, children)):
+        name = ", ".join(sorted(names))
+        raise BadState(
+            f"this state is that of arrays of {name}, and a transform of JAX hands on arrays of JAX; write "
+            "model = jax.tree.map(jnp.asarray, model) before setup"
+        )
 
 
 def _located(structure: Structure, path: KeyPath) -> Node:

@@ -38,6 +38,8 @@ class Store:
     """Which leaves are passed by; replaced, never written."""
     engine: str | None = None
     """The engine that must run all groups; None to choose by group."""
+    conjugate: bool = False
+    """Whether complex gradients are the conjugates of the direction of steepest ascent."""
     group_of: Indices = dataclasses.field(init=False)
     index_of: Indices = dataclasses.field(init=False)
     handles: dict[Any, Any] = dataclasses.field(default_factory=dict[Any, Any])

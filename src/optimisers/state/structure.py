@@ -110,7 +110,7 @@ def shared(store: Store) -> Structure:
         for g in store.groups
     )
     shapes = tuple(None if k is None else (k.name, k.shape, str(k.dtype), k.device) for k in store.shapes)
-    key = (store.layout.key, shapes, store.frozen.tobytes(), store.engine, tuple(groups))
+    key = (store.layout.key, shapes, store.frozen.tobytes(), store.engine, store.conjugate, tuple(groups))
     found = _shared.get(hash(key))
     if found is None or found.key != key:
         found = _shared[hash(key)] = Structure(store, key)

@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from optimisers.arrays import registry
 from optimisers.engines import sparse
 from optimisers.engines.choose import engine_for
 from optimisers.engines.task import Engine, Job, Step, ready
@@ -37,6 +38,13 @@ def by_orders(
     return [(every[counts == n], taken[counts == n], orders[:n]) for n in np.unique(counts).tolist()]
 
 
+def _conjugated(g: Any) -> Any:
+    """The conjugate of a complex gradient; anything else as it is."""
+    if not registry.isarray(g) or not (library := registry.library(g)).is_complex(g):
+        return g
+    return library.operations["conj"](g)
+
+
 class Steps:
     """The steps of all groups with leaves below a node, on their way to the engines and back."""
 
@@ -57,6 +65,8 @@ class Steps:
         store.settle()
         self.targets = {}
         self.plan = plan = plan_of(store, node)
+        if store.conjugate:
+            orders = [[_conjugated(g) for g in gs] for gs in orders]
         if plan.first is not None:
             xs, orders = plan.untied(xs, orders, store.layout)
         self.symbolic = self.followed(xs, orders)

@@ -37,6 +37,7 @@ def setup(
     capturable: bool = False,
     ties: Ties = (),
     packed: bool = False,
+    conjugate: bool = False,
 ) -> Any:
     """The state that trains `model` by `rule`: a tree with the model's structure and a Leaf for each array.
 
@@ -55,6 +56,9 @@ def setup(
     a model of many small arrays compiles faster and steps faster, and its state is found by path no more. The
     state of other libraries lies side by side anyway.
 
+    The gradient of complex parameters is the direction of steepest ascent, as torch and Optimisers.jl have
+    it. `jax.grad` gives its conjugate: with `conjugate=True` that is what every update takes.
+
     Raises BadState if rule and model are mixed up, NoMatch for a glob that matches nothing or a parameter
     that no glob matches, TraceError for a rule that cannot be traced, BadSetting for an engine that cannot
     step the model, or a model that cannot be captured. Warns if there is nothing to train.
@@ -62,7 +66,14 @@ def setup(
     for compiler in registry.compilers:
         if compiler.looks():
             return compiler.aside(
-                setup, rule, model, engine=engine, capturable=capturable, ties=ties, packed=packed
+                setup,
+                rule,
+                model,
+                engine=engine,
+                capturable=capturable,
+                ties=ties,
+                packed=packed,
+                conjugate=conjugate,
             )
     _refuse_model(model)
     if not isinstance(rule, type) and hasattr(rule, "setup"):
@@ -82,7 +93,10 @@ def setup(
         )
     rules = choose(rule, layout, arrays)
     store = store_of(layout, arrays, rules, engine=engine, packed=packed, capturable=capturable)
-    for name in {kind.name for kind in store.shapes if kind is not None}:
+    store.conjugate = conjugate
+    for name in {kind.name for kind in store.shapes if kind is not None} | {
+        b.name for b in registry.at_hand()
+    }:
         if (known := registry.hooks(name).known) is not None:
             known(store)
     return handle(store, layout.root, KeyPath())

@@ -37,6 +37,8 @@ class Container:
     """Replaces children in the container itself, for a step in place; None where a new one is made."""
     relink: Callable[[list[tuple[Any, Any]]], None] | None = None
     """Told all (old, new) containers of a rebuilt model, to replace what else they hold of each other."""
+    partial: bool = False
+    """Whether gradients in such a container may lack children, where there is no step."""
     value_and_grad: Callable[..., Any] | None = None
     """Value and gradients of a loss: of (loss, container, arguments, has_aux)."""
 
@@ -142,7 +144,8 @@ def register(
 
 def container(obj: object) -> Container | None:
     """The ways of the container `obj`, or None if it is not one."""
-    return container_of(type(obj))
+    found = container_of(type(obj))
+    return found if found is not None else registry.registered_elsewhere(obj)
 
 
 @functools.lru_cache(maxsize=4096)

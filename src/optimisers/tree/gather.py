@@ -107,7 +107,10 @@ def gather_gradients(node: Node, grads: object, path: KeyPath) -> Any:
 
 def _by_child(node: Node, grads: object, path: KeyPath) -> dict[Any, Any]:
     """The gradients of the live children, by key."""
-    found = loose(grads, node.keys, tuple(k for k, c in node.live if not c.again or _has(grads, k)))
+    ways = container(grads)
+    whole = ways is None or not ways.partial
+    needed = tuple(k for k, c in node.live if (whole and not c.again) or _has(grads, k))
+    found = loose(grads, node.keys, needed)
     if isinstance(found, str):
         live = [str(k) for k, _ in node.live]
         raise TreeMismatch(

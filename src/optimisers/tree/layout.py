@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from operator import attrgetter, itemgetter
 from typing import Any
 
+from optimisers.arrays import registry
 from optimisers.tree.children import Container, container_of
 from optimisers.tree.path import Attr, KeyPath
 
@@ -52,7 +53,8 @@ class Node:
         return {k: v for k, v in vars(self).items() if k not in ("ways", "fetch", "pick", "names")}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        self.ways = None if kept["kind"] is None else container_of(kept["kind"])
+        kind = kept["kind"]
+        self.ways = None if kind is None else container_of(kind) or registry.ways_elsewhere()
         vars(self).update(kept, fetch=fetcher(self.ways, kept["live"]), pick=picker(kept["live"]))
 
 

@@ -21,10 +21,16 @@ def container_of(kind: type) -> Container | None:
         trained = issubclass(kind, sys.modules["flax"].nnx.Param)
         return PARAMETER if trained else VARIABLE
     if any(base.__module__.startswith("flax.nnx") for base in kind.__mro__):
-        return OBJECT
+        return STATE if issubclass(kind, sys.modules["flax"].nnx.State) else OBJECT
     if any(base.__module__.partition(".")[0] in ("flax", "equinox") for base in kind.__mro__):
         return PYTREE
     return None
+
+
+def is_registered(obj: object) -> bool:
+    """Whether the class of an object, none of Python's own, is registered with JAX."""
+    own = obj is None or isinstance(obj, dict | list | tuple)
+    return not own and not jax.tree_util.all_leaves([obj])
 
 
 def _variable() -> Any:
@@ -82,5 +88,7 @@ def _write(obj: Any, changes: dict[Any, Any]) -> Any:
 
 PYTREE = Container(_keys, _read, _rebuild, direct=False)
 OBJECT = Container(_keys, _read, _rebuild, direct=False, shared=True)
+OTHERS = PYTREE
+STATE = Container(_keys, _read, _rebuild, direct=False, partial=True)
 PARAMETER = Container(_keys, _read, _rebuild, direct=False, shared=True, bare=True, write=_write)
 VARIABLE = Container(_keys, _read, _rebuild, direct=False, shared=True, trainable=())

@@ -8,6 +8,7 @@ There a tie is declared, by an object that stands at two places, or by whoever c
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -295,6 +296,8 @@ def _layout_only(x: Any) -> Any:
 
 def attributes(obj: object) -> list[tuple[str, Any]]:
     """The instance attributes of an object, those in slots too."""
+    if isinstance(obj, functools.partial):
+        return [("args", obj.args), ("keywords", obj.keywords)]
     slots = [name for base in type(obj).__mro__ for name in _names(vars(base).get("__slots__", ()))]
     return [*getattr(obj, "__dict__", {}).items(), *((n, getattr(obj, n)) for n in slots if hasattr(obj, n))]
 
