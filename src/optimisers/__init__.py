@@ -17,6 +17,7 @@ from optimisers.compose.average import EMA
 from optimisers.compose.chain import Chain
 from optimisers.compose.precision import MixedPrecision, SplitPrecision
 from optimisers.compose.skip import SkipNonFinite
+from optimisers.engines.cpu.limits import get_num_threads, set_num_threads
 from optimisers.errors import (
     BadSetting,
     BadState,
@@ -188,6 +189,7 @@ __all__ = [
     "explain",
     "freeze",
     "freeze_",
+    "get_num_threads",
     "gradients",
     "hyperparameters",
     "isnumeric",
@@ -199,6 +201,7 @@ __all__ = [
     "ops",
     "register",
     "register_backend",
+    "set_num_threads",
     "setup",
     "sign",
     "sqrt",

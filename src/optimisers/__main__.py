@@ -25,6 +25,7 @@ import optimisers as opt
 from optimisers.engines import cache
 from optimisers.engines.addressed import pointers
 from optimisers.engines.cpu import threads
+from optimisers.engines.cpu.limits import limits
 
 NEEDED = ("optimisers", "numpy", "numba", "platformdirs")
 OPTIONAL = ("matplotlib", "rich", "scikit-learn", "ml_dtypes", "attrs", "torch", "triton", "jax", "cupy")
@@ -137,7 +138,7 @@ def doctor() -> int:
         **{name: version(name) for name in NEEDED},
         "optional": ", ".join(f"{name} {version(name)}" for name in OPTIONAL),
         "import": f"{seconds_to_import():.3f} s beyond that of NumPy",
-        "threads": f"{threads.available()}, alone below {threads.SERIAL_BELOW:,} elements",
+        "threads": f"{said_of_threads()}, alone below {threads.SERIAL_BELOW:,} elements",
         "kernel cache": described(cache.directory()),
         "fused engine": step,
         "addresses": "; ".join(f"{name}: {road}" for name, road in addresses().items()),
@@ -145,6 +146,13 @@ def doctor() -> int:
     }.items():
         print(f"{name:<14}{found}")
     return 0 if works and works_there else 1
+
+
+def said_of_threads() -> str:
+    """How many threads a large step uses, and what says so."""
+    found = limits()
+    reason = min(found, key=found.__getitem__)
+    return f"{found[reason]} (by {'16 at most' if reason == 'most' else reason})"
 
 
 def addresses() -> dict[str, str]:

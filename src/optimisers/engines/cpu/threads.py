@@ -12,13 +12,11 @@ import queue
 import threading
 from collections.abc import Callable
 
+from optimisers.engines.cpu.limits import get_num_threads as available
 from optimisers.engines.signals import held
 
 SERIAL_BELOW = 1 << 18
 """Elements below which waking a thread costs more than it brings."""
-
-MOST = 16
-"""Memory, not arithmetic, limits a step: more threads add nothing."""
 
 
 class _Shared:
@@ -95,12 +93,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.reset)
 
 
-def available() -> int:
-    """How many threads a large step uses."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST)
-
-
 def together(function: Callable[[], object], elements: int, threads: int | None = None) -> None:
     """Run `function` on several threads at once, this one included, and return when all have; serially if
     small.
@@ -108,8 +100,9 @@ def together(function: Callable[[], object], elements: int, threads: int | None 
     Returns or raises only when no thread runs it any more, whatever a handler of a signal raises: what it
     writes may be freed by then.
     """
-    count = threads if threads is not None else available()
-    count = min(count, 1 + elements // SERIAL_BELOW)
+    count = 1 + elements // SERIAL_BELOW
+    if count > 1:
+        count = min(count, available() if threads is None else threads)
     if count <= 1:
         function()
         return

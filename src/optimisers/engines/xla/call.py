@@ -15,7 +15,7 @@ import numpy as np
 
 from optimisers.engines import cache
 from optimisers.engines.addressed.chunks import Chunks
-from optimisers.engines.cpu import threads
+from optimisers.engines.cpu import limits, threads
 from optimisers.state.buffers import Indices
 
 OPS = ("sum", "max", "min", "norm2")
@@ -167,7 +167,7 @@ def launch(
     real = jnp.result_type(float)
     chunks = Chunks(np.asarray(sizes, np.int64))
     if helpers is None:
-        helpers = min(threads.MOST, 1 + chunks.elements // threads.SERIAL_BELOW) - 1
+        helpers = min(limits.MOST, 1 + chunks.elements // threads.SERIAL_BELOW) - 1
     ops = ops or ("sum",) * sums
     results = [*outputs, *([jax.ShapeDtypeStruct((sums, len(sizes)), real)] if sums else [])]
     checked(places, row, sizes, [*inputs, *outputs], table.shape)
