@@ -10,6 +10,8 @@ state at hand has: it keeps none alive.
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 
 import dataclasses
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -56,10 +58,19 @@ def _named(store: Store) -> Structure:
     return structure
 
 
-@torch.compiler.disable(
-    reason="setup and update_ work on addresses and run beside the graph; write update for a step inside it, "
-    "and give dict(module.named_parameters()) instead of a module"
-)
+def disabling(disable: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator for what the compiler must not look into, with the reason where `disable` takes one: that
+    of PyTorch 2.6 and 2.7 does not.
+    """
+    if "reason" not in inspect.signature(disable).parameters:
+        return disable
+    return disable(
+        reason="setup and update_ work on addresses and run beside the graph; write update for a step inside "
+        "it, and give dict(module.named_parameters()) instead of a module"
+    )
+
+
+@disabling(torch.compiler.disable)
 def aside(function: Any, *args: Any, **options: Any) -> Any:
     """Call a function beside the graph: a break, where breaks are allowed, else an error of the compiler."""
     return function(*args, **options)
@@ -110,7 +121,11 @@ def _inexact(x: Any) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-@torch.library.custom_op("optimisers::step", mutates_args=())
+SCHEMA = "(str structure, Tensor[] xs, Tensor?[] grads, Tensor[] arrays) -> Tensor[]"
+"""What PyTorch infers from the annotations of `step`; that of 2.6 cannot read `list[...]`."""
+
+
+@torch.library.custom_op("optimisers::step", mutates_args=(), schema=SCHEMA)
 def step(
     structure: str,
     xs: list[torch.Tensor],
