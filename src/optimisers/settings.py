@@ -7,6 +7,7 @@ trace, print) goes through here, so a rule that wraps another cannot forget to f
 
 import dataclasses
 import functools
+import inspect
 import numbers as abstract
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple, Self, dataclass_transform
@@ -57,6 +58,7 @@ class Value:
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
         generated = "__init__" not in vars(cls)
+        _annotate_again(cls)
         # Only __init__ is generated for each class: the rest is the same for all, and generation is slow.
         dataclasses.dataclass(repr=False, eq=False)(cls)
         listed = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType] made above
@@ -75,9 +77,16 @@ class Value:
         instead = cls.formerly(given, settings)
         if instead is not None:
             return instead
+        if cls._named and len(given) > len(cls._fields):
+            raise UnknownField(
+                f"{cls.__name__} takes {len(cls._fields)} settings and was given {len(given)}; "
+                f"{_offered('', cls._fields)}{_bare(cls)}"
+            )
         for name in settings:
             if cls._named and name not in cls._fields:
-                raise UnknownField(f"{cls.__name__} has no setting {name}; {_offered(name, cls._fields)}")
+                raise UnknownField(
+                    f"{cls.__name__} has no setting {name}; {_offered(name, cls._fields)}{_bare(cls)}"
+                )
         return object.__new__(cls)
 
     @classmethod
@@ -132,6 +141,21 @@ def _unless_made(initialise: Callable[..., None]) -> Callable[..., None]:
             initialise(self, *given, **settings)
 
     return started
+
+
+def _annotate_again(cls: type[Value]) -> None:
+    """Let a class give the fields that it inherits other defaults without saying their types again."""
+    known = {f.name: f.type for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    own = inspect.get_annotations(cls)
+    again = {name: known[name] for name in vars(cls) if name in known and name not in own}
+    for name in again:
+        if hasattr(vars(cls)[name], "__get__"):
+            raise BadSetting(
+                f"{cls.__name__}.{name} is a function or a property in the place of a setting; give it a "
+                "number, or another name"
+            )
+    if again:
+        cls.__annotations__ = {**own, **again}
 
 
 def fields(value: Value) -> tuple[Form, ...]:
@@ -204,9 +228,29 @@ def number(name: str, want: type, value: object) -> Any:
         if want is int and not float(value).is_integer():
             raise BadSetting(f"{name} is {value!r}; it takes a whole number")
         return want(float(value)) if not isinstance(value, int) else want(value)
-    if is_number(value) or (callable(value) and not isinstance(value, type)):
+    if is_number(value) or isinstance(value, Value):
+        return value
+    if callable(value) and not isinstance(value, type):
+        if not takes(value, 1):
+            raise BadSetting(
+                f"{name} is a function that cannot be called with one argument; a schedule is a function of "
+                "the clock: write lambda clock: 0.1 / (1 + clock)"
+            )
         return value
     raise BadSetting(f"{name} is {value!r}; it takes a real number, or a schedule of it")
+
+
+def takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with so many arguments; True where nobody can say."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return True
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
 
 
 def _is_bool(value: object) -> bool:
@@ -424,6 +468,16 @@ def _offered(name: str, known: Iterable[str]) -> str:
     return f"{has}; write {here}=" if here in names else has
 
 
+def _bare(cls: type) -> str:
+    """What to write for numbers of a class that look like settings, and are none; empty where it has none."""
+    for base in cls.__mro__:
+        annotated = inspect.get_annotations(base)
+        for name, value in vars(base).items():
+            if name[0] != "_" and name not in annotated and kind_of(value) is not None:
+                return f"; {name} = {value!r} has no annotation: write {name}: float = {value!r}"
+    return ""
+
+
 def refuse_unknown(value: object, names: Iterable[str]) -> None:
     """Raise UnknownField for the first name that `adjust` does not know, listing those it does."""
     known = adjustable(value)
@@ -436,4 +490,6 @@ def refuse_unknown(value: object, names: Iterable[str]) -> None:
                     f"{type(part).__name__}.{name} belongs to the structure of the rule and cannot be "
                     "adjusted; make a new rule and call `setup` with it"
                 )
-        raise UnknownField(f"{type(value).__name__} has no setting {name}; {_offered(name, known)}")
+        raise UnknownField(
+            f"{type(value).__name__} has no setting {name}; {_offered(name, known)}{_bare(type(value))}"
+        )

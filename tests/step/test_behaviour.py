@@ -46,6 +46,7 @@ from optimisers import (
     update,
     update_,
 )
+from optimisers.settings import settings
 
 UNTESTED = {
     5: "apply is pure here; which buffers are used again is the business of the engine",
@@ -1367,3 +1368,13 @@ def test_every_number_is_tested_or_explained() -> None:
 
 def test_no_number_is_both_tested_and_explained_away() -> None:
     assert not numbers_tested() & set(UNTESTED)
+
+
+def test_a_rule_made_from_another_may_give_its_settings_other_defaults() -> None:
+    class Fast(Adam):
+        eta = 0.5
+        beta = (0.5, 0.6)
+
+    assert settings(Fast()) == [("eta", 0.5), ("beta", (0.5, 0.6)), ("epsilon", 1e-8)]
+    assert Fast(0.1).adjust(0.2).eta == 0.2
+    assert Adam().eta == 0.001

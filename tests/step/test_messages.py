@@ -540,8 +540,7 @@ def explaining_a_model() -> None:
 @answers(
     BadState,
     "a state was wanted and () came: nothing is trained there; a state is what `setup(rule, model)` "
-    "returns, "
-    "or a part of it",
+    "returns, or a part of it, where the model has arrays of floating point or complex numbers",
 )
 def freezing_what_is_not_trained() -> None:
     freeze_(setup(Adam(), {"w": np.ones(2), "n": 3})["n"])
@@ -553,6 +552,225 @@ def freezing_what_is_not_trained() -> None:
 )
 def freezing_an_array() -> None:
     freeze_(np.ones(2))
+
+
+# -- what newcomers write ------------------------------------------------------------------------------------
+
+
+def net() -> Any:
+    return {"blocks": [{"w": np.ones(3)}, {"w": np.ones(3)}]}
+
+
+STAR = "`*` is one key, `**` any number of keys: write"
+
+
+@answers(
+    NoMatch, f"where='blocks.*' matches no parameter; there are blocks.0.w, blocks.1.w; {STAR} 'blocks.**'"
+)
+def one_star_for_many_keys() -> None:
+    freeze_(setup(Adam(), net()), where="blocks.*")
+
+
+@answers(
+    NoMatch, f"where='blocks.1' matches no parameter; there are blocks.0.w, blocks.1.w; {STAR} 'blocks.1.**'"
+)
+def a_container_for_its_arrays() -> None:
+    freeze_(setup(Adam(), net()), where="blocks.1")
+
+
+@answers(NoMatch, f"'w' matches no parameter; there are blocks.0.w, blocks.1.w; {STAR} '**.w'")
+def a_name_for_a_path() -> None:
+    setup({"w": Adam(), "**": Descent()}, net())
+
+
+@answers(
+    NoMatch,
+    "where='model.blocks.0.w' matches no parameter; there are blocks.0.w, blocks.1.w; write 'blocks.0.w'",
+)
+def a_path_that_begins_with_the_name_of_the_model() -> None:
+    freeze_(setup(Adam(), net()), where="model.blocks.0.w")
+
+
+@answers(
+    NoMatch, "where='blocks.2.w' matches no parameter; there are blocks.0.w, blocks.1.w; write 'blocks.1.w'"
+)
+def a_path_that_is_nearly_one() -> None:
+    freeze_(setup(Adam(), net()), where="blocks.2.w")
+
+
+BELONGS = "settings belong to rules: write"
+
+
+@answers(BadState, f"a state has no parts to replace; {BELONGS} opt.adjust_(state, eta=0.01)")
+def a_rate_assigned_to_a_state() -> None:
+    state().eta = 0.01
+
+
+@answers(BadState, f"a state has no parts to replace; {BELONGS} opt.adjust_(state['blocks'][1], eta=0.01)")
+def a_rate_by_another_name_assigned_to_a_part() -> None:
+    setup(Adam(), net())["blocks"][1].lr = 0.01
+
+
+@answers(BadState, "a state has no parts to replace; assign state['w'].rule or .state of a leaf")
+def an_item_assigned_to_a_state() -> None:
+    state()["w"] = Adam()
+
+
+@answers(
+    BadState,
+    f"state['w'] is a Leaf, with rule, state and frozen; {BELONGS} opt.adjust_(state['w'], beta=(0.8, 0.9))",
+)
+def a_setting_assigned_to_a_leaf() -> None:
+    state()["w"].beta = (0.8, 0.9)
+
+
+@answers(BadState, "state['w'] is a Leaf, with rule, state and frozen")
+def anything_else_assigned_to_a_leaf() -> None:
+    state()["w"].m = np.zeros(3)
+
+
+@answers(AttributeError, f"state has no eta; it has w, b; {BELONGS} opt.current(state)")
+def a_rate_read_from_a_state() -> None:
+    _ = state().eta
+
+
+@answers(
+    AttributeError,
+    f"state['w'] has no eta; it is a Leaf, with rule, state and frozen; {BELONGS} state['w'].rule.eta",
+)
+def a_rate_read_from_a_leaf() -> None:
+    _ = state()["w"].eta
+
+
+@answers(KeyError, "state['w'] has no 'm'; it is a Leaf, with rule, state and frozen")
+def an_item_of_a_leaf() -> None:
+    _ = state()["w"]["m"]
+
+
+class Unannotated(Rule):
+    eta = 0.1
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return state, self.eta * dx
+
+
+CONSTANT = "eta = 0.1 has no annotation: write eta: float = 0.1"
+
+
+@answers(UnknownField, f"Unannotated takes 0 settings and was given 1; it has none; {CONSTANT}")
+def a_setting_without_annotation_given_by_place() -> None:
+    Unannotated(0.2)
+
+
+@answers(UnknownField, f"Unannotated has no setting eta; it has none; {CONSTANT}")
+def a_setting_without_annotation_given_by_name() -> None:
+    Unannotated(eta=0.2)
+
+
+@answers(UnknownField, f"Unannotated has no setting eta; it has none; {CONSTANT}")
+def a_setting_without_annotation_adjusted() -> None:
+    adjust_(state(Unannotated()), 0.2)
+
+
+@answers(UnknownField, "Adam takes 3 settings and was given 4; it has eta, beta, epsilon")
+def more_settings_than_a_rule_has() -> None:
+    Adam(0.1, (0.9, 0.99), 1e-8, 0.01)
+
+
+@answers(
+    BadSetting,
+    "Odd.eta is a function or a property in the place of a setting; give it a number, or another name",
+)
+def a_method_in_the_place_of_a_setting() -> None:
+    type("Odd", (Descent,), {"eta": lambda _self: 0.1})
+
+
+ONE_ARRAY = "a rule sees one array; for a model write opt.setup(rule, model)"
+
+
+@answers(TypeError, f"no array among dict; {ONE_ARRAY}")
+def init_of_a_rule_given_a_model() -> None:
+    Adam().init(model())
+
+
+@answers(TypeError, f"no array among list; {ONE_ARRAY}")
+def an_operation_given_a_list() -> None:
+    opt.sqrt([1.0, 2.0])
+
+
+class array:  # noqa: N801 as MLX calls it
+    """What stands for an array of a library that nobody registered."""
+
+    __module__ = "mlx.core"
+    shape, dtype = (3,), np.dtype(np.float32)
+
+    def __add__(self, other: object) -> Any:
+        return self
+
+
+NOT_KNOWN = (
+    "an array of mlx.core, a library that is not known here, as numpy, torch, jax, cupy are; "
+    "opt.register_backend teaches it"
+)
+
+
+@answers(TreeMismatch, f"model['w'] is {NOT_KNOWN}")
+def a_model_of_an_unknown_library() -> None:
+    setup(Adam(), {"w": array(), "b": np.ones(3)})
+
+
+@answers(TreeMismatch, f"model is {NOT_KNOWN}")
+def a_vector_of_an_unknown_library() -> None:
+    destructure(array())
+
+
+@answers(TypeError, f"no array among array; it is {NOT_KNOWN}")
+def an_operation_given_an_array_of_an_unknown_library() -> None:
+    opt.sqrt(array())
+
+
+@answers(
+    BadState,
+    "a state was wanted and (state, model) came, as an update gives them; write state, model = "
+    "update(state, model, grads)",
+)
+def what_an_update_gives_kept_as_the_state() -> None:
+    kept = update_(state(), model(), grads())
+    update_(kept, model(), grads())
+
+
+@answers(
+    BadState,
+    "the function that chooses rules is called with (path, array), which it does not take; write "
+    "lambda path, x: Adam()",
+)
+def a_function_of_one_argument_for_the_rules() -> None:
+    setup(lambda _x: Adam(), model())
+
+
+CLOCK = (
+    "is a function that cannot be called with one argument; a schedule is a function of the clock: write "
+    "lambda clock: 0.1 / (1 + clock)"
+)
+
+
+@answers(BadSetting, f"Adam.eta {CLOCK}")
+def a_schedule_of_two_arguments() -> None:
+    Adam(lambda _epoch, _step: 0.1)
+
+
+@answers(BadSetting, f"Adam.beta[0] {CLOCK}")
+def a_schedule_without_argument_in_a_tuple() -> None:
+    Adam(beta=(lambda: 0.9, 0.999))
+
+
+@answers(
+    TraceError,
+    "the state of Mine has another shape than x in init and the shape of x in apply; let init return "
+    "zeros_like(x)",
+)
+def a_state_of_a_fixed_shape() -> None:
+    traced(lambda _self, s, _x, dx: (s + dx, dx), lambda _self, _x: np.zeros(5), np.ones(4))
 
 
 # -- update: the model is not that of setup ------------------------------------------------------------------

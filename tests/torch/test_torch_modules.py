@@ -1153,7 +1153,7 @@ def a_missing_gradient(m: Case) -> None:
 @answers(
     opt.TreeMismatch,
     "grads has a gradient for 'head.scale', which the state does not train; it was no trainable parameter at "
-    "`setup`",
+    "`setup`: let it be one there, and freeze_ it for as long as it shall wait",
 )
 def a_gradient_of_an_unknown_name(m: Case) -> None:
     opt.update_(m.state, m.net, m.grads | {"head.scale": torch.ones(2)})
@@ -1319,7 +1319,10 @@ def test_a_mistake_is_answered_with_what_to_do(
     assert caught.value.args[0] == text
 
 
-NOT_TRAINED = "which the state does not train; it was no trainable parameter at `setup`"
+NOT_TRAINED = (
+    "which the state does not train; it was no trainable parameter at `setup`: let it be one there, and "
+    "freeze_ it for as long as it shall wait"
+)
 
 
 @pytest.mark.parametrize(

@@ -183,3 +183,21 @@ def test_complex_gradients_are_clipped_by_parts() -> None:
     wanted = torch.view_as_complex(-torch.view_as_real(p.grad).clamp(-0.5, 0.5))
     opt.TorchOptimizer([p], opt.Chain(opt.ClipGrad(0.5), opt.Descent(1.0))).step()
     torch.testing.assert_close(p.detach(), wanted)
+
+
+@pytest.mark.parametrize(
+    ("rules", "text"),
+    [
+        ({"bias": opt.Adam(), "**": opt.Descent()}, r"'bias' matches no parameter; .* write '\*\*\.bias'"),
+        (
+            {"**": opt.Descent(), "**.bias": opt.Adam()},
+            "'\\*\\*.bias' takes no parameter, since globs before it",
+        ),
+        ({"**.bias": opt.Adam()}, "no rule for model.*weight"),
+    ],
+)
+def test_globs_that_do_not_fit_are_refused_as_by_setup(rules: dict[str, opt.Rule], text: str) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    for make in (lambda: opt.TorchOptimizer(module, rules), lambda: opt.setup(rules, module)):
+        with pytest.raises(opt.NoMatch, match=text):
+            make()

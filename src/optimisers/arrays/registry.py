@@ -271,7 +271,13 @@ def library(*args: object) -> Library:
         plain = plain or isinstance(a, numbers.Number)
     if plain:
         return named("numpy")
-    raise TypeError(f"no array among {', '.join(type(a).__name__ for a in args)}")
+    unknown = next((module for a in args if (module := unknown_array(a))), "")
+    hint = (
+        f"it is {not_known(unknown)}"
+        if unknown
+        else "a rule sees one array; for a model write opt.setup(rule, model)"
+    )
+    raise TypeError(f"no array among {', '.join(type(a).__name__ for a in args)}; {hint}")
 
 
 def isarray(x: object) -> bool:
@@ -305,3 +311,11 @@ def unknown_array(x: object) -> str:
     kind, packages = type(x), _packages()
     known = any(p in packages for base in kind.__mro__ for p in _prefixes(base.__module__))
     return "" if known or not all(hasattr(x, n) for n in ("shape", "dtype", "__add__")) else kind.__module__
+
+
+def not_known(module: str) -> str:
+    """What is said of an array of a library that nobody registered."""
+    return (
+        f"an array of {module}, a library that is not known here, as {', '.join(BACKENDS)} are; "
+        "opt.register_backend teaches it"
+    )

@@ -288,7 +288,10 @@ def _types(rule: Rule, kind: str, step: Symbol, state: Any, new: list[Symbol], s
                 f"{where} is a number in init and an array in apply; let init return zeros_like(x)"
             )
         if old.domain == "free" and e.domain == "array":
-            raise TraceError(f"{where} has another shape than x in init and the shape of x in apply")
+            raise TraceError(
+                f"{where} has another shape than x in init and the shape of x in apply; let init return "
+                "zeros_like(x)"
+            )
         if old.type == "real" and e.type == "complex":
             raise TraceError(
                 f"{where} is real in init and complex in apply; take abs2 or real, or let init return "

@@ -14,7 +14,7 @@ import numpy as np
 from optimisers.errors import BadState
 from optimisers.nest import copied, form, kinds, same, short
 from optimisers.rule import Rule
-from optimisers.settings import skeleton
+from optimisers.settings import ELSEWHERE, adjustable, skeleton
 from optimisers.state.store import Store
 from optimisers.state.structure import Pending
 from optimisers.tree.layout import Node, find
@@ -95,6 +95,24 @@ class Leaf:
     def _name(self) -> str:
         return self.path.code("state")
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if not hasattr(Leaf, name):
+            raise BadState(
+                f"{self._name()} is a Leaf, with rule, state and frozen{_as_setting(self, name, value)}"
+            )
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        hint = _as_setting(self, name)
+        raise AttributeError(f"{self._name()} has no {name}; it is a Leaf, with rule, state and frozen{hint}")
+
+    __iter__ = None
+
+    def __getitem__(self, key: object) -> Any:
+        return _below(self, key)
+
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Leaf)
@@ -140,10 +158,13 @@ class Branch:
         return self._held
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise BadState(
-            f"a state has no parts to replace; assign {self._path.code('state')}.{name}.rule or .state of a "
-            "leaf"
-        )
+        here = f"{self._path.code('state')}.{name}"
+        hint = _as_setting(self, name, value) or f"; assign {here}.rule or .state of a leaf"
+        raise BadState(f"a state has no parts to replace{hint}")
+
+    def __setitem__(self, key: object, value: object) -> None:
+        here = f"{self._path.code('state')}[{key!r}]"
+        raise BadState(f"a state has no parts to replace; assign {here}.rule or .state of a leaf")
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, KeyPath):
@@ -165,7 +186,8 @@ class Branch:
         child = find(self._node, name)
         if child is None:
             has = ", ".join(str(k) for k in self._node.keys)
-            raise AttributeError(f"{self._path.code('state')} has no {name}; it has {has}")
+            hint = _as_setting(self, name)
+            raise AttributeError(f"{self._path.code('state')} has no {name}; it has {has}{hint}")
         return handle(self._store, child, KeyPath(self._path, _own(self._node, name)))
 
     def __iter__(self) -> Iterator[Any]:
@@ -218,6 +240,21 @@ def unseen(state: Leaf | Branch) -> bool:
     )
 
 
+def _as_setting(of: Leaf | Branch, name: str, value: object = None) -> str:
+    """What to write for the setting of a rule where somebody looks for it in the state; empty for other
+    names. With a value it is to be set.
+    """
+    store, node, path = parts(of)
+    setting, code = ELSEWHERE.get(name, name), path.code("state")
+    rules = {store.where(leaf)[0].rule for leaf in node.leaves if store.shapes[leaf] is not None}
+    if not any(setting in adjustable(rule) for rule in rules):
+        return ""
+    if value is not None:
+        return f"; settings belong to rules: write opt.adjust_({code}, {setting}={value!r})"
+    read = f"{code}.rule.{setting}" if isinstance(of, Leaf) else f"opt.current({code})"
+    return f"; settings belong to rules: write {read}"
+
+
 def _below(here: Any, key: Any) -> Any:
     """What a handle has under a key; raises KeyError for a leaf, which has nothing."""
     if isinstance(here, Branch):
@@ -266,7 +303,12 @@ def parts(state: Any) -> tuple[Store, Node, KeyPath]:
     if isinstance(state, tuple) and not state:
         raise BadState(
             "a state was wanted and () came: nothing is trained there; a state is what `setup(rule, model)` "
-            "returns, or a part of it"
+            "returns, or a part of it, where the model has arrays of floating point or complex numbers"
+        )
+    if isinstance(state, tuple) and isinstance(state[0], Leaf | Branch):
+        raise BadState(
+            "a state was wanted and (state, model) came, as an update gives them; write state, model = "
+            "update(state, model, grads)"
         )
     if isinstance(getattr(state, "tree", None), Leaf | Branch):
         raise BadState(f"a state was wanted and a {type(state).__name__} came; its state is its `tree`")

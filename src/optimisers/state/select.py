@@ -5,10 +5,11 @@ from typing import Any
 from optimisers.errors import NoMatch
 from optimisers.rule import Rule
 from optimisers.settings import parts as parts_of_value
+from optimisers.settings import takes
 from optimisers.state.leaf import handle, parts
 from optimisers.state.store import Store
 from optimisers.tree.layout import Node
-from optimisers.tree.path import KeyPath, matches
+from optimisers.tree.path import KeyPath, matches, offered
 
 Where = object
 """A selector: a glob over paths, a predicate (path, leaf), a rule type, or a list of these."""
@@ -27,10 +28,8 @@ def leaves_of(state: Any, where: Where = None) -> list[int]:
     for choice in choices:
         some = [i for i in found if picks(choice, store, i, len(path))]
         if not some:
-            raise NoMatch(
-                f"where={choice!r} matches no parameter; there are "
-                f"{listed(store.layout.paths[i] for i in found)}"
-            )
+            there = [store.layout.paths[i] for i in found]
+            raise NoMatch(f"where={choice!r} matches no parameter; {offered(choice, there)}")
         picked.update(some)
     return [i for i in found if i in picked]
 
@@ -46,7 +45,7 @@ def picks(choice: Any, store: Store, leaf: int, depth: int) -> bool:
     if isinstance(choice, type) and issubclass(choice, Rule):
         group, _ = store.where(leaf)
         return any(isinstance(part, choice) for part in parts_of_value(group.rule))
-    if callable(choice) and not isinstance(choice, type):
+    if callable(choice) and not isinstance(choice, type) and takes(choice, 2):
         return bool(
             choice(
                 store.layout.paths[leaf],
@@ -57,8 +56,3 @@ def picks(choice: Any, store: Store, leaf: int, depth: int) -> bool:
         f"where={choice!r} is no selector; it takes a glob such as '**.bias', a function of (path, leaf), or "
         "a rule type"
     )
-
-
-def listed(paths: Any, most: int = 6) -> str:
-    names = [str(p) or "the array itself" for p in paths]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -15,14 +15,14 @@ from optimisers.engines.signals import held
 from optimisers.errors import BadSetting, BadState, FloatParameter, NoMatch, NoParameters, TreeMismatch
 from optimisers.graph.passes import store_pass
 from optimisers.rule import Rule
+from optimisers.settings import takes
 from optimisers.state.group import Shape, grouped, started
 from optimisers.state.leaf import Branch, Leaf, handle, parts
-from optimisers.state.select import listed
 from optimisers.state.store import Store
 from optimisers.step.jobs import Steps
 from optimisers.tree.gather import gather, gather_gradients
 from optimisers.tree.layout import Layout, Node
-from optimisers.tree.path import KeyPath, matches
+from optimisers.tree.path import KeyPath, first_matches
 from optimisers.tree.rebuild import rebuild, rebuilt
 from optimisers.tree.walk import Ties, survey
 
@@ -160,6 +160,11 @@ def choose(rule: Any, layout: Layout, arrays: list[Any]) -> list[Any]:
     if isinstance(rule, Mapping):
         return _by_glob(dict(rule), layout)
     if callable(rule) and not isinstance(rule, type | Rule):
+        if not takes(rule, 2):
+            raise BadState(
+                "the function that chooses rules is called with (path, array), which it does not take; write "
+                "lambda path, x: Adam()"
+            )
         return [rule(path, x) for path, x in zip(layout.paths, arrays, strict=True)]
     if not isinstance(rule, Rule):
         several = isinstance(rule, list | tuple)
@@ -173,27 +178,7 @@ def _by_glob(rules: dict[str, Any], layout: Layout) -> list[Any]:
     for glob in rules:
         if not isinstance(glob, str):
             raise NoMatch(f"{glob!r} is no selector; a dict of rules takes globs, such as '**.bias'")
-    used: set[str] = set()
-    won: set[str] = set()
-    chosen: list[Any] = []
-    for places in layout.places:
-        fitting = [g for g in rules if any(matches(g, p) for p in places)]
-        used.update(fitting)
-        if not fitting:
-            raise NoMatch(
-                f"no rule for {places[0].code()}; the globs are {', '.join(map(repr, rules))}; "
-                f'add "**" for the rest, with None as its rule to train nothing there'
-            )
-        won.add(fitting[0])
-        chosen.append(rules[fitting[0]])
-    for glob in rules:
-        if glob not in used:
-            raise NoMatch(f"{glob!r} matches no parameter; there are {listed(layout.paths)}")
-        if glob not in won and glob != "**":
-            raise NoMatch(
-                f"{glob!r} takes no parameter, since globs before it match all that it does; put it first"
-            )
-    return chosen
+    return [rules[glob] for glob in first_matches(rules, layout.places)]
 
 
 # -- update --------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from optimisers.settings import (
 )
 from optimisers.settings import parts as parts_of_value
 from optimisers.torch.classes import chained, plain
-from optimisers.tree.path import KeyPath, matches
+from optimisers.tree.path import KeyPath, first_matches, matches
 
 TORCH_NAMES = {
     "eta": "lr",
@@ -241,14 +241,9 @@ def by_glob(rules: Mapping[str, Any], named: list[Any]) -> tuple[list[dict[str, 
     if not all(isinstance(pair, tuple) for pair in named):
         raise BadState("a dict of rules takes a module or named parameters: write model.named_parameters()")
     taken: dict[str, list[Any]] = {glob: [] for glob in rules}
-    for name, p in named:
-        glob = matching(rules, name)
-        if glob is None:
-            raise BadState(f'no rule for {name!r}; the globs are {", ".join(map(repr, rules))}; add "**"')
-        taken[glob].append((name, p))
-    for glob, found in taken.items():
-        if not found:
-            raise BadState(f"{glob!r} takes no parameter; there are {', '.join(n for n, _ in named[:6])}")
+    chosen = first_matches(rules, [[KeyPath(name)] for name, _ in named])
+    for pair, glob in zip(named, chosen, strict=True):
+        taken[glob].append(pair)
     return [{"params": found} for found in taken.values()], list(rules.values())
 
 

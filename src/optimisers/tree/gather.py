@@ -140,7 +140,8 @@ def _refuse_frozen(node: Node, grads: object, path: KeyPath) -> None:
 
 
 NOT_TRAINED = (
-    "{} has a gradient for {}, which the state does not train; it was no trainable parameter at `setup`"
+    "{} has a gradient for {}, which the state does not train; it was no trainable parameter at `setup`: "
+    "let it be one there, and freeze_ it for as long as it shall wait"
 )
 
 

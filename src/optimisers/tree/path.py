@@ -2,9 +2,12 @@
 paths.
 """
 
+import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex, overload
+
+from optimisers.errors import NoMatch
 
 
 class Attr(str):
@@ -136,3 +139,51 @@ def compiled(pattern: str) -> "re.Pattern[str]":
                 "".join("[^.]*" if c == "*" else "[^.]" if c == "?" else re.escape(c) for c in part) + r"\."
             )
     return re.compile(text)
+
+
+def first_matches(patterns: Iterable[str], places: Sequence[Sequence[KeyPath]]) -> list[str]:
+    """For each array, given by its places, the first pattern that matches one of them.
+
+    Raises NoMatch for an array that no pattern matches, for a pattern that matches nothing, and for one that
+    others before it leave nothing.
+    """
+    known = list(patterns)
+    found = [[g for g in known if any(matches(g, path) for path in paths)] for paths in places]
+    for fitting, paths in zip(found, places, strict=True):
+        if not fitting:
+            raise NoMatch(
+                f"no rule for {paths[0].code()}; the globs are {', '.join(map(repr, known))}; "
+                f'add "**" for the rest, with None as its rule to train nothing there'
+            )
+    used, won = {g for fitting in found for g in fitting}, {fitting[0] for fitting in found}
+    for glob in known:
+        if glob not in used:
+            raise NoMatch(f"{glob!r} matches no parameter; {offered(glob, [paths[0] for paths in places])}")
+        if glob not in won and glob != "**":
+            raise NoMatch(
+                f"{glob!r} takes no parameter, since globs before it match all that it does; put it first"
+            )
+    return [fitting[0] for fitting in found]
+
+
+def offered(pattern: object, paths: Sequence[KeyPath]) -> str:
+    """The paths that there are, and a pattern that matches some where the given one matches none."""
+    there = f"there are {listed(paths)}"
+    if not isinstance(pattern, str):
+        return there
+    wide = ".".join("**" if key == "*" else key for key in pattern.split("."))
+    wider = [wide, f"{pattern}.**", f"**.{pattern}", f"**.{wide}", f"**.{pattern}.**"]
+    for instead in wider:
+        if any(matches(instead, path) for path in paths):
+            return f"{there}; `*` is one key, `**` any number of keys: write {instead!r}"
+    narrower = [pattern.partition(".")[2], pattern.replace("/", ".")]
+    alike = difflib.get_close_matches(pattern, list(map(str, paths)), n=1, cutoff=0.8)
+    for instead in [*narrower, *alike]:
+        if any(matches(instead, path) for path in paths):
+            return f"{there}; write {instead!r}"
+    return there
+
+
+def listed(paths: Iterable[KeyPath], most: int = 6) -> str:
+    names = [str(p) or "the array itself" for p in paths]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

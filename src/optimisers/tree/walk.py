@@ -243,10 +243,7 @@ class _Survey:
         if isinstance(obj, str | bytes | range | type | ModuleType):
             return
         if module := registry.unknown_array(obj):
-            raise TreeMismatch(
-                f"{path.code()} is an array of {module}, a library that is not known here; "
-                "opt.register_backend teaches it"
-            )
+            raise TreeMismatch(f"{path.code()} is {registry.not_known(module)}")
         held = [(f" in {path.code()}.{name}", value) for name, value in attributes(obj)]
         several = isinstance(obj, Collection) and not isinstance(obj, Mapping)
         held += [("", item) for item in obj] if several else []
