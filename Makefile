@@ -11,7 +11,7 @@ demo: .venv/demo.stamp ## train a digit classifier with four rules; writes demo.
 test: check ## the linter, the type checker and every test, a process for each core
 	$(RUN) -m pytest -n auto --dist worksteal
 
-quick: .venv/test.stamp ## a few cases of each test, in two minutes or so on two cores
+quick: .venv/test.stamp ## one case of each test, in less than two minutes on two cores
 	$(RUN) -m pytest -n auto --dist worksteal --quick
 
 check: .venv/test.stamp ## the linter and the type checker

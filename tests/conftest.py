@@ -1,7 +1,7 @@
 """The two lanes of the tests, and what must be said before anything is imported.
 
-`pytest` runs every case. `pytest --quick` runs at most `FEW` cases of each test, spread over its parameters,
-and none of what is marked slow: programs in processes of their own, compilers, whole trainings.
+`pytest` runs every case. `pytest --quick` runs `FEW` of each test, from the middle of its parameters, and
+none of what is marked slow: programs in processes of their own, compilers, whole trainings.
 
 Kernels for CUDA run on the CPU here, by Triton's interpreter, unless somebody says otherwise; Triton asks
 once, when it is imported.
@@ -13,12 +13,12 @@ import pytest
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-FEW = 3
+FEW = 1
 """Cases of one test in the quick lane."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="a few cases of each test, and nothing slow")
+    parser.addoption("--quick", action="store_true", help="one case of each test, and nothing slow")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -20,7 +20,9 @@ def example(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * ("resnet" in p.stem)) for p in EXAMPLES]
+)
 def test_every_example_runs_and_says_something(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example(path.stem).main()
     assert capsys.readouterr().out

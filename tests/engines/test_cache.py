@@ -69,6 +69,7 @@ def test_the_directory_is_for_this_user_alone(where: Path, umask: int) -> None:
     assert mode(where) == 0o700
 
 
+@pytest.mark.slow
 def test_a_directory_that_others_may_read_is_closed_to_them(where: Path) -> None:
     where.mkdir(parents=True, mode=0o755)
     where.chmod(0o755)
@@ -248,6 +249,7 @@ def ended(process: Any) -> tuple[int, int, str]:
     return int(hits), int(misses), numbers
 
 
+@pytest.mark.slow
 def test_a_second_process_loads_what_the_first_compiled(tmp_path: Path) -> None:
     hits, misses, first = ended(started(tmp_path))
 
@@ -255,6 +257,7 @@ def test_a_second_process_loads_what_the_first_compiled(tmp_path: Path) -> None:
     assert ended(started(tmp_path)) == (misses, 0, first)
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_all_get_the_right_numbers(tmp_path: Path) -> None:
     processes = [started(tmp_path) for _ in range(3)]
     found = [ended(p)[2] for p in processes]

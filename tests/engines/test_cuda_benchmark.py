@@ -22,6 +22,7 @@ def ran(*args: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_without_a_device_it_says_so_in_one_line() -> None:
     done = ran()
@@ -32,6 +33,7 @@ def test_without_a_device_it_says_so_in_one_line() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_all_and_claims_nothing(tmp_path: Any) -> None:
     pytest.importorskip("triton")
     out = tmp_path / "table.md"

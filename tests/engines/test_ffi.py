@@ -430,6 +430,7 @@ def on_four_devices() -> None:
     sys.stdout.write(f"{jax.device_count()} devices")
 
 
+@pytest.mark.slow
 def test_four_devices_step_their_shards_at_once() -> None:
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     assert fresh("on_four_devices", **flags) == "4 devices"
@@ -462,6 +463,7 @@ def through_the_cache() -> None:
     sys.stdout.write(f"{found} found, {missed} not")
 
 
+@pytest.mark.slow
 def test_a_later_process_finds_the_compiled_computation_and_kernels(tmp_path: Path) -> None:
     kept = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"), "XDG_CACHE_HOME": str(tmp_path / "own")}
     assert fresh("through_the_cache", **kept) == "0 found, 1 not"
@@ -635,6 +637,7 @@ def in_memory() -> None:
     sys.stdout.write("stepped")
 
 
+@pytest.mark.slow
 def test_without_a_trusted_directory_all_is_compiled_in_memory(tmp_path: Path) -> None:
     folder = tmp_path / "optimisers" / "kernels"
     folder.mkdir(parents=True)

@@ -142,6 +142,7 @@ def test_a_file_that_is_no_such_text_is_written_again(
     assert path.read_bytes() == SOURCE.encode()
 
 
+@pytest.mark.slow
 def test_a_name_that_is_not_ascii_is_kept_under_any_locale(tmp_path: Path) -> None:
     code = f"""
 from optimisers.engines import cache
@@ -181,6 +182,7 @@ def test_the_configuration_of_numba_is_left_alone_and_does_not_count(
     assert len(list(where.rglob("*.nbc"))) == 1
 
 
+@pytest.mark.slow
 def test_kernels_of_others_go_where_numba_is_told_meanwhile(tmp_path: Path) -> None:
     """A thread that compiles a user's function while ours are loaded finds the configuration as it was."""
     code = f"""

@@ -108,6 +108,7 @@ def printed(names: Sequence[str]) -> tuple[Program, Pass, str]:
 texts = st.one_of(st.sampled_from(NAMES), st.text(min_size=0, max_size=6), st.from_regex(r"\w{1,4}"))
 
 
+@pytest.mark.slow
 @given(st.lists(texts, min_size=1, max_size=8, unique=True))
 def test_no_name_is_given_twice(names: list[str]) -> None:
     program, _, text = printed(names)

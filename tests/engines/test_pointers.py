@@ -110,6 +110,7 @@ def test_untested_versions_and_the_switch_take_the_public_road(monkeypatch: pyte
     assert objects.refusal("numpy") == "OPTIMISERS_RAW_READS=0"
 
 
+@pytest.mark.slow
 def test_explain_says_that_reading_is_switched_off() -> None:
     code = """
 import numpy as np, optimisers as opt

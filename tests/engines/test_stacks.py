@@ -211,6 +211,7 @@ def test_a_step_that_cannot_be_computed_changes_nothing() -> None:
     assert all((leaf.state == 0).all() for leaf in state)
 
 
+@pytest.mark.slow
 def test_a_thousand_matrices_and_one_huge_one() -> None:
     rng, rule = np.random.default_rng(5), Muon()
     model = [rng.standard_normal((3, 4)) for _ in range(1000)] + [rng.standard_normal((900, 300))]
@@ -236,6 +237,7 @@ def test_a_warm_step_allocates_no_stack() -> None:
     assert peak < 64 * 64 * 4 * 8  # the stack is 64 of these
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [True, False])
 def test_under_jit_vmap_and_grad_a_step_is_that_of_plain_numpy(
     fast: bool, monkeypatch: pytest.MonkeyPatch

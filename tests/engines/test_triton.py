@@ -195,6 +195,7 @@ def printed(program: str, *, interpreted: bool) -> str:
     return ended.stdout
 
 
+@pytest.mark.slow
 def test_without_the_interpreter_tensors_on_the_cpu_are_refused() -> None:
     assert printed(WITHOUT, interpreted=False).splitlines() == [
         "engine='triton' cannot run this model: arrays on cpu",
@@ -384,6 +385,7 @@ def test_a_kernel_says_a_word_as_numpy_does(name: str, dtype: str) -> None:
     words.agree(all_said(dtype)[name], words.all_said("interpret", dtype)[name], words.ULPS.get(name, 2))
 
 
+@pytest.mark.slow
 def test_the_two_halves_of_a_float32_are_all_of_it() -> None:
     found, nan = (
         said(words.Says(("join_bits", "high_bits", "low_bits")), words.BITS, words.BITS),
@@ -499,6 +501,7 @@ def test_all_65536_halves_are_widened_as_numpy_widens_them(dtype: str) -> None:
     words.same_bits(on_host(state[0]), every.astype(np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", words.HALVES)
 def test_the_store_rounds_to_halves_as_numpy_rounds(dtype: str) -> None:
     """To the nearest, ties to even; NaN stays NaN."""
@@ -901,6 +904,7 @@ def test_a_total_goes_over_all_groups(world: World) -> None:
     same_story(story, world, "bfloat16")
 
 
+@pytest.mark.slow
 @capturable_or_not
 def test_a_model_may_have_more_leaves_than_a_program_takes(capturable: bool) -> None:
     def story(world: World) -> Any:
@@ -1295,6 +1299,7 @@ CHANGED: dict[str, Any] = {"following": {"epsilon": 1e-3}}
 """What is adjusted between replays: numbers, since another structure is another state in memory."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rule"), REPLAYED.items(), ids=REPLAYED)
 def test_what_a_step_launches_is_a_step_again(
     name: str, rule: opt.Rule, capture: Callable[[bool], None], launches: list[Launch]
@@ -1435,6 +1440,7 @@ def test_numbers_are_not_changed_while_a_graph_is_captured(monkeypatch: pytest.M
         opt.adjust_(state, 0.5)
 
 
+@pytest.mark.slow
 def test_so_many_graphs_may_be_captured_between_two_steps(capture: Callable[[bool], None]) -> None:
     x = torch.ones(3)
     state = opt.setup(opt.AdamW(0.1), x, engine="triton", capturable=True)
@@ -1550,6 +1556,7 @@ print(x)
 """
 
 
+@pytest.mark.slow
 def test_the_first_state_of_a_process_may_be_capturable_and_compiled_around() -> None:
     """`update` says that it cannot be in the graph; `update_` runs beside it."""
     said = printed(COMPILED, interpreted=True)
@@ -1571,6 +1578,7 @@ except opt.BadSetting as error:
 """
 
 
+@pytest.mark.slow
 def test_the_variable_must_be_set_before_triton_is_imported() -> None:
     said = printed(LATE, interpreted=False)
 

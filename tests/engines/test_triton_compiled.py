@@ -289,6 +289,7 @@ def test_accesses_are_counted_by_their_width() -> None:
     assert len(re.findall(r"\b(?:ld|st)\.global", ptx)) == 4
 
 
+@pytest.mark.slow
 @every_row
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_passes_of_a_rule_read_and_write_16_bytes_at_once(
@@ -310,6 +311,7 @@ def test_the_passes_of_a_rule_read_and_write_16_bytes_at_once(
         assert ".v2.b32" not in ptx, case.title
 
 
+@pytest.mark.slow
 @every_row
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_scalars_of_a_rule_stay_in_registers(
@@ -319,6 +321,7 @@ def test_the_scalars_of_a_rule_stay_in_registers(
         refuse_spills(case, architecture, compiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BY_HAND, ids=lambda case: case.title)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_written_by_hand_stay_in_registers(
@@ -327,6 +330,7 @@ def test_kernels_written_by_hand_stay_in_registers(
     refuse_spills(case, architecture, compiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_schedules_are_computed_on_the_device(architecture: int, compiled: dict[Any, Any]) -> None:
     cases = scalars_of(FOLLOWING)
@@ -417,6 +421,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_triton_compiles_once_and_launches_what_was_compiled() -> None:
     """Triton's own launches, as far as the driver: one for each pass of all leaves; nothing is compiled for
     other numbers of leaves, other rates or later steps, and nothing warns.

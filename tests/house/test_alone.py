@@ -22,6 +22,7 @@ def alone(code: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_the_commands_and_the_pages_need_no_framework() -> None:
     done = alone(
         "from optimisers.__main__ import main\n"

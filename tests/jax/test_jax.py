@@ -377,6 +377,7 @@ def thinned(grads: Any, rng: Any) -> Any:
     return {k: thinned(g, rng) for k, g in grads.items()} if isinstance(grads, dict) else grads
 
 
+@pytest.mark.slow
 @given(
     nest=nests, seed=st.integers(0, 99), wide=st.booleans(), jitted=st.booleans(), step=st.sampled_from(STEPS)
 )
@@ -782,6 +783,7 @@ def test_setup_takes_shapes_and_gives_shapes() -> None:
     assert isinstance(jax.tree.leaves(state)[0], jax.ShapeDtypeStruct)
 
 
+@pytest.mark.slow
 def test_setup_may_be_jitted_and_mapped() -> None:
     model = two()
     same_trees(jax.jit(lambda m: opt.setup(opt.Adam(0.1), m))(model), opt.setup(opt.Adam(0.1), model))
@@ -1036,6 +1038,7 @@ def loss_of_numpy(rule: opt.Rule, changes: dict[str, float], steps: int = 10) ->
     return float(np.sum(x**2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held", FOLLOWED.values(), ids=FOLLOWED)
 @pytest.mark.usefixtures("x64")
 def test_gradients_through_ten_steps_agree_with_central_differences(held: Held) -> None:
@@ -1161,6 +1164,7 @@ def test_a_rate_that_is_learned_by_its_own_gradient_falls_into_place() -> None:
     assert 0.3 < state.rule.eta < 0.7
 
 
+@pytest.mark.slow
 def test_a_step_may_be_differentiated_forwards_and_backwards_and_twice() -> None:
     """Descent on x^3: y = x - eta x^3."""
     x = jnp.asarray([0.5, -1.5])
@@ -1271,6 +1275,7 @@ def cubic(model: Any) -> Any:
     return jnp.sum(model["w"] ** 3) + jnp.sum(model["b"] ** 2) * model["w"][0, 0]
 
 
+@pytest.mark.slow
 def test_destructure_goes_there_and_back_under_every_transform() -> None:
     """Expected from the formula: d/dw = 3 w^2 (+ sum b^2 at one place), d/db = 2 b w00."""
     model = two()
@@ -1332,6 +1337,7 @@ def test_destructure_keeps_types_and_what_is_not_trained() -> None:
     assert back["n"] is model["n"]
 
 
+@pytest.mark.slow
 def test_a_solver_for_whole_vectors_trains_a_model_through_destructure() -> None:
     import optimistix
 
@@ -1429,6 +1435,7 @@ def on_four_devices() -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1]) | {"error": done.stderr[-1500:]}
 
 
+@pytest.mark.slow
 def test_state_arrays_lie_where_the_parameters_lie() -> None:
     found = on_four_devices()
 
@@ -1480,6 +1487,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_norms_inside_a_shard_map_go_over_all_shards() -> None:
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
@@ -1655,6 +1663,7 @@ def test_a_model_of_several_libraries_is_stepped_part_by_part() -> None:
     np.testing.assert_allclose(new["b"], 0.5)
 
 
+@pytest.mark.slow
 def test_jax_is_not_imported_for_models_of_numpy() -> None:
     script = (
         "import sys, numpy as np, optimisers as opt\n"
@@ -1677,6 +1686,7 @@ class NormOfState(opt.Rule):
         return state + dx, dx / (opt.norm(state + x) + 1.0)
 
 
+@pytest.mark.slow
 def test_a_reduction_that_reads_no_gradient_is_mapped_and_differentiated() -> None:
     def stepped(scale: Any, engine: str | None = None) -> Any:
         model = {"w": jnp.arange(1.0, 4.0), "b": jnp.ones(2)}

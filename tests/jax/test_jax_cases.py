@@ -138,6 +138,7 @@ POLICIES: dict[str, tuple[Any, Callable[[Any], bool]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "right"), POLICIES.values(), ids=POLICIES)
 def test_case_10_what_a_gradient_of_nan_does_is_a_choice(rule: Any, right: Callable[[Any], bool]) -> None:
     model = {"a": jnp.ones(2), "b": jnp.ones(3)}
@@ -217,6 +218,7 @@ def test_case_16_tied_leaves_have_one_state_which_may_be_donated() -> None:
     np.testing.assert_allclose(model["a"], x - 0.2 - (0.9 * 0.2 + 0.2), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_case_17_slopes_through_adam_are_finite_at_a_gradient_of_zero() -> None:
     x = jnp.asarray([1.0, -1.0])
     state = opt.setup(opt.Adam(0.1), x)

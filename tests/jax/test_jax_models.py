@@ -97,6 +97,7 @@ def test_parameters_of_linen_train_as_with_optax() -> None:
     near(a[1], b[1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_statistics_of_linen_stay_beside_the_parameters() -> None:
     net = Normed()
     variables = net.init(jax.random.key(0), X)
@@ -353,6 +354,7 @@ def eqx_by_optax(tx: Any, steps: int) -> Perceptron:
     return model
 
 
+@pytest.mark.slow
 def test_a_whole_module_of_equinox_trains_and_the_rest_of_it_is_kept() -> None:
     model = new = Perceptron()
     state = opt.setup(opt.Adam(0.1), model)
@@ -551,6 +553,7 @@ def test_a_step_of_a_transformation_may_be_mapped_scanned_and_differentiated() -
     np.testing.assert_allclose(stacked, [of_optax(x), of_optax(2 * x)], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_trainer_of_nnx_takes_a_rule() -> None:
     got, losses = nnx_by_optax(opt.as_optax(NOISE_PROOF), 4)
     wanted, of_optax = nnx_by_optax(NOISE_PROOF_OPTAX, 4)
@@ -626,6 +629,7 @@ def test_a_transformation_of_optax_steps_a_whole_model(tx: Any) -> None:
     near(params, run(tx)[0], rtol=1e-3 if tx is WHOLE["lbfgs"] else 1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @both_updates
 def test_a_transformation_of_optax_steps_eagerly_and_models_of_any_kind(step: Callable[..., Any]) -> None:
     model = Perceptron()
@@ -669,6 +673,7 @@ def valley(model: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_lbfgs_with_its_line_search_finds_the_bottom_of_a_valley() -> None:
     """It asks for the loss of models, and for its value and slope."""
     state, model = opt.setup(opt.from_optax(optax.lbfgs()), PLAIN), PLAIN
@@ -772,6 +777,7 @@ def test_a_file_of_another_rule_is_refused_by_name() -> None:
         serialization.from_bytes(opt.setup(opt.Momentum(), PARAMS), serialization.to_bytes(state))
 
 
+@pytest.mark.slow
 def test_flax_may_be_imported_after_the_state_was_made() -> None:
     script = (
         "import jax.numpy as jnp, optimisers as opt\n"

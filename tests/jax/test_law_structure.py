@@ -120,6 +120,7 @@ assert "optimisers_" not in step.lower(outside, model, model).as_text()  # XLA p
 """
 
 
+@pytest.mark.slow
 def test_a_state_of_one_device_is_that_of_four() -> None:
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     done = subprocess.run(

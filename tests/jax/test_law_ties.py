@@ -159,6 +159,7 @@ def test_a_vector_of_a_tied_model_has_its_numbers_once() -> None:
 # -- arrays that are written ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 def test_ties_of_arrays_that_are_written_are_in_memory(kind: str) -> None:
     """Declaring what is so is no error; what is not so is refused."""

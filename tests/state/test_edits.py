@@ -463,6 +463,7 @@ def leaves_edited(edit: str) -> tuple[str, ...]:
     return PATHS[:2] if "part" in edit or "glob" in edit else PATHS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", TRACED)
 @pytest.mark.parametrize("inside", [True, False], ids=["set up inside", "set up outside"])
 def test_jax_traces_edits(edit: str, inside: bool) -> None:
@@ -567,6 +568,7 @@ def acted(run: Run, action: Any) -> None:
         run.state = COPIES[rest[0]](run.state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "examples"), [("mode", 60), ("interpreted", 25), ("torch", 40), ("captured", 12), ("jax", 8)]
 )

@@ -1207,6 +1207,7 @@ def test_freezing_in_place_returns_nothing() -> None:
 # -- 1.18 convergence ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule", [r for r in RULES if "Decay" not in repr(r) and "lam" not in repr(r)], ids=repr
 )

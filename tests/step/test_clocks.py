@@ -240,6 +240,7 @@ def test_all_arrays_close_a_window_together(engine: str, seed: int) -> None:
             np.testing.assert_allclose(model[n], plain[n].x, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_windows_agree_with_gradients_that_torch_accumulates() -> None:
     """As long as the closing update has a gradient: elsewhere torch steps by what it holds."""
     torch = pytest.importorskip("torch")
@@ -323,6 +324,7 @@ def test_flax_saves_clocks_and_steps() -> None:
     assert opt.current(new)["a"].rules[1].eta == 8
 
 
+@pytest.mark.slow
 def test_a_population_counts_steps_each() -> None:
     """Under vmap every member has its own condition."""
     jax = pytest.importorskip("jax")

@@ -75,6 +75,7 @@ def one_class(arrays: Callable[..., Any], step: Callable[[Any, Any], None], i: i
     return [weakref.ref(Passing), weakref.ref(schedule)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arrays", [in_numpy, in_torch, in_jax])
 def test_classes_of_rules_and_schedules_are_freed(arrays: Callable[..., Any]) -> None:
     arrays(1)
@@ -84,6 +85,7 @@ def test_classes_of_rules_and_schedules_are_freed(arrays: Callable[..., Any]) ->
     assert sum(ref() is not None for ref in known) == 0
 
 
+@pytest.mark.slow
 def test_a_jitted_step_keeps_them_no_longer_than_jax_keeps_what_it_compiled() -> None:
     jax = pytest.importorskip("jax")
     known = [ref for i in range(5) for ref in one_class(in_jax, by_jit, i)]
@@ -93,6 +95,7 @@ def test_a_jitted_step_keeps_them_no_longer_than_jax_keeps_what_it_compiled() ->
     assert sum(ref() is not None for ref in known) == 0
 
 
+@pytest.mark.slow
 def test_a_graph_of_the_compiler_keeps_them_no_longer_than_torch_keeps_it() -> None:
     torch = pytest.importorskip("torch")
     known = [ref for i in range(3) for ref in one_class(in_torch, by_compiler, i)]
@@ -118,6 +121,7 @@ def frozen_patterns(arrays: Callable[..., Any], first: int, count: int) -> None:
         opt.update_(state, model, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arrays", [in_numpy, in_torch])
 @pytest.mark.parametrize("what", [many_models, frozen_patterns])
 def test_memory_does_not_grow_with_what_is_gone(
@@ -139,6 +143,7 @@ def test_memory_does_not_grow_with_what_is_gone(
     assert grown < 60 * 1000  # bytes each; a structure has 16,000 and more
 
 
+@pytest.mark.slow
 def test_equal_states_share_what_was_compiled_for_them() -> None:
     """A sweep that makes its state anew compiles once, also when nobody holds the state of before."""
     torch = pytest.importorskip("torch")
@@ -160,6 +165,7 @@ def test_equal_states_share_what_was_compiled_for_them() -> None:
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_eager_steps_of_states_made_anew_are_compiled_once() -> None:
     jax = pytest.importorskip("jax")
     traced: list[Any] = []

@@ -452,6 +452,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["interpret", "numba"])
 @settings(
     max_examples=150,

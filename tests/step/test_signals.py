@@ -181,6 +181,7 @@ def seen(model: dict[str, Any], state: Any) -> list[Any]:
 GRADS = {"a": np.full(5, 0.5, np.float32), "b": np.full(3, 0.5)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=str)
 @pytest.mark.parametrize("look", [False, True], ids=["raises", "looks"])
 def test_a_signal_anywhere_in_a_step_finds_it_whole(number: int, look: bool, at: Callable[..., None]) -> None:

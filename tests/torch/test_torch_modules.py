@@ -1010,6 +1010,7 @@ def by_name(nest: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.removesuffix("."): nest}
 
 
+@pytest.mark.slow
 @given(nest=nests, seed=st.integers(0, 99), engine=st.sampled_from(ENGINES), step=st.sampled_from(STEPS))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_random_nests_of_modules_train_like_nests_of_arrays(

@@ -1602,6 +1602,7 @@ treespec = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.slow
 @treespec
 def test_lightning_trains_with_clipping_accumulation_and_a_schedule(tmp_path: Path) -> None:
     pytest.importorskip("lightning")
@@ -1734,6 +1735,7 @@ def hugging(where: Path, resume: Path | None = None, **given: Any) -> tuple[Any,
     return model, trainer
 
 
+@pytest.mark.slow
 def test_the_trainer_of_hugging_face_takes_an_optimiser(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     mine, _ = hugging(tmp_path, optimizers=lambda m: opt.TorchOptimizer(m, opt.AdamW(0.02, lam=0.1)))
@@ -1745,6 +1747,7 @@ def test_the_trainer_of_hugging_face_takes_an_optimiser(tmp_path: Path) -> None:
     assert not torch.equal(mine.transformer.wpe.weight, language_model().transformer.wpe.weight)
 
 
+@pytest.mark.slow
 def test_the_trainer_of_hugging_face_makes_the_optimiser_with_its_groups(tmp_path: Path) -> None:
     """Norms and biases do not decay; the rate is that of the rule, unless another is given."""
     pytest.importorskip("transformers")
@@ -1758,6 +1761,7 @@ def test_the_trainer_of_hugging_face_makes_the_optimiser_with_its_groups(tmp_pat
     assert found == [(0.1, 0.1, 0.02), (0.0, 0.0, 0.02)]
 
 
+@pytest.mark.slow
 def test_the_trainer_of_hugging_face_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     made: Any = (opt.TorchOptimizer, {"rule": opt.AdamW(0.02)})
@@ -1914,6 +1918,7 @@ def unsharded(make: Callable[[Any], Any], norm: float | None) -> dict[str, Any]:
     return values(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("name", "make", "norm"),

@@ -169,6 +169,7 @@ def test_a_compiled_train_step_has_no_break_and_the_same_numbers(rule: Callable[
     assert backend.frame_count == 2  # a state of `setup`, then one that a compiled step gave
 
 
+@pytest.mark.slow
 def test_adjusting_does_not_compile_and_freezing_does() -> None:
     torch._dynamo.reset()
     backend = CompileCounter()
