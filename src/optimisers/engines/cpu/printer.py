@@ -278,14 +278,14 @@ class Printer(Maths):
             )
         sums = self.sums()
         if sums:
-            return lines + self.reduced(self.element(at), sums)
+            return lines + self.reduced(self.element(at), sums, self.stores(at))
         return [
             *lines,
             "for i in range(n):",
             *("    " + line for line in [*self.element(at), *self.stores(at)]),
         ]
 
-    def reduced(self, element: list[str], sums: list[str]) -> list[str]:
+    def reduced(self, element: list[str], sums: list[str], stores: list[str]) -> list[str]:
         """The reductions of a chunk. Where squares overflow or vanish, what is in the caches is looked at
         again, times a power of two.
         """
@@ -297,6 +297,7 @@ class Printer(Maths):
         lines += ["for i in range(n):", *("    " + line for line in element)]
         for r, value, term, total in of:
             lines.append(f"    {total} = {self.taken(r.op, total, value, term.type)}")
+        lines += ["    " + line for line in stores]
         norms = {total: (value, term) for r, value, term, total in of if r.op == "norm2"}
         for total in norms:
             lines.append(f"by_{total} = refit({total})")
