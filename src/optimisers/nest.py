@@ -18,6 +18,24 @@ def flatten(state: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[A
         yield path, state
 
 
+NUMBERS = (float, int, bool)
+
+
+def values(state: object) -> list[Any]:
+    """The arrays and numbers of a state, in the order of `flatten`."""
+    if isinstance(state, dict):
+        state = tuple(state.values())
+    if not isinstance(state, tuple | list):
+        return [] if state is None else [state]
+    found: list[Any] = []
+    for item in state:
+        found += values(item) if item is None or isinstance(item, CONTAINERS) else [item]
+    return found
+
+
+CONTAINERS = (tuple, list, dict)
+
+
 def entries(state: object) -> list[tuple[Any, Any]]:
     """The keys and items of a container in a state; none for what is not one."""
     if isinstance(state, dict):
@@ -52,6 +70,8 @@ def form(state: object) -> Any:
     """What two states must share to be of one form: containers, keys, and which entries are arrays or
     numbers.
     """
+    if type(state) in NUMBERS:
+        return "number"
     inner = entries(state)
     if inner or isinstance(state, tuple | list | dict):
         return (type(state), tuple((k, form(v)) for k, v in inner))

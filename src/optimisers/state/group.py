@@ -16,7 +16,7 @@ from optimisers.arrays.layout import contiguous_strides
 from optimisers.errors import BadState
 from optimisers.graph.expr import Expr, cuts, order
 from optimisers.graph.trace import Program, of_changes, trace
-from optimisers.nest import flatten, form, unflatten
+from optimisers.nest import flatten, form, unflatten, values
 from optimisers.rule import Rule, needed
 from optimisers.settings import fill, numbers, skeleton
 from optimisers.state.buffers import Bundled, Indices, Loose, Pack, Places
@@ -72,6 +72,11 @@ class Shape:
     @property
     def library(self) -> Any:
         return registry.named(self.name)
+
+    @property
+    def key(self) -> Any:
+        """What leaves of one group share of it."""
+        return self.dtype, self.name, self.device, self.loose, self.packed, self.capturable
 
     def stand_in(self) -> Any:
         """An array of this kind that takes no memory, to be looked at only."""
@@ -225,28 +230,23 @@ class Entry(NamedTuple):
 # -- making groups -------------------------------------------------------------------------------------------
 
 
-def grouped(entries: Sequence[Any], shapes: Sequence[Shape | None]) -> list[Group]:
+def grouped(
+    entries: Sequence[Any], shapes: Sequence[Shape | None], programs: dict[Any, Program] | None = None
+) -> list[Group]:
     """Groups for entries, or (leaf, rule, state): one for each rule structure, form of state, type and
-    device.
+    device. `programs` are those that were made before, to be taken again.
     """
     kinds: dict[Any, list[Entry]] = {}
-    programs: dict[Any, Program] = {}
+    programs = {} if programs is None else programs
+    skeletons: dict[int, Any] = {}
     for given in entries:
         entry = Entry(*given)
         rule, state = entry.rule, entry.state
         kind = shapes[entry.leaf]
         assert kind is not None
-        key = (
-            skeleton(rule),
-            form(state),
-            _arrays(state, kind),
-            str(kind.dtype),
-            kind.library.name,
-            kind.device,
-            kind.loose,
-            kind.packed,
-            kind.capturable,
-        )
+        if id(rule) not in skeletons:
+            skeletons[id(rule)] = skeleton(rule)
+        key = skeletons[id(rule)], form(state), _arrays(state, kind), kind.key
         if key not in programs:
             programs[key] = program_of(rule, state, kind)
         if programs[key].shape_read:
@@ -259,9 +259,7 @@ def grouped(entries: Sequence[Any], shapes: Sequence[Shape | None]) -> list[Grou
 
 def _arrays(state: Any, kind: Shape) -> Any:
     """The types of the arrays of a state, and whether they have the shape of the parameters."""
-    return tuple(
-        (str(v.dtype), tuple(v.shape) == kind.shape) for _, v in flatten(state) if registry.isarray(v)
-    )
+    return tuple((v.dtype, tuple(v.shape) == kind.shape) for v in values(state) if registry.isarray(v))
 
 
 def program_of(rule: Rule, state: Any, kind: Shape, more: int | None = None) -> Program:
@@ -272,9 +270,10 @@ def program_of(rule: Rule, state: Any, kind: Shape, more: int | None = None) -> 
 def _group(items: list[Entry], program: Program, shapes: Sequence[Shape | None]) -> Group:
     kinds = [k for e in items if (k := shapes[e.leaf]) is not None]
     first, rule = kinds[0], items[0].rule
-    rows = [[*numbers(e.rule), *_counters(e.state), *_steps(e, program)] for e in items]
+    known = {id(rule): numbers(rule) for rule in {id(e.rule): e.rule for e in items}.values()}
+    rows = [[*known[id(e.rule)], *_counters(e.state), *_steps(e, program)] for e in items]
     places = Places.of([k.shape for k in kinds], [k.strides for k in kinds])
-    columns = zip(*([v for _, v in flatten(e.state) if registry.isarray(v)] for e in items), strict=True)
+    columns = zip(*([v for v in values(e.state) if registry.isarray(v)] for e in items), strict=True)
     packs = [
         _slot(kinds, places if slot.shape is None else None, list(arrays))
         for slot, arrays in zip(program.slots, columns, strict=True)
@@ -310,15 +309,18 @@ def _slot(kinds: Sequence[Shape], places: Places | None, arrays: list[Any]) -> P
     if first.loose:
         return Loose(first.name, arrays[0].dtype, first.device, there, arrays)
     pack = Pack.zeros(library, arrays[0].dtype, first.device, there)
-    for i, a in enumerate(arrays):
-        if library.any_set(a):  # zeros are left as the system gives them, untouched
-            library.assign(pack[i], a)
+    parts = list(pack)
+    filled = [
+        i for i, a in enumerate(arrays) if library.any_set(a)
+    ]  # zeros are left as the system gives them
+    if filled:
+        library.assign_many([parts[i] for i in filled], [arrays[i] for i in filled])
     return pack
 
 
 def _counters(state: Any) -> list[Any]:
     """The numbers in a state."""
-    return [v for _, v in flatten(state) if not registry.isarray(v)]
+    return [v for v in values(state) if not registry.isarray(v)]
 
 
 def _steps(entry: Entry, program: Program) -> tuple[Any, ...]:

@@ -38,6 +38,10 @@ class Memo:
     """The engine that was chosen, and why no faster one."""
     by_rows: bool | None = None
     """Whether the rule may leave rows alone whose gradient is 0."""
+    columns: dict[frozenset[str], dict[str, list[list[int]]] | None] = dataclasses.field(
+        default_factory=dict[frozenset[str], dict[str, list[list[int]]] | None]
+    )
+    """Which columns of the table bear some names."""
     wide: object = None
     """The type of the arithmetic."""
     whole: Subset | None = None

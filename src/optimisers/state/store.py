@@ -48,6 +48,8 @@ class Store:
     """Whether the scalars live on a device."""
     retired: list[Group] = dataclasses.field(default_factory=list[Group])
     """Groups that took no further part: a graph that was captured may still write into their arrays."""
+    programs: dict[Any, Any] = dataclasses.field(default_factory=dict[Any, Any])
+    """The programs of its groups, by what they are made for."""
     known: Any = None
     """The structure found last, and what it depends on."""
     compiled: Callable[["Store"], Any] | None = None
@@ -83,6 +85,8 @@ class Store:
         some.
         """
         wanted = np.fromiter(leaves, np.int64)
+        if len(self.groups) == 1 and len(wanted):
+            return [(self.groups[0], self.index_of[wanted], np.arange(len(wanted)))]
         at = self.group_of[wanted]
         found: list[tuple[Group, Indices, Indices]] = []
         for g in np.unique(at):
@@ -120,7 +124,7 @@ class Store:
         self.changed()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"handles": {}, "plans": {}, "retired": []} | dict.fromkeys(
+        fresh = {"handles": {}, "plans": {}, "retired": [], "programs": {}} | dict.fromkeys(
             ("known", "compiled", "structure")
         )
         return {k: v for k, v in vars(self).items() if k != "lock"} | fresh
@@ -281,7 +285,7 @@ class Store:
                 ]
                 if group.captured:
                     self.retired.append(group)
-            self.groups = kept + grouped(sorted(entries, key=lambda e: e.leaf), self.shapes)
+            self.groups = kept + grouped(sorted(entries, key=lambda e: e.leaf), self.shapes, self.programs)
             self.index()
         self.changed()
 
@@ -293,21 +297,27 @@ def _to(fields: Mapping[str, Any]) -> Change:
 
 def _parted(group: Group, label: Indices) -> tuple[ScalarTable, Indices, Indices]:
     """(the table of a group in which only members of one label share rows, the rows of those whose label is
-    not -1, the first member of each).
+    not -1, a member of each).
     """
     table = group.table
-    if not (label == label[0]).all():
+    first = np.zeros(table.rows, np.int64)
+    first[table.row] = np.arange(len(label))
+    if not (label[first][table.row] == label).all():  # a row with members of several labels
         table = table.split_by(label)
-    touched = np.flatnonzero(label >= 0)
-    rows, first = np.unique(table.row[touched], return_index=True)
-    return table, rows, touched[first]
+        first = np.zeros(table.rows, np.int64)
+        first[table.row] = np.arange(len(label))
+    rows = np.flatnonzero(label[first] >= 0)
+    return table, rows, first[rows]
 
 
 def _written(group: Group, label: Indices, given: Sequence[Mapping[str, Any]]) -> bool:
     """Write hyper-parameters of the members of a group, those of one label alike; False, and nothing is
     written, where a setting is no number before or after.
     """
-    columns = columns_of(group.rule, {name for fields in given for name in fields})
+    asked = frozenset(name for fields in given for name in fields)
+    if asked not in group.memo.columns:
+        group.memo.columns[asked] = columns_of(group.rule, asked)
+    columns = group.memo.columns[asked]
     if columns is None:
         return False
     table, rows, first = _parted(group, label)

@@ -55,8 +55,12 @@ class HostTable:
     def merge_equal(self) -> "HostTable":
         if len(self.values) == 1:
             return self
+        whole = np.column_stack([self.values, self.clock])
+        different = len({scalars.tobytes() for scalars in whole}) == len(whole)
+        if different and np.bincount(self.row, minlength=len(whole)).all():
+            return self
         used, row = np.unique(self.row, return_inverse=True)
-        whole = np.column_stack([self.values, self.clock])[used]
+        whole = whole[used]
         table, which = np.unique(whole, axis=0, return_inverse=True)
         return HostTable(table[:, :-1], table[:, -1], which.ravel()[row.ravel()], self.hypers)
 

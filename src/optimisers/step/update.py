@@ -110,8 +110,11 @@ def store_of(
     engine: str | None,
     packed: bool = False,
     capturable: bool = False,
+    programs: dict[Any, Any] | None = None,
 ) -> Store:
-    """The state of some arrays, each with a rule, or with None to train nothing there."""
+    """The state of some arrays, each with a rule, or with None to train nothing there. `programs` are those
+    of a state beside it.
+    """
     shapes = [
         None if r is None else Shape.of(x, engine, packed=packed, capturable=capturable)
         for r, x in zip(rules, arrays, strict=True)
@@ -123,7 +126,9 @@ def store_of(
     ]
     if capturable:
         _refuse_uncapturable(shapes)
-    store = Store(layout, shapes, grouped(entries, shapes), np.zeros(len(arrays), bool), engine=engine)
+    programs = {} if programs is None else programs
+    groups = grouped(entries, shapes, programs)
+    store = Store(layout, shapes, groups, np.zeros(len(arrays), bool), engine=engine, programs=programs)
     for group in store.groups:
         choice_for(group, engine)
     return store

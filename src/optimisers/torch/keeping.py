@@ -40,6 +40,8 @@ class Keeper:
         self.names: dict[Any, str] = {}
         self.own: dict[Any, tuple[Rule | None, bool, ParamGroup]] = {}
         """What was adjusted and frozen in the tree, beside the groups."""
+        self.fitting: dict[Any, Mapping[str, Any]] = {}
+        """Entries that were found to fit already."""
         self.away: Any = WeakTensorKeyDictionary()
         """The entries of parameters that were taken out of the groups, and may come again."""
         self.forget()
@@ -60,7 +62,7 @@ class Keeper:
         return {name: getattr(self, name) for name in ("engine", "capturable", "groups", "names", "own")}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        vars(self).update(kept, away=WeakTensorKeyDictionary())
+        vars(self).update(kept, away=WeakTensorKeyDictionary(), fitting={})
         self.forget()
 
     # -- following --
@@ -177,6 +179,7 @@ class Keeper:
             [rules[leaf] for leaf in range(len(arrays))],
             engine=self.engine,
             capturable=self.capturable,
+            programs=None if self.held is None else self.held.store.programs,
         )
         saved = {p: dict(state[p]) for p in chosen.values() if state.get(p)}
         held = self.held
@@ -216,6 +219,8 @@ class Keeper:
     def take(self, held: Published, found: Mapping[Any, Mapping[str, Any]], state: Any) -> None:
         """Take over entries of parameters, and publish them; raises TreeMismatch for what does not fit."""
         for p, entries in found.items():
+            if _alike(entries, self.fitting.get(p)):
+                continue
             block, i = held.place(p)
             if any(name in entries for name in block.own) and (
                 reason := misfit(block, i, self.names[p], entries, None)
@@ -292,6 +297,15 @@ def _clock_of(held: Published, leaf: int) -> Callable[[int], int]:
     steps = group.table.read_counters(i)[len(group.types) :]
     read = group.program.clocks
     return lambda part: group.table.read_clock(i) if read[part] == UPDATES else int(steps[read[part]])
+
+
+def _alike(entries: Mapping[str, Any], others: Mapping[str, Any] | None) -> bool:
+    """Whether two dicts hold the same objects."""
+    return (
+        others is not None
+        and len(entries) == len(others)
+        and all(map(operator.is_, entries.values(), others.values()))
+    )
 
 
 def _wants(p: Any) -> bool:

@@ -324,7 +324,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         try:
             super().load_state_dict(state_dict)
             keeper, state = self._keeper, self.state
-            keeper.own = {}
+            keeper.own, keeper.fitting = {}, self._incoming or {}
             self._follow()
             keeper.include([p for p in keeper.idle if state.get(p)], state)
             keeper.read()
@@ -334,7 +334,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             raise
         finally:
             arrange.remove()
-            self._incoming = None
+            self._incoming, self._keeper.fitting = None, {}
         if left:
             warnings.warn(f"not loaded: {'; '.join(left)}", stacklevel=2)
 

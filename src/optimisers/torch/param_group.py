@@ -34,13 +34,15 @@ class ParamGroup:
         group, self.rule = self.group, rule
         self.watched: dict[str, str] = {}
         self.constant: list[str] = []
+        self.meanings: dict[str, str] = {}
+        """The field behind every key that the rule takes."""
         self.moving: list[tuple[str, Any, int]] = []
         if rule is not None:
             group.pop("eta", None)
             for key, value in defaults_of(rule).items():
                 self.put(key, value)
             group.setdefault("lr", 1.0)
-            meanings = meanings_of(rule)
+            self.meanings = meanings = meanings_of(rule)
             self.watched = {key: meanings[key] for key in group if key in meanings}
             self.constant = [key for key in group if key not in meanings and key in ASKING]
             self.moving = _moving(rule)
@@ -54,10 +56,13 @@ class ParamGroup:
             self.take(rule)
             return
         self.rule = rule
-        for key, field in self.watched.items():
+        seen = list(self.seen)
+        for n, (key, field) in enumerate(self.watched.items()):
             if field in found:
                 self.put(key, found[field])
-        self.look()
+                seen[n] = found[field]
+        self.seen = tuple(seen)
+        self.raw = [_written(v) for v in self.fetch(self.group)]
 
     def put(self, key: str, value: Any) -> None:
         """Show a value; a tensor that holds it stays."""
@@ -118,10 +123,9 @@ class ParamGroup:
         full = dict(saved)
         if self.rule is None:
             return self.settings | full
-        meanings = meanings_of(self.rule)
         for key, field in self.watched.items():
             if key not in full:
-                named = next((name for name in full if meanings.get(name) == field), None)
+                named = next((name for name in full if self.meanings.get(name) == field), None)
                 if named is None and not lenient:
                     raise BadSetting(f"group {n} of the saved state has no {key}, which {self.rule!r} has")
                 full[key] = self.group[key] if named is None else full[named]
@@ -157,7 +161,7 @@ class ParamGroup:
     def _edits(self, rule: Rule, where: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         seen = dict(zip([*self.watched, *self.constant], self.seen, strict=True))
-        meanings = meanings_of(rule)
+        meanings = self.meanings
         for key in (*seen, *(key for key in self.group if key not in self.known)):
             if key not in self.group:
                 raise BadSetting(f"{where} has no {key} any more; write it again: it was {seen[key]!r}")
