@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import optimisers as opt
-from optimisers import ops
+from optimisers.ops.dispatch import OPERATIONS, dispatch
 from tests.table import dtype_of
 
-ELEMENTWISE = sorted(name for name, word in ops.WORDS.items() if word.family == "elementwise")
+ELEMENTWISE = sorted(name for name, word in OPERATIONS.items() if word.family == "elementwise")
 
 
-REDUCE = sorted(name for name, word in ops.WORDS.items() if word.family == "reduce")
+REDUCE = sorted(name for name, word in OPERATIONS.items() if word.family == "reduce")
 
 
 def reduced(name: str, values: Any) -> float:
@@ -89,7 +89,7 @@ ULPS = {"power": 16, "exp": 8, "expm1": 8, "log": 8, "log1p": 8, "sin": 8, "cos"
 
 
 def word_of(name: str) -> Callable[..., Any]:
-    return lambda *args: ops.speak(name, args, {})
+    return lambda *args: dispatch(name, args, {})
 
 
 class Says(opt.Rule):
@@ -100,7 +100,7 @@ class Says(opt.Rule):
 
     def init(self, x: Any) -> Any:
         kept = {
-            w: opt.zeros_like if ops.WORDS[w].gives in ("same", "branch") else opt.ops.real_zeros_like
+            w: opt.zeros_like if OPERATIONS[w].gives in ("same", "branch") else opt.ops.real_zeros_like
             for w in self.words
         }
         return {w: like(x) for w, like in kept.items()}
@@ -111,7 +111,7 @@ class Says(opt.Rule):
     def say(self, word: str, x: Any, dx: Any) -> Any:
         call = CALLS["choice of complex" if word == "where" and self.complex else ARGUMENTS[word]]
         made = call(word_of(word), x, dx)
-        return opt.where(made, 1, 0) if ops.WORDS[word].gives == "bool" else made
+        return opt.where(made, 1, 0) if OPERATIONS[word].gives == "bool" else made
 
 
 class Reduces(opt.Rule):

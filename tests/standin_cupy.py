@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from optimisers import ops
+from optimisers.ops.dispatch import OPERATIONS
 
 SCALARS = (bool, int, float, complex, np.generic)
 
@@ -410,7 +410,7 @@ def part(name: str) -> Callable[..., Any]:
 WHOLE = ("matmul", "reshape", "where", "real", "imag", "sum", "max", "min", "transpose", "call")
 """Words that are no function of single elements alone."""
 
-WORDS = sorted({n for n in ops.WORDS if n not in WHOLE and hasattr(np, n)} | {"bitwise_and"})
+WORDS = sorted({n for n in OPERATIONS if n not in WHOLE and hasattr(np, n)} | {"bitwise_and"})
 
 FUNCTIONS: dict[str, Any] = {
     **{name: elementwise(name) for name in WORDS},

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 import optimisers as opt
-from optimisers import ops
 from optimisers.arrays import registry
 from optimisers.arrays.numpy import library as host
 from optimisers.arrays.protocol import Library
+from optimisers.ops.dispatch import OPERATIONS
 from tests import operations as words
 from tests import standin_cupy as standin
 from tests.table import DTYPES, TABLE, Row, RowMoments, RowScaled, dtype_of
@@ -108,7 +108,7 @@ def test_a_library_keeps_to_the_protocol(name: str) -> None:
     found = registry.named(name)
 
     assert misfits(type(found)) == set()
-    assert set(found.operations) == set(ops.WORDS)
+    assert set(found.operations) == set(OPERATIONS)
     assert found.name == name
 
 
@@ -300,7 +300,7 @@ def test_what_a_kernel_raises_is_raised_before_anything_is_written(monkeypatch: 
     def raises(*_: Any) -> Any:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setitem(fusion.WORDS, "tanh", raises)
+    monkeypatch.setitem(fusion.FUSED, "tanh", raises)
     model = gpu({"a": np.ones(3), "b": np.ones(3)})
     state = opt.setup({"a": opt.Momentum(0.1), "b": Broken()}, model)
     with pytest.raises(RuntimeError, match="no compiler"):

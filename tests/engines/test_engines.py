@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 import optimisers as opt
-from optimisers import ops
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.numpy import library
 from optimisers.engines.addressed import chunks
 from optimisers.engines.addressed import pointers as addresses
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu import task as numba
+from optimisers.ops.dispatch import OPERATIONS
+from optimisers.ops.primitives import ROUNDINGS
 from tests.operations import (
     ARGUMENTS,
     BITS,
@@ -58,7 +59,7 @@ both_updates = pytest.mark.parametrize("step", [opt.update, opt.update_], ids=la
 
 
 def test_numpy_has_exactly_the_words_of_the_vocabulary() -> None:
-    assert set(library.operations) == set(ops.WORDS)
+    assert set(library.operations) == set(OPERATIONS)
 
 
 def test_kernels_print_every_word_but_those_that_change_the_shape() -> None:
@@ -159,7 +160,7 @@ def test_infinities_and_nan_in_complex_numbers_are_seen_as_numpy_sees_them(name:
 def test_every_elementwise_word_of_complex_numbers_is_accounted_for() -> None:
     """The others compare or round, which has no meaning for complex numbers, or take conditions."""
     meaningless = {"less", "less_equal", "greater", "greater_equal", "maximum", "minimum", "floor", "ceil"}
-    meaningless |= set(ops.ROUNDINGS)
+    meaningless |= set(ROUNDINGS)
     conditions = {"logical_and", "logical_or", "logical_not"}
 
     assert COMPLEX | NUMPY_ONLY | OF_FLOAT32 | meaningless | conditions == set(ELEMENTWISE)

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from jax import lax
 
 import optimisers as opt
-from optimisers import ops
 from optimisers.arrays.jax import library
 from optimisers.jax import pytree as pytrees
+from optimisers.ops.dispatch import OPERATIONS
 from optimisers.state.leaf import parts
 from optimisers.state.structure import structure_of
 from optimisers.tree.path import KeyPath
@@ -135,7 +135,7 @@ def of_numpy(rule: Any, model: Any, gradients: Any) -> Any:
 
 
 def test_jax_has_exactly_the_words_of_the_vocabulary() -> None:
-    assert set(library.operations) == set(ops.WORDS)
+    assert set(library.operations) == set(OPERATIONS)
 
 
 @functools.cache

@@ -360,7 +360,7 @@ class Symbol:
         self.value = value
 
     @staticmethod
-    def __word__(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> "Symbol":
+    def __operation__(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> "Symbol":
         with np.errstate(all="raise", under="ignore"):
             known = [a.value if isinstance(a, Symbol) else a for a in args]
             return Symbol({"clip": np.clip}.get(name, getattr(np, name))(*known, **options))

@@ -14,10 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimisers as opt
-from optimisers import ops
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.torch import library
 from optimisers.engines.addressed import pointers as addresses
+from optimisers.ops.dispatch import OPERATIONS
 from tests import operations as words
 from tests.goldens import PRESENT, REDUCING, array_of, names_of, rule_of, title_of
 from tests.table import DTYPES, TABLE, Row, dtype_of
@@ -56,7 +56,7 @@ def test_the_conversion_of_these_tests_loses_nothing() -> None:
 
 
 def test_torch_has_exactly_the_words_of_the_vocabulary() -> None:
-    assert set(library.operations) == set(ops.WORDS)
+    assert set(library.operations) == set(OPERATIONS)
 
 
 @functools.cache

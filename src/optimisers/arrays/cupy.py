@@ -68,11 +68,11 @@ def _is_ours(x: object) -> TypeGuard[HostArray]:
 # -- operations --------------------------------------------------------------------------------------------
 
 ON_DEVICE: dict[str, Callable[..., Any]] = operations(cp)
-"""The words, said by CuPy on its current GPU: to arrays, or to what stands for them while CuPy fuses."""
+"""The operations of CuPy on its current GPU: of arrays, or of what stands for them while CuPy fuses."""
 
 
-def _word(name: str) -> Callable[..., Any]:
-    """A word said to arrays on the GPU of the first of them; NumPy says it to numbers alone."""
+def _operation(name: str) -> Callable[..., Any]:
+    """An operation on arrays, on the GPU of the first of them; NumPy computes it of numbers alone."""
     on_device, on_host = there(ON_DEVICE[name]), host.operations[name]
     return lambda *args, **options: (on_host if _first(args) is None else on_device)(*args, **options)
 
@@ -82,9 +82,9 @@ def _where(condition: object, a: object, b: object) -> Any:
     return _choose(np.bool_(condition) if isinstance(condition, bool) else condition, a, b)
 
 
-_choose = _word("where")
+_choose = _operation("where")
 
-OPERATIONS: dict[str, Callable[..., Any]] = {name: _word(name) for name in ON_DEVICE} | {"where": _where}
+OPERATIONS: dict[str, Callable[..., Any]] = {name: _operation(name) for name in ON_DEVICE} | {"where": _where}
 
 
 @final

@@ -68,7 +68,7 @@ def _low_bits(x: Array | Scalar) -> Any:
 
 
 def _to_float32(x: Array) -> Any:
-    """In a word that XLA may not leave out, as it does a cast there and back."""
+    """In an operation that XLA may not leave out, as it does a cast there and back."""
     x = _real_number(x)
     return jax.lax.reduce_precision(x, 8, 23) if x.dtype == jnp.float64 else x
 
@@ -78,7 +78,7 @@ def _to_bfloat16(x: Array) -> Any:
 
 
 def _to_float16(x: Array) -> Any:
-    """Of numbers below the normal ones, which are multiples of 2**-24, the word makes 0."""
+    """Of numbers below the normal ones, which are multiples of 2**-24, the operation makes 0."""
     x = _to_float32(x)
     small = jnp.round(x * 2.0**24) * 2.0**-24
     return jnp.where(jnp.abs(x) < 2.0**-14, small, jax.lax.reduce_precision(x, 5, 10))
@@ -90,12 +90,12 @@ def _real_number(x: Array | Scalar) -> Any:
 
 
 def _extreme(reduce: Callable[..., Any], empty: float) -> Callable[..., Any]:
-    def word(x: Array | Scalar, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
+    def reduced(x: Array | Scalar, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
         if axis is None and not keepdims and jnp.size(x) == 0:
             return jnp.asarray(empty, jnp.asarray(x).dtype)
         return reduce(x, axis=axis, keepdims=keepdims)
 
-    return word
+    return reduced
 
 
 def _sign(x: Array | Scalar) -> Any:

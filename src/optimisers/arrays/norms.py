@@ -21,7 +21,7 @@ def norm2(
     that nobody differentiates: the scale cancels.
     """
 
-    def word(x: Array | Scalar, axis: Axis = None, keepdims: bool = False) -> Any:
+    def reduced(x: Array | Scalar, axis: Axis = None, keepdims: bool = False) -> Any:
         maximum, minimum, where = operations["maximum"], operations["minimum"], operations["where"]
         scale: Any = 1
         if 0 not in np.shape(x):
@@ -33,4 +33,4 @@ def norm2(
             scale = operations["reshape"](scale, np.shape(squares))
         return operations["sqrt"](squares) * scale
 
-    return word
+    return reduced

@@ -131,12 +131,12 @@ def _sum(xp: ModuleType, x: HostArray, axis: Axis = None, keepdims: bool = False
 def _extreme(xp: ModuleType, name: str, empty: float) -> Callable[..., Any]:
     reduce = getattr(xp, name)
 
-    def word(x: HostArray | Scalar, axis: Axis = None, keepdims: bool = False) -> Any:
+    def reduced(x: HostArray | Scalar, axis: Axis = None, keepdims: bool = False) -> Any:
         if axis is None and not keepdims and xp.size(x) == 0:
             return xp.asanyarray(x).dtype.type(empty)
         return reduce(x, axis=axis, keepdims=keepdims)
 
-    return word
+    return reduced
 
 
 def operations(xp: Any) -> dict[str, Callable[..., Any]]:

@@ -116,11 +116,11 @@ def _low_bits(x: Tensor) -> Any:
 
 
 def _there_and_back(dtype: torch.dtype) -> Callable[[Any], Tensor]:
-    def word(x: Tensor | Scalar) -> Tensor:
+    def operation(x: Tensor | Scalar) -> Tensor:
         x = _lift(x)
         return x.to(dtype).to(x.dtype if x.is_floating_point() else torch.float64)
 
-    return word
+    return operation
 
 
 def _where(condition: Tensor | bool, a: Tensor | Scalar, b: Tensor | Scalar) -> Any:
@@ -138,13 +138,13 @@ def _sum(x: Tensor | Scalar, axis: int | tuple[int, ...] | None = None, keepdims
 
 
 def _extreme(reduce: Callable[..., Any], empty: float) -> Callable[..., Any]:
-    def word(x: Tensor | Scalar, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
+    def reduced(x: Tensor | Scalar, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
         x = _lift(x)
         if axis is None and not keepdims and x.numel() == 0:
             return torch.full((), empty, dtype=x.dtype, device=x.device)
         return reduce(x, dim=() if axis is None else axis, keepdim=keepdims)
 
-    return word
+    return reduced
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {

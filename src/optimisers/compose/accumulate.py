@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
-from optimisers.ops import clock, floor, maximum, when, where, zeros_like
+from optimisers.ops import floor, maximum, when, where, zeros_like
+from optimisers.ops.steps import clock
 from optimisers.rule import Rule
 
 

@@ -13,12 +13,11 @@ from optimisers.ops import (
     join_bits,
     landing,
     low_bits,
-    rounded,
-    stored_as,
     typed_zeros_like,
     under,
     where,
 )
+from optimisers.ops.state import rounded, stored_as
 from optimisers.rule import Rule, a_rule, static, stepped
 from optimisers.settings import parts
 

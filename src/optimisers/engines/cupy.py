@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from optimisers import ops
 from optimisers.arrays.cupy import ON_DEVICE, cp, library
 from optimisers.engines import interpret
 from optimisers.engines.evaluate import evaluate
@@ -21,6 +20,8 @@ from optimisers.engines.task import Engine, Holds, Members, Step
 from optimisers.graph.expr import Expr
 from optimisers.graph.memo import kept
 from optimisers.graph.passes import Pass, number_of, reduce_pass, store_pass
+from optimisers.ops.dispatch import OPERATIONS
+from optimisers.ops.primitives import ROUNDINGS
 from optimisers.state.buffers import Indices
 from optimisers.state.group import Group
 
@@ -28,12 +29,12 @@ NAME = "cupy.fuse"
 
 _OF_BITS = ("join_bits", "high_bits", "low_bits")
 
-WORDS = {
+FUSED = {
     name: ON_DEVICE[name]
-    for name, word in ops.WORDS.items()
-    if word.family == "elementwise" and name not in (*_OF_BITS, "to_bfloat16")
+    for name, declared in OPERATIONS.items()
+    if declared.family == "elementwise" and name not in (*_OF_BITS, "to_bfloat16")
 }
-"""The words that CuPy fuses: it looks at no bits, and does not change shapes."""
+"""The operations that CuPy fuses: it looks at no bits, and does not change shapes."""
 
 TYPES = frozenset({"float16", "float32", "float64", "complex64", "complex128"})
 """The element types that CuPy fuses."""
@@ -56,14 +57,14 @@ def refusal(group: Group) -> str:
 
 
 _KNOWN = frozenset({"load", "column", "cast"})
-"""What lowering puts around the words."""
+"""What lowering puts around the operations."""
 
 
 def unfused(p: Pass) -> str | None:
     """Why CuPy does not fuse a pass; None if it does."""
     if p.free:
         return "values of another shape than the parameters"
-    odd = next((e.op for e in p.body if e.op not in WORDS and e.op not in _KNOWN), None)
+    odd = next((e.op for e in p.body if e.op not in FUSED and e.op not in _KNOWN), None)
     return None if odd is None else f"the operation {odd}"
 
 
@@ -87,9 +88,9 @@ def evaluated(p: Pass, wide: Any, arrays: Sequence[Any], scalars: Sequence[Any])
         return known[e.value] if e.op == "load" else columns[id(e.value)]
 
     def operation(name: str) -> Callable[..., Any]:
-        if name in ops.ROUNDINGS:
+        if name in ROUNDINGS:
             return lambda x: x.astype(name.removeprefix("to_")).astype(library.real_of(wide))
-        return WORDS[name]
+        return FUSED[name]
 
     found = evaluate(roots, given, library, wide, operation=operation, cast=copied)
     return [found[id(e)] for e in roots]

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from optimisers import ops
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.engines.task import Step
 from optimisers.engines.workspace import Batch, Bucket, Found, Workspace
@@ -23,6 +22,7 @@ from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Pass
 from optimisers.graph.plan import Round, filling
 from optimisers.graph.recipe import Operand, Operation, Recipe, Shape, recipe
+from optimisers.ops.dispatch import OPERATIONS
 from optimisers.state.buffers import Indices
 
 BLOCK = 1 << 21
@@ -392,7 +392,7 @@ class _Run:
                 self.library.cast(a, s.real) if n.type == "bool" else a
                 for a, n in zip(args, e.args, strict=True)
             ]
-        kind = ops.WORDS[e.op].family
+        kind = OPERATIONS[e.op].family
         if kind == "elementwise":
             return self.elementwise(e, args, target)
         (first, *_) = args
@@ -425,11 +425,13 @@ class _Run:
         return self.library.operations[e.op](*args, **dict(e.options))
 
     def leaf_by_leaf(self, e: Expr, args: list[Any]) -> Any:
-        word, options = self.library.operations[e.op], dict(e.options)
+        operation, options = self.library.operations[e.op], dict(e.options)
         found: list[Any] = []
         for i in range(self.high - self.low):
             own = [a[i] if np.ndim(a) else a for a in args]
-            found.append(word(options["function"], *own) if e.op == "call" else word(*own, **options))
+            found.append(
+                operation(options["function"], *own) if e.op == "call" else operation(*own, **options)
+            )
         return stack_of(self.library, found)
 
     def reduce(self, op: Operation) -> None:

@@ -5,9 +5,9 @@ Engines and printers decide nothing, so what is not said here would be decided b
 
 from collections.abc import Iterable
 
-from optimisers import ops
 from optimisers.graph.expr import Expr, order
 from optimisers.graph.lower import LEAVES, fits, wanted
+from optimisers.ops.dispatch import OPERATIONS
 
 TYPES = frozenset({"bool", "real", "complex"})
 
@@ -45,7 +45,7 @@ def check(roots: Iterable[Expr]) -> None:
 
 def fault_of(e: Expr) -> str | None:
     """What is wrong with one lowered node, its arguments being right."""
-    if e.op not in LEAVES and e.op not in ("cast", "spread", "store") and e.op not in ops.WORDS:
+    if e.op not in LEAVES and e.op not in ("cast", "spread", "store") and e.op not in OPERATIONS:
         return f"no engine knows {e.op}"
     if e.type not in TYPES:
         return f"type {e.type}; a node is bool, real or complex"
@@ -67,7 +67,7 @@ def _domain_fault(e: Expr) -> str | None:  # noqa: PLR0911 one a kind of node
     if e.op == "store":
         wrong = {"array": "free", "free": "array", "scalar": "scalar"}[e.domain]
         return f"a {wrong} value stored as {e.domain}" if wrong in domains else None
-    family = ops.WORDS[e.op].family if e.op in ops.WORDS else "elementwise"
+    family = OPERATIONS[e.op].family if e.op in OPERATIONS else "elementwise"
     if family == "shape" or (family == "reduce" and e.domain == "free"):
         return None if e.domain == "free" else f"{e.op} is free, and is said to be {e.domain}"
     if family == "reduce":
@@ -109,7 +109,7 @@ def _cast_fault(have: str, want: str) -> str | None:
 
 def _given(e: Expr, types: list[str]) -> str:
     """The type that an operation gives for arguments of these types."""
-    gives = ops.WORDS[e.op].gives
+    gives = OPERATIONS[e.op].gives
     if gives in ("real", "bool"):
         return gives
     return max(types[1:] if gives == "branch" else types, key=_RANK.__getitem__)

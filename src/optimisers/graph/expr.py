@@ -5,7 +5,7 @@ Grammar. A node is `op(arguments)`:
     number i      hyper-parameter or counter i of a leaf            clock        updates finished so far
     input name    an array: x, dx, dx2, ..., s0, s1, ...            const value  written in the rule
     size          how many elements x has
-    <operation>   one of `ops.WORDS` (sum, max and min of a whole array give a scalar)
+    <operation>   one of `OPERATIONS` (sum, max and min of a whole array give a scalar)
     total         the sum of a scalar over the leaves stepped together
 
 Domain: `scalar` (one number a leaf), `array` (one number an element of x), or `free` (an array of another

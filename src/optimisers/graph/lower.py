@@ -10,15 +10,15 @@ arithmetic, float32 or float64, and complex for the complex type that is made of
                   as a condition that holds
     spread (v)    a value of another shape, broadcast to the shape of x
     store name (v)  v, rounded to what lies in the array
-    <operation>   one of `ops.WORDS`, its arguments of the types that it takes; real and complex numbers may
+    <operation>   one of `OPERATIONS`, its arguments of the types that it takes; real and complex numbers may
                   stand together
 
 `graph.check` holds lowered nodes to this.
 """
 
-from optimisers import ops
 from optimisers.errors import TraceError
 from optimisers.graph.expr import Expr, cuts, order
+from optimisers.ops.dispatch import OPERATIONS
 
 LEAVES = frozenset({"load", "column", "const", "number", "clock", "size", "known"})
 """What is given to a graph."""
@@ -47,7 +47,7 @@ def in_pass(e: Expr) -> bool:
     """Whether a value of another shape is made in the pass that reads it: a function of the elements of one
     other.
     """
-    if e.domain != "free" or e.op not in ops.WORDS or ops.WORDS[e.op].family != "elementwise":
+    if e.domain != "free" or e.op not in OPERATIONS or OPERATIONS[e.op].family != "elementwise":
         return False
     return e.type == "real" and [a.type for a in e.args if a.domain != "scalar"] == ["real"]
 

@@ -8,10 +8,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from optimisers import ops
 from optimisers.graph.expr import Expr, order
 from optimisers.graph.memo import kept
 from optimisers.graph.plan import Round
+from optimisers.ops.dispatch import OPERATIONS
 
 Shape = tuple[int, ...]
 
@@ -73,7 +73,7 @@ def recipe(what: Round, shape: Shape) -> Recipe:
 
 
 def _elementwise(e: Expr) -> bool:
-    return ops.WORDS[e.op].family == "elementwise" if e.op in ops.WORDS else False
+    return OPERATIONS[e.op].family == "elementwise" if e.op in OPERATIONS else False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ class Shapes:
             return _turned(shapes[0], True) if len(shapes[0]) >= 2 else None
         if e.op == "matmul":
             return _multiplied(*shapes)
-        if e.op in ops.WORDS and ops.WORDS[e.op].family == "reduce":
+        if e.op in OPERATIONS and OPERATIONS[e.op].family == "reduce":
             return _reduced(shapes[0], **dict(e.options))
         return _broadcast(shapes) if _elementwise(e) else None
 

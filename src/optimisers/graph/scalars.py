@@ -1,7 +1,7 @@
 """What are the scalars of a step? One value for a row of numbers, or for a leaf where a reduction is in it.
 
 `Scalars` holds those of one group of leaves. It is asked for values, computes what they need from the table
-of numbers, and keeps them: with NumPy in float64, or with the words of the library that the table belongs to,
+of numbers, and keeps them: with NumPy in float64, or by the library that the table belongs to,
 where somebody follows what becomes of the numbers. Reductions and totals are put in from outside, as soon as
 they are known.
 """
@@ -159,7 +159,7 @@ def plain_of(first: Expr, *others: Expr) -> tuple[Expr, ...]:
 
 
 _WRITTEN = INFIX.keys() - {"power", "logical_and", "logical_or"}
-"""Words that Python writes so for numbers of NumPy as well as for its arrays."""
+"""Operations that Python writes so for numbers of NumPy as well as for its arrays."""
 
 
 @kept
@@ -189,8 +189,8 @@ def written_out(first: Expr, *others: Expr, single: bool) -> Callable[[Any, Any]
         elif e.op == "where" and single:
             text = f"{args[1]} if {args[0]} else {args[2]}"
         else:
-            known[f"word_{e.op}"] = host.operations[e.op]
-            text = f"word_{e.op}({', '.join(args)})"
+            known[f"op_{e.op}"] = host.operations[e.op]
+            text = f"op_{e.op}({', '.join(args)})"
         lines.append(f"    {name} = {text}\n")
     answer = "".join(f"{names[id(e)]}, " for e in wanted)
     exec(f"def values(columns, clock):\n{''.join(lines)}    return ({answer})\n", known)  # noqa: S102 made here

@@ -12,6 +12,8 @@ from optimisers import ops
 from optimisers.arrays import registry
 from optimisers.errors import TraceError
 from optimisers.graph.expr import Expr, Guard, Options, show
+from optimisers.ops.dispatch import OPERATIONS, dispatch
+from optimisers.ops.primitives import ROUNDINGS
 from optimisers.rule import asking
 
 
@@ -155,8 +157,8 @@ class Symbol(Expr):
         name = {"true_divide": "divide", "absolute": "abs", "conjugate": "conj"}.get(
             ufunc.__name__, ufunc.__name__
         )
-        if method == "__call__" and not options and name in ops.WORDS:
-            return ops.speak(name, inputs, {})
+        if method == "__call__" and not options and name in OPERATIONS:
+            return dispatch(name, inputs, {})
         raise TraceError(
             f"a rule called np.{ufunc.__name__} on a symbol; use the operations of opt.ops, or "
             f"opt.ops.call(np.{ufunc.__name__}, x)"
@@ -168,7 +170,7 @@ class Symbol(Expr):
         return self.domain == "scalar"
 
     @staticmethod
-    def __word__(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def __operation__(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         return write(name, args, options)
 
     @staticmethod
@@ -256,7 +258,7 @@ def _remainder(a: Any, b: Any) -> Any:
 
 
 def _operation(name: str) -> Callable[..., Any]:
-    return lambda *args: ops.speak(name, args, {})
+    return lambda *args: dispatch(name, args, {})
 
 
 def _give_operators() -> None:
@@ -323,14 +325,14 @@ def lift(value: Any) -> Symbol:
 
 
 def write(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Symbol:
-    """The node of a word."""
-    word = ops.WORDS[name]
+    """The node of an operation."""
+    declared = OPERATIONS[name]
     if name == "call":
         function, *rest = args
         return make(name, tuple(lift(a) for a in rest), domain="free", options=(("function", function),))
     if name == "reshape":
         return make(name, (lift(args[0]),), domain="free", options=(("shape", args[1]),))
-    if word.family == "reduce":
+    if declared.family == "reduce":
         x = lift(args[0])
         chosen = dict(zip(("axis", "keepdims"), args[1:], strict=False)) | options
         along = {k: v for k, v in chosen.items() if v is not None and v is not False}
@@ -341,7 +343,7 @@ def write(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Symbol:
             )
         return make(name, (x,), domain="free", options=tuple(sorted(along.items())))
     nodes = tuple(lift(a) for a in args)
-    if word.family == "shape":
+    if declared.family == "shape":
         return make(name, nodes, domain="free")
     return make(name, nodes)
 
@@ -380,7 +382,7 @@ def result_type(op: str, args: tuple[Expr, ...]) -> str:
     """The type of a node from those of its arguments."""
     if op in ("identity", "scheduled", "total"):
         return args[0].type if args[0].type != "bool" or op == "identity" else "real"
-    gives = ops.WORDS[op].gives
+    gives = OPERATIONS[op].gives
     if gives in ("real", "bool"):
         if op in ("less", "less_equal", "greater", "greater_equal") and any(
             a.type == "complex" for a in args
@@ -388,6 +390,6 @@ def result_type(op: str, args: tuple[Expr, ...]) -> str:
             raise TraceError(f"{op} of complex numbers has no meaning; take abs or real first")
         return gives
     widest = max((a.type for a in (args[1:] if gives == "branch" else args)), key=_RANK.__getitem__)
-    if op in ("maximum", "minimum", "floor", "ceil", *ops.ROUNDINGS) and widest == "complex":
+    if op in ("maximum", "minimum", "floor", "ceil", *ROUNDINGS) and widest == "complex":
         raise TraceError(f"{op} of complex numbers has no meaning; take abs or real first")
     return "real" if widest == "bool" and gives != "branch" else widest

@@ -5,8 +5,8 @@ So `transpose(g) / norm(transpose(g))` is maths on the elements of g, which pass
 
 from collections.abc import Callable, Sequence
 
-from optimisers import ops
 from optimisers.graph.expr import Expr, cuts, order
+from optimisers.ops.dispatch import OPERATIONS
 
 
 def turned(e: Expr, made: Callable[[Expr], Expr]) -> Expr | None:
@@ -18,7 +18,7 @@ def turned(e: Expr, made: Callable[[Expr], Expr]) -> Expr | None:
         return e.args[0].args[0]
     if cuts(e) and _is_transpose(e.args[0]):
         return Expr(e.op, e.args[0].args, type=e.type, options=e.options, guard=e.guard)
-    if e.domain != "free" or e.op not in ops.WORDS or ops.WORDS[e.op].family != "elementwise":
+    if e.domain != "free" or e.op not in OPERATIONS or OPERATIONS[e.op].family != "elementwise":
         return None
     arrays = [a for a in e.args if a.domain != "scalar"]
     if not all(_is_transpose(a) and a.args[0].domain == "array" for a in arrays):

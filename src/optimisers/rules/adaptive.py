@@ -6,10 +6,8 @@ from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
 from optimisers.ops import (
     abs2,
-    by_parts,
     ema,
     full_like,
-    is_complex,
     maximum,
     minimum,
     real_zeros_like,
@@ -18,6 +16,7 @@ from optimisers.ops import (
     where,
     zeros_like,
 )
+from optimisers.ops.derived import by_parts, is_complex
 from optimisers.rule import Rule, in_unit_interval, instead_of_variant, not_negative, static
 from optimisers.settings import is_number
 

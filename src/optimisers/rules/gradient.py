@@ -4,7 +4,8 @@ from typing import Any
 
 from optimisers.arrays.protocol import Array, Operand
 from optimisers.errors import BadSetting
-from optimisers.ops import by_parts, check, clip, isfinite, minimum, norm, sign, total, where
+from optimisers.ops import check, clip, isfinite, minimum, norm, sign, total, where
+from optimisers.ops.derived import by_parts
 from optimisers.rule import Rule, not_negative, rate_before, static
 
 

@@ -1,0 +1,90 @@
+"""What else may a rule say? What is written with the primitive operations, and computed as they are."""
+
+from collections.abc import Callable
+from typing import Any
+
+from optimisers.arrays import registry
+from optimisers.arrays.protocol import Operand
+from optimisers.ops.primitives import (
+    abs,
+    conj,
+    equal,
+    imag,
+    max,
+    maximum,
+    min,
+    minimum,
+    norm2,
+    not_equal,
+    real,
+    sum,
+    where,
+)
+
+
+def square(x: Operand) -> Any:
+    """x * x, complex for complex x (`abs2` is the real one)."""
+    return x * x
+
+
+def ema(beta: Operand, m: Operand, x: Operand) -> Any:
+    """One step of an exponential moving average: beta m + (1 - beta) x."""
+    return beta * m + (1 - beta) * x
+
+
+def clip(x: Operand, low: Operand, high: Operand) -> Any:
+    """x limited to the interval [low, high]."""
+    return minimum(maximum(x, low), high)
+
+
+def is_complex(x: Operand) -> bool:
+    """Whether an array, or a symbol that stands for one, has complex elements."""
+    one: Any = x
+    return one.type == "complex" if hasattr(type(x), "__operation__") else registry.library(x).is_complex(one)
+
+
+def by_parts(function: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...]:
+    """`function(*arrays)`, several arrays; of complex ones the real and the imaginary parts, each for
+    itself.
+    """
+    if not any(map(is_complex, arrays)):
+        return function(*arrays)
+    halves = (function(*map(real, arrays)), function(*map(imag, arrays)))
+    return tuple(a + 1j * b for a, b in zip(*halves, strict=True))
+
+
+def size_of(x: Operand) -> Any:
+    """The number of elements; a symbol in a trace."""
+    one: Any = x
+    return one.size if hasattr(type(x), "__operation__") else registry.library(one).size(one)
+
+
+def mean(x: Operand) -> Any:
+    """The mean over all elements of this array."""
+    return sum(x) / size_of(x)
+
+
+def dot(a: Operand, b: Operand) -> Any:
+    """The sum over all elements of conj(a) * b."""
+    return sum(conj(a) * b)
+
+
+def norm(x: Operand, p: float = 2.0) -> Any:
+    """The p-norm of all elements of this array; p = 0 counts those that are not zero, -inf takes the
+    least.
+    """
+    if p == 2:
+        return norm2(x)
+    size = abs(x)
+    if p == 1:
+        return sum(size)
+    if p == float("inf"):
+        return where(equal(size_of(x), 0), 0.0, max(size))
+    if p == -float("inf"):
+        return where(equal(size_of(x), 0), 0.0, min(size))
+    if p == 0:
+        return sum(where(not_equal(size, 0), 1.0, 0.0))
+    zero = equal(size, 0)  # of which neither power nor root is differentiated
+    powers = sum(where(zero, 0.0 if p > 0 else float("inf"), where(zero, 1.0, size) ** p))
+    nothing = equal(powers, 0) | equal(powers, 0.0 if p > 0 else float("inf"))
+    return where(nothing, 0.0, where(nothing, 1.0, powers) ** (1 / p))

@@ -1,0 +1,60 @@
+"""Of what does a rule make its state? Of arrays like a given one, in the type of the arithmetic or in one of
+their own.
+"""
+
+from typing import Any
+
+from optimisers.arrays import registry
+from optimisers.arrays.protocol import Array, Scalar
+from optimisers.ops.dispatch import dispatch
+from optimisers.ops.primitives import ROUNDINGS
+
+
+def zeros_like(x: Array) -> Any:
+    """Zeros in the shape of `x`, in the type of the arithmetic: that of `x`, but float32 at least.
+
+    A mean or a sum kept in half precision would lose its small terms (0.999 is 1 in bfloat16), so state for
+    float16 and bfloat16 parameters is float32.
+    """
+    return full_like(x, 0)
+
+
+def ones_like(x: Array) -> Any:
+    """Ones in the shape of `x`, in the type of the arithmetic (see `zeros_like`)."""
+    return full_like(x, 1)
+
+
+def full_like(x: Array, value: Scalar) -> Any:
+    """An array in the shape of `x` filled with `value`, in the type of the arithmetic (see `zeros_like`)."""
+    write = getattr(type(x), "__full_like__", None)
+    return registry.library(x).full_like(x, value) if write is None else write(x, value)
+
+
+def typed_zeros_like(x: Array, dtype: str) -> Any:
+    """Zeros in the shape and layout of `x`, in a type of their own."""
+    return registry.library(x).full_like(x, 0, dtype=dtype)
+
+
+def real_zeros_like(x: Array) -> Any:
+    """Real zeros in the shape of `x`, also for complex `x`: for state such as a mean of |dx|^2."""
+    write = getattr(type(x), "__full_like__", None)
+    return registry.library(x).full_like(x, 0, real=True) if write is None else write(x, 0)
+
+
+def copy(x: Array, dtype: str | None = None) -> Any:
+    """A copy of `x`, for state that starts at the parameters; in the type of the arithmetic, or in
+    `dtype`.
+    """
+    library = registry.library(x)
+    return library.widened(x) if dtype is None else library.copied(x, dtype)
+
+
+def rounded(x: Array, dtype: str) -> Any:
+    """x as it comes back from an array of this type, where that is narrower than some arithmetic."""
+    return dispatch(f"to_{dtype}", (x,), {}) if f"to_{dtype}" in ROUNDINGS else x
+
+
+def stored_as(x: Array, value: Array) -> Any:
+    """`value` as it comes back from where `x` is stored: an array of parameters, or of the state."""
+    read = getattr(type(x), "__stored_type__", None)
+    return rounded(value, registry.library(x).dtype_name(x) if read is None else read(x))

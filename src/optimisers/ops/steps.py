@@ -1,0 +1,95 @@
+"""What may a rule say of its step, beside the maths? That there is none, what it lands on, that it must not
+be; and what it knows of the steps of others.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+from optimisers.arrays.protocol import Operand
+from optimisers.errors import DomainError, TraceError
+from optimisers.ops.primitives import abs
+
+
+def total(s: Operand, p: int = 1) -> Any:
+    """The sum of the scalar `s` over all leaves stepped together whose rule asks for it too; with p = 2 the
+    root of the sum of its squares: `total(norm(dx), p=2)` is the norm of all gradients together.
+
+    The first total of a type of rule is one sum, whatever stands before and behind that rule and whatever its
+    settings are; its second total is another. Called on a plain number, outside any update, there is one
+    leaf, and the total is `s` itself.
+    """
+    if p not in (1, 2):
+        raise TraceError(
+            f"total(..., p={p!r}); it takes 1 for the sum, or 2 for the root of the sum of squares"
+        )
+    write = getattr(type(s), "__total__", None)
+    if write is None and getattr(s, "shape", ()) != ():
+        raise TraceError("total() was given an array; it takes a scalar: total(sum(...))")
+    if write is None:
+        return s if p == 1 else abs(s)
+    return write(s, p)
+
+
+def when(condition: Operand, dx: Operand) -> Any:
+    """The answer of a rule that steps only where the scalar condition holds.
+
+    Elsewhere the rest of the chain does not run, its state stays, and so does the parameter. Inside a trace
+    the result is a symbol; for plain values it is `dx` itself, or None, which means "no step".
+    """
+    for a in (condition, dx):
+        if (write := getattr(type(a), "__when__", None)) is not None:
+            return write(condition, dx)
+    if getattr(condition, "shape", ()) != ():
+        raise TraceError(
+            "when() was given a condition for each element; it takes a scalar one: use where() for single "
+            "elements"
+        )
+    return dx if condition else None
+
+
+def clock(dx: Any, otherwise: Any) -> Any:
+    """How many updates have covered the array whose gradient is `dx`; behind a rule that answers `when`, how
+    many steps were taken there. Where `apply` is called outside any update, nobody counts: `otherwise`.
+    """
+    read = getattr(type(dx), "__clock__", None)
+    return otherwise if read is None else read()
+
+
+@dataclass(frozen=True)
+class Becomes:
+    """The answer of a rule that knows the new value of x, not the step to it; x is that value, rounded
+    once.
+    """
+
+    value: Any
+    exact: Any = None
+    """The value before it was rounded, for those who keep averages; None for the value itself."""
+
+
+def landing(x: Operand, dx: Operand) -> Any:
+    """The new value of x after a rule answered `dx`, as exactly as it is known."""
+    if isinstance(dx, Becomes):
+        return dx.value if dx.exact is None else dx.exact
+    return x - dx
+
+
+def under(dx: Operand) -> contextlib.AbstractContextManager[Any]:
+    """The scope in which the rest of a chain runs after a rule answered `dx`: what is made in it holds only
+    with it.
+    """
+    enter = getattr(type(dx), "__under__", None)
+    return contextlib.nullcontext() if enter is None else enter(dx)
+
+
+def check(condition: Operand, message: str, *values: Operand) -> None:
+    """Raise DomainError where the scalar condition fails, before anything of the step is written.
+
+    `message` is a format string for `values`, which are scalars too; the path of the leaf is added to it.
+    """
+    for a in (condition, *values):
+        if (write := getattr(type(a), "__check__", None)) is not None:
+            write(condition, message, values)
+            return
+    if not condition:
+        raise DomainError(message.format(*values))
