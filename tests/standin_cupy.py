@@ -7,12 +7,15 @@ takes no array of another device than the current one. What `fuse` gives to a fu
 CuPy's has, and no more. That the real one compiles and runs can only be seen on a GPU.
 """
 
+import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
 
+from optimisers.arrays import registry
 from optimisers.ops.dispatch import OPERATIONS
 
 SCALARS = (bool, int, float, complex, np.generic)
@@ -459,3 +462,30 @@ def forget() -> None:
     """Empty the lists of what was fused."""
     followed.clear()
     launched.clear()
+
+
+OURS = ("optimisers.arrays.cupy", "optimisers.engines.cupy")
+"""Our modules that hold on to the CuPy that was there when they were imported."""
+
+
+def _unload() -> None:
+    for name in ("cupy", *OURS):
+        sys.modules.pop(name, None)
+    for name in OURS:
+        package, _, short = name.rpartition(".")
+        vars(sys.modules[package]).pop(short, None)
+    registry.forget()
+
+
+@contextlib.contextmanager
+def in_place() -> Iterator[ModuleType]:
+    """The stand-in in CuPy's place, and our modules made anew for it."""
+    real = sys.modules.get("cupy")
+    _unload()
+    sys.modules["cupy"] = made = module()
+    try:
+        yield made
+    finally:
+        _unload()
+        if real is not None:
+            sys.modules["cupy"] = real

@@ -315,15 +315,6 @@ def test_gradients_may_be_of_any_real_type(kind: str, dtype: str, engine: str) -
 
 
 @both_engines
-@both_updates
-def test_gradients_of_one_model_may_be_of_several_types(engine: str, step: Callable[..., Any]) -> None:
-    model = [np.zeros(3, np.float32) for _ in range(5)]
-    grads = [np.full(3, 2, t) for t in (np.float32, np.int64, np.float64, np.float16, ">f4")]
-    _, model = step(opt.setup(opt.Descent(1.0), model, engine=engine), model, grads)
-    np.testing.assert_array_equal(model, -2)
-
-
-@both_engines
 def test_gradients_of_a_wider_type_are_rounded_to_the_arithmetic_first(engine: str) -> None:
     """Else the numbers would depend on the engine, and on whether all gradients of a model are of one
     type.
@@ -506,19 +497,6 @@ def test_a_gradient_may_be_a_turned_or_shifted_view_of_parameters(
     _, new = step(opt.setup(ALIASED[rule], model, engine=engine), model, grads)
     np.testing.assert_array_equal(new["line"], wanted["line"])
     np.testing.assert_array_equal(new["square"], wanted["square"])
-
-
-@both_engines
-@both_updates
-def test_a_gradient_may_be_a_view_of_state(engine: str, step: Callable[..., Any]) -> None:
-    model = {"a": np.zeros(3), "b": np.zeros(3)}
-    state = opt.setup(opt.Momentum(1.0, 0.5), model, engine=engine)
-    state, model = step(state, model, {"a": np.full(3, 4.0), "b": np.full(3, 16.0)})
-    state, model = step(state, model, {"a": state.b.state.v, "b": state.a.state.v})
-    np.testing.assert_array_equal(state.a.state.v, 0.5 * 4 + 16)
-    np.testing.assert_array_equal(state.b.state.v, 0.5 * 16 + 4)
-    np.testing.assert_array_equal(model["a"], -4 - 18)
-    np.testing.assert_array_equal(model["b"], -16 - 12)
 
 
 # -- parameters of every kind --------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import optimisers as opt
+from tests.worlds import step_scaled
 
 
 def rising(clock: Any) -> Any:
@@ -361,7 +362,6 @@ def test_scalars_on_a_device_count_steps_and_updates() -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("triton")
     from optimisers.engines.cuda import device_functions
-    from optimisers.step.update import update_scaled
 
     device = "cpu" if device_functions.INTERPRETED else "cuda"
     model = {n: torch.zeros(2, dtype=torch.float64, device=device) for n in ("a", "b")}
@@ -372,7 +372,7 @@ def test_scalars_on_a_device_count_steps_and_updates() -> None:
     opt.update_(state, model, one)
     opt.update_(state, model, one)
     for found in (sound, bad, sound):
-        update_scaled(state, model, one, (scale, found))
+        step_scaled(state, model, one, (scale, found))
     opt.update_(state.a, model["a"], one["a"])
     opt.update_(state.a, model["a"], one["a"])
     np.testing.assert_array_equal(model["a"].cpu(), -(1 + 2 + 4))
