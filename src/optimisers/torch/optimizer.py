@@ -25,6 +25,7 @@ from optimisers.torch.keeping import Keeper, plain_entries
 from optimisers.torch.loading import arranged, bare_name, misfit, names_of_others
 from optimisers.torch.param_group import ParamGroup
 from optimisers.torch.published import Published
+from optimisers.torch.rates import marks
 from optimisers.torch.takeover import groups_of, take_over
 from optimisers.tree.path import KeyPath
 
@@ -101,6 +102,12 @@ class TorchOptimizer(torch.optim.Optimizer):
         new = cls(groups, groups[0]["rule"], engine=engine, capturable=capturable)
         take_over(new, optimizer)
         return new
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "step" and marks(value):
+            for group in self._keeper.groups:
+                group.scale()
 
     @staticmethod
     def _refuse_strange(settings: Mapping[str, Any], rules: list[Rule]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, final
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from optimisers.errors import BadSetting, BadState
 from optimisers.rule import Rule
@@ -16,6 +17,7 @@ from optimisers.settings import adjusted, fields, is_schedule
 from optimisers.settings import parts as parts_of_value
 from optimisers.torch.classes import plain
 from optimisers.torch.groups import ASKING, at, defaults_of, meanings_of, nothing, refuse, told
+from optimisers.torch.rates import refuse_absolute, scaled, scheduler_of
 
 
 @final
@@ -24,6 +26,8 @@ class ParamGroup:
 
     leaves: list[int]
     """The leaves of its parameters."""
+    scaling = False
+    """Whether `lr` is a factor that a scheduler of torch sets, and a schedule of ours goes on below it."""
 
     def __init__(self, group: dict[str, Any], rule: Rule | None) -> None:
         self.group, self.leaves = group, []
@@ -40,14 +44,59 @@ class ParamGroup:
         if rule is not None:
             group.pop("eta", None)
             for key, value in defaults_of(rule).items():
-                self.put(key, value)
+                if key != "lr" or not self.scaling:
+                    self.put(key, value)
             group.setdefault("lr", 1.0)
             self.meanings = meanings = meanings_of(rule)
             self.watched = {key: meanings[key] for key in group if key in meanings}
             self.constant = [key for key in group if key not in meanings and key in ASKING]
             self.moving = _moving(rule)
+            if self.rate is not None:
+                group.setdefault("initial_lr", 1.0)
         self.fetch = _fetcher([*self.watched, *self.constant])
         self.look()
+
+    @property
+    def noted(self) -> dict[str, Any]:
+        """What stood in the group at the last look, by key."""
+        return dict(zip([*self.watched, *self.constant], self.seen, strict=True))
+
+    @property
+    def rate(self) -> Any:
+        """The schedule that the rate follows; None if it does not."""
+        return next((value for field, value, _ in self.moving if field == "eta"), None)
+
+    def scale(self) -> None:
+        """Let a scheduler of torch that is being made set a factor on the rate, where that is a schedule.
+
+        Raises BadSetting for one that sets rates of its own.
+        """
+        if self.rate is not None and not self.scaling:
+            shown = self.noted["lr"]
+            refuse_absolute(self.group, shown, self.rate)
+            self.group["lr"], self.scaling = 1.0, True
+            self.look()
+
+    def _meant(self, field: str, value: Any, where: str) -> Any:
+        """What a number stands for that was written: over a schedule of the rate it is a factor, if it comes
+        from a scheduler of torch, and else the rate from now on.
+        """
+        schedule = self.rate
+        if field != "eta" or schedule is None or is_schedule(value):
+            return value
+        if not self.scaling:
+            scheduler = scheduler_of(self.group)
+            if scheduler is None:
+                return value
+            if not isinstance(scheduler, LRScheduler):
+                raise BadSetting(
+                    f"{where}: {type(scheduler).__name__} sets the rate, which follows {schedule!r}, and "
+                    "is no scheduler of torch; write a number as eta"
+                )
+            shown = self.noted["lr"]
+            value = value / shown if shown else 1.0
+            self.scaling, self.group["lr"] = True, value
+        return scaled(schedule, value)
 
     def renew(self, rule: Rule, found: dict[str, Any]) -> None:
         """Stand for a rule that differs by the fields that were found."""
@@ -71,10 +120,9 @@ class ParamGroup:
 
     def begin(self) -> None:
         """Take the rate that stands here for the first one, where it is read at the start alone."""
-        if self.rule is not None and "lr" in self.constant:
-            seen = dict(zip([*self.watched, *self.constant], self.seen, strict=True))
-            if plain(self.group["lr"]) != seen["lr"]:
-                self.take(told(self.rule, {"lr": self.group["lr"]}, "a group"))
+        rule, rate = self.rule, self.group.get("lr")
+        if rule is not None and "lr" in self.constant and plain(rate) != self.noted["lr"]:
+            self.take(told(rule, {"lr": rate}, "a group"))
 
     def look(self) -> None:
         """Note what stands in the group now."""
@@ -88,7 +136,7 @@ class ParamGroup:
         """Show the present values of schedules."""
         now = {field: at(value, clock(n)) for field, value, n in self.moving}
         for key, field in self.watched.items():
-            if field in now:
+            if field in now and not (key == "lr" and self.scaling):
                 self.put(key, now[field])
         self.seen = tuple(map(plain, self.fetch(self.group)))
 
@@ -111,7 +159,9 @@ class ParamGroup:
         moving = {field for field, _, _ in self.moving}
         new.group = group
         new.seen = tuple(
-            plain(group[key]) if self.watched.get(key) in moving else seen
+            (None if self.scaling and key == "lr" else plain(group[key]))
+            if self.watched.get(key) in moving
+            else seen
             for key, seen in zip([*self.watched, *self.constant], self.seen, strict=True)
         )
         return new
@@ -160,7 +210,7 @@ class ParamGroup:
 
     def _edits(self, rule: Rule, where: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        seen = dict(zip([*self.watched, *self.constant], self.seen, strict=True))
+        seen = self.noted
         meanings = self.meanings
         for key in (*seen, *(key for key in self.group if key not in self.known)):
             if key not in self.group:
@@ -169,7 +219,7 @@ class ParamGroup:
             if key in seen and value == seen[key]:
                 continue
             if key in meanings:
-                _put(found, meanings[key], key, value, where)
+                _put(found, meanings[key], key, self._meant(meanings[key], value, where), where)
             elif key == "lr" and any(hasattr(part, "eta") for part in parts_of_value(rule)):
                 continue  # the rate of Rprop is read at the start alone, here as in torch
             elif key == "lr":

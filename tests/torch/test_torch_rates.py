@@ -1,0 +1,154 @@
+"""A schedule of ours under a scheduler of torch: the rate is their product, or the mix is refused when it is
+made.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.optim import lr_scheduler  # noqa: E402 torch may not be there
+
+import optimisers as opt  # noqa: E402 the same
+
+OURS = opt.Linear(0.0, 0.5, 10)
+
+
+def ours(clock: int) -> float:
+    return 0.05 * min(clock, 10)
+
+
+def made(rate: Any = OURS, rule: Any = opt.Descent) -> tuple[Any, Any]:
+    p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    return p, opt.TorchOptimizer([p], rule(rate))
+
+
+def rates(p: Any, optimizer: Any, scheduler: Any, steps: int = 8) -> list[float]:
+    """How far each step went along a gradient of 1."""
+    found: list[float] = []
+    for _ in range(steps):
+        before = p.item()
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        if scheduler is not None:
+            plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+            scheduler.step(*((1.0,) if plateau else ()))
+        found.append(before - p.item())
+    return found
+
+
+SCALING: dict[str, Callable[[Any], Any]] = {
+    "constant": lambda o: lr_scheduler.LambdaLR(o, lambda _: 1.0),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda n: 1 / (1 + n)),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 3, 0.5),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.2, 1.0, 6),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 8),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=1),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.1, 3), lr_scheduler.ExponentialLR(o, 0.9)], [3]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.1, 4), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCALING)
+def test_the_rate_is_the_schedule_times_the_factor_of_the_scheduler(name: str) -> None:
+    q = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    peer = torch.optim.SGD([q], 1.0)
+    factors = rates(q, peer, SCALING[name](peer))
+    p, optimizer = made()
+    found = rates(p, optimizer, SCALING[name](optimizer))
+
+    assert found == pytest.approx([ours(n) * f for n, f in enumerate(factors)], abs=1e-14)
+
+
+def test_without_a_scheduler_the_group_shows_the_present_rate() -> None:
+    p, optimizer = made()
+
+    assert rates(p, optimizer, None) == pytest.approx([ours(n) for n in range(8)], abs=1e-14)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(ours(7))
+
+
+def test_a_scheduler_made_on_the_way_starts_at_a_factor_of_1() -> None:
+    p, optimizer = made()
+    rates(p, optimizer, None, 3)
+    found = rates(p, optimizer, lr_scheduler.StepLR(optimizer, 2, 0.5), 4)
+
+    assert found == pytest.approx([ours(3), ours(4), ours(5) / 2, ours(6) / 2])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: lr_scheduler.OneCycleLR(o, 0.1, 12, cycle_momentum=False),
+        lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, cycle_momentum=False),
+        lambda o: torch.optim.swa_utils.SWALR(o, 0.05),
+    ],
+    ids=["OneCycleLR", "CyclicLR", "SWALR"],
+)
+def test_a_scheduler_with_rates_of_its_own_is_refused_when_it_is_made(make: Callable[[Any], Any]) -> None:
+    _, optimizer = made()
+    with pytest.raises(opt.BadSetting, match=r"sets rates of its own.*follows Linear.*write a number as eta"):
+        make(optimizer)
+
+
+class FactorScheduler:
+    """As schedulers of other packages: no class of torch, and it notes the first rate by itself."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.base = [g.setdefault("initial_lr", g["lr"]) for g in optimizer.param_groups]
+
+    def step(self) -> None:
+        for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
+            group["lr"] = base * 0.5
+
+
+def test_a_scheduler_of_another_package_is_refused_at_the_next_step() -> None:
+    p, optimizer = made()
+    scheduler = FactorScheduler(optimizer)
+    scheduler.step()
+    with pytest.raises(opt.BadSetting, match="FactorScheduler sets the rate, which follows Linear"):
+        rates(p, optimizer, None, 1)
+
+
+def test_training_goes_on_from_a_file_at_the_same_rates() -> None:
+    p, optimizer = made()
+    scheduler = SCALING["StepLR"](optimizer)
+    rates(p, optimizer, scheduler, 5)
+    states = copy.deepcopy([optimizer.state_dict(), scheduler.state_dict()])
+    q, again = made()
+    after = SCALING["StepLR"](again)
+    again.load_state_dict(states[0])
+    after.load_state_dict(states[1])
+
+    assert rates(q, again, after, 4) == pytest.approx(rates(p, optimizer, scheduler, 4), abs=1e-14)
+
+
+def test_copies_go_on_at_the_same_rates() -> None:
+    p, optimizer = made()
+    scheduler = SCALING["LambdaLR"](optimizer)
+    rates(p, optimizer, scheduler, 4)
+    q, again, after = copy.deepcopy((p, optimizer, scheduler))
+
+    assert rates(q, again, after, 3) == pytest.approx(rates(p, optimizer, scheduler, 3), abs=1e-14)
+
+
+def test_coupled_decay_follows_the_product() -> None:
+    p = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = opt.TorchOptimizer([p], opt.AdamW(opt.Linear(0.2, 0.0, 10), lam=0.5))
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + n))
+    wanted = 1.0
+    for n in range(4):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        scheduler.step()
+        wanted *= 1 - 0.5 * (0.2 - 0.02 * n) / (1 + n)
+
+    assert p.item() == pytest.approx(wanted, rel=1e-13)
