@@ -23,7 +23,7 @@ bench: .venv/test.stamp ## milliseconds per step, beside the limit of this machi
 	$(RUN) -m benchmarks.numpy_engine
 
 docs: .venv/docs.stamp ## write the pages of the rules anew, then the site, into site/
-	$(RUN) docs/make_rules.py
+	$(RUN) -m docs.make_rules
 	$(RUN) -m mkdocs build --strict
 
 clean: ## forget the environment, the caches, the site and the picture

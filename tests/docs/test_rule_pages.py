@@ -1,33 +1,22 @@
 """Do the pages of the rules say what the rules do? They equal what their generator writes now."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
 import optimisers as opt
+from docs.make_rules.formulas import formula
+from docs.make_rules.pages import pages
+from docs.make_rules.texts import WHEN, family_of
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "docs" / "rules"
 
 
-def _generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_rules", ROOT / "docs" / "make_rules.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_rules"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-MAKE = _generator()
-PAGES: dict[str, str] = MAKE.pages()
+PAGES = pages()
 PUBLIC = [c for n in opt.__all__ if isinstance(c := getattr(opt, n), type) and issubclass(c, opt.Rule)]
 
 
@@ -59,11 +48,11 @@ def test_every_page_is_in_the_menu() -> None:
 @pytest.mark.parametrize("cls", [c for c in PUBLIC if c is not opt.Rule], ids=lambda c: c.__name__)
 def test_every_public_rule_has_a_section_a_picture_and_advice(cls: type[opt.Rule]) -> None:
     name = cls.__name__
-    text = (RULES / f"{MAKE.family_of(cls)}.md").read_text(encoding="utf-8")
+    text = (RULES / f"{family_of(cls)}.md").read_text(encoding="utf-8")
     assert f"\n## {name}\n" in text
     assert f"(img/{name}.png)" in text
     assert f"### Formula of {name}\n" in text
-    assert name in MAKE.WHEN
+    assert name in WHEN
     picture = RULES / "img" / f"{name}.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size < 40_000
@@ -93,7 +82,7 @@ EXPECTED: list[tuple[opt.Rule, list[str]]] = [
 
 @pytest.mark.parametrize(("rule", "expected"), EXPECTED, ids=lambda v: type(v).__name__)
 def test_a_formula_is_that_of_the_paper(rule: opt.Rule, expected: list[str]) -> None:
-    assert [plain(line) for line in lines(MAKE.formula(rule))] == [plain(line) for line in expected]
+    assert [plain(line) for line in lines(formula(rule))] == [plain(line) for line in expected]
 
 
 class Awkward(opt.Rule):
@@ -113,7 +102,7 @@ class Awkward(opt.Rule):
 
 
 def test_parentheses_stand_where_the_meaning_needs_them() -> None:
-    assert [plain(line) for line in lines(MAKE.formula(Awkward()))] == [
+    assert [plain(line) for line in lines(formula(Awkward()))] == [
         r"a_t=g_t-(x_{t-1}-(g_t+1))",
         r"c_t=(g_t+1)^3-(-2)|x_{t-1}-1|",
         (
@@ -125,6 +114,6 @@ def test_parentheses_stand_where_the_meaning_needs_them() -> None:
 
 
 def test_what_when_asks_for_is_shown() -> None:
-    formula = MAKE.formula(opt.Chain(opt.AccumGrad(2), opt.Momentum()), np.zeros(3))
-    assert r"\text{if } \mathit{full}_t \\ v_{t-1} & \text{else}" in formula
-    assert r"x_{t-1} - v_t & \text{if } \mathit{full}_t \\ x_{t-1} & \text{else}" in formula
+    shown = formula(opt.Chain(opt.AccumGrad(2), opt.Momentum()), np.zeros(3))
+    assert r"\text{if } \mathit{full}_t \\ v_{t-1} & \text{else}" in shown
+    assert r"x_{t-1} - v_t & \text{if } \mathit{full}_t \\ x_{t-1} & \text{else}" in shown

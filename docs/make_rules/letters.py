@@ -1,0 +1,130 @@
+"""How are names, numbers and operations written in a formula?"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+SUM, PRODUCT, POWER, ATOM = range(1, 5)
+"""How tightly a printed formula holds together; 0 is looser than a sum: comparisons, cases."""
+
+
+LETTERS = {
+    "lam": r"\lambda",
+    "lambd": r"\lambda",
+    "weight": "w",
+    "sum": "a",
+    "average": "a",
+    "most": r"\hat{v}",
+    "mean": r"\bar{g}",
+    "master": "M",
+    "low": "L",
+    "bound": r"\rho_\infty",
+    "rectified": "r",
+    "taken": "k",
+    "skipped": "n",
+    "term": "u",
+    "product": r"\pi",
+    "size": "s",
+    "step": r"\Delta",
+}
+"""Letters of the papers for names of settings, of state and of variables."""
+
+OWN_LETTERS = {("Rprop", "g"): r"\tilde{g}"}
+"""The same for single rules."""
+
+GREEK = frozenset(
+    ["alpha", "beta", "gamma", "delta", "epsilon", "eta", "ell", "kappa", "mu", "nu", "omega", "psi", "rho"]
+).union(["sigma", "tau", "theta", "xi", "zeta"])
+
+
+COMPARISONS = {
+    "less": "<",
+    "less_equal": r"\le",
+    "greater": ">",
+    "greater_equal": r"\ge",
+    "equal": "=",
+    "not_equal": r"\ne",
+    "logical_and": r"\land",
+    "logical_or": r"\lor",
+}
+FUNCTIONS = {
+    "exp": r"\exp",
+    "log": r"\log",
+    "sin": r"\sin",
+    "cos": r"\cos",
+    "tanh": r"\tanh",
+    "arctan": r"\arctan",
+    "maximum": r"\max",
+    "minimum": r"\min",
+    "sign": r"\operatorname{sign}",
+    "isfinite": r"\operatorname{finite}",
+    "isnan": r"\operatorname{nan}",
+    "real": r"\operatorname{Re}",
+    "imag": r"\operatorname{Im}",
+    "join_bits": r"\operatorname{join}",
+    **{f"to_{kind}": rf"\operatorname{{{kind}}}" for kind in ("float16", "bfloat16", "float32")},
+    "high_bits": r"\operatorname{high}",
+    "low_bits": r"\operatorname{low}",
+}
+REDUCTIONS = {"sum": r"\sum", "max": r"\max", "min": r"\min"}
+
+
+def letter(name: str, owner: str = "") -> str:
+    r"""`beta[0]` -> \beta_1."""
+    base, _, index = name.partition("[")
+    text = OWN_LETTERS.get((owner, base)) or LETTERS.get(base)
+    if text is None:
+        text = "\\" + base if base in GREEK else base if len(base) == 1 else rf"\mathit{{{base}}}"
+    return text if not index else subscripted(text, str(int(index.rstrip("]").split("][")[0]) + 1))
+
+
+def subscripted(text: str, *more: str) -> str:
+    r"""A letter with more below it: (\beta_1, t) -> \beta_{1,t}."""
+    found = re.fullmatch(r"(.*?)_(?:\{(.*)\}|(\\?\w+))", text)
+    base, below = (found[1], [found[2] or found[3]]) if found else (text, [])
+    inner = ",".join([*below, *more])
+    return f"{base}_{inner}" if len(inner) == 1 else f"{base}_{{{inner}}}"
+
+
+def number(value: Any) -> tuple[str, int]:
+    """A constant, and how tightly it holds together."""
+    if isinstance(value, bool):
+        return rf"\text{{{str(value).lower()}}}", ATOM
+    if isinstance(value, complex) or not isinstance(value, int | float):
+        return rf"\text{{{value}}}", ATOM
+    if math.isinf(value):
+        return (r"\infty" if value > 0 else r"-\infty"), (ATOM if value > 0 else SUM)
+    text = f"{value:g}"
+    if "e" in text:
+        digits, _, exponent = text.partition("e")
+        power = f"10^{{{int(exponent)}}}"
+        return (power, POWER) if digits == "1" else (rf"{digits} \cdot {power}", PRODUCT)
+    return text, ATOM if value >= 0 else SUM
+
+
+def short(path: tuple[Any, ...]) -> str:
+    """`beta[0]` for the path of a number or an array, without what is around it."""
+    words = [i for i, p in enumerate(path) if isinstance(p, str)]
+    at = words[-1] if words else -1
+    return str(path[at] if words else "state") + "".join(f"[{p}]" for p in path[at + 1 :])
+
+
+def parenthesised(text: str) -> str:
+    tall = re.search(r"\\(frac|sum|sqrt|begin|left)", text)
+    return rf"\left({text}\right)" if tall else f"({text})"
+
+
+def bars(text: str) -> str:
+    return rf"\left|{text}\right|" if "\\frac" in text else f"|{text}|"
+
+
+AROUND: dict[str, Callable[[str], str]] = {
+    "abs": bars,
+    "ceil": lambda text: rf"\lceil {text} \rceil",
+    "conj": lambda text: rf"\overline{{{text}}}",
+    "floor": lambda text: rf"\lfloor {text} \rfloor",
+    "norm2": lambda text: rf"\lVert {text} \rVert_2",
+    "sqrt": lambda text: rf"\sqrt{{{text}}}",
+}
+"""Operations that are written around their argument."""

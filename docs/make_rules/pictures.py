@@ -1,0 +1,194 @@
+"""Which way does a rule go? Its path on a curved valley, as a picture."""
+
+import dataclasses
+import io
+import textwrap
+from typing import Any
+
+import numpy as np
+
+import optimisers as opt
+from docs.make_rules.texts import example
+
+START = (-1.2, 1.0)
+VALLEY = 10.0
+STEPS = 150
+
+
+def loss(x: Any, y: Any) -> Any:
+    """Rosenbrock's valley, not quite as steep as his; its minimum is at (1, 1)."""
+    return (1 - x) ** 2 + VALLEY * (y - x * x) ** 2
+
+
+def gradient(p: Any) -> Any:
+    x, y = (float(v) for v in p)
+    return np.array([-2 * (1 - x) - 4 * VALLEY * x * (y - x * x), 2 * VALLEY * (y - x * x)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What a picture shows."""
+
+    rule: opt.Rule
+    other: opt.Rule | None = None
+    """A second path, in grey, to compare with."""
+    says: str = ""
+    """What the second path is."""
+    noise: float = 0.0
+    dtype: str = "float64"
+    spoilt: int = 0
+    """Every how many steps a gradient is infinite."""
+    average: bool = False
+    """Whether the second path is the average that the rule keeps."""
+    steps: int = STEPS
+
+
+PLAIN = opt.Descent(0.01)
+PATHS: dict[str, Drawn] = {
+    "Descent": Drawn(opt.Descent(0.01)),
+    "Momentum": Drawn(opt.Momentum(0.005, 0.9)),
+    "Nesterov": Drawn(opt.Nesterov(0.005, 0.9)),
+    "SGD": Drawn(opt.SGD(0.005, 0.9)),
+    "TorchRMSProp": Drawn(opt.TorchRMSProp(0.005, 0.9)),
+    "TorchAdaMax": Drawn(opt.TorchAdaMax(0.3)),
+    "ASGD": Drawn(opt.ASGD(0.01, 1e-4)),
+    "SparseAdam": Drawn(opt.SparseAdam(0.1)),
+    "Maximise": Drawn(opt.Chain(opt.Maximise(), opt.Descent(0.0005)), PLAIN, "the way down", steps=60),
+    "RMSProp": Drawn(opt.RMSProp(0.03)),
+    "Rprop": Drawn(opt.Rprop(0.05)),
+    "AdaGrad": Drawn(opt.AdaGrad(0.4)),
+    "TorchAdaGrad": Drawn(opt.TorchAdaGrad(0.4)),
+    "AdaDelta": Drawn(opt.AdaDelta(0.9, 1e-4), steps=300),
+    "Adam": Drawn(opt.Adam(0.1)),
+    "AdamW": Drawn(opt.AdamW(0.1, lam=0.3), opt.Adam(0.1), "Adam, without decay"),
+    "RAdam": Drawn(opt.RAdam(0.015, (0.9, 0.99)), steps=300),
+    "TorchRAdam": Drawn(opt.TorchRAdam(0.015, (0.9, 0.99)), steps=300),
+    "AdaMax": Drawn(opt.AdaMax(0.3)),
+    "OAdam": Drawn(opt.OAdam(0.05)),
+    "AMSGrad": Drawn(opt.AMSGrad(0.1, (0.9, 0.99))),
+    "TorchAMSGrad": Drawn(opt.TorchAMSGrad(0.1, (0.9, 0.99))),
+    "NAdam": Drawn(opt.NAdam(0.1)),
+    "TorchNAdam": Drawn(opt.TorchNAdam(0.1)),
+    "AdaBelief": Drawn(opt.AdaBelief(0.1)),
+    "Lion": Drawn(opt.Lion(0.03)),
+    "WeightDecay": Drawn(opt.Chain(opt.WeightDecay(0.5), PLAIN), PLAIN, "without decay", steps=600),
+    "DecoupledDecay": Drawn(
+        opt.Chain(opt.Adam(0.1), opt.DecoupledDecay(0.02)), opt.Adam(0.1), "without decay"
+    ),
+    "SignDecay": Drawn(opt.Chain(opt.SignDecay(0.5), PLAIN), PLAIN, "without decay", steps=600),
+    "ClipGrad": Drawn(opt.Chain(opt.ClipGrad(2.0), opt.Descent(0.03)), opt.Descent(0.03), "without clipping"),
+    "ClipNorm": Drawn(opt.Chain(opt.ClipNorm(2.0), opt.Descent(0.03)), opt.Descent(0.03), "without clipping"),
+    "ClipGlobalNorm": Drawn(
+        opt.Chain(opt.ClipGlobalNorm(2.0), opt.Descent(0.03)), opt.Descent(0.03), "without clipping"
+    ),
+    "AccumGrad": Drawn(
+        opt.Chain(opt.AccumGrad(8), opt.Descent(0.03)),
+        opt.Descent(0.03),
+        "every gradient by itself",
+        noise=3.0,
+        steps=400,
+    ),
+    "EMA": Drawn(opt.EMA(opt.RMSProp(0.1), 0.95), None, "the average", average=True),
+    "Chain": Drawn(
+        opt.Chain(opt.ClipNorm(2.0), opt.WeightDecay(0.1), opt.Momentum(0.02)),
+        opt.Momentum(0.02),
+        "Momentum alone",
+    ),
+    "MixedPrecision": Drawn(
+        opt.MixedPrecision(opt.Descent(0.001)),
+        opt.Descent(0.001),
+        "without masters",
+        dtype="float16",
+        steps=4000,
+    ),
+    "SplitPrecision": Drawn(
+        opt.SplitPrecision(opt.Descent(0.001)),
+        opt.Descent(0.001),
+        "without masters",
+        dtype="bfloat16",
+        steps=4000,
+    ),
+    "SkipNonFinite": Drawn(opt.SkipNonFinite(opt.Momentum(0.005)), spoilt=10),
+}
+"""The path of each rule, at a rate that shows its character; a rule that is not listed takes its defaults."""
+
+
+def path_of(drawn: Drawn, rule: opt.Rule) -> tuple[Any, Any]:
+    """(the points of a rule, those of its average), start included, until it is far outside."""
+    rng = np.random.default_rng(0)
+    p = np.array(START, drawn.dtype)
+    state = opt.setup(rule, p, engine="interpret")
+    points, averages = [np.array(p, float)], [np.array(p, float)]
+    for i in range(drawn.steps):
+        g = gradient(p) + drawn.noise * rng.standard_normal(2)
+        if drawn.spoilt and i % drawn.spoilt == drawn.spoilt - 1:
+            g[0] = np.inf
+        state, p = opt.update(state, p, g.astype(drawn.dtype))
+        points.append(np.array(p, float))
+        if drawn.average:
+            averages.append(np.array(opt.averaged(state, p), float))
+        if not np.abs(p).max() < 10:
+            break
+    return np.array(points), np.array(averages)
+
+
+def picture(cls: type[opt.Rule]) -> bytes:
+    """The path of a rule, as a PNG of few colours."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    drawn = PATHS.get(cls.__name__) or Drawn(example(cls))
+    points, averages = path_of(drawn, drawn.rule)
+    figure = Figure(figsize=(5.2, 4.1), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    x, y = np.meshgrid(np.linspace(-1.8, 1.8, 181), np.linspace(-0.7, 2.1, 141))
+    levels = np.geomspace(0.05, 120, 12)
+    axes.contour(x, y, loss(x, y), levels, colors="#b9c4cf", linewidths=0.8)
+    if drawn.other is not None or drawn.average:
+        second = averages if drawn.average else path_of(drawn, drawn.other or drawn.rule)[0]
+        colour = "#D55E00" if drawn.average else "#7a7a7a"
+        axes.plot(
+            *second.T, "-", color=colour, linewidth=1.0, label=drawn.says, zorder=4 if drawn.average else 2
+        )
+        axes.plot(*second[-1], "s", color=colour, markersize=6, zorder=5)
+    many = len(points) > 1000
+    hard = f", every {drawn.spoilt}th gradient infinite" if drawn.spoilt else ""
+    hard = ", noisy gradients" if drawn.noise else hard
+    axes.plot(*points.T, "-" if many else ".-", color="#0072B2", linewidth=1.3, markersize=4, zorder=3)
+    axes.plot(*points[0], "o", color="black", markersize=7, label="start", zorder=6)
+    axes.plot(
+        *points[-1], "s", color="#0072B2", markersize=7, label=f"after {len(points) - 1} updates", zorder=6
+    )
+    axes.plot(1, 1, "*", color="#c03030", markersize=12, label="minimum", zorder=5)
+    axes.set(
+        xlim=(-1.8, 1.8),
+        ylim=(-0.7, 2.1),
+        xlabel="first parameter",
+        ylabel="second parameter",
+        aspect="equal",
+    )
+    axes.set_title(textwrap.fill(title_of(drawn.rule) + hard, 60), fontsize=9)
+    axes.legend(loc="lower center", ncols=2, fontsize=8, framealpha=0.9)
+    buffer, out = io.BytesIO(), io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    image = (
+        Image.open(buffer).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    )
+    image.save(out, format="png", optimize=True)
+    return out.getvalue()
+
+
+def title_of(rule: opt.Rule) -> str:
+    """The rule as it is written, without what stands at its default."""
+    if isinstance(rule, opt.Chain):
+        return f"Chain({', '.join(map(title_of, rule.rules))})"
+    said: list[str] = []
+    for field in dataclasses.fields(rule):
+        value, default = getattr(rule, field.name), getattr(type(rule), field.name, None)
+        if isinstance(value, opt.Rule):
+            said.append(title_of(value))
+        elif value != default or field.name == "eta":
+            said.append(f"{field.name}={value!r}")
+    return f"{type(rule).__name__}({', '.join(said)})"
