@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optimisers.arrays.norms import norm2
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape
@@ -187,6 +188,13 @@ class JaxLibrary(Library[Array, Dtype]):
         """Whether an array, as far as it can be seen, is on several devices."""
         return isinstance(x, jax.Array) and not self.is_traced(x) and len(x.devices()) > 1
 
+    def is_cut(self, x: Array) -> bool:
+        """Whether an array, as far as it can be seen, is cut into parts that lie on several devices."""
+        if not self.is_traced(x):
+            return isinstance(x, jax.Array) and not x.sharding.is_fully_replicated
+        spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
+        return any(axes is not None for axes in spec)
+
     def is_part(self, x: Array) -> bool:
         return bool(varying(x))
 
@@ -296,7 +304,7 @@ class JaxLibrary(Library[Array, Dtype]):
     def table(self, rows: Any) -> Array:
         kind = jax.dtypes.canonicalize_dtype(np.float64)
         if isinstance(rows, np.ndarray):
-            return jnp.asarray(rows, kind)
+            return jnp.add(rows.astype(kind), jnp.zeros((), kind))  # in a mesh it lies as results do
         return (
             jnp.stack([jnp.stack([jnp.asarray(v, kind) for v in row]) for row in rows])
             if rows[0]
@@ -304,7 +312,14 @@ class JaxLibrary(Library[Array, Dtype]):
         )
 
     def counted(self, clocks: object) -> Any:
-        return jnp.asarray(clocks).astype(jnp.int32)
+        return jnp.add(jnp.asarray(clocks).astype(jnp.int32), jnp.int32(0))
+
+    def beside(self, value: Array, arrays: Sequence[Array]) -> Array:
+        if any(self.is_traced(x) or not isinstance(x, jax.Array) for x in (value, *arrays)):
+            return value
+        found = {x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None for x in arrays}
+        mesh = found.pop() if len(found) == 1 else None
+        return value if mesh is None else jax.device_put(value, NamedSharding(mesh, PartitionSpec()))
 
     def constant(self, values: object, beside: Array) -> Any:
         return jnp.asarray(values, beside.dtype)

@@ -137,6 +137,10 @@ class Library(Protocol[A, D]):
         """Whether the elements are shared out over several devices."""
         return False
 
+    def is_cut(self, x: A) -> bool:
+        """Whether this array is known to be cut into parts that lie on several devices."""
+        return False
+
     def is_part(self, x: A) -> bool:
         """Whether this is one device's part of a larger array."""
         return False
@@ -372,6 +376,10 @@ class Library(Protocol[A, D]):
     def constant(self, values: Any, beside: Any) -> Any:
         """Scalars of the host beside a table of them."""
         return float(values) if isinstance(values, int) else values
+
+    def beside(self, value: Any, arrays: Sequence[A]) -> Any:
+        """An array of scalars where arrays that share devices lie: on all of these."""
+        return value
 
     def mapped(self, function: Callable[[Any], Any], counts: Any) -> Any:
         """What a function that knows no vectors gives for each of some whole numbers."""

@@ -81,7 +81,10 @@ def as_optax(rule: object, *, conjugate: bool = False) -> optax.GradientTransfor
         store, node, path = parts(whole) if whole != () else (_nothing(named), EMPTY, KeyPath())
         number = {str(p): leaf for leaf, p in enumerate(store.layout.paths)}
         place = tuple(number.get(name, -1) for name in named)
-        given = tuple(_settings(rule, store, kind.groups) for kind in kinds_of(structure_of(store)))
+        given = tuple(
+            arrays.beside(_settings(rule, store, kind.groups), list(named.values()))
+            for kind in kinds_of(structure_of(store))
+        )
         children = children_of(store, given, place, functools.partial(jax.tree.unflatten, form))
         about = About(jax.tree.structure(children, is_leaf=is_absent), given, place)
         return mirrored(store, node, path, about)

@@ -260,7 +260,12 @@ def stepped(
     refuse_untied(store, node, xs)
     structure = structure_of(store)
     run = jitted(structure, path, changes)
-    out = run(store.arrays(), list(xs), [_once(node, o) for o in orders])
+    try:
+        out = run(store.arrays(), list(xs), [_once(node, o) for o in orders])
+    except ValueError as error:
+        if "incompatible devices" not in str(error):
+            raise
+        return None  # each array is stepped where it lies
     for (holds, *values), (message, paths) in zip(out.checks, out.after.about, strict=True):
         refuse(np.asarray(holds), [np.asarray(v) for v in values], message, paths)
     return out.after.structure().filled(out.held), out.new

@@ -16,6 +16,7 @@ from optimisers.errors import BadSetting, BadState, FloatParameter, NoMatch, NoP
 from optimisers.graph.passes import store_pass
 from optimisers.rule import Rule
 from optimisers.settings import takes
+from optimisers.state.buffers import LARGE
 from optimisers.state.group import Shape, grouped, started
 from optimisers.state.leaf import Branch, Leaf, handle, parts
 from optimisers.state.store import Store
@@ -126,12 +127,28 @@ def store_of(
     ]
     if capturable:
         _refuse_uncapturable(shapes)
+    if packed:
+        _refuse_cut(layout, shapes, arrays)
     programs = {} if programs is None else programs
     groups = grouped(entries, shapes, programs)
     store = Store(layout, shapes, groups, np.zeros(len(arrays), bool), engine=engine, programs=programs)
     for group in store.groups:
+        if group.table.traced:
+            near = [arrays[leaf] for leaf in group.leaves]
+            held = (group.kind.library.beside(a, near) for a in group.table.arrays())
+            group.table = group.table.filled(*held)
         choice_for(group, engine)
     return store
+
+
+def _refuse_cut(layout: Layout, shapes: Sequence[Shape | None], arrays: Sequence[Any]) -> None:
+    """Raise BadSetting for arrays on several devices whose state would have to be gathered into a vector."""
+    for path, kind, x in zip(layout.paths, shapes, arrays, strict=True):
+        if kind is not None and kind.library.size(x) < LARGE and kind.library.is_cut(x):
+            raise BadSetting(
+                f"packed=True puts the state of small arrays into shared vectors, and {path.code()} is cut "
+                "into parts on several devices; leave packed out, or replicate it"
+            )
 
 
 def _refuse_uncapturable(shapes: Sequence[Shape | None]) -> None:

@@ -90,7 +90,8 @@ def calls_kernels(step: Step) -> bool:
     saw and sums go over all shards.
     """
     whole = all(math.prod(s) == n for s, n in zip(step.shapes, step.sizes.tolist(), strict=True))
-    return step.kind.kernels and whole and ffi.available()
+    cut = any(map(library.is_cut, step.xs))  # seen in a transform only where sharding is explicit
+    return step.kind.kernels and whole and not cut and ffi.available()
 
 
 def units(step: Step) -> Bundles:

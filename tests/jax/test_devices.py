@@ -1,0 +1,208 @@
+"""Eight devices: explicit and automatic sharding of arrays with any number of axes; restoring from one device
+to eight and back. Each program runs in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import optimisers as opt
+
+START = """
+import sys, tempfile
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import optimisers as opt
+
+def put(mesh, x, *axes):
+    return jax.device_put(x, NamedSharding(mesh, P(*axes)))
+
+def placed(mesh, of=1.0):
+    whole = {"w": ((8, 4), ("a", "b")), "v": ((8,), ("a",)), "c": ((4, 8, 2), (None, "a", "b")),
+             "d": ((3, 3, 2, 8), (None, None, "b", "a")), "s": ((), ())}
+    numbers = {k: of * jnp.arange(1.0, 1 + np.prod(s)).reshape(s) for k, (s, _) in whole.items()}
+    return {k: put(mesh, numbers[k], *axes) for k, (_, axes) in whole.items()}
+"""
+
+SHARDED = (
+    START
+    + """
+kind = AxisType[sys.argv[1]]
+mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
+
+def steps_of(step, init, params, grads):
+    state = init(params)
+    for _ in range(3):
+        state, params = step(state, params, grads)
+    return state, params, step._cache_size() if hasattr(step, "_cache_size") else 0
+
+def by_optax(tx):
+    def step(state, params, grads):
+        updates, state = tx.update(grads, state, params)
+        return state, optax.apply_updates(params, updates)
+    return jax.jit(step)
+
+with jax.set_mesh(mesh):
+    params, grads = placed(mesh), placed(mesh, 0.5)
+    for rule, theirs in (
+        (opt.Adam(0.1), optax.adam(0.1)),
+        (opt.Chain(opt.ClipGlobalNorm(1.0), opt.AdamW(0.1, lam=0.1)),
+         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.1))),
+    ):
+        tx = opt.as_optax(rule)
+        roads = {
+            "jit": (jax.jit(lambda *a: opt.update(*a)), lambda p: opt.setup(rule, p)),
+            "eager": (opt.update, lambda p: opt.setup(rule, p)),
+            "in place": (opt.update_, lambda p: opt.setup(rule, p)),
+            "set up in jit": (jax.jit(lambda *a: opt.update(*a)), jax.jit(lambda p: opt.setup(rule, p))),
+            "as_optax": (by_optax(tx), tx.init),
+        }
+        _, wanted, count = steps_of(by_optax(theirs), theirs.init, params, grads)
+        _, _, later = steps_of(by_optax(theirs), jax.jit(theirs.init), params, grads)
+        for road, (step, init) in roads.items():
+            state, new, compiled = steps_of(step, init, params, grads)
+            for k in params:
+                np.testing.assert_allclose(new[k], wanted[k], rtol=1e-4, atol=1e-5)
+                assert new[k].sharding.is_equivalent_to(params[k].sharding, new[k].ndim), (road, k)
+            sides = [x.sharding for x in jax.tree.leaves(state) if x.shape == (4, 8, 2)]
+            assert all(s.is_equivalent_to(params["c"].sharding, 3) for s in sides) and sides, road
+            assert compiled <= (later if road == "set up in jit" else count), (road, compiled, count)
+        state = opt.setup(rule, params)
+        text = jax.jit(lambda *a: opt.update(*a)).lower(state, params, grads).compile().as_text()
+        assert "all-gather" not in text
+        try:
+            opt.setup(rule, params, packed=True)
+        except opt.BadSetting as error:
+            assert "is cut into parts on several devices; leave packed out" in str(error)
+        else:
+            raise AssertionError("packed")
+        opt.setup(rule, {k: put(mesh, x) for k, x in params.items()}, packed=True)
+print("right")
+"""
+)
+
+APART = (
+    START
+    + """
+one, other = jax.devices()[:2]
+model = {"a": jax.device_put(jnp.ones(3), one), "b": jax.device_put(jnp.ones(3), other)}
+for rule in (opt.Descent(0.5), opt.Momentum(0.5)):
+    state = opt.setup(rule, model)
+    for step in (opt.update, opt.update_):
+        _, new = step(state, model, model)
+        assert all((x == 0.5).all() for x in new.values())
+        assert new["b"].devices() == {other}
+    state = opt.setup(rule, model)
+    assert (opt.update(state["b"], model["b"], model["b"])[1] == 0.5).all()
+print("right")
+"""
+)
+
+RESTORED = (
+    START
+    + """
+from pathlib import Path
+import orbax.checkpoint as ocp
+
+folder, into = Path(sys.argv[1]), Path(sys.argv[2])
+rule = opt.Chain(opt.ClipGlobalNorm(1.0), opt.AdamW(0.1, lam=0.1))
+tx = opt.as_optax(rule)
+many = jax.device_count() > 1
+if many:
+    params = placed(jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2))
+else:
+    params = {k: jnp.asarray(np.asarray(x)) for k, x in placed(jax.make_mesh((1, 1), ("a", "b"))).items()}
+empty = {"params": params, "native": opt.setup(rule, params), "optax": tx.init(params)}
+with ocp.StandardCheckpointer() as files:
+    held = files.restore(folder, empty) if folder.name != "none" else empty
+    new = dict(held)
+    new["native"], new["params"] = jax.jit(opt.update)(held["native"], held["params"], params)
+    _, new["optax"] = tx.update(params, held["optax"], held["params"])
+    if many:
+        assert all(len(x.devices()) == 8 for x in jax.tree.leaves((new["native"], new["params"])))
+    files.save(into, new)
+    files.wait_until_finished()
+total = sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(new["params"]))
+print(float(total), int(optax.tree.get(new["optax"], "count")))
+"""
+)
+
+
+def said(program: str, *arguments: str, devices: int = 8) -> str:
+    """What a program prints in a process that has so many devices."""
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_sharded_arrays_are_stepped_where_they_lie(kind: str) -> None:
+    """With the numbers of Optax, no gathering, and no compilation that Optax has not."""
+    assert said(SHARDED, kind) == "right"
+
+
+def test_arrays_on_different_devices_are_stepped_each_on_its_own() -> None:
+    assert said(APART) == "right"
+
+
+def test_a_state_is_restored_from_one_device_to_eight_and_back(tmp_path: Path) -> None:
+    """The same three steps, wherever they are made."""
+    names = [str(tmp_path / name) for name in ("none", "first", "second", "third")]
+    moved = [said(RESTORED, names[i], names[i + 1], devices=d) for i, d in enumerate((1, 8, 1))]
+    stayed, at = list[str](), str(tmp_path / "none")
+    for i in range(3):
+        into = str(tmp_path / f"alone{i}")
+        stayed.append(said(RESTORED, at, into, devices=1))
+        at = into
+    totals = [[float(line.split()[0]) for line in lines] for lines in (moved, stayed)]
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5)
+    assert [line.split()[1] for line in moved] == ["1", "2", "3"]
+
+
+# -- many in one ---------------------------------------------------------------------------------------------
+
+
+def test_a_state_of_several_says_so_and_its_members_are_read() -> None:
+    model = {"w": jnp.ones(2), "b": jnp.ones(1)}
+
+    def trained(rate: object) -> object:
+        state = opt.setup(opt.Momentum(0.5), model)
+        return opt.update(opt.adjust(state, rate), model, model)[0]
+
+    for states in (
+        jax.vmap(trained)(jnp.array([0.5, 0.25, 0.125])),
+        jax.tree.map(lambda *a: jnp.stack(a), *(trained(r) for r in (0.5, 0.25, 0.125))),
+    ):
+        for act in (
+            opt.hyperparameters,
+            lambda s: opt.with_hyperparameters(s, {"eta": 0.1}),
+            lambda s: opt.adjust(s, 0.1),
+            lambda s: opt.adjust_(s, 0.1),
+            opt.freeze,
+            opt.current,
+            opt.explain,
+            lambda s: s["w"].rule,
+            lambda s: s["w"].state,
+            lambda s: opt.update(s, model, model),
+        ):
+            with pytest.raises(opt.BadState, match="3 states in one, from a map or a stack"):
+                act(states)
+        assert repr(states).startswith("<state with")
+        assert opt.hyperparameters(jax.tree.map(lambda a: a[1], states))["eta"] == 0.25
+        rates = jax.vmap(opt.hyperparameters)(states)["eta"]
+        assert rates.tolist() == [0.5, 0.25, 0.125]
+        halved = jax.vmap(opt.with_hyperparameters)(states, {"eta": rates / 2})
+        assert jax.vmap(opt.hyperparameters)(halved)["eta"].tolist() == [0.25, 0.125, 0.0625]
