@@ -16,7 +16,7 @@ from optimisers.engines.plans import Plan, plan_of
 from optimisers.errors import BadSetting, BadState
 from optimisers.rule import Rule
 from optimisers.state.group import Group, Shape, grouped, started
-from optimisers.state.leaf import parts
+from optimisers.state.leaf import Branch, Leaf, parts
 from optimisers.tree.path import KeyPath
 
 
@@ -103,9 +103,9 @@ def explain(state: object) -> Explanation:
 
     Counted for a step in which every condition of the rules holds (the flush of AccumGrad, say), with
     gradients of the type of the parameters; for the interpreter, every operation is a pass. Raises BadState
-    for anything but a state.
+    for anything but a state, or a `TorchOptimizer`, which stands for its own.
     """
-    store, node, _ = parts(state)
+    store, node, _ = parts(getattr(state, "tree", state) if not isinstance(state, Leaf | Branch) else state)
     below = np.unique(np.array(node.leaves, np.int64))
     costs = [_cost(g, np.flatnonzero(np.isin(g.leaves, below)), store.engine) for g in store.groups]
     clock = max((int(store.clock_of(i)) for i in below if store.shapes[i] is not None), default=0)

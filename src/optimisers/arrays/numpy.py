@@ -113,6 +113,8 @@ class NumpyLibrary(NumpyLike):
     def any_set(self, x: HostArray) -> bool:
         return bool(x.any())
 
+    guards = True
+
     def seen(self, x: HostArray, *, read_only: bool) -> HostArray:
         x.flags.writeable = not read_only
         return x

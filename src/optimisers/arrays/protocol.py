@@ -302,6 +302,9 @@ class Library(Protocol[A, D]):
         """Whether some element may be other than zero."""
         return True
 
+    guards: bool = False
+    """Whether an array may be shown that cannot be written."""
+
     def seen(self, x: A, *, read_only: bool) -> A:
         """A view for somebody to look at and to write into; not into `x` itself if it is read-only."""
         return x if self.immutable or not read_only else self.duplicate(x)

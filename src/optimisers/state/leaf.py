@@ -25,7 +25,8 @@ class Leaf:
     """The rule and state of one array of parameters (or of several tied ones).
 
     `rule`, `state` and `frozen` may be read and assigned. Arrays in `state` are views: they show what the
-    next step starts from. Two leaves are equal if rule, state and frozen are.
+    next step starts from, and what is written into them counts, unless they are read-only. Two leaves are
+    equal if rule, state and frozen are.
     """
 
     __slots__ = ("_held", "_leaf", "_node")
@@ -72,6 +73,10 @@ class Leaf:
     @property
     def state(self) -> Any:
         group, i = self._store.where(self._leaf)
+        library = group.kind.library
+        if group.shared and not (library.guards or library.immutable or group.loose):
+            with self._store.lock:
+                group.owned()  # what is written into a copy would be lost
         return group.state_of(i)
 
     @state.setter

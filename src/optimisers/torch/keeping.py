@@ -124,7 +124,9 @@ class Keeper:
         for n, group in enumerate(groups):
             params, own = group["params"], group.get("param_names")
             if own is None or len(own) != len(params):
-                own = [before.get(p, f"{n}.{i}") if listed else f"{n}.{i}" for i, p in enumerate(params)]
+                known = dict(enumerate(own or ()))
+                new = [known.get(i, f"{n}.{i}") for i in range(len(params))]
+                own = [before.get(p, name) if listed else name for p, name in zip(params, new, strict=True)]
             found: list[str] = []
             for p, name in zip(params, own, strict=True):
                 if p not in names:
@@ -147,17 +149,17 @@ class Keeper:
         self.include(given, state)
 
     def _put_away(self, here: set[Any], state: Any) -> None:
-        """Keep the entries of parameters that are in no group any more, and give back those of others."""
+        """Keep the entries of parameters that are in no group any more."""
         for p in [p for p in state if isinstance(p, torch.Tensor) and p not in here]:
             entries = state.pop(p)
             self.away[p] = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in entries.items()}
-        for p in here:
-            if p in self.away and p not in state:
-                state[p] = self.away.pop(p)
 
     def include(self, parameters: Sequence[Any], state: Any) -> None:
         """Have a state for more parameters: those that want to be trained, or have gradients or state."""
         group_of = {p: mine for mine in self.groups for p in mine.group["params"]}
+        for p in parameters if self.away else ():
+            if p in self.away and p not in state:
+                state[p] = self.away.pop(p)
         chosen = {
             self.names[p]: p
             for p in dict.fromkeys(parameters)

@@ -38,7 +38,7 @@ def arranged(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], left: l
     What does not fit is noted in `left`, or raises where that is None: TreeMismatch for other names, and for
     a group whose parameters had different settings; ValueError for other groups of parameters without names.
     """
-    theirs = _groups_of(saved)
+    theirs = saved_groups(saved)
     if all(_named(group) for group in (*theirs, *groups)):
         return _by_name(theirs, groups, left)
     if left is None:
@@ -60,7 +60,7 @@ def arranged(saved: Mapping[str, Any], groups: Sequence[dict[str, Any]], left: l
     )
 
 
-def _groups_of(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
+def saved_groups(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The groups of a saved state; raises TreeMismatch for what is none."""
     groups = saved.get("param_groups")
     if not isinstance(groups, list) or not isinstance(saved.get("state"), Mapping):

@@ -22,7 +22,7 @@ from optimisers.torch.classes import HOW, plain
 from optimisers.torch.convert import as_ours
 from optimisers.torch.groups import ASKING, by_glob, matching, meanings_of, require_dense, told
 from optimisers.torch.keeping import Keeper, plain_entries
-from optimisers.torch.loading import arranged, bare_name, misfit, names_of_others
+from optimisers.torch.loading import arranged, bare_name, misfit, names_of_others, saved_groups
 from optimisers.torch.param_group import ParamGroup
 from optimisers.torch.published import Published
 from optimisers.torch.rates import marks
@@ -350,6 +350,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         there.
         """
         self._follow()
+        saved_groups(saved)
         saved = as_ours(saved, [mine.rule for mine in self._keeper.groups])
         groups, state = self.param_groups, saved["state"]
         settings, numbered = arranged(saved, groups, left)
