@@ -407,22 +407,19 @@ class _Run:
         return self.leaf_by_leaf(e, args)
 
     def elementwise(self, e: Expr, args: list[Any], target: Any) -> Any:
-        ranks = [
-            a.ndim - 1 for a, n in zip(args, e.args, strict=True) if n.domain != "scalar" and np.ndim(a) > 0
-        ]
-        rank = max(ranks)
-        args = [
-            self.shaped(a, rank) if n.domain == "scalar" else _raised(a, rank)
-            for a, n in zip(args, e.args, strict=True)
-        ]
-        into = self.library.into.get(e.op)
-        if into is not None and target is not None and all(n.type == "real" for n in e.args):
-            if len(args) == 2 and np.ndim(args[0]) == 0 and e.op in ("add", "multiply"):
-                args.reverse()
-            kinds = {a.dtype for a in args if np.ndim(a)}
-            if kinds == {self.s.real} and np.ndim(args[0]):
-                return into(*args, out=target)
+        numbers = [n.domain == "scalar" for n in e.args]
+        rank = max(a.ndim - 1 for a, n in zip(args, numbers, strict=True) if not n and np.ndim(a) > 0)
+        args = [self.shaped(a, rank) if n else _raised(a, rank) for a, n in zip(args, numbers, strict=True)]
+        if e.op in ("add", "multiply"):
+            args.sort(key=np.ndim, reverse=True)  # a number alone comes last
+        if target is not None and e.op in self.library.into and self.are_plain(e, args):
+            return self.library.into[e.op](*args, out=target)
         return self.library.operations[e.op](*args, **dict(e.options))
+
+    def are_plain(self, e: Expr, args: list[Any]) -> bool:
+        """Whether the arguments are arrays of the type of the arithmetic, with numbers after them."""
+        kinds = {a.dtype for a in args if np.ndim(a)}
+        return np.ndim(args[0]) > 0 and kinds == {self.s.real} and all(n.type == "real" for n in e.args)
 
     def leaf_by_leaf(self, e: Expr, args: list[Any]) -> Any:
         operation, options = self.library.operations[e.op], dict(e.options)

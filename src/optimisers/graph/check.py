@@ -57,10 +57,10 @@ def fault_of(e: Expr) -> str | None:
     return _domain_fault(e) or _type_fault(e)
 
 
-def _domain_fault(e: Expr) -> str | None:  # noqa: PLR0911 one a kind of node
+def _domain_fault(e: Expr) -> str | None:
     domains = {a.domain for a in e.args}
     if e.op in LEAVES:
-        allowed = {"load": {"array", "free"}, "const": {"scalar", "free"}}.get(e.op, {"scalar"})
+        allowed = _GIVEN.get(e.op, ("scalar",))
         return None if e.domain in allowed else f"a {e.op} in domain {e.domain}"
     if e.op == "spread":
         return None if (domains, e.domain) == ({"free"}, "array") else "spread takes a free value"
@@ -68,12 +68,25 @@ def _domain_fault(e: Expr) -> str | None:  # noqa: PLR0911 one a kind of node
         wrong = {"array": "free", "free": "array", "scalar": "scalar"}[e.domain]
         return f"a {wrong} value stored as {e.domain}" if wrong in domains else None
     family = OPERATIONS[e.op].family if e.op in OPERATIONS else "elementwise"
-    if family == "shape" or (family == "reduce" and e.domain == "free"):
-        return None if e.domain == "free" else f"{e.op} is free, and is said to be {e.domain}"
-    if family == "reduce":
-        return (
-            None if e.domain == "scalar" and domains != {"scalar"} else f"{e.op} gives a scalar of an array"
-        )
+    faults = {"shape": _shape_fault, "reduce": _reduction_fault}
+    return faults.get(family, _elements_fault)(e, domains)
+
+
+_GIVEN = {"load": ("array", "free"), "const": ("scalar", "free")}
+"""The domains of what is given to a graph; scalar unless it stands here."""
+
+
+def _shape_fault(e: Expr, _: set[str]) -> str | None:
+    return None if e.domain == "free" else f"{e.op} is free, and is said to be {e.domain}"
+
+
+def _reduction_fault(e: Expr, domains: set[str]) -> str | None:
+    if e.domain == "free" or (e.domain == "scalar" and domains != {"scalar"}):
+        return None
+    return f"{e.op} gives a scalar of an array"
+
+
+def _elements_fault(e: Expr, domains: set[str]) -> str | None:
     if e.domain == "array" and "free" in domains:
         return "a free value beside arrays without spread"
     if e.domain == "free" and "free" in domains:  # also beside arrays: the array library takes both

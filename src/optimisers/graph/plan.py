@@ -126,14 +126,15 @@ def _round(
     nodes: Sequence[Expr], need: _Need, read: Collection[int], program: Program, rank: int | None
 ) -> Round:
     """These nodes as one round."""
-    along = tuple(e for e in nodes if rank is not None and axis_of(e, rank))
-    rest = [e for e in nodes if not any(e is a for a in along)]
+    along = () if rank is None else tuple(e for e in nodes if axis_of(e, rank))
+    summed = set(map(id, along))
+    rest = [e for e in nodes if id(e) not in summed]
     arrays = {id(a): a for e in rest for a in e.args if a.domain == "array"}
-    scaled = [a for a in arrays.values() if _multiple_of(a, arrays)]
-    inputs = tuple(a for a in arrays.values() if not any(a is b for b in scaled))
+    scaled = {i: a for i, a in arrays.items() if _multiple_of(a, arrays)}
+    inputs = tuple(a for i, a in arrays.items() if i not in scaled)
     assert not read_by(inputs)  # what products read is of their domain (see `turn.settled`)
-    wanted = tuple(e for e in rest if id(e) in read)
-    return Round(inputs, (*scaled, *rest), wanted, need.reductions, program.lowering, along)
+    wanted = tuple(filter(lambda e: id(e) in read, rest))
+    return Round(inputs, (*scaled.values(), *rest), wanted, need.reductions, program.lowering, along)
 
 
 def _multiple_of(e: Expr, others: Collection[int]) -> bool:

@@ -271,29 +271,46 @@ class _Writer:
         self.out.append(Operation(kind, e, args, number, 0, shape, alpha, beta, signs))
 
     def written(self) -> Recipe:
+        """The recipe."""
         what = self.what
         inputs = tuple(self.number(e) for e in what.inputs)
-        sums: dict[int, _Sum] = {}
-        for e in reversed(what.nodes):
-            found = None if id(e) in self.inside or self.base(e)[0] is not e else self.sum_of(e)
-            if found is not None:
-                sums[id(e)] = found
-                self.inside |= self.swallowed(e, found.value)
-        for e in what.nodes:
-            if self.base(e)[0] is e and id(e) not in self.inside and e.op not in ("const", "input"):
-                self.write_node(e, sums.get(id(e)))
-        for r in what.reductions:
-            self.write("reduce", r, (self.operand(r.args[0], False),))
+        self.write_all(self.sums())
         outputs = tuple((e, self.operand(e, False)) for e in what.wanted)
         done = {op.out for op in self.out}
         direct = {o.value for _, o in outputs if not o.turned}
         found, registers = registered(self.out, direct & done)
-        names = {n: i for i, n in self.numbers.items()}
-        by_id = {id(e): e for n in (*what.nodes, *what.reductions) for e in (n, *n.args)}
-        older = tuple((by_id[names[n]], n) for n in sorted(names) if n not in done and n not in inputs)
-        size = {n: math.prod(self.known(by_id[i]) or ()) for n, i in names.items() if i in by_id}
+        values = self.numbered()
+        given = {*done, *inputs}
+        older = tuple((values[n], n) for n in sorted(self.numbers.values()) if n not in given)
+        size = {n: math.prod(self.known(e) or ()) for n, e in values.items()}
         elements = sum(size.get(n, 0) for op in found for n in (op.out, *(o.value for o in op.args)))
         return Recipe(tuple(found), inputs, older, outputs, registers, self.counted(), elements)
+
+    def numbered(self) -> dict[int, Expr]:
+        """The value of every number that is not one of the inputs alone."""
+        nodes = (*self.what.nodes, *self.what.reductions)
+        by_id = {id(e): e for n in nodes for e in (n, *n.args)}
+        return {n: by_id[i] for i, n in self.numbers.items() if i in by_id}
+
+    def sums(self) -> dict[int, _Sum]:
+        """The nodes that are one product with what is added to it, by id; from the last on, so that a sum of
+        several terms takes the product of its last one.
+        """
+        found: dict[int, _Sum] = {}
+        for e in reversed(self.what.nodes):
+            whole = None if id(e) in self.inside or self.base(e)[0] is not e else self.sum_of(e)
+            if whole is not None:
+                found[id(e)] = whole
+                self.inside |= self.swallowed(e, whole.value)
+        return found
+
+    def write_all(self, sums: dict[int, _Sum]) -> None:
+        """Every node that is an operation, then the reductions."""
+        for e in self.what.nodes:
+            if self.base(e)[0] is e and id(e) not in self.inside and e.op not in ("const", "input"):
+                self.write_node(e, sums.get(id(e)))
+        for r in self.what.reductions:
+            self.write("reduce", r, (self.operand(r.args[0], False),))
 
     def write_node(self, e: Expr, found: "_Sum | None") -> None:
         flip = self.flip[id(e)]

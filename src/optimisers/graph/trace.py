@@ -97,17 +97,12 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
     Raises TraceError, saying what the rule did, if it cannot be traced.
     """
     dtype, shape = registry.library(x).dtype_name(x), tuple(x.shape)
-    kind, stored = "complex" if "complex" in dtype else "real", (("dtype", dtype),)
+    kind = _kind(dtype)
     with tracing() as notes:
         paths = [path for path, _ in walk(rule)]
         hypers = [Symbol("number", value=i, options=(("name", _name(p)),)) for i, p in enumerate(paths)]
         symbolic = fill(rule, iter(hypers))
-        inputs = [
-            Symbol(
-                "input", value=n, domain="array", type=kind, shape=shape, options=stored if n == "x" else ()
-            )
-            for n in _gradients(more, "x")
-        ]
+        inputs = _inputs(dtype, shape, more)
         slots, names, symbols = _state_symbols(state, shape, len(hypers))
         clocks = notes.clocks = Clocks(symbolic, len(hypers) + len(names))
         token = at_clock.set(clocks)
@@ -115,11 +110,7 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
             new_state, dx = _answer_of(rule, symbolic, unflatten(state, iter(symbols)), inputs)
         finally:
             at_clock.reset(token)
-        if shape and isinstance(dx, Symbol) and dx.domain == "scalar":
-            raise TraceError(
-                f"{type(rule).__name__}.apply gives one number as the step for a whole array; write dx * "
-                "number, or where(True, number, dx)"
-            )
+        _whole(rule, shape, dx)
         _same_form(rule, state, new_state)
         new_x = _new_x(inputs[0], dx)
         new = [lift(e) for _, e in flatten(new_state)]
@@ -147,6 +138,29 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
         shape_read=notes.shape_read or any(s.shape is not None for s in slots),
         type=kind,
     )
+
+
+def _kind(dtype: str) -> str:
+    """Whether numbers of this type are real or complex."""
+    return "complex" if "complex" in dtype else "real"
+
+
+def _inputs(dtype: str, shape: tuple[int, ...], more: int) -> list[Symbol]:
+    """The parameters and their gradients."""
+    stored = {"x": (("dtype", dtype),)}
+    return [
+        Symbol("input", value=n, domain="array", type=_kind(dtype), shape=shape, options=stored.get(n, ()))
+        for n in _gradients(more, "x")
+    ]
+
+
+def _whole(rule: Rule, shape: tuple[int, ...], dx: Any) -> None:
+    """Raise TraceError for one number as the step of a whole array."""
+    if shape and isinstance(dx, Symbol) and dx.domain == "scalar":
+        raise TraceError(
+            f"{type(rule).__name__}.apply gives one number as the step for a whole array; write dx * "
+            "number, or where(True, number, dx)"
+        )
 
 
 def _answer_of(rule: Rule, symbolic: Rule, state: Any, inputs: list[Symbol]) -> tuple[Any, Any]:

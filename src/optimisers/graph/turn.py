@@ -5,7 +5,7 @@ So `transpose(g) / norm(transpose(g))` is maths on the elements of g, which pass
 
 from collections.abc import Callable, Sequence
 
-from optimisers.graph.expr import Expr, cuts, order
+from optimisers.graph.expr import Expr, Guard, cuts, order
 from optimisers.ops.dispatch import OPERATIONS
 
 
@@ -39,32 +39,37 @@ def settled(roots: Sequence[Expr]) -> tuple[list[Expr], dict[int, Expr]]:
     the products: `a * y + b @ y`, which the next product reads, is no pass over memory.
     """
     nodes = order(roots, guards=True)
-    feeding: set[int] = set()
-    for e in reversed(nodes):
-        if e.domain == "free" or id(e) in feeding:
-            feeding.update(id(a) for a in e.args if a.domain == "array")
+    feeding = _feeding(nodes)
     new: dict[int, Expr] = {}
     for e in nodes:
         args, guard = tuple(new[id(a)] for a in e.args), tuple(new[id(g)] for g in e.guard)
-        domain = e.domain
-        domains = {a.domain for a in args} - {"scalar"}
-        if domain == "array" and "free" in domains and ("array" not in domains or id(e) in feeding):
-            domain = "free"
-        same = domain == e.domain and all(
-            a is b for a, b in zip((*args, *guard), (*e.args, *e.guard), strict=True)
-        )
-        new[id(e)] = (
-            e
-            if same
-            else Expr(
-                e.op,
-                args,
-                domain=domain,
-                type=e.type,
-                value=e.value,
-                options=e.options,
-                guard=guard,
-                shape=e.shape_,
-            )
-        )
+        domains = {a.domain for a in args}
+        free = "free" in domains and ("array" not in domains or id(e) in feeding)
+        domain = "free" if e.domain == "array" and free else e.domain
+        before, after = (e.domain, *e.args, *e.guard), (domain, *args, *guard)
+        same = all(a is b for a, b in zip(before, after, strict=True))
+        new[id(e)] = e if same else _made_of(e, args, domain, guard)
     return [new[id(r)] for r in roots], new
+
+
+def _feeding(nodes: Sequence[Expr]) -> set[int]:
+    """The values that a value of another shape reads, or that are made into such, by id."""
+    found: set[int] = set()
+    for e in reversed(nodes):
+        if e.domain == "free" or id(e) in found:
+            found.update(id(a) for a in e.args if a.domain == "array")
+    return found
+
+
+def _made_of(e: Expr, args: tuple[Expr, ...], domain: str, guard: Guard) -> Expr:
+    """A node with other arguments, in this domain."""
+    return Expr(
+        e.op,
+        args,
+        domain=domain,
+        type=e.type,
+        value=e.value,
+        options=e.options,
+        guard=guard,
+        shape=e.shape_,
+    )

@@ -330,37 +330,53 @@ def _evaluated(
     """What a pass stores, from the scalar table and the arrays it reads."""
     table, held = _unpacked(names, counts, given)
     position = {i: k for k, i in enumerate(leaves)}
+    shapes = [every[i] for i in leaves]
+    rows = [int(row[i]) for i in leaves]
     found: dict[str, list[Any]] = {name: [] for name, _ in kinds}
-    like = dict(kinds)
     for u, unit in enumerate(units):
         at = [position[i] for i in unit]
-        together = len({int(row[i]) for i in unit}) == 1
-        parts = [at] if together else [[k] for k in at]
-        pieces: dict[str, list[Any]] = {name: [] for name, _ in kinds}
-        shapes = [every[leaves[k]] for k in at] if len(at) > 1 else []
-        start = 0
-        for part in parts:
-            inputs = {
-                name: _part(name, held[name], u, part, start, shapes, at, len(at) > 1) for name in names
-            }
-            values = _pass(p, wide, inputs, table[int(row[leaves[part[0]]])])
-            for name, _ in kinds:
-                pieces[name].append(values[name])
-            start += sum(int(np.prod(shapes[at.index(k)])) for k in part) if shapes else 0
-        for name, _ in kinds:
-            vector = pieces[name][0] if len(pieces[name]) == 1 else jnp.concatenate(pieces[name])
-            if name != "x" and not name.startswith("w"):
-                shape, dtype = like[name][u]
-                found[name].append(_rounded(vector, shape, dtype))
-                continue
-            begin = 0
-            for k in at:
-                shape, dtype = like[name][k]
-                n = int(np.prod(shape))
-                piece = vector if len(at) == 1 else vector[begin : begin + n]
-                found[name].append(_rounded(piece, shape, dtype))
-                begin += n
+        values = _of_unit(p, wide, held, u, at, table, rows, shapes)
+        for name, like in kinds:
+            by_leaf = name == "x" or name.startswith("w")
+            found[name] += _cut(values[name], [like[k] for k in at] if by_leaf else [like[u]])
     return [a for name, _ in kinds for a in found[name]]
+
+
+def _of_unit(
+    p: Pass,
+    wide: Any,
+    held: dict[str, list[Any]],
+    unit: int,
+    at: list[int],
+    table: Any,
+    rows: list[int],
+    shapes: list[tuple[int, ...]],
+) -> dict[str, Any]:
+    """What a pass stores of the leaves of one unit, as one vector, or the array of the only leaf; those of
+    one row of scalars at once.
+    """
+    parts = [at] if len({rows[k] for k in at}) == 1 else [[k] for k in at]
+    own = [shapes[k] for k in at] if len(at) > 1 else []
+    pieces: list[dict[str, Any]] = []
+    start = 0
+    for part in parts:
+        inputs = {name: _part(name, held[name], unit, part, start, own, at, len(at) > 1) for name in held}
+        pieces.append(_pass(p, wide, inputs, table[rows[part[0]]]))
+        start += sum(math.prod(shapes[k]) for k in part)
+    if len(pieces) == 1:
+        return pieces[0]
+    return {name: jnp.concatenate([piece[name] for piece in pieces]) for name, _ in p.stores}
+
+
+def _cut(vector: Any, kinds: list[tuple[tuple[int, ...], Any]]) -> list[Any]:
+    """The arrays that lie one after the other in a vector, in these shapes and types."""
+    if len(kinds) == 1:
+        return [_rounded(vector, *kinds[0])]
+    ends = np.cumsum([math.prod(shape) for shape, _ in kinds]).tolist()
+    return [
+        _rounded(vector[end - math.prod(shape) : end], shape, dtype)
+        for end, (shape, dtype) in zip(ends, kinds, strict=True)
+    ]
 
 
 def _reduced(
