@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numba.core.errors import NumbaError
 
 import optimisers as opt
 from optimisers.engines.cpu import printer as kernels
@@ -650,6 +651,23 @@ def test_without_a_trusted_directory_all_is_compiled_in_memory(tmp_path: Path) -
 def test_wrong_numbers_are_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ffi, "TRIAL", ffi.TRIAL.replace("* table[row[k], 0]", "* table[0, 0]"))
     assert not ffi.available()
+
+
+@pytest.mark.usefixtures("anew")
+@pytest.mark.parametrize("mistake", ["store(at, i, load(at))", "store(at, i, unknown)", "store(at, i"])
+def test_a_mistake_in_a_kernel_is_an_error(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = ffi.TRIAL.replace("store(at, i, load(at, i) * table[row[k], 0])", mistake)
+    monkeypatch.setattr(ffi, "TRIAL", text)
+    with pytest.raises((NumbaError, SyntaxError, TypeError)):
+        ffi.available()
+
+
+def show_available() -> None:
+    sys.stdout.write(f"{ffi.available()}")
+
+
+def test_without_compilation_there_are_no_kernels() -> None:
+    assert fresh("show_available", NUMBA_DISABLE_JIT="1") == "False"
 
 
 @pytest.mark.usefixtures("anew")

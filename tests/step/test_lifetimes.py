@@ -2,9 +2,11 @@
 
 import gc
 import importlib.util
+import sys
 import tracemalloc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -210,3 +212,47 @@ def test_rates_in_tensors_are_freed() -> None:
 
     assert sum(ref() is not None for ref in known) == 1
     np.testing.assert_allclose(p.detach().numpy(), 1 - sum(0.1 / (i + 1) for i in range(50)), rtol=1e-5)
+
+
+def test_kernels_go_with_the_last_state_that_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optimisers.engines import cache
+
+    monkeypatch.setattr(cache, "KEPT", 0)
+    monkeypatch.setattr(cache, "_recent", {})
+    monkeypatch.setattr(cache, "_loaded", weakref.WeakValueDictionary[str, Any]())
+    rule = opt.Chain(opt.ClipNorm(), opt.AdaBelief())
+    model = [np.ones(5, np.float32)]
+
+    def states() -> tuple[Any, Any, list[Any]]:
+        first, second = opt.setup(rule, model), opt.setup(rule, model)
+        for state in (first, second):
+            opt.update_(state, model, model)
+        kernels = [m for m in cache._loaded.values() if "One pass" in (m.__doc__ or "")]
+        return first, second, [weakref.ref(m) for m in kernels]
+
+    first, second, modules = states()
+    assert len(modules) == 2
+    del first
+    collect()
+    assert all(module() is not None for module in modules)
+    opt.update_(second, model, model)
+    del second
+    collect()
+    assert all(module() is None for module in modules)
+    assert not [name for name in sys.modules if name.startswith(cache.PREFIX)]
+
+
+def test_the_kernels_asked_for_last_stay_and_no_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from optimisers.engines import cache
+
+    monkeypatch.setattr(cache, "KEPT", 3)
+    monkeypatch.setattr(cache, "_recent", {})
+    texts = [f'"""{i}"""\nkernel = [{i}]\n' for i in range(5)]
+    first = cache.load(texts[0], tmp_path)
+    modules = [weakref.ref(cache.load(text, tmp_path)) for text in texts]
+    cache.load(texts[2], tmp_path)
+    collect()
+    assert [m() is not None for m in modules] == [True, False, True, True, True]
+    assert first.kernel == [0]
+    assert cache.load(texts[0], tmp_path) is first
+    assert cache.load(texts[1], tmp_path).kernel == [1]

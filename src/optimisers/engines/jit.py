@@ -61,11 +61,14 @@ class Kept(FunctionCache):
 
     _impl_class = Form
 
-    def __init__(self, function: Any) -> None:
-        super().__init__(function)
-        self._cache_file = Files(
-            self._cache_path, self._impl.filename_base, self._impl.locator.get_source_stamp()
-        )
+
+def kept(function: Any) -> Kept:
+    """The cache of one function, whose files are ours."""
+    found: Any = Kept(function)
+    found._cache_file = Files(
+        found._cache_path, found._impl.filename_base, found._impl.locator.get_source_stamp()
+    )
+    return found
 
 
 def njit(signature: str | None = None, *, cache: bool = False, **options: Any) -> Callable[[Any], Any]:
@@ -74,7 +77,7 @@ def njit(signature: str | None = None, *, cache: bool = False, **options: Any) -
     def decorated(function: Any) -> Any:
         made: Any = numba.njit(**options)(function)
         if cache:
-            made._cache = Kept(function)
+            made._cache = kept(function)
         if signature is not None:
             made.compile(signature)
             made.disable_compile()
@@ -89,7 +92,7 @@ def cfunc(signature: str, *, cache: bool = False, **options: Any) -> Callable[[A
     def decorated(function: Any) -> Any:
         made: Any = CFunc(function, sigutils.normalize_signature(signature), {}, options)
         if cache:
-            made._cache = Kept(function)
+            made._cache = kept(function)
         made.compile()
         return made
 

@@ -111,7 +111,7 @@ def look(items, array_type, dtype, itemsize, flags, contiguous, begin, shape, st
 
 def numpy_look(_device: str) -> Look:
     """The compiled look at arrays of NumPy."""
-    compiled = cache.load(LOOK).look
+    compiled = cache.lasting(LOOK).look
 
     def look(form: Tables, items: int, dtype: Any, at: Indices, misfit: Indices, *, write: bool) -> int:
         flags = ALIGNED | WRITEABLE if write else ALIGNED
@@ -184,7 +184,7 @@ def torch_look(device: str) -> Look | None:
 
     if (where := _inside_tensors(torch, device)) is None:
         return None
-    compiled = cache.load(LOOK_TORCH).look
+    compiled = cache.lasting(LOOK_TORCH).look
     table, codes = where
 
     def look(form: Tables, items: int, dtype: Any, at: Indices, misfit: Indices, **_: bool) -> int:

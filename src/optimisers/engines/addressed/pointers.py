@@ -215,7 +215,7 @@ NOTSWAPPED = 0x200
 def _reader() -> tuple[Any, int]:
     """(the compiled reader, the address of the function that opens a capsule)."""
     pointer = ctypes.cast(ctypes.pythonapi.PyCapsule_GetPointer, ctypes.c_void_p).value
-    return cache.load(READ).look, pointer or 0
+    return cache.lasting(READ).look, pointer or 0
 
 
 def numpy_addresses(

@@ -4,6 +4,7 @@ Numba knows no pointers made of integers, no bfloat16 and no arithmetic in float
 all three. Each array of a kernel has an alias scope of its own, which spares LLVM its overlap checks.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ def _between(b: ir.IRBuilder, v: ir.Value, *, have: bool, want: bool) -> Any:
     return b.fpext(v, F64) if want else b.fptrunc(v, F32)
 
 
+@functools.cache
 def loader(kind: str, slot: int, slots: int, real: str) -> Any:
     """`load(address, i)`: element i of an array of this kind, array `slot` of `slots`, in the type of the
     arithmetic, whose real numbers are `real`.
@@ -82,6 +84,7 @@ def loader(kind: str, slot: int, slots: int, real: str) -> Any:
     return load
 
 
+@functools.cache
 def storer(kind: str, slot: int, slots: int, real: str) -> Any:
     """`store(address, i, value)`: write element i, given in the type of the arithmetic, rounded to this kind
     (to nearest, ties to even).

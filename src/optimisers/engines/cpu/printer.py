@@ -165,6 +165,10 @@ class Maths:
     casts: ClassVar[dict[tuple[str, str], str]] = CASTS
 
     def __init__(self, arithmetic: str) -> None:
+        self.start(arithmetic)
+
+    def start(self, arithmetic: str) -> None:
+        """Begin with no value named."""
         self.real = arithmetic
         self.names: dict[int, str] = {}
         self.count = 0
@@ -212,7 +216,7 @@ class Printer(Maths):
     def __init__(
         self, p: Pass, kinds: dict[str, str], arithmetic: str, labels: dict[str, str], *, inplace: bool
     ) -> None:
-        super().__init__(arithmetic)
+        self.start(arithmetic)
         self.p, self.kinds, self.labels, self.inplace = p, kinds, labels, inplace
         self.arrays = columns(p, inplace=inplace)
         self.stored = {s: s if not self.is_apart(s) else f"new {s}" for s, _ in p.stores}

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -137,18 +138,21 @@ def launch_with(
     addresses = step.work.tables.scratch.array("addresses", (len(rows), len(row)), np.int64)
     for i, r in enumerate(rows):
         addresses[i] = r
-    compiled = kernel(step, p)
+    module = kernel(step, p)
+    compiled = module.kernel
     counter = np.zeros(1, np.int64)
     at = counter.ctypes.data
 
-    def run(_held: object = (counter, step)) -> None:  # whoever runs this keeps what lies at the addresses
+    def run(
+        _held: object = (counter, step, module),
+    ) -> None:  # whoever runs this keeps what lies at the addresses
         compiled(at, chunks.spans, chunks.table, addresses, table, row, *partial)
 
     threads.together(run, chunks.elements)
 
 
-def kernel(step: Step, p: Pass) -> Callable[..., None]:
-    """The compiled kernel of a pass."""
+def kernel(step: Step, p: Pass) -> ModuleType:
+    """The module with the compiled kernel of a pass."""
     return kernel_of(step.program, p, *types_of(step), inplace=addressed.in_place(step, p))
 
 
@@ -163,10 +167,10 @@ def reading(step: Step, p: Pass, members: Members) -> Reading | None:
 
 
 @kept
-def kernel_of(program: Program, p: Pass, dtype: str, gradient: str, *, inplace: bool) -> Callable[..., None]:
-    """The compiled kernel of a pass."""
+def kernel_of(program: Program, p: Pass, dtype: str, gradient: str, *, inplace: bool) -> ModuleType:
+    """The module with the compiled kernel of a pass; the program holds it."""
     kinds = kinds_of(program, p, dtype, gradient)
-    return cache.load(sources(program, p, kinds, dtype, inplace=inplace)).kernel
+    return cache.load(sources(program, p, kinds, dtype, inplace=inplace))
 
 
 def gathered(op: str, partial: Any, leaf: Indices, leaves: int) -> Any:

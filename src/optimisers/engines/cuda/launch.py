@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from optimisers.engines import cache
 from optimisers.engines.task import Step
 from optimisers.graph.memo import kept
 
@@ -82,6 +83,14 @@ def launched(step: Step, kernel: Any, programs: int, given: tuple[Any, ...], **o
     if capturing(step):
         step.job.subset.captured.append(given)
     kernel[(programs,)](*given, **options)
+
+
+def loaded(text: str) -> Any:
+    """The kernel of a text; it holds its module."""
+    module = cache.load(text)
+    kernel = module.kernel
+    kernel.module_ = module
+    return kernel
 
 
 @kept

@@ -99,18 +99,8 @@ class _Written(Maths):
 class _Kernel(_Written, Printer):
     """The text of a kernel of one pass."""
 
-    def __init__(
-        self,
-        p: Pass,
-        kinds: dict[str, str],
-        arithmetic: str,
-        labels: dict[str, str],
-        *,
-        inplace: bool,
-        scaled: bool,
-    ) -> None:
-        super().__init__(p, kinds, arithmetic, labels, inplace=inplace)
-        self.scaled = scaled
+    scaled = False
+    """Whether every gradient is divided by a number on the device."""
 
     def load(self, array: str, at: str, index: str = "i") -> str:
         kind = ARITHMETIC[self.kinds[array]]
@@ -234,7 +224,9 @@ def source(
     """
 
     def written(labels: dict[str, str]) -> str:
-        return _Kernel(p, kinds, arithmetic, labels, inplace=inplace, scaled=scaled).source(title)
+        kernel = _Kernel(p, kinds, arithmetic, labels, inplace=inplace)
+        kernel.scaled = scaled
+        return kernel.source(title)
 
     return written(fitting(labels, written({})))
 

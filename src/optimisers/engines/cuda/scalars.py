@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from optimisers.engines import cache
 from optimisers.engines.cuda import printer
-from optimisers.engines.cuda.launch import EXACT, LANES, compiled, launched, on, support
+from optimisers.engines.cuda.launch import EXACT, LANES, compiled, launched, loaded, on, support
 from optimisers.engines.cuda.tables import Fixed, Sheet, lasting, placed
 from optimisers.engines.task import Step
 from optimisers.graph.expr import Expr, cuts
@@ -194,7 +193,7 @@ class DeviceScalars:
         text = printer.scalar_source(
             wanted, counters, inputs, width, program.hypers, program.lowering, total=total
         )
-        return cache.load(text).kernel, tuple(near), tuple(vectors), tuple(totals)
+        return loaded(text), tuple(near), tuple(vectors), tuple(totals)
 
     def gathered(self, e: Expr) -> Any:
         """A reduction of every leaf, from those of its chunks."""

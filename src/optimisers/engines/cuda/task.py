@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from optimisers.engines import cache
 from optimisers.engines.addressed import task as addressed
 from optimisers.engines.addressed.chunks import Chunks
 from optimisers.engines.addressed.task import Tables, arithmetic_of, kinds_of, labels_of, printable, titled
@@ -251,7 +250,7 @@ SPARES = 4
 def kernel_of(program: Program, p: Pass, dtype: str, gradient: str, *, inplace: bool, scaled: bool) -> Any:
     """The kernel of a pass; Triton compiles it when it is first launched."""
     kinds = kinds_of(program, p, dtype, gradient)
-    return cache.load(sources(program, p, kinds, dtype, inplace=inplace, scaled=scaled)).kernel
+    return launches.loaded(sources(program, p, kinds, dtype, inplace=inplace, scaled=scaled))
 
 
 ENGINE = Engine(

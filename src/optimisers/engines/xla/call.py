@@ -27,12 +27,22 @@ OPS = ("sum", "max", "min", "norm2")
 
 @functools.cache
 def available() -> bool:
-    """Whether kernels run inside computations of this JAX: tried once in every process."""
+    """Whether kernels run inside computations of this JAX: tried once in every process.
+
+    What this JAX and this system lack is no error; a mistake in our own text is one, and is raised.
+    """
     if any(importlib.util.find_spec(name) is None for name in ("jax", "jaxlib", "numba")):
         return False
+    import jax
+
+    if cache.switched_off() or not hasattr(jax, "ffi"):
+        return False
     try:
-        return _tried()
-    except Exception:  # noqa: BLE001 whatever does not fit, computations do without
+        return _tried(jax.devices("cpu")[0])
+    except (
+        OSError,
+        RuntimeError,
+    ):  # another interface; no CPU among the platforms, or a call that XLA refuses
         return False
 
 
@@ -60,11 +70,10 @@ def kernel(counter, spans, chunks, addresses, table, row):
 '''
 
 
-def _tried() -> bool:
+def _tried(cpu: Any) -> bool:
     """Whether a small step gives the numbers of NumPy, on several threads and in a buffer of two leaves."""
     import jax
 
-    cpu = jax.devices("cpu")[0]
     packed, alone = np.arange(70000, dtype=np.float32), np.ones((3, 5), np.float32)
     table = np.array([[2.0], [0.5]], np.float32)
     places = np.array([[[2, 0], [3, 0], [2, 4 * 69000]]])
@@ -111,7 +120,7 @@ def _registered(source: str, *, sums: bool) -> str:
     _handle()
     known = hashlib.sha256(f"{c_api.edition()} {source}".encode()).hexdigest()
     name = f"optimisers_{known[:24]}"
-    module = cache.load(source + c_api.task_text(name, sums=sums))
+    module = cache.lasting(source + c_api.task_text(name, sums=sums))
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(module.handler.ctypes), platform="cpu", api_version=1)
     return name
 
@@ -124,7 +133,7 @@ def _handle() -> Any:
     from optimisers.engines.xla import c_api
 
     c_api.provide_system()
-    module = cache.load(c_api.handler_text(jax.ffi.include_dir()))
+    module = cache.lasting(c_api.handler_text(jax.ffi.include_dir()))
     c_api.provide("optimisers_handle", module.handle.address)
     return module
 
