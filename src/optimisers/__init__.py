@@ -36,7 +36,7 @@ from optimisers.flat import Restructure, destructure, trainable, trainables
 from optimisers.grads import gradients, value_and_grad
 from optimisers.names import meant
 from optimisers.ops import abs2, copy, ema, maximum, minimum, norm, sign, sqrt, total, when, where, zeros_like
-from optimisers.rule import Rule, static
+from optimisers.rule import Pair, Rule, Setting, setting, static
 from optimisers.rules.adam import (
     AdaBelief,
     Adam,
@@ -87,7 +87,7 @@ from optimisers.state.edit import (
     thaw_,
     with_hyperparameters,
 )
-from optimisers.state.leaf import Branch, Leaf
+from optimisers.state.leaf import Branch, Leaf, State
 from optimisers.step.update import setup, update, update_
 from optimisers.tree.children import register
 from optimisers.tree.path import KeyPath
@@ -102,9 +102,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    """What needs another library is imported when it is first asked for; a star import leaves it out."""
-    return load_public(name) if name in public_names() else meant(name, __dir__())
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """What needs another library is imported when it is first asked for; a star import leaves it out."""
+        return load_public(name) if name in public_names() else meant(name, __dir__())
 
 
 def __dir__() -> list[str]:
@@ -154,6 +156,7 @@ __all__ = [
     "OAdam",
     "OneCycle",
     "OptimiserError",
+    "Pair",
     "Polynomial",
     "RAdam",
     "RMSProp",
@@ -162,10 +165,12 @@ __all__ = [
     "Rule",
     "SGD",
     "Schedule",
+    "Setting",
     "SignDecay",
     "SkipNonFinite",
     "SparseAdam",
     "SplitPrecision",
+    "State",
     "Step",
     "TorchAMSGrad",
     "TorchAdaGrad",
@@ -202,6 +207,7 @@ __all__ = [
     "register",
     "register_backend",
     "set_num_threads",
+    "setting",
     "setup",
     "sign",
     "sqrt",

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from optimisers.errors import BadSetting, TraceError, UnknownField
 from optimisers.settings import (
     ELSEWHERE,
+    Pair,
+    Setting,
     Value,
     adjusted,
     fields,
     is_number,
     parts,
     refuse_unknown,
+    setting,
     settings,
     static,
 )
@@ -259,7 +262,9 @@ def instead_of_variant(
 
 
 __all__ = [
+    "Pair",
     "Rule",
+    "Setting",
     "a_rule",
     "changes_of",
     "in_unit_interval",
@@ -268,6 +273,7 @@ __all__ = [
     "not_negative",
     "one_step",
     "rate_before",
+    "setting",
     "static",
     "stepped",
 ]

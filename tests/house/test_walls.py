@@ -89,7 +89,10 @@ def more_than_names(text: str) -> list[str]:
         docstring = i == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         passed = {"__all__", "__version__"}
         listed = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in passed
-        typed = isinstance(node, ast.If) and all(isinstance(n, ast.ImportFrom) for n in node.body)
+        typed = isinstance(node, ast.If) and all(
+            isinstance(n, ast.ImportFrom) or (isinstance(n, ast.FunctionDef) and n.name == "__getattr__")
+            for n in node.body
+        )
         later = isinstance(node, ast.FunctionDef) and node.name in ("__getattr__", "__dir__")
         if not (docstring or listed or typed or later or isinstance(node, ast.ImportFrom)):
             extra.append(ast.unparse(node))

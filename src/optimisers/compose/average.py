@@ -4,7 +4,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from optimisers.arrays.protocol import Array
 from optimisers.ops import copy, ema, landing, under
-from optimisers.rule import Rule, a_rule, in_unit_interval, stepped
+from optimisers.rule import Rule, Setting, a_rule, in_unit_interval, setting, stepped
 
 
 class AverageState(NamedTuple):
@@ -25,7 +25,7 @@ class EMA(Rule):
     whole: ClassVar[bool] = True
 
     rule: Rule
-    rho: float = 0.999
+    rho: Setting = setting(0.999)
 
     def check(self) -> None:
         a_rule(self, self.rule)

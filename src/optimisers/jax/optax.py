@@ -44,7 +44,7 @@ from optimisers.state.interface import ScalarTable
 from optimisers.state.leaf import parts
 from optimisers.state.store import Store
 from optimisers.state.structure import structure_of
-from optimisers.step.update import choose, evaluated, setup
+from optimisers.step.update import Rules, choose, evaluated, setup
 from optimisers.tree.gather import gather, gather_gradients
 from optimisers.tree.layout import EMPTY, Layout, Node
 from optimisers.tree.path import KeyPath
@@ -57,7 +57,7 @@ __all__ = ["as_optax", "from_optax"]
 # -- ours in Optax -------------------------------------------------------------------------------------------
 
 
-def as_optax(rule: object, *, conjugate: bool = False) -> optax.GradientTransformationExtraArgs:
+def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransformationExtraArgs:
     """A rule (or {glob: rule}) as a transformation of Optax, to chain, wrap, and hand to trainers.
 
     Its `update` returns the step of the rule, with the sign that Optax adds; it needs the parameters where

@@ -5,7 +5,16 @@ from typing import Any, NamedTuple
 from optimisers import ops
 from optimisers.arrays.protocol import Array
 from optimisers.ops import abs2, ema, full_like, maximum, real_zeros_like, sqrt, where, zeros_like
-from optimisers.rule import Rule, in_unit_interval, instead_of_variant, not_negative, static
+from optimisers.rule import (
+    Pair,
+    Rule,
+    Setting,
+    in_unit_interval,
+    instead_of_variant,
+    not_negative,
+    setting,
+    static,
+)
 
 
 class AdamState(NamedTuple):
@@ -52,9 +61,9 @@ class Adam(Rule):
     torch.optim.Adam.
     """
 
-    eta: float = 0.001
-    beta: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
+    eta: Setting = setting(0.001)
+    beta: Pair = setting((0.9, 0.999))
+    epsilon: Setting = setting(1e-8)
 
     def check(self) -> None:
         check_moments(self)
@@ -75,10 +84,10 @@ class AdamW(Rule):
     the paper's, where the decay is lam x whatever eta is.
     """
 
-    eta: float = 0.001
-    beta: tuple[float, float] = (0.9, 0.999)
-    lam: float = 0.0
-    epsilon: float = 1e-8
+    eta: Setting = setting(0.001)
+    beta: Pair = setting((0.9, 0.999))
+    lam: Setting = setting(0.0)
+    epsilon: Setting = setting(1e-8)
     couple: bool = static(True)
 
     def check(self) -> None:
@@ -108,9 +117,9 @@ class RAdam(Rule):
     2. Where rho_t <= 4 the step is eta m. `TorchRAdam` is the formula of torch.optim.
     """
 
-    eta: float = 0.001
-    beta: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
+    eta: Setting = setting(0.001)
+    beta: Pair = setting((0.9, 0.999))
+    epsilon: Setting = setting(1e-8)
 
     @classmethod
     def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> Rule | None:
@@ -137,9 +146,9 @@ class TorchRAdam(Rule):
     2, where the scaling begins at rho_t > 4; `RAdam` is the paper's.
     """
 
-    eta: float = 0.001
-    beta: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
+    eta: Setting = setting(0.001)
+    beta: Pair = setting((0.9, 0.999))
+    epsilon: Setting = setting(1e-8)
 
     def check(self) -> None:
         check_moments(self)
@@ -183,9 +192,9 @@ class AdaMax(Rule):
     `TorchAdaMax` adds epsilon to |dx| within the maximum, as torch.optim.Adamax does.
     """
 
-    eta: float = 0.001
-    beta: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
+    eta: Setting = setting(0.001)
+    beta: Pair = setting((0.9, 0.999))
+    epsilon: Setting = setting(1e-8)
 
     def check(self) -> None:
         check_moments(self)
@@ -211,9 +220,9 @@ class OAdam(Rule):
     Daskalakis et al., "Training GANs with optimism", 2018, arXiv:1711.00141, algorithm 1.
     """
 
-    eta: float = 0.001
-    beta: tuple[float, float] = (0.5, 0.9)
-    epsilon: float = 1e-8
+    eta: Setting = setting(0.001)
+    beta: Pair = setting((0.5, 0.9))
+    epsilon: Setting = setting(1e-8)
 
     def check(self) -> None:
         check_moments(self)
@@ -246,9 +255,9 @@ class AMSGrad(Rule):
     and the maximum start at epsilon, as in Optimisers.jl. `TorchAMSGrad` corrects the bias.
     """
 
-    eta: float = 0.001
-    beta: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
+    eta: Setting = setting(0.001)
+    beta: Pair = setting((0.9, 0.999))
+    epsilon: Setting = setting(1e-8)
 
     @classmethod
     def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> Rule | None:
@@ -273,9 +282,9 @@ class TorchAMSGrad(Rule):
     corrects nothing; `AMSGrad` is the paper's.
     """
 
-    eta: float = 0.001
-    beta: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
+    eta: Setting = setting(0.001)
+    beta: Pair = setting((0.9, 0.999))
+    epsilon: Setting = setting(1e-8)
 
     def check(self) -> None:
         check_moments(self)
@@ -321,9 +330,9 @@ class NAdam(Rule):
     torch.optim.
     """
 
-    eta: float = 0.001
-    beta: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
+    eta: Setting = setting(0.001)
+    beta: Pair = setting((0.9, 0.999))
+    epsilon: Setting = setting(1e-8)
 
     @classmethod
     def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> Rule | None:
@@ -351,10 +360,10 @@ class TorchNAdam(Rule):
     called momentum_decay in torch.
     """
 
-    eta: float = 0.001
-    beta: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
-    psi: float = 0.004
+    eta: Setting = setting(0.001)
+    beta: Pair = setting((0.9, 0.999))
+    epsilon: Setting = setting(1e-8)
+    psi: Setting = setting(0.004)
 
     def check(self) -> None:
         check_moments(self)
@@ -391,9 +400,9 @@ class AdaBelief(Rule):
     in s at every step.
     """
 
-    eta: float = 0.001
-    beta: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-16
+    eta: Setting = setting(0.001)
+    beta: Pair = setting((0.9, 0.999))
+    epsilon: Setting = setting(1e-16)
 
     def check(self) -> None:
         check_moments(self)

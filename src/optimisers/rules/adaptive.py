@@ -17,7 +17,16 @@ from optimisers.ops import (
     zeros_like,
 )
 from optimisers.ops.derived import by_parts, is_complex
-from optimisers.rule import Rule, in_unit_interval, instead_of_variant, not_negative, static
+from optimisers.rule import (
+    Pair,
+    Rule,
+    Setting,
+    in_unit_interval,
+    instead_of_variant,
+    not_negative,
+    setting,
+    static,
+)
 from optimisers.settings import is_number
 
 
@@ -43,9 +52,9 @@ class RMSProp(Rule):
     its momentum too.
     """
 
-    eta: float = 0.001
-    rho: float = 0.9
-    epsilon: float = 1e-8
+    eta: Setting = setting(0.001)
+    rho: Setting = setting(0.9)
+    epsilon: Setting = setting(1e-8)
     centred: bool = static(False)
 
     def check(self) -> None:
@@ -85,8 +94,8 @@ class Rprop(Rule):
     """
 
     eta: float = static(1e-3)
-    ell: tuple[float, float] = (0.5, 1.2)
-    gamma: tuple[float, float] = (1e-6, 50.0)
+    ell: Pair = setting((0.5, 1.2))
+    gamma: Pair = setting((1e-6, 50.0))
 
     def check(self) -> None:
         if callable(self.eta):
@@ -134,8 +143,8 @@ class AdaGrad(Rule):
 
     lazy = True
 
-    eta: float = 0.1
-    epsilon: float = 1e-8
+    eta: Setting = setting(0.1)
+    epsilon: Setting = setting(1e-8)
 
     @classmethod
     def formerly(cls, given: tuple[Any, ...], settings: dict[str, Any]) -> Rule | None:
@@ -169,9 +178,9 @@ class TorchAdaGrad(Rule):
 
     lazy = True
 
-    eta: float = 0.1
-    epsilon: float = 1e-8
-    decay: float = 0.0
+    eta: Setting = setting(0.1)
+    epsilon: Setting = setting(1e-8)
+    decay: Setting = setting(0.0)
     start: float = static(0.0)
 
     def check(self) -> None:
@@ -206,9 +215,9 @@ class AdaDelta(Rule):
     makes the start very slow: torch.optim.Adadelta has the same formula with 1e-6.
     """
 
-    rho: float = 0.9
-    epsilon: float = 1e-8
-    eta: float = 1.0
+    rho: Setting = setting(0.9)
+    epsilon: Setting = setting(1e-8)
+    eta: Setting = setting(1.0)
 
     def check(self) -> None:
         in_unit_interval(self, "rho")

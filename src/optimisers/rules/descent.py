@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
 from optimisers.ops import where, zeros_like
-from optimisers.rule import Rule, in_unit_interval, not_negative, static
+from optimisers.rule import Rule, Setting, in_unit_interval, not_negative, setting, static
 
 
 class Descent(Rule):
@@ -16,7 +16,7 @@ class Descent(Rule):
 
     lazy = True
 
-    eta: float = 0.1
+    eta: Setting = setting(0.1)
 
     def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
         return state, self.eta * dx
@@ -36,8 +36,8 @@ class Momentum(Rule):
     under a schedule.
     """
 
-    eta: float = 0.01
-    rho: float = 0.9
+    eta: Setting = setting(0.01)
+    rho: Setting = setting(0.9)
 
     def check(self) -> None:
         in_unit_interval(self, "rho")
@@ -60,8 +60,8 @@ class Nesterov(Rule):
     another one under a schedule.
     """
 
-    eta: float = 0.001
-    rho: float = 0.9
+    eta: Setting = setting(0.001)
+    rho: Setting = setting(0.9)
 
     def check(self) -> None:
         in_unit_interval(self, "rho")
@@ -92,9 +92,9 @@ class SGD(Rule):
     is left alone; `Descent` does that without a velocity.
     """
 
-    eta: float = 0.001
-    rho: float = 0.0
-    dampening: float = 0.0
+    eta: Setting = setting(0.001)
+    rho: Setting = setting(0.0)
+    dampening: Setting = setting(0.0)
     nesterov: bool = static(False)
 
     def check(self) -> None:

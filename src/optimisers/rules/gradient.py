@@ -6,7 +6,7 @@ from optimisers.arrays.protocol import Array, Operand
 from optimisers.errors import BadSetting
 from optimisers.ops import check, clip, isfinite, minimum, norm, sign, total, where
 from optimisers.ops.derived import by_parts
-from optimisers.rule import Rule, not_negative, rate_before, static
+from optimisers.rule import Rule, Setting, not_negative, rate_before, setting, static
 
 
 def decayed(lam: float, x: Array, dx: Array) -> Any:
@@ -19,7 +19,7 @@ class WeightDecay(Rule):
     rules.
     """
 
-    lam: float = 5e-4
+    lam: Setting = setting(5e-4)
 
     def check(self) -> None:
         not_negative(self, "lam")
@@ -38,7 +38,7 @@ class DecoupledDecay(Rule):
     whatever eta is, as the paper of AdamW has it.
     """
 
-    lam: float = 1e-5
+    lam: Setting = setting(1e-5)
     couple: bool = static(False)
 
     def check(self) -> None:
@@ -53,7 +53,7 @@ class SignDecay(Rule):
     rules.
     """
 
-    lam: float = 1e-3
+    lam: Setting = setting(1e-3)
 
     def check(self) -> None:
         not_negative(self, "lam")
@@ -81,7 +81,7 @@ class ClipGrad(Rule):
 
     lazy = True
 
-    delta: float = 10.0
+    delta: Setting = setting(10.0)
 
     def check(self) -> None:
         not_negative(self, "delta")
@@ -100,7 +100,7 @@ class ClipNorm(Rule):
     spreads.
     """
 
-    omega: float = 10.0
+    omega: Setting = setting(10.0)
     p: float = static(2.0)
     throw: bool = static(True)
 
@@ -134,7 +134,7 @@ class ClipGlobalNorm(Rule):
 
     lazy = True
 
-    omega: float = 1.0
+    omega: Setting = setting(1.0)
     throw: bool = static(True)
 
     def check(self) -> None:

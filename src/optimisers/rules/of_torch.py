@@ -5,7 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 from optimisers import ops
 from optimisers.arrays.protocol import Array
 from optimisers.ops import abs2, copy, ema, landing, maximum, real_zeros_like, sqrt, where, zeros_like
-from optimisers.rule import Rule, in_unit_interval, not_negative, static
+from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting, static
 from optimisers.rules.adam import AdaMaxState, AdamState, adam_state, check_moments, moments
 
 
@@ -34,10 +34,10 @@ class TorchRMSProp(Rule):
     `RMSProp` is the same without momentum.
     """
 
-    eta: float = 0.01
-    rho: float = 0.99
-    mu: float = 0.9
-    epsilon: float = 1e-8
+    eta: Setting = setting(0.01)
+    rho: Setting = setting(0.99)
+    mu: Setting = setting(0.9)
+    epsilon: Setting = setting(1e-8)
     centred: bool = static(False)
 
     def check(self) -> None:
@@ -65,9 +65,9 @@ class TorchAdaMax(Rule):
     no epsilon; `AdaMax` adds it to u.
     """
 
-    eta: float = 0.002
-    beta: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
+    eta: Setting = setting(0.002)
+    beta: Pair = setting((0.9, 0.999))
+    epsilon: Setting = setting(1e-8)
 
     def check(self) -> None:
         check_moments(self)
@@ -92,9 +92,9 @@ class SparseAdam(Rule):
 
     lazy = True
 
-    eta: float = 0.001
-    beta: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
+    eta: Setting = setting(0.001)
+    beta: Pair = setting((0.9, 0.999))
+    epsilon: Setting = setting(1e-8)
 
     def check(self) -> None:
         check_moments(self)
@@ -128,10 +128,10 @@ class ASGD(Rule):
 
     last: ClassVar[bool] = True
 
-    eta: float = 0.01
-    lambd: float = 1e-4
-    alpha: float = 0.75
-    t0: float = 1e6
+    eta: Setting = setting(0.01)
+    lambd: Setting = setting(1e-4)
+    alpha: Setting = setting(0.75)
+    t0: Setting = setting(1e6)
 
     def init(self, x: Array) -> ASGDState:
         return ASGDState(copy(x), 0, 0.0)

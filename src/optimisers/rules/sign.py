@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from optimisers.arrays.protocol import Array
 from optimisers.ops import ema, sign, zeros_like
-from optimisers.rule import Rule, in_unit_interval
+from optimisers.rule import Pair, Rule, Setting, in_unit_interval, setting
 
 
 class LionState(NamedTuple):
@@ -20,8 +20,8 @@ class Lion(Rule):
     has the betas the other way round, which makes it sign descent.
     """
 
-    eta: float = 1e-4
-    beta: tuple[float, float] = (0.9, 0.99)
+    eta: Setting = setting(1e-4)
+    beta: Pair = setting((0.9, 0.99))
 
     def check(self) -> None:
         in_unit_interval(self, "beta")

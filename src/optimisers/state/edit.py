@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,8 +18,11 @@ from optimisers.state.select import Where, leaves_of
 from optimisers.state.store import Store
 from optimisers.tree.layout import Node
 
+S = TypeVar("S")
+"""The type of a state, or of a part of one: an edit keeps it."""
 
-def freeze_(state: Any, where: Where = None) -> None:
+
+def freeze_(state: object, where: Where = None) -> None:
     """Let updates pass by everything below `state` that `where` picks: no step, no decay, momenta kept.
 
     Raises BadState for anything but a state, NoMatch for a selector that picks nothing.
@@ -27,17 +30,17 @@ def freeze_(state: Any, where: Where = None) -> None:
     _freeze(state, where, True)
 
 
-def thaw_(state: Any, where: Where = None) -> None:
+def thaw_(state: object, where: Where = None) -> None:
     """Undo `freeze_`: training goes on with the state as it was."""
     _freeze(state, where, False)
 
 
-def freeze(state: Any, where: Where = None) -> Any:
+def freeze(state: S, where: Where = None) -> S:
     """The state with everything that `where` picks frozen; the old one stays as it was (see `freeze_`)."""
     return _forked(state, lambda new: _freeze(new, where, True))
 
 
-def thaw(state: Any, where: Where = None) -> Any:
+def thaw(state: S, where: Where = None) -> S:
     """The state with everything that `where` picks thawed; the old one stays as it was (see `freeze_`)."""
     return _forked(state, lambda new: _freeze(new, where, False))
 
@@ -46,7 +49,7 @@ def _freeze(state: Any, where: Where, frozen: bool) -> None:
     parts(state)[0].freeze(leaves_of(state, where), frozen)
 
 
-def adjust_(state: Any, eta: Any = None, *, where: Where = None, **changes: Any) -> None:
+def adjust_(state: object, eta: object = None, *, where: Where = None, **changes: object) -> None:
     """Change hyper-parameters below `state`: `adjust_(state, 0.03)` sets eta, others go by name. State is
     kept.
 
@@ -67,7 +70,7 @@ def adjust_(state: Any, eta: Any = None, *, where: Where = None, **changes: Any)
     store.adjust_many([(leaves, changes)])
 
 
-def adjust(state: Any, eta: Any = None, *, where: Where = None, **changes: Any) -> Any:
+def adjust(state: S, eta: object = None, *, where: Where = None, **changes: object) -> S:
     """The state, or the rule, with hyper-parameters changed; the old one stays as it was (see `adjust_`)."""
     if isinstance(state, Rule):
         if where is not None:
@@ -141,7 +144,7 @@ def hyperparameters(state: Any) -> dict[str, Any]:
     return {name: v[0] if len(v) == 1 else v for name, v in joined.items()}
 
 
-def with_hyperparameters(state: Any, values: dict[str, Any]) -> Any:
+def with_hyperparameters(state: S, values: dict[str, Any]) -> S:
     """The state with other hyper-parameters, given as `hyperparameters` gives them; the old one stays as it
     was.
 

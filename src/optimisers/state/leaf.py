@@ -232,6 +232,10 @@ class Branch:
         return handle(copy.deepcopy(self._store, memo), self._node, self._path)
 
 
+State = Leaf | Branch
+"""What `setup` returns, and every part of it where something trains."""
+
+
 def opened_late(state: Leaf | Branch) -> Any:
     """What a handle holds, not put together."""
     return object.__getattribute__(state, "_held")

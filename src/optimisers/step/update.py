@@ -4,8 +4,8 @@ together.
 
 import dataclasses
 import warnings
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from optimisers.rule import Rule
 from optimisers.settings import takes
 from optimisers.state.buffers import LARGE
 from optimisers.state.group import Shape, grouped, started
-from optimisers.state.leaf import Branch, Leaf, handle, parts
+from optimisers.state.leaf import Branch, Leaf, State, handle, parts
 from optimisers.state.store import Store
 from optimisers.step.jobs import Steps
 from optimisers.tree.gather import gather, gather_gradients
@@ -27,19 +27,28 @@ from optimisers.tree.path import KeyPath, first_matches
 from optimisers.tree.rebuild import rebuild, rebuilt
 from optimisers.tree.walk import Ties, survey
 
+Rules = Rule | Mapping[Any, Rule | None] | Callable[[KeyPath, Any], Rule | None]
+"""One rule for all arrays, or one by glob, or what a function of path and array says; None trains nothing."""
+
+M = TypeVar("M")
+"""The type of a model: a step keeps it."""
+
+S = TypeVar("S")
+"""The type of a state, or of a part of one."""
+
 # -- setup ---------------------------------------------------------------------------------------------------
 
 
 def setup(
-    rule: Any,
-    model: Any,
+    rule: Rules,
+    model: object,
     *,
     engine: str | None = None,
     capturable: bool = False,
     ties: Ties = (),
     packed: bool = False,
     conjugate: bool = False,
-) -> Any:
+) -> State:
     """The state that trains `model` by `rule`: a tree with the model's structure and a Leaf for each array.
 
     `rule` is a rule; or a dict {glob: rule}, where the first glob that matches a path wins; or a function
@@ -77,8 +86,9 @@ def setup(
                 conjugate=conjugate,
             )
     _refuse_model(model)
-    if not isinstance(rule, type) and hasattr(rule, "setup"):
-        return rule.setup(model, ties)
+    own = None if isinstance(rule, type) else getattr(rule, "setup", None)
+    if own is not None:
+        return own(model, ties)
     layout, arrays = survey(model, ties)
     for path, value in layout.floats if arrays else []:
         warnings.warn(
@@ -214,7 +224,7 @@ class _Missing:
 _MISSING: Any = _Missing()
 
 
-def update(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
+def update(state: S, model: M, grads: object = _MISSING, *more: object) -> tuple[S, M]:
     """(state, model) after one step, leaving the old arrays and the old state as they were.
 
     `grads` has the structure of `model`; None in it means "no step here", which is not the same as a zero
@@ -231,8 +241,9 @@ def update(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     for compiler in registry.compilers:
         if compiler.looks():
             return compiler.update(state, model, _given(grads, "update"), more)
-    if hasattr(type(state), "stepped"):
-        return state.stepped(model, _given(grads, "update"))
+    own = getattr(type(state), "stepped", None)
+    if own is not None:
+        return own(state, model, _given(grads, "update"))
     store, node, path = _opened(state, model)
     xs, orders = walked(node, path, model, (_given(grads, "update"), *more))
     successor, new = stepped(store, node, path, xs, orders)
@@ -271,7 +282,7 @@ def evaluated(
     return store.successor(groups), new
 
 
-def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
+def update_(state: S, model: M, grads: object = _MISSING, *more: object) -> tuple[S, M]:
     """(state, model) after one step in place: the same numbers as `update`, written into the arrays that are
     there.
 
@@ -287,8 +298,9 @@ def update_(state: Any, model: Any, grads: Any = _MISSING, *more: Any) -> Any:
     for compiler in registry.compilers:
         if compiler.looks():
             return compiler.aside(update_, state, model, grads, *more)
-    if hasattr(type(state), "stepped"):
-        return state.stepped_(model, _given(grads, "update_"))
+    own = getattr(type(state), "stepped_", None)
+    if own is not None:
+        return own(state, model, _given(grads, "update_"))
     store, node, path = _opened(state, model)
     xs, orders = walked(node, path, model, (_given(grads, "update_"), *more))
     if any(g.kind.library.immutable for g in store.groups):
