@@ -296,3 +296,50 @@ def test_other_leaves_of_a_group_under_jit() -> None:
     for i, (x, g) in enumerate(zip(xs, gs, strict=True)):
         own = dataclasses.replace(rule, eta=0.5) if i == 1 else rule
         np.testing.assert_allclose(new[i], x if i == 2 else stepped(x, 0 * x, g, own)[0], atol=3e-6)
+
+
+def primitives(traced: Any, *, inside: bool) -> Any:
+    """The operations of a computation, inside of branches that may not run or outside of them alone."""
+    for eqn in getattr(traced, "jaxpr", traced).eqns:
+        yield eqn.primitive.name
+        if eqn.primitive.name != "cond" or inside:
+            for value in eqn.params.values():
+                for inner in value if isinstance(value, tuple | list) else (value,):
+                    if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
+                        yield from primitives(inner, inside=inside)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_under_jit_products_run_only_in_steps_that_take_them(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jax = pytest.importorskip("jax")
+    jnp = jax.numpy
+    if not fast:
+        from optimisers.engines.xla import call
+
+        monkeypatch.setattr(call, "available", lambda: False)
+    rng, rule = np.random.default_rng(9), opt.Chain(opt.AccumGrad(3), Muon())
+    xs = [rng.standard_normal(s) for s in [(5, 7), (9, 4), (5, 7)]]
+    gs = [[rng.standard_normal(x.shape) for x in xs] for _ in range(6)]
+    model: Any = [jnp.asarray(x, "float32") for x in xs]
+    state = opt.setup(rule, model)
+    traced = jax.make_jaxpr(opt.update)(state, model, model)
+    step = jax.jit(opt.update)
+    for t, grads in enumerate(gs):
+        state, model = step(state, model, [jnp.asarray(g, "float32") for g in grads])
+        if t == 1:
+            np.testing.assert_array_equal(model[0], jnp.asarray(xs[0], "float32"))
+    moments = [0 * x for x in xs]
+    for window in (gs[:3], gs[3:]):
+        for i, each in enumerate(zip(*window, strict=True)):
+            xs[i], moments[i] = stepped(xs[i], moments[i], sum(each) / 3, Muon())
+    for x, e in zip(model, xs, strict=True):
+        np.testing.assert_allclose(x, e, atol=5e-6)
+
+    assert "dot_general" not in list(primitives(traced, inside=False))
+    assert list(primitives(traced, inside=True)).count("dot_general") == 2 * 15  # two shapes
+
+    grads = [jnp.asarray(g, "float32") for g in gs[0]]
+    many = jax.vmap(lambda g: step(state, model, [g, *grads[1:]])[1][0])(jnp.stack([grads[0], -grads[0]]))
+    np.testing.assert_allclose(many[0], step(state, model, grads)[1][0], atol=1e-6)

@@ -8,6 +8,7 @@ instead, at the addresses of XLA's buffers; other devices, `vmap` and `grad` tak
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -27,7 +28,7 @@ from optimisers.engines.xla.together import Together
 from optimisers.graph.expr import Expr
 from optimisers.graph.memo import kept
 from optimisers.graph.passes import Pass, number_of, reduce_pass, store_pass
-from optimisers.graph.plan import filling, operations
+from optimisers.graph.plan import Round, filling, operations
 from optimisers.graph.trace import Program
 from optimisers.state.buffers import Bundled, Indices, Loose
 from optimisers.state.group import Group
@@ -71,11 +72,38 @@ def prepare(step: Step, holds: Holds, members: Members) -> Callable[[], None] | 
     for part in _calls(units(step)):
         among = Together(step, [i for unit in part for i in unit])
         if what is not None:
-            inputs = range(len(what.inputs))
-            new = call_of(step, filling(what, tuple(inputs)), part, among) if inputs else {}
-            among.run(what, [new[f"w{j}"] for j in inputs])
+            compute = functools.partial(computed, step, what, part, among)
+            among.note(what, compute() if holds is not None else where_asked(step, what, among, compute))
         found.append((part, call_of(step, p, part, among)))
     return functools.partial(store, step, found)
+
+
+def computed(step: Step, what: Round, part: Bundles, among: Together) -> list[list[Any]]:
+    """The wanted values of a round, of the leaves of some bundles, by shape."""
+    inputs = range(len(what.inputs))
+    new = call_of(step, filling(what, tuple(inputs)), part, among) if inputs else {}
+    return among.run(what, [new[f"w{j}"] for j in inputs])
+
+
+def where_asked(
+    step: Step, what: Round, among: Together, compute: Callable[[], list[list[Any]]]
+) -> list[list[Any]]:
+    """The same, computed only if a condition of the rule holds for one of these leaves, where without
+    one nobody reads it; else 0.
+    """
+    guards = step.program.guards
+    if not guards or operations(step.program, None, (False,) * len(guards)) is not None:
+        return compute()
+    asked = [jnp.any(step.scalars.of_leaves(g)[np.array(among.leaves)]) for g in guards]
+    among.ahead(what)
+    for e in filling(what, tuple(range(len(what.inputs)))).scalars if what.inputs else ():
+        step.scalars.near.get(e)
+    forms = jax.eval_shape(compute)
+    return jax.lax.cond(functools.reduce(operator.or_, asked), compute, lambda: jax.tree.map(_zeros, forms))
+
+
+def _zeros(form: Any) -> Any:
+    return jnp.zeros(form.shape, form.dtype)
 
 
 def takes(step: Step, p: Pass) -> bool:

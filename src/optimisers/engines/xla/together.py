@@ -18,6 +18,7 @@ from optimisers.engines.task import Step
 from optimisers.engines.workspace import Batch, Found, Workspace
 from optimisers.graph.expr import Expr
 from optimisers.graph.plan import Round
+from optimisers.graph.recipe import recipe
 from optimisers.state.buffers import Indices
 
 
@@ -31,16 +32,28 @@ class Together:
         position = {i: k for k, i in enumerate(leaves)}
         self.alone = Alone([[position[i] for i in b.leaves.tolist()] for b in self.batch.buckets])
 
-    def run(self, what: Round, inputs: list[list[Any]]) -> None:
-        """Compute a round, whose inputs a pass has written."""
-        outputs = [Found([]) for _ in what.wanted]
+    def run(self, what: Round, inputs: list[list[Any]]) -> list[list[Any]]:
+        """The wanted values of a round, whose inputs a pass has written: of each shape, all of them."""
+        found: list[list[Any]] = []
         for b, bucket in enumerate(self.batch.buckets):
             stacks = [each[b] for each in inputs]
             stacks = [s != 0 if e.type == "bool" else s for s, e in zip(stacks, what.inputs, strict=True)]
-            for f, stack in zip(outputs, self.stacks.bucket(what, bucket, stacks), strict=True):
-                f.stacks.append((bucket, stack))
-        for e, f in zip(what.wanted, outputs, strict=True):
-            self.stacks.found[id(e)] = [f]
+            found.append(self.stacks.bucket(what, bucket, stacks))
+        return found
+
+    def note(self, what: Round, values: list[list[Any]]) -> None:
+        """Keep the wanted values of a round, for the pass that reads them."""
+        for k, e in enumerate(what.wanted):
+            stacks = [(b, own[k]) for b, own in zip(self.batch.buckets, values, strict=True)]
+            self.stacks.found[id(e)] = [Found(stacks)]
+
+    def ahead(self, what: Round) -> None:
+        """Compute the scalars of a round, which are remembered: not inside a branch that may not run."""
+        for bucket in self.batch.buckets:
+            for op in recipe(what, bucket.shape).operations:
+                for e in (*op.alpha, *op.beta, *(o.scalar for o in op.args)):
+                    if e is not None:
+                        self.stacks.of_bucket(e, bucket)
 
     def forms(self) -> list[Any]:
         """The stacks that a pass writes, one for each shape."""
