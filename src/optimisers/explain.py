@@ -37,7 +37,7 @@ class GroupCost:
     """What a step moves: every array read and every array written, in every pass."""
     state_bytes: int
     histories: int
-    """How many different rows of numbers the leaves have."""
+    """How many different rows of scalars the leaves have."""
     addresses: str
     """How kernels find the arrays; empty where none do."""
     plan: Plan
@@ -78,7 +78,7 @@ class Explanation:
             lines.append(
                 f"{g.rule}\n  {g.leaves} array{'s' * (g.leaves != 1)} of {g.dtype}, {g.parameters:,} "
                 f"parameters, state {g.state_bytes / 1e6:,.1f} MB, {g.histories} "
-                f"row{'s' * (g.histories != 1)} of numbers"
+                f"row{'s' * (g.histories != 1)} of scalars"
             )
             why = f" ({g.reason})" if g.reason else ""
             lines.append(

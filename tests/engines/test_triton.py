@@ -213,7 +213,7 @@ def test_without_the_interpreter_tensors_on_the_cpu_are_refused() -> None:
     [
         (np.ones(3), "arrays of numpy"),
         (torch.ones(3, dtype=torch.complex64, device=DEVICE), "element type complex64"),
-        (torch.ones(3, device="meta"), "state in arrays that each stand for themselves"),
+        (torch.ones(3, device="meta"), "unpacked state"),
     ],
     ids=["NumPy", "complex", "meta"],
 )
@@ -781,7 +781,7 @@ def test_what_has_not_changed_is_not_sent_again(sent: list[int]) -> None:
 
 
 def test_only_the_scalars_are_sent_where_only_they_have_changed(sent: list[int], sheets: list[Any]) -> None:
-    """A row of numbers for all leaves, since they were always stepped together."""
+    """A row of scalars for all leaves, since they were always stepped together."""
     model, grads = (model_of(PLACES, "float32", seed) for seed in (0, 1))
     state = opt.setup(opt.AdamW(0.1), model, engine="triton")
     for _ in range(3):

@@ -133,7 +133,7 @@ def test_a_state_that_was_followed_trains_on_without() -> None:
     for k, x in model.items():
         torch.testing.assert_close(x, other[k], rtol=0, atol=1e-15)
         assert not x.requires_grad
-    assert "each stand for themselves" in opt.explain(state).groups[0].reason
+    assert "unpacked state" in opt.explain(state).groups[0].reason
 
 
 def test_a_step_in_place_that_is_followed_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""What are the scalars of a step? One value for a row of numbers, or for a leaf where a reduction is in it.
+"""What are the scalars of a step? One value for a row of scalars, or for a leaf where a reduction is in it.
 
 `Scalars` holds those of one group of leaves. It is asked for values, computes what they need from the table
 of numbers, and keeps them: with NumPy in float64, or by the library that the table belongs to,

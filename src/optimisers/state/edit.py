@@ -174,7 +174,7 @@ def with_hyperparameters(state: S, values: dict[str, Any]) -> S:
 
 
 def _histories(state: Any) -> Iterator[tuple[Any, Any]]:
-    """(group, its rows of numbers) for the leaves below a handle."""
+    """(group, its rows of scalars) for the leaves below a handle."""
     store = parts(state)[0]
     for group, members, _ in store.found(leaves_of(state)):
         yield group, np.unique(group.table.row[members])

@@ -330,7 +330,7 @@ def _steps(entry: Entry, program: Program) -> tuple[Any, ...]:
 
 
 def depends_on_leaf(e: Expr) -> bool:
-    """Whether a counter comes to differ from leaf to leaf: then each has a row of numbers at once, where
+    """Whether a counter comes to differ from leaf to leaf: then each has a row of scalars at once, where
     a change of structure compiles anew.
     """
     return any(cuts(node) or node.op == "size" for node in order([e]))

@@ -25,7 +25,7 @@ class Structure:
     name: str
     """Under which compiled graphs know it; equal structures have equal names, now and later."""
     apart: "Structure"
-    """The same one with a row of numbers for each leaf."""
+    """The same one with a row of scalars for each leaf."""
 
     def __init__(self, store: Store, key: Any) -> None:
         self.store = dataclasses.replace(

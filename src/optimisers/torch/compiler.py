@@ -43,7 +43,7 @@ def known(store: Store) -> None:
 
 
 def _named(store: Store) -> Structure:
-    """The structure of a store, with its name and the one with a row of numbers for each leaf."""
+    """The structure of a store, with its name and the one with a row of scalars for each leaf."""
     structure = structure_of(store)
     if not hasattr(structure, "apart"):
         name(structure)

@@ -157,7 +157,7 @@ class Block:
         return rows
 
     def count(self, members: Any, numbers: Any) -> None:
-        """Give some members a clock and counters: a row of numbers for each, in the order of `columns`."""
+        """Give some members a clock and counters: a row of scalars for each, in the order of `columns`."""
         table = self.group.table.wind(members, numbers[:, 0])
         if self.columns:
             table = table.assign_counters(members, numbers[:, 1:].tolist())

@@ -36,7 +36,7 @@ def refusal(group: Group) -> str:
     if kind.name not in LOOKS:
         return f"arrays of {kind.name}"
     if group.loose or kind.loose:
-        return "state in arrays that each stand for themselves"
+        return "unpacked state"
     if kind.device != "cpu":
         return f"arrays on {kind.device}"
     return unprintable(group.program, kind.library.type_name(kind.dtype))

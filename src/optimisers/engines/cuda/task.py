@@ -46,7 +46,7 @@ def refusal(group: Group) -> str:
     """Why this engine does not take a group; empty if it does."""
     kind = group.kind
     if group.loose or kind.loose:
-        return "state in arrays that each stand for themselves"
+        return "unpacked state"
     if kind.name not in LIBRARIES:
         return f"arrays of {kind.name}"
     if not launches.reaches(kind.device):

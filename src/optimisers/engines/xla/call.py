@@ -213,7 +213,7 @@ def checked(places: Indices, row: Indices, sizes: Indices, buffers: Sequence[Any
     if (first + sizes * itemsize[number] > nbytes[number]).any():
         raise ValueError("a leaf ends outside its buffer")
     if len(row) and not (row.min() >= 0 and row.max() < table[0]):
-        raise ValueError(f"a leaf has none of the {table[0]} rows of numbers")
+        raise ValueError(f"a leaf has none of the {table[0]} rows of scalars")
 
 
 def varying(arrays: Sequence[Any]) -> frozenset[Any]:
