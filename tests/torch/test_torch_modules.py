@@ -1290,7 +1290,7 @@ def an_index_that_is_not_there(m: Case) -> None:
 
 @answers(
     opt.BadState,
-    "update_ writes in place, which nobody can follow; write update for a step that is differentiated or "
+    "update_ writes in place, which cannot be traced; write update for a step that is differentiated or "
     "compiled",
 )
 def a_step_in_place_inside_a_transform(_: Case) -> None:

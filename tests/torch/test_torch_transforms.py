@@ -142,7 +142,7 @@ def test_a_step_in_place_that_is_followed_is_refused() -> None:
         opt.update_(opt.setup(opt.Adam(e), model), model, grad(loss)(model))
         return loss(model)
 
-    with pytest.raises(opt.BadState, match=r"update_ writes in place, which nobody can follow; write update"):
+    with pytest.raises(opt.BadState, match=r"update_ writes in place, which cannot be traced; write update"):
         grad(after)(torch.tensor(0.1, dtype=torch.float64))
 
 

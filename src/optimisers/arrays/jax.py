@@ -198,7 +198,7 @@ class JaxLibrary(Library[Array, Dtype]):
     def is_part(self, x: Array) -> bool:
         return bool(varying(x))
 
-    def follows(self, xs: Sequence[object], gradients: Sequence[Sequence[object]], *, inplace: bool) -> bool:
+    def traces(self, xs: Sequence[object], gradients: Sequence[Sequence[object]], *, inplace: bool) -> bool:
         return True
 
     def device(self, x: Array) -> str:

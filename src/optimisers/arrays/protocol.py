@@ -145,9 +145,9 @@ class Library(Protocol[A, D]):
         """Whether this is one device's part of a larger array."""
         return False
 
-    def follows(self, xs: Sequence[object], gradients: Sequence[Sequence[object]], *, inplace: bool) -> bool:
-        """Whether what becomes of these is differentiated, transformed or compiled: then a step is made of
-        arrays alone, each made anew.
+    def traces(self, xs: Sequence[object], gradients: Sequence[Sequence[object]], *, inplace: bool) -> bool:
+        """Whether a step of these is differentiated, transformed or compiled: then it is made of arrays
+        alone, each made anew.
         """
         return False
 

@@ -55,8 +55,8 @@ class Plug:
     """Whether users may ask for it by name."""
     prints: bool = False
     """Whether it runs kernels that it prints."""
-    symbolic: bool = False
-    """Whether it takes steps that somebody follows."""
+    traced: bool = False
+    """Whether it takes steps that are traced."""
 
 
 NUMBA = Plug("numba", "optimisers.engines.cpu.task:ENGINE", devices=("cpu",), prints=True)
@@ -120,7 +120,7 @@ BACKENDS: dict[str, Backend] = {
             hooks="optimisers.jax.pytree:HOOKS",
             engines=(
                 Plug("numba", "optimisers.engines.xla.task:KERNELS"),
-                Plug("xla", "optimisers.engines.xla.task:OPERATIONS", asked=False, symbolic=True),
+                Plug("xla", "optimisers.engines.xla.task:OPERATIONS", asked=False, traced=True),
             ),
             public={
                 "as_optax": "optimisers.jax.optax",

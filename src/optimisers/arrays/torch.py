@@ -249,7 +249,7 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
             or isinstance(x, TRACED)
         )
 
-    def follows(self, xs: Sequence[object], gradients: Sequence[Sequence[object]], *, inplace: bool) -> bool:
+    def traces(self, xs: Sequence[object], gradients: Sequence[Sequence[object]], *, inplace: bool) -> bool:
         if (
             not inplace
             and torch.is_grad_enabled()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def local_shape(step: "Step", leaf: int) -> tuple[int, ...]:
-    """The shape of a leaf as a symbolic step sees it: inside a map over shards parameters and state are
+    """The shape of a leaf as a traced step sees it: inside a map over shards parameters and state are
     smaller than `setup` saw.
     """
     x, seen = step.xs[leaf], step.shapes[leaf]
@@ -34,7 +34,7 @@ def checked_x(step: "Step", leaf: int) -> Any:
             raise TreeMismatch(
                 f"{name} has {what} {found}; `setup` saw {seen}; call `setup` again for another model"
             )
-    if not step.job.symbolic and library.device(x) != kind.device:
+    if not step.job.traced and library.device(x) != kind.device:
         raise TreeMismatch(
             f"{name} is on {library.device(x)}; `setup` saw it on {kind.device}, where its state "
             "is; call `setup` again after moving a model"
@@ -56,7 +56,7 @@ def checked_gradient(step: "Step", order: int, leaf: int) -> Any:
     if registry.library_of(type(dx)) is not library:
         raise TreeMismatch(f"{name} is {_brief(dx)}; the parameters are arrays of {library.name}")
     where, here = library.device(dx), library.device(step.xs[leaf])
-    if where != here and not step.job.symbolic:
+    if where != here and not step.job.traced:
         raise TreeMismatch(f"{name} is on {where}; the parameters are on {here}; move it there")
     if tuple(dx.shape) != shape:
         raise TreeMismatch(f"gradient of shape {tuple(dx.shape)} for parameters of shape {shape}, at {name}")

@@ -68,11 +68,11 @@ def choice_for(group: Group, wanted: str | None) -> Choice:
     return found
 
 
-def engine_for(group: Group, wanted: str | None, *, symbolic: bool) -> Engine:
-    """The engine of a step; where somebody follows it, one that only uses functions of the array library."""
-    if not symbolic:
+def engine_for(group: Group, wanted: str | None, *, traced: bool) -> Engine:
+    """The engine of a step; of a traced one, an engine that only uses functions of the array library."""
+    if not traced:
         return choice_for(group, wanted).engine
-    found = [p for p in plugs(group) if p.symbolic]
+    found = [p for p in plugs(group) if p.traced]
     return engine_of(found[0]) if found else interpret.ENGINE
 
 

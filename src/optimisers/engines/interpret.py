@@ -39,7 +39,7 @@ class Values:
     def own(self, name: str, e: Expr, kind: str, domain: str = "array") -> Any:
         """What is stored, in memory of its own: that is done after other arrays have been written."""
         value = self.value(self.step.program.lowering.store(name, e, kind, domain))
-        if e.domain == "scalar" or self.step.job.symbolic or not self.library.shares(value, self.seen):
+        if e.domain == "scalar" or self.step.job.traced or not self.library.shares(value, self.seen):
             return value
         return self.library.duplicate(value)
 
@@ -97,7 +97,7 @@ def input_of(step: Step, leaf: int, name: str) -> Any:
 def begin(step: Step) -> None:
     """Check every array: here all of them are used as they are."""
     leaves = range(step.leaves)
-    if step.job.symbolic:
+    if step.job.traced:
         step.shapes = [local_shape(step, i) for i in leaves]
     xs = [checked_x(step, i) for i in leaves]
     step.grads = tuple([checked_gradient(step, order, i) for i in leaves] for order in range(len(step.grads)))
@@ -116,7 +116,7 @@ def reduce(step: Step, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
             values = arrays if r.args[0].domain == "array" else others
             value = library.operations[r.op](values.get(r.args[0]))
             found[r].append(library.across(r.op, value, step.xs[leaf]))
-    if step.job.symbolic:
+    if step.job.traced:
         return {r: library.stacked(v) for r, v in found.items()}
     kinds = {r: complex if r.type == "complex" else float for r in chosen}
     return {r: np.array([library.to_host(x) for x in v], kinds[r]) for r, v in found.items()}
@@ -172,13 +172,13 @@ def store(step: Step, new: dict[int, tuple[Any, list[Any]]]) -> None:
                 library.stored(was, x, inplace=True)
             else:
                 step.new[leaf] = (
-                    library.rounded(was, x) if step.job.symbolic else library.stored(was, x, inplace=False)
+                    library.rounded(was, x) if step.job.traced else library.stored(was, x, inplace=False)
                 )
 
 
 def spans(step: Step) -> Spans:
     """The memory of parameters and state."""
-    return NOTHING if step.job.symbolic else looked(step.library, step.xs, step.out, step.job.subset)
+    return NOTHING if step.job.traced else looked(step.library, step.xs, step.out, step.job.subset)
 
 
 ENGINE = Engine(NAME, lambda _: "", begin, reduce, prepare, spans)

@@ -208,7 +208,7 @@ class Stacks:
         """The wanted values of a bucket, block by block."""
         todo = recipe(what, bucket.shape)
         n, each = len(bucket.leaves), max(1, math.prod(bucket.shape)) * self.real.itemsize
-        blocks = 1 if self.step.job.symbolic else -(-n // max(1, BLOCK // each))
+        blocks = 1 if self.step.job.traced else -(-n // max(1, BLOCK // each))
         step = -(-n // blocks)
         run = _Run(self, todo, what, bucket, n)
         for low in range(0, n, step):
@@ -256,7 +256,7 @@ class _Run:
         self.direct = {
             o.value: j for j, (_, o) in enumerate(todo.outputs) if not o.turned and o.constant is None
         }
-        self.pure = stacks.step.job.symbolic or self.library.immutable
+        self.pure = stacks.step.job.traced or self.library.immutable
         self.pieces: dict[int, list[Any]] = {}
 
     def block(self, stacks: list[Any], low: int, high: int) -> None:

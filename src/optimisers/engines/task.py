@@ -24,7 +24,7 @@ from optimisers.state.table import ScalarTable
 from optimisers.tree.path import KeyPath
 
 Holds: TypeAlias = tuple[bool, ...] | None
-"""The answers to the conditions of a program; None where nobody may look at them: they stay in the graph."""
+"""The answers to the conditions of a program; None where they are traced: they stay in the graph."""
 
 Members: TypeAlias = Indices | None
 """Some of the leaves of a step; None for all."""
@@ -48,8 +48,8 @@ class Job:
     paths: Sequence[KeyPath]
     """Those of all leaves of the model, for messages."""
     inplace: bool
-    symbolic: bool
-    """Whether somebody follows what becomes of arrays or numbers: then no value is looked at, and nothing is
+    traced: bool
+    """Whether a transform or a compiler traces arrays or numbers: then no value is read, and nothing is
     written.
     """
     scaling: tuple[Any, Any] | None = None
@@ -103,7 +103,7 @@ class StepScalars(Protocol):
 
     @property
     def near(self) -> Scalars:
-        """Those that the host computes, or who follows its numbers."""
+        """Those that the host computes, or that are traced."""
         ...
 
     def put(self, e: Expr, value: Any, *, of_leaf: bool) -> None: ...
@@ -129,7 +129,7 @@ class Step:
             )
         self.program = group.program_for(len(job.grads))
         self.stages = stages(self.program)
-        self.blind = job.symbolic or kind.capturable
+        self.blind = job.traced or kind.capturable
         """Whether no value may be looked at."""
         self.xs, self.grads = job.xs, job.grads
         self.shapes, self.sizes = subset.places.shapes, subset.places.sizes
@@ -183,7 +183,7 @@ class Step:
             if any(value is None for value in known):
                 break
             for t, value in zip(stage.totals, known, strict=True):
-                here = value if self.job.symbolic or self.engine.keeps_totals else on_host(value)
+                here = value if self.job.traced or self.engine.keeps_totals else on_host(value)
                 self.scalars.put(t, here, of_leaf=False)
             self.level, self.reduced, moved = self.level + 1, False, True
         return moved
@@ -219,13 +219,13 @@ class Step:
     def verify(self) -> None:
         """Raise DomainError, naming the leaf, for the first check of the rule that fails.
 
-        Where somebody follows the numbers, they are not looked at, and what is not finite spreads; unless
-        somebody `watches`, who looks at them later.
+        Traced numbers are not read, and what is not finite spreads; unless somebody `watches`, who reads them
+        later.
         """
         checks = self.program.checks
-        if not checks or (self.blind and not self.job.symbolic):
+        if not checks or (self.blind and not self.job.traced):
             return
-        if self.job.symbolic:
+        if self.job.traced:
             if (seen := watches.get()) is not None:
                 for condition, message, values in checks:
                     found = [self.scalars.of_leaves(e) for e in (condition, *values)]
@@ -297,7 +297,7 @@ def picked(packs: tuple[Pack, ...], subset: Subset) -> tuple[Pack, ...]:
 def _scalars(step: Step) -> Scalars:
     """The scalars of a step: on the host, or with the operations of who traces them."""
     table = step.job.table
-    if not step.job.symbolic:
+    if not step.job.traced:
         return Scalars(table.values, step.row, step.sizes, table.clock, host)
     values = step.library.on_device(table.values, step.kind.device)
     return Scalars(values, step.row, step.sizes, table.clock, step.library)
@@ -312,7 +312,7 @@ def refuse(holds: Any, values: list[Any], message: str, paths: Sequence[str]) ->
 
 
 watches: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("watches", default=None)
-"""Where the checks of a symbolic step are noted: ([condition and values, of every leaf], message, paths)."""
+"""Where the checks of a traced step are noted: ([condition and values, of every leaf], message, paths)."""
 
 
 def ready(steps: Sequence[Step], known: Known) -> None:
@@ -334,7 +334,7 @@ def ready(steps: Sequence[Step], known: Known) -> None:
 
 def _levels(steps: Sequence[Step]) -> None:
     """Compute the sums of all steps, level by level."""
-    totals = Totals([s.stages for s in steps], symbolic=any(s.job.symbolic for s in steps))
+    totals = Totals([s.stages for s in steps], traced=any(s.job.traced for s in steps))
     while any(s.level < len(s.stages) for s in steps):
         moved = [s.advance(totals) for s in steps]
         if not any(moved):

@@ -17,8 +17,8 @@ class Totals:
     part.
     """
 
-    def __init__(self, stages: Sequence[tuple[Stage, ...]], *, symbolic: bool) -> None:
-        self.symbolic = symbolic
+    def __init__(self, stages: Sequence[tuple[Stage, ...]], *, traced: bool) -> None:
+        self.traced = traced
         self.askers: dict[str, int] = {}
         for one in stages:
             for stage in one:
@@ -36,7 +36,7 @@ class Totals:
         parts = self.parts.get(key, [])
         if len(parts) < self.askers[key]:
             return None
-        if len({str(getattr(part, "device", "host")) for part in parts}) > 1 and not self.symbolic:
+        if len({str(getattr(part, "device", "host")) for part in parts}) > 1 and not self.traced:
             parts = [on_host(part) for part in parts]
         if total_join(total) == "sum" or len(parts) == 1:
             return functools.reduce(operator.add, parts)

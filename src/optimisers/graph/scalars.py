@@ -2,7 +2,7 @@
 
 `Scalars` holds those of one group of leaves. It is asked for values, computes what they need from the table
 of numbers, and keeps them: with NumPy in float64, or by the library that the table belongs to,
-where somebody follows what becomes of the numbers. Reductions and totals are put in from outside, as soon as
+where a transform traces the numbers. Reductions and totals are put in from outside, as soon as
 they are known.
 """
 

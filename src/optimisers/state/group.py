@@ -131,12 +131,12 @@ class Group:
             memo=Memo() if self.kind.capturable else self.memo,
         )
 
-    def successor(self, *, whole: bool, symbolic: bool) -> "Group":
+    def successor(self, *, whole: bool, traced: bool) -> "Group":
         """A group for the state after a step: new arrays, not yet written where the `whole` of it is
-        stepped; those of a symbolic step are replaced, not written.
+        stepped; those of a traced step are replaced, not written.
         """
-        slots = tuple(p.loosened() if symbolic else p.empty() if whole else p.copy() for p in self.slots)
-        turned = symbolic and not all(isinstance(p, Loose) for p in self.slots)
+        slots = tuple(p.loosened() if traced else p.empty() if whole else p.copy() for p in self.slots)
+        turned = traced and not all(isinstance(p, Loose) for p in self.slots)
         return dataclasses.replace(
             self,
             table=self.table.copy(),

@@ -69,8 +69,8 @@ class Steps:
             orders = [[_conjugated(g) for g in gs] for gs in orders]
         if plan.first is not None:
             xs, orders = plan.untied(xs, orders, store.layout)
-        self.symbolic = self.followed(xs, orders)
-        if self.symbolic and store.capturable:
+        self.traced = self.is_traced(xs, orders)
+        if self.traced and store.capturable:
             raise BadState(CAPTURED)
         self.jobs = self.made(plan, xs, orders)
 
@@ -101,8 +101,8 @@ class Steps:
         by rows, if the rule allows it.
         """
         group = self.store.groups[g]
-        engine = engine_for(group, self.store.engine, symbolic=self.symbolic)
-        whole = group.kind.name == "numpy" or self.symbolic or group.kind.capturable or len(orders) > 1
+        engine = engine_for(group, self.store.engine, traced=self.traced)
+        whole = group.kind.name == "numpy" or self.traced or group.kind.capturable or len(orders) > 1
         if whole or not sparse.allowed(group):
             return [(members, taken, engine)]
         touched = np.array(sparse.sparse([orders[0][i] for i in taken]), bool)
@@ -112,14 +112,14 @@ class Steps:
         found = [(every[touched], taken[touched], sparse.ENGINE), (every[~touched], taken[~touched], engine)]
         return [kinds for kinds in found if len(kinds[1])]
 
-    def followed(self, xs: Sequence[Any], orders: list[Sequence[Any]]) -> bool:
-        """Whether somebody follows what becomes of the numbers or of the arrays: a transform, a compiler."""
+    def is_traced(self, xs: Sequence[Any], orders: list[Sequence[Any]]) -> bool:
+        """Whether a transform or a compiler traces the numbers or the arrays."""
         found = self.store.traced
         for library in {g.kind.name: g.kind.library for g in self.store.groups}.values():
-            found = found or library.follows(xs, orders, inplace=self.inplace)
+            found = found or library.traces(xs, orders, inplace=self.inplace)
             if found and self.inplace:
                 raise BadState(
-                    "update_ writes in place, which nobody can follow; write update for a step that is "
+                    "update_ writes in place, which cannot be traced; write update for a step that is "
                     "differentiated or compiled"
                 )
         return found
@@ -133,11 +133,11 @@ class Steps:
             if self.inplace:
                 target = group.owned()
             else:
-                target = group.successor(whole=members is None, symbolic=self.symbolic)
+                target = group.successor(whole=members is None, traced=self.traced)
             self.targets[g] = target
         if members is not None:
             target.table = target.table.split(members)
-        if self.symbolic:
+        if self.traced:
             target.table = target.table.to_traced(group.kind.library)
         return Job(
             group,
@@ -148,7 +148,7 @@ class Steps:
             target.table,
             self.store.layout.paths,
             self.inplace,
-            self.symbolic,
+            self.traced,
             self.scaling,
         )
 
