@@ -1,13 +1,11 @@
 """Rules that apply one operation, arguments to try it on, and what NumPy says."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import pytest
 
 import optimisers as opt
 from optimisers.ops.dispatch import OPERATIONS, dispatch
@@ -194,19 +192,6 @@ def words_of(dtype: str) -> tuple[str, ...]:
     if dtype.startswith("complex"):
         return tuple(sorted(COMPLEX))
     return tuple(w for w in ELEMENTWISE if dtype != "float64" or w not in OF_FLOAT32)
-
-
-@functools.cache
-def all_said(engine: str, dtype: str) -> dict[str, Any]:
-    """What every word makes of the samples: one kernel says them all."""
-    x, y = complex_pairs(dtype) if dtype.startswith("complex") else pairs(dtype)
-    return said(Says(words_of(dtype), dtype.startswith("complex")), x, y, engine)
-
-
-def each_word(*dtypes: str) -> Any:
-    return pytest.mark.parametrize(
-        ("name", "dtype"), [pytest.param(w, d, id=f"{w}-{d}") for d in dtypes for w in words_of(d)]
-    )
 
 
 BITS = np.concatenate(

@@ -8,7 +8,6 @@ and run needs a GPU.
 import functools
 import importlib
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -21,14 +20,12 @@ from optimisers.arrays import registry
 from optimisers.arrays.numpy import library as host
 from optimisers.arrays.protocol import Library
 from optimisers.ops.dispatch import OPERATIONS
-from tests import operations as words
 from tests import standin_cupy as standin
 from tests.table import DTYPES, TABLE, Row, RowMoments, RowScaled, dtype_of
 from tests.worlds import COMPLEX_PAIRS, arrays_of, bits, close, gradients_of, leaves, numbers_in, trained
 
 ENGINES = ("interpret", None)
 STEPS = (opt.update, opt.update_)
-OURS = ("optimisers.arrays.cupy", "optimisers.engines.cupy")
 
 both_engines = pytest.mark.parametrize("engine", ENGINES, ids=["interpret", "fused"])
 both_updates = pytest.mark.parametrize("step", STEPS, ids=lambda f: f.__name__)
@@ -36,25 +33,10 @@ both_updates = pytest.mark.parametrize("step", STEPS, ids=lambda f: f.__name__)
 FUSED = ("float16", "float32", "float64", "complex64", "complex128")
 
 
-def _unload() -> None:
-    for name in ("cupy", *OURS):
-        sys.modules.pop(name, None)
-    for name in OURS:
-        package, _, short = name.rpartition(".")
-        vars(sys.modules[package]).pop(short, None)
-    registry.forget()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def cupy() -> Iterator[ModuleType]:
-    """The stand-in in CuPy's place, and our modules made anew for it."""
-    real = sys.modules.get("cupy")
-    _unload()
-    sys.modules["cupy"] = made = standin.module()
-    yield made
-    _unload()
-    if real is not None:
-        sys.modules["cupy"] = real
+    with standin.in_place() as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -158,33 +140,6 @@ def test_the_stand_in_knows_no_read_only_arrays_and_keeps_arrays_of_no_axes() ->
     assert type(standin.FUNCTIONS["sum"](x)) is standin.ndarray
     with standin.Device(1), pytest.raises(ValueError, match="device 0 while the current one is 1"):
         x + x
-
-
-# -- the words -----------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def all_said(dtype: str, engine: str | None) -> dict[str, Any]:
-    pair = words.complex_pairs(dtype) if dtype.startswith("complex") else words.pairs(dtype)
-    rule = words.Says(words.words_of(dtype), dtype.startswith("complex"))
-    return words.said(rule, *map(gpu, pair), engine)
-
-
-@words.each_word(*DTYPES)
-@both_engines
-def test_cupy_says_a_word_as_numpy_does(name: str, dtype: str, engine: str | None) -> None:
-    words.agree(array(all_said(dtype, engine)[name]), words.all_said("interpret", dtype)[name], 2)
-
-
-@pytest.mark.parametrize("name", words.REDUCE)
-@pytest.mark.parametrize("dtype", words.REAL_TYPES)
-@both_engines
-def test_cupy_reduces_as_numpy_does(name: str, dtype: str, engine: str | None) -> None:
-    for values in words.SUMS.values():
-        a = np.array(values, float).astype(dtype_of(dtype))
-        (wanted,) = words.said(words.Reduces(name), a, a, "interpret")
-        (found,) = words.said(words.Reduces(name), gpu(a), gpu(a), engine)
-        np.testing.assert_allclose(found, wanted, rtol=1e-13, equal_nan=True)
 
 
 # -- every rule ----------------------------------------------------------------------------------------------

@@ -14,12 +14,10 @@ import pytest
 
 import optimisers as opt
 from optimisers.arrays.layout import contiguous_strides
-from optimisers.arrays.numpy import library
 from optimisers.engines.addressed import chunks
 from optimisers.engines.addressed import pointers as addresses
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu import task as numba
-from optimisers.ops.dispatch import OPERATIONS
 from optimisers.ops.primitives import ROUNDINGS
 from tests.operations import (
     ARGUMENTS,
@@ -27,23 +25,13 @@ from tests.operations import (
     CALLS,
     COMPLEX,
     ELEMENTWISE,
-    HALVES,
     OF_FLOAT32,
-    REAL_TYPES,
     REDUCE,
-    SUMS,
-    ULPS,
     Reduces,
     Says,
-    Widens,
     agree,
-    all_said,
     complex_pairs,
-    each_word,
-    hard_to_round,
-    reduced,
     said,
-    same_bits,
     samples,
 )
 from tests.table import DTYPES, TABLE, Row, dtype_of
@@ -56,10 +44,6 @@ both_updates = pytest.mark.parametrize("step", [opt.update, opt.update_], ids=la
 
 
 # -- vocabulary ----------------------------------------------------------------------------------------------
-
-
-def test_numpy_has_exactly_the_words_of_the_vocabulary() -> None:
-    assert set(library.operations) == set(OPERATIONS)
 
 
 def test_kernels_print_every_word_but_those_that_change_the_shape() -> None:
@@ -125,19 +109,6 @@ NUMPY_ONLY = frozenset(["power", "sqrt", "exp", "expm1", "log", "log1p", "sin", 
 """Words of complex numbers that NumPy knows and kernels do not."""
 
 
-COMPLEX_TYPES = ("complex64", "complex128")
-
-
-@each_word(*REAL_TYPES)
-def test_a_kernel_says_a_word_as_numpy_does(name: str, dtype: str) -> None:
-    agree(all_said("numba", dtype)[name], all_said("interpret", dtype)[name], ULPS.get(name, 2))
-
-
-@each_word(*COMPLEX_TYPES)
-def test_a_kernel_says_a_word_of_complex_numbers_as_numpy_does(name: str, dtype: str) -> None:
-    agree(all_said("numba", dtype)[name], all_said("interpret", dtype)[name], 4)
-
-
 SEEN = ("negative", "equal", "not_equal", "where", "abs", "real", "imag", "isfinite", "isnan")
 
 
@@ -183,14 +154,6 @@ def test_what_kernels_do_not_know_of_complex_numbers_goes_to_the_interpreter(nam
 
 
 @both_engines
-def test_the_two_halves_of_a_float32_are_all_of_it(engine: str) -> None:
-    got, finite = said(Says(("join_bits",)), BITS, BITS, engine)["join_bits"], ~np.isnan(BITS)
-    np.testing.assert_array_equal(got.view(np.uint32)[finite], BITS.view(np.uint32)[finite])
-
-    assert np.isnan(got[~finite]).all()
-
-
-@both_engines
 def test_the_high_half_of_a_float32_is_the_nearest_bfloat16(engine: str) -> None:
     """Or one of the two nearest, and then that which is further from 0."""
     got = said(Says(("high_bits",)), BITS, BITS, engine)["high_bits"]
@@ -232,20 +195,6 @@ def test_division_by_a_setting_of_any_size_is_division(by: float) -> None:
     agree(state.state[1], wanted[1], 2)
 
 
-@pytest.mark.parametrize("dtype", REAL_TYPES)
-@pytest.mark.parametrize("name", REDUCE)
-def test_a_kernel_reduces_as_numpy_does(name: str, dtype: str) -> None:
-    """All cases are leaves of one model, so one kernel call serves them; sums are taken in float64."""
-    arrays = [np.array(v, float).astype(dtype_of(dtype)) for v in SUMS.values()]
-    with np.errstate(all="ignore"):
-        wanted = [reduced(name, a) for a in arrays]
-    for engine in ENGINES:
-        state = opt.setup(Reduces(name), arrays, engine=engine)
-        state, _ = opt.update(state, arrays, arrays)
-        got = [leaf.state[0] for leaf in state]
-        np.testing.assert_allclose(got, wanted, rtol=1e-12, err_msg=f"{engine}: {list(SUMS)}")
-
-
 @pytest.mark.parametrize("name", REDUCE)
 @both_engines
 def test_a_reduction_sees_every_element_of_a_long_array(name: str, engine: str) -> None:
@@ -266,34 +215,6 @@ def test_sums_of_single_precision_are_taken_in_double_precision() -> None:
     x[0] = 1e8
 
     assert said(Reduces("sum"), x, x, "numba")[0] == 1e8 + 250_000
-
-
-# -- half precision ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@both_engines
-def test_all_65536_halves_are_widened_as_numpy_widens_them(dtype: str, engine: str) -> None:
-    every = np.arange(1 << 16, dtype=np.uint16).view(dtype_of(dtype))
-    got = said(Widens(), np.zeros_like(every), every, engine)[0]
-
-    assert got.dtype == np.float32
-    same_bits(got, every.astype(np.float32))
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@both_engines
-@both_updates
-def test_the_store_rounds_to_halves_as_numpy_rounds(
-    dtype: str, engine: str, step: Callable[..., Any]
-) -> None:
-    values = hard_to_round(dtype)
-    x = np.zeros(values.shape, dtype_of(dtype))
-    with np.errstate(all="ignore"):
-        wanted = (np.float32(0) - values).astype(x.dtype)
-    state = opt.setup(opt.Chain(), x, engine=engine)
-    _, x = step(state, x, values)
-    same_bits(x, wanted)
 
 
 # -- gradients of every kind ---------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from optimisers.state.structure import Structure
 from optimisers.step.update import takes_scaling
 from tests import operations as words
 from tests.goldens import PRESENT, REDUCING, array_of, names_of, rule_of, title_of
-from tests.table import REAL, TABLE, LongestSeen, Row, dtype_of, numbers
+from tests.table import REAL, TABLE, LongestSeen, Row, numbers
 from tests.table import name as of_row
 from tests.tensors import array, misaligned, number_of, tensor, turned, with_gaps
 from tests.worlds import (
@@ -379,44 +379,6 @@ def said(rule: opt.Rule, x: Any, dx: Any) -> Any:
     return {k: on_host(v) for k, v in state.items()} if isinstance(state, dict) else state
 
 
-@functools.cache
-def all_said(dtype: str) -> dict[str, Any]:
-    """What every word makes of the samples: one kernel says them all."""
-    return said(words.Says(words.words_of(dtype)), *words.pairs(dtype))
-
-
-@words.each_word(*REAL)
-def test_a_kernel_says_a_word_as_numpy_does(name: str, dtype: str) -> None:
-    words.agree(all_said(dtype)[name], words.all_said("interpret", dtype)[name], words.ULPS.get(name, 2))
-
-
-@pytest.mark.slow
-def test_the_two_halves_of_a_float32_are_all_of_it() -> None:
-    found, nan = (
-        said(words.Says(("join_bits", "high_bits", "low_bits")), words.BITS, words.BITS),
-        np.isnan(words.BITS),
-    )
-    wanted = words.said(words.Says(("high_bits", "low_bits")), words.BITS, words.BITS, "interpret")
-    np.testing.assert_array_equal(found["join_bits"].view(np.uint32)[~nan], words.BITS.view(np.uint32)[~nan])
-    np.testing.assert_array_equal(found["high_bits"], wanted["high_bits"])
-    np.testing.assert_array_equal(found["low_bits"], wanted["low_bits"])
-
-    assert np.isnan(found["join_bits"][nan]).all()
-
-
-@pytest.mark.parametrize("dtype", REAL)
-@pytest.mark.parametrize("name", words.REDUCE)
-def test_a_kernel_reduces_as_numpy_does(name: str, dtype: str) -> None:
-    arrays = [np.array(v, float).astype(dtype_of(dtype)) for v in words.SUMS.values()]
-    with np.errstate(all="ignore"):
-        wanted = [words.reduced(name, a) for a in arrays]
-    for capturable in (False, True):
-        model = [on_device(a) for a in arrays]
-        state = opt.setup(words.Reduces(name), model, engine="triton", capturable=capturable)
-        state, _ = opt.update(state, model, model)
-        np.testing.assert_allclose([leaf.state[0] for leaf in state], wanted, rtol=1e-12)
-
-
 @pytest.mark.parametrize("name", words.REDUCE)
 def test_a_reduction_sees_every_element_of_a_long_array(name: str) -> None:
     """The one element that counts stands at a border of blocks or chunks, in one leaf after the other."""
@@ -494,29 +456,6 @@ def test_a_norm_is_right_where_squares_overflow_or_vanish(dtype: str, size: floa
         for x, g in zip(model, grads, strict=True):
             rtol = 1e-6 if dtype == "float32" else 1e-12
             np.testing.assert_allclose(-on_host(x), g * (size / 10 / length), rtol=rtol)
-
-
-# -- half precision ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", words.HALVES)
-def test_all_65536_halves_are_widened_as_numpy_widens_them(dtype: str) -> None:
-    every = np.arange(1 << 16, dtype=np.uint16).view(dtype_of(dtype))
-    state = words.said(words.Widens(), on_device(np.zeros_like(every)), on_device(every), "triton")
-    words.same_bits(on_host(state[0]), every.astype(np.float32))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", words.HALVES)
-def test_the_store_rounds_to_halves_as_numpy_rounds(dtype: str) -> None:
-    """To the nearest, ties to even; NaN stays NaN."""
-    values = words.hard_to_round(dtype)
-    x = np.zeros(values.shape, dtype_of(dtype))
-    with np.errstate(all="ignore"):
-        wanted = (np.float32(0) - values).astype(x.dtype)
-    model = on_device(x)
-    opt.update_(opt.setup(opt.Chain(), model, engine="triton"), model, on_device(values))
-    words.same_bits(on_host(model), wanted)
 
 
 # -- the laws ------------------------------------------------------------------------------------------------

@@ -23,11 +23,9 @@ from jax import lax
 import optimisers as opt
 from optimisers.arrays.jax import library
 from optimisers.jax import pytree as pytrees
-from optimisers.ops.dispatch import OPERATIONS
 from optimisers.state.leaf import parts
 from optimisers.state.structure import structure_of
 from optimisers.tree.path import KeyPath
-from tests import operations as words
 from tests.goldens import PRESENT, REDUCING, array_of, names_of, rule_of, title_of
 from tests.table import DTYPES, TABLE, Row, dtype_of
 from tests.worlds import COMPLEX_PAIRS, arrays_of, close, gradients_of, leaves, numbers_in, trained
@@ -129,45 +127,6 @@ def same_trees(a: Any, b: Any, rtol: float = 1e-6, atol: float = 1e-7) -> None:
 def of_numpy(rule: Any, model: Any, gradients: Any) -> Any:
     """(state, model) of NumPy, by the interpreter: what is right."""
     return trained(rule, jax.tree.map(np.asarray, model), gradients, opt.update, "interpret")
-
-
-# -- the words -----------------------------------------------------------------------------------------------
-
-
-def test_jax_has_exactly_the_words_of_the_vocabulary() -> None:
-    assert set(library.operations) == set(OPERATIONS)
-
-
-@functools.cache
-def all_said(dtype: str) -> dict[str, Any]:
-    """What every word makes of the samples that NumPy is asked about, said by JAX."""
-    pair = words.complex_pairs(dtype) if dtype.startswith("complex") else words.pairs(dtype)
-    rule = words.Says(words.words_of(dtype), dtype.startswith("complex"))
-    with jax.enable_x64(dtype in ("float64", "complex128")):
-        return jax.tree.map(np.asarray, words.said(rule, *map(jnp.asarray, pair), None))
-
-
-def normal(a: Any) -> Any:
-    """Numbers whose subnormals are 0: XLA flushes them."""
-    if a.dtype.kind == "c":
-        return normal(a.real) + 1j * normal(a.imag)
-    return np.where(np.abs(a) < np.finfo(a.dtype).tiny, np.zeros((), a.dtype), a)
-
-
-LOOSER = dict.fromkeys(words.ULPS, 16) | {"log1p": 64}
-"""Units in the last place that XLA may be off; 4 for any other word."""
-
-
-def is_normal(a: Any) -> Any:
-    return np.isnan(a) | (normal(a) == a)
-
-
-@words.each_word("float32", "float64", "complex64", "complex128")
-def test_jax_says_a_word_as_numpy_does(name: str, dtype: str) -> None:
-    x, y = words.complex_pairs(dtype) if dtype.startswith("complex") else words.pairs(dtype)
-    kept = is_normal(x) & is_normal(y)
-    got, wanted = all_said(dtype)[name][kept], words.all_said("interpret", dtype)[name][kept]
-    words.agree(normal(got), normal(wanted), 8 if dtype.startswith("complex") else LOOSER.get(name, 4))
 
 
 # -- every rule: the same numbers ----------------------------------------------------------------------------

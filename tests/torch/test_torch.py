@@ -16,8 +16,6 @@ import optimisers as opt
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.torch import library
 from optimisers.engines.addressed import pointers as addresses
-from optimisers.ops.dispatch import OPERATIONS
-from tests import operations as words
 from tests.goldens import PRESENT, REDUCING, array_of, names_of, rule_of, title_of
 from tests.table import DTYPES, TABLE, Row, dtype_of
 from tests.tensors import array, misaligned, number_of, tensor, turned, with_gaps
@@ -49,38 +47,6 @@ def test_the_conversion_of_these_tests_loses_nothing() -> None:
 
         assert bits(array(tensor(a))) == bits(a)
         assert library.dtype_name(tensor(a)) == dtype
-
-
-# -- the words -----------------------------------------------------------------------------------------------
-
-
-def test_torch_has_exactly_the_words_of_the_vocabulary() -> None:
-    assert set(library.operations) == set(OPERATIONS)
-
-
-@functools.cache
-def all_said(dtype: str) -> dict[str, Any]:
-    """What every word makes of the samples that NumPy is asked about, said by torch."""
-    pair = words.complex_pairs(dtype) if dtype.startswith("complex") else words.pairs(dtype)
-    rule = words.Says(words.words_of(dtype), dtype.startswith("complex"))
-    return words.said(rule, *map(tensor, pair), "interpret")
-
-
-@words.each_word(*DTYPES)
-def test_torch_says_a_word_as_numpy_does(name: str, dtype: str) -> None:
-    ulps = 4 if dtype.startswith("complex") else words.ULPS.get(name, 2)
-    words.agree(array(all_said(dtype)[name]), words.all_said("interpret", dtype)[name], ulps)
-
-
-@pytest.mark.parametrize("name", words.REDUCE)
-@pytest.mark.parametrize("dtype", words.REAL_TYPES)
-@both_engines
-def test_torch_reduces_as_numpy_does(name: str, dtype: str, engine: str) -> None:
-    arrays = [np.array(v, float).astype(dtype_of(dtype)) for v in words.SUMS.values()]
-    for a in arrays:
-        (wanted,) = words.said(words.Reduces(name), a, a, "interpret")
-        (found,) = words.said(words.Reduces(name), tensor(a), tensor(a), engine)
-        np.testing.assert_allclose(found, wanted, rtol=1e-13, equal_nan=True)
 
 
 # -- every rule ----------------------------------------------------------------------------------------------

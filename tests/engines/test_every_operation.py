@@ -1,0 +1,170 @@
+"""Does every operation give in every library, by every engine, what it gives in NumPy?"""
+
+import functools
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import optimisers as opt
+from optimisers.arrays import registry
+from optimisers.ops.dispatch import OPERATIONS
+from tests.operations import (
+    BITS,
+    HALVES,
+    REDUCE,
+    SUMS,
+    ULPS,
+    Reduces,
+    Says,
+    Widens,
+    agree,
+    complex_pairs,
+    hard_to_round,
+    pairs,
+    reduced,
+    same_bits,
+    words_of,
+)
+from tests.table import DTYPES, REAL, dtype_of
+from tests.worlds import WORLDS, World, worlds
+
+PLACES = [w for w in WORLDS if w.step is opt.update_]
+"""What an operation gives does not depend on where the step writes; the store does."""
+
+everywhere = worlds(*PLACES)
+
+
+def types_in(world: World) -> tuple[str, ...]:
+    """The types whose operations are compared: XLA computes halves in float32, kernels of CUDA are real."""
+    if world.library == "jax":
+        return ("float32", "float64", "complex64", "complex128")
+    return REAL if world.engine == "triton" else DTYPES
+
+
+def said(world: World, rule: opt.Rule, x: Any, dx: Any) -> Any:
+    """The state that a rule keeps after one step, as NumPy has it."""
+    with world.open(), np.errstate(all="ignore"):
+        model = world.put(x)
+        state, _ = world.step(world.setup(rule, model), model, world.put(dx))
+        kept = state.state
+        if isinstance(kept, dict):
+            return {k: world.get(v) for k, v in kept.items()}
+        return tuple(world.get(v) for v in kept)
+
+
+@functools.cache
+def all_said(world: World, dtype: str) -> Any:
+    """What every operation makes of the samples: one kernel says them all."""
+    of_complex = dtype.startswith("complex")
+    pair = complex_pairs(dtype) if of_complex else pairs(dtype)
+    return said(world, Says(words_of(dtype), of_complex), *pair)
+
+
+def normal(a: Any) -> Any:
+    """Numbers whose subnormals are 0: XLA flushes them."""
+    if a.dtype.kind == "c":
+        return normal(a.real) + 1j * normal(a.imag)
+    return np.where(np.abs(a) < ml_dtypes.finfo(a.dtype).tiny, np.zeros((), a.dtype), a)
+
+
+def is_normal(a: Any) -> Any:
+    return np.isnan(a) | (normal(a) == a)
+
+
+def units(world: World, name: str, dtype: str) -> int:
+    """Units in the last place by which an operation may be off."""
+    if world.library == "jax":
+        looser = dict.fromkeys(ULPS, 16) | {"log1p": 64}
+        return 8 if dtype.startswith("complex") else looser.get(name, 4)
+    if world.library == "cupy":
+        return 2
+    return 4 if dtype.startswith("complex") else ULPS.get(name, 2)
+
+
+@pytest.mark.parametrize(
+    ("world", "dtype", "name"),
+    [
+        pytest.param(*param.values, dtype, name, id=f"{param.id}-{dtype}-{name}", marks=param.marks)
+        for world, param in zip(PLACES[1:], everywhere.args[1][1:], strict=True)
+        if not world.capturable
+        for dtype in types_in(world)
+        for name in words_of(dtype)
+    ],
+)
+def test_an_operation_gives_what_it_gives_in_numpy(world: World, dtype: str, name: str) -> None:
+    got, wanted = all_said(world, dtype)[name], all_said(PLACES[0], dtype)[name]
+    if world.library == "jax":
+        x, y = complex_pairs(dtype) if dtype.startswith("complex") else pairs(dtype)
+        kept = is_normal(x) & is_normal(y)
+        got, wanted = normal(got[kept]), normal(wanted[kept])
+    agree(got, wanted, units(world, name, dtype))
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", REAL)
+@pytest.mark.parametrize("name", REDUCE)
+def test_a_reduction_is_that_of_numpy(world: World, name: str, dtype: str) -> None:
+    """All cases are leaves of one model, so one kernel call serves them; sums are taken in float64, but by
+    XLA.
+    """
+    arrays = [np.array(v, float).astype(dtype_of(dtype)) for v in SUMS.values()]
+    with world.open(), np.errstate(all="ignore"):
+        wanted = [reduced(name, a) for a in arrays]
+        model, grads = world.put(arrays), world.put(arrays)
+        state, _ = world.step(world.setup(Reduces(name), model), model, grads)
+        got = [float(leaf.state[0]) for leaf in state]
+    off = 1e-5 if world.library == "jax" and dtype != "float64" else 1e-12
+    np.testing.assert_allclose(got, wanted, rtol=off, err_msg=str(list(SUMS)))
+
+
+@everywhere
+def test_the_two_halves_of_a_float32_are_all_of_it(world: World) -> None:
+    got = said(world, Says(("join_bits", "high_bits", "low_bits")), BITS, BITS)
+    wanted = said(PLACES[0], Says(("high_bits", "low_bits")), BITS, BITS)
+    there = is_normal(BITS) & ~np.isnan(BITS) if world.library == "jax" else ~np.isnan(BITS)
+    np.testing.assert_array_equal(got["join_bits"].view(np.uint32)[there], BITS.view(np.uint32)[there])
+    for name, bits in wanted.items():
+        np.testing.assert_array_equal(got[name][there], bits[there])
+
+    assert np.isnan(got["join_bits"][np.isnan(BITS)]).all()
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", HALVES)
+def test_all_65536_halves_are_widened_as_numpy_widens_them(world: World, dtype: str) -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(dtype_of(dtype))
+    (got,) = said(world, Widens(), np.zeros_like(every), every)
+
+    assert got.dtype == np.float32
+    same_bits(got, every.astype(np.float32))
+
+
+@worlds(*(w for w in WORLDS if not w.capturable))
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_store_rounds_to_halves_as_numpy_rounds(world: World, dtype: str) -> None:
+    """To the nearest, ties to even; NaN stays NaN."""
+    values = hard_to_round(dtype)
+    x = np.zeros(values.shape, dtype_of(dtype))
+    with world.open(), np.errstate(all="ignore"):
+        wanted = (np.float32(0) - values).astype(x.dtype)
+        model = world.put(x)
+        _, model = world.step(world.setup(opt.Chain(), model), model, world.put(values))
+        got = world.get(model)
+    if world.library == "jax":
+        with np.errstate(invalid="ignore"):
+            got, wanted = normal(got), normal(wanted)
+    same_bits(got, wanted)
+
+
+@everywhere
+def test_a_library_has_exactly_the_operations_of_the_vocabulary(world: World) -> None:
+    with world.open():
+        assert set(registry.named(world.library).operations) == set(OPERATIONS)
+
+
+def test_every_operation_is_compared() -> None:
+    assert set(words_of("float32")) | set(REDUCE) == {
+        n for n, o in OPERATIONS.items() if o.family in ("elementwise", "reduce")
+    }
