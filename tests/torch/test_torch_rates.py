@@ -152,3 +152,76 @@ def test_coupled_decay_follows_the_product() -> None:
         wanted *= 1 - 0.5 * (0.2 - 0.02 * n) / (1 + n)
 
     assert p.item() == pytest.approx(wanted, rel=1e-13)
+
+
+# -- cycles of momentum, where rules go by glob --------------------------------------------------------------
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Parameter(torch.ones(2).double()) for _ in range(3))
+
+
+CYCLES: dict[str, Callable[[Any], Any]] = {
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, 10),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3),
+}
+
+
+@pytest.mark.parametrize("name", CYCLES)
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"a": opt.Adam(), "b": opt.AdamW(lam=0.1), "c": opt.Adam()},
+        {"a": opt.Adam(), "b": opt.SGD(0.1, 0.9), "c": opt.Descent()},
+        {"a": opt.Momentum(), "b": opt.Descent(), "c": opt.Momentum()},
+        {"a": opt.Adam(), "b": None, "c": opt.Descent()},
+    ],
+    ids=lambda rules: "-".join(type(rule).__name__ for rule in rules.values()),
+)
+def test_a_cycle_of_momentum_reaches_every_rule_by_glob(name: str, rules: dict[str, Any]) -> None:
+    net = Net()
+    optimizer = opt.TorchOptimizer(net, rules)
+    scheduler = CYCLES[name](optimizer)
+    peer = torch.optim.Adam(Net().parameters())
+    cycle = CYCLES[name](peer)
+    for _ in range(6):
+        for p in (*net.parameters(), *peer.param_groups[0]["params"]):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        peer.step()
+        rate, momentum = (peer.param_groups[0][key] for key in ("lr", "betas"))
+        for key, rule in rules.items():
+            if rule is not None:
+                here = optimizer.tree[key].rule
+
+                assert here.eta == rate
+                assert getattr(here, "beta", momentum)[0] == momentum[0]
+                assert getattr(here, "rho", momentum[0]) == momentum[0]
+        scheduler.step()
+        cycle.step()
+
+
+def test_a_cycle_over_globs_goes_on_from_a_file() -> None:
+    def walked(net: Net, optimizer: Any, scheduler: Any) -> None:
+        for n in range(3):
+            for p in net.parameters():
+                p.grad = torch.full_like(p, 1.0 + n)
+            optimizer.step()
+            scheduler.step()
+
+    rules = {"a": opt.Adam(), "b": opt.SGD(0.1, 0.9), "c": opt.Descent()}
+    net = Net()
+    optimizer = opt.TorchOptimizer(net, rules)
+    scheduler = CYCLES["OneCycleLR"](optimizer)
+    walked(net, optimizer, scheduler)
+    other = copy.deepcopy(net)
+    again = opt.TorchOptimizer(other, rules)
+    after = CYCLES["OneCycleLR"](again)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    after.load_state_dict(copy.deepcopy(scheduler.state_dict()))
+    walked(net, optimizer, scheduler)
+    walked(other, again, after)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -88,6 +88,8 @@ class TorchOptimizer(torch.optim.Optimizer):
             raise BadState(f"TorchOptimizer was given {rule!r} where the rule goes{hint}")
         super().__init__(params, self._defaults(settings))
         self._given = []
+        if self._globs is not None:
+            self._lend_momentum()
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, *, engine: str | None = None) -> "TorchOptimizer":
@@ -102,6 +104,18 @@ class TorchOptimizer(torch.optim.Optimizer):
         new = cls(groups, groups[0]["rule"], engine=engine, capturable=capturable)
         take_over(new, optimizer)
         return new
+
+    def _lend_momentum(self) -> None:
+        """Let schedulers that cycle momentum find it where rules go by glob: in the defaults, and by one key
+        in all groups.
+        """
+        for key in ("betas", "momentum"):
+            shown = [group[key] for group in self.param_groups if key in group]
+            if shown:
+                self.defaults.setdefault(key, shown[0])
+                for group in self._keeper.groups:
+                    group.lend(key)
+                return
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

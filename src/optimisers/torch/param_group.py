@@ -28,6 +28,10 @@ class ParamGroup:
     """The leaves of its parameters."""
     scaling = False
     """Whether `lr` is a factor that a scheduler of torch sets, and a schedule of ours goes on below it."""
+    lent = ""
+    """What momentum is called in other groups, where it has another name here or there is none: schedulers
+    that cycle it look for one key in all groups.
+    """
 
     def __init__(self, group: dict[str, Any], rule: Rule | None) -> None:
         self.group, self.leaves = group, []
@@ -47,6 +51,7 @@ class ParamGroup:
                 if key != "lr" or not self.scaling:
                     self.put(key, value)
             group.setdefault("lr", 1.0)
+            self.show_lent()
             self.meanings = meanings = meanings_of(rule)
             self.watched = {key: meanings[key] for key in group if key in meanings}
             self.constant = [key for key in group if key not in meanings and key in ASKING]
@@ -98,10 +103,25 @@ class ParamGroup:
             self.scaling, self.group["lr"] = True, value
         return scaled(schedule, value)
 
+    def lend(self, key: str) -> None:
+        """Show the momentum under a key of other groups, where it has another name."""
+        if key not in self.group:
+            self.lent = key
+            self.show_lent()
+            self.take(self.rule)
+
+    def show_lent(self) -> None:
+        """Show the momentum as other groups do: `betas` of one number, or of none."""
+        momentum = self.group.get("momentum")
+        if self.lent == "betas":
+            self.group["betas"] = () if momentum is None else (momentum,)
+        elif self.lent:
+            self.group[self.lent] = 0.0
+
     def renew(self, rule: Rule, found: dict[str, Any]) -> None:
         """Stand for a rule that differs by the fields that were found."""
         new = self.group.keys() != self.known.keys()
-        if new or self.moving or any(is_schedule(value) for value in found.values()):
+        if new or self.moving or self.lent or any(is_schedule(value) for value in found.values()):
             self.take(rule)
             return
         self.rule = rule
@@ -220,6 +240,9 @@ class ParamGroup:
                 continue
             if key in meanings:
                 _put(found, meanings[key], key, self._meant(meanings[key], value, where), where)
+            elif key == self.lent:
+                if value and "momentum" in meanings:
+                    _put(found, meanings["momentum"], key, value[0], where)
             elif key == "lr" and any(hasattr(part, "eta") for part in parts_of_value(rule)):
                 continue  # the rate of Rprop is read at the start alone, here as in torch
             elif key == "lr":
