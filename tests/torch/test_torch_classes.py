@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,3 +176,18 @@ def test_sgd_whose_momentum_is_switched_on_later_starts_as_torch_does() -> None:
             p.grad = drawn(n + 1)
             o.step()
         torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-13)
+
+
+def test_the_page_for_those_who_come_from_torch_has_every_class_and_keyword() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "coming-from-torch.md").read_text()
+    keywords = {key for rows in KEYWORDS.values() for given in rows for key in given}
+    keywords -= {
+        "etas",
+        "step_sizes",
+        "rho",
+        "lambd",
+        "t0",
+    }  # the names are the same, or are in the table of groups
+
+    assert [name for name in (*KEYWORDS, *WITHOUT_RULE - {"Optimizer"}) if f"`{name}" not in page] == []
+    assert [key for key in (*keywords, *SAID_ELSEWHERE - {"params", "self"}) if f"`{key}" not in page] == []

@@ -243,23 +243,28 @@ class ParamGroup:
             elif key == self.lent:
                 if value and "momentum" in meanings:
                     _put(found, meanings["momentum"], key, value[0], where)
-            elif key == "lr" and any(hasattr(part, "eta") for part in parts_of_value(rule)):
-                continue  # the rate of Rprop is read at the start alone, here as in torch
-            elif key == "lr":
-                raise BadSetting(
-                    f"{where} sets lr to {value!r}, and {rule!r} has no rate that may change; write "
-                    "Chain(rule, Descent(1.0)), whose rate scales the step"
-                )
             else:
-                refuse(rule, key, value, where)
-                if key in seen and not nothing(seen[key]):
-                    raise BadSetting(
-                        f"{where} sets {key} to {value!r}; it was {seen[key]!r} from the start, and belongs "
-                        "to the structure of the rule"
-                    )
+                self._refuse(rule, key, value, where)
         if not found:
             self.look()
         return found
+
+    def _refuse(self, rule: Rule, key: str, value: Any, where: str) -> None:
+        """Raise BadSetting for what was written and no setting of the rule is, where it says something."""
+        if key == "lr":
+            if any(hasattr(part, "eta") for part in parts_of_value(rule)):
+                return  # the rate of Rprop is read at the start alone, here as in torch
+            raise BadSetting(
+                f"{where} sets lr to {value!r}, and {rule!r} has no rate that may change; write "
+                "Chain(rule, Descent(1.0)), whose rate scales the step"
+            )
+        refuse(rule, key, value, where)
+        was = self.noted.get(key)
+        if not nothing(was):
+            raise BadSetting(
+                f"{where} sets {key} to {value!r}; it was {was!r} from the start, and belongs to the "
+                "structure of the rule"
+            )
 
 
 def _written(value: Any) -> Any:
