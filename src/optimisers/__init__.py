@@ -12,6 +12,7 @@ from optimisers.arrays.registry import (
     register_backend,
 )
 from optimisers.averaged import averaged
+from optimisers.checkpoint import load_state_dict, state_dict
 from optimisers.compose.accumulate import AccumGrad
 from optimisers.compose.average import EMA
 from optimisers.compose.chain import Chain
@@ -199,6 +200,7 @@ __all__ = [
     "hyperparameters",
     "isnumeric",
     "kernel",
+    "load_state_dict",
     "maximum",
     "maywrite",
     "minimum",
@@ -211,6 +213,7 @@ __all__ = [
     "setup",
     "sign",
     "sqrt",
+    "state_dict",
     "static",
     "thaw",
     "thaw_",

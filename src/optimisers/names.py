@@ -33,7 +33,6 @@ ELSEWHERE = {
     "clip_grad_norm": "opt.Chain(opt.ClipGlobalNorm(), rule)",
     "clip_grad_norm_": "opt.Chain(opt.ClipGlobalNorm(), rule)",
     "clip_grad_value_": "opt.Chain(opt.ClipGrad(), rule)",
-    "load_state_dict": "a method of opt.TorchOptimizer; other states are pickled",
     "no_grad": "opt.update_, which writes past autograd",
     "step": "opt.update(state, model, grads)",
     "zero_grad": "opt.update(state, model, grads): gradients are arguments",

@@ -23,7 +23,7 @@ FLOORS = (
     ("state",),
     ("engines",),
     ("step",),
-    ("flat", "averaged", "explain", "grads", "names", "torch", "jax"),
+    ("flat", "averaged", "checkpoint", "explain", "grads", "names", "torch", "jax"),
     ("__init__",),
     ("demo",),
     ("__main__",),
