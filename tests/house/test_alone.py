@@ -39,6 +39,7 @@ def test_what_is_hidden_is_missed() -> None:
     assert "import of torch halted" in alone("import torch").stderr
 
 
+@pytest.mark.slow
 def test_a_star_import_brings_every_name_that_needs_no_framework_and_loads_none() -> None:
     code = (
         f"from optimisers import *\nimport sys\nprint([n for n in {FRAMEWORKS!r} if n in sys.modules], Adam)"

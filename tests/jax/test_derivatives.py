@@ -35,6 +35,7 @@ def line(rule: opt.Rule) -> Callable[[Any], Any]:
     return along
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=name)
 def test_steps_have_two_derivatives_at_gradients_of_0(row: Row) -> None:
     def slope(t: Any) -> Any:
@@ -45,6 +46,7 @@ def test_steps_have_two_derivatives_at_gradients_of_0(row: Row) -> None:
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", NORMS)
 def test_norms_have_finite_derivatives_where_elements_are_0(p: float) -> None:
     """And those of a formula in NumPy where they are not."""
@@ -70,6 +72,7 @@ def test_norms_of_no_elements_and_of_none_but_zeros_are_0() -> None:
             assert opt.ops.norm(x, p) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [opt.Adam(0.1, epsilon=1e-2), opt.AdaGrad(0.1), opt.Momentum(0.1)])
 def test_a_step_is_expanded_by_jet(rule: opt.Rule) -> None:
     t, one = jnp.float32(0.75), jnp.float32(1)

@@ -1402,6 +1402,7 @@ def test_state_arrays_lie_where_the_parameters_lie() -> None:
     assert found["fresh"] == [True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["eager", "in place", "jitted"])
 def test_sharded_arrays_are_stepped_as_whole_ones_and_stay_sharded(how: str) -> None:
     found = on_four_devices()

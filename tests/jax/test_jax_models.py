@@ -371,6 +371,7 @@ def test_a_whole_module_of_equinox_trains_and_the_rest_of_it_is_kept() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("donate", ["none", "all"])
 def test_a_module_trains_inside_filter_jit(donate: str) -> None:
     model = jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, Perceptron())
@@ -528,6 +529,7 @@ def test_updates_have_the_type_of_the_parameters() -> None:
     assert str(state["w"].state.m.dtype) == "float32"
 
 
+@pytest.mark.slow
 def test_a_step_of_a_transformation_may_be_mapped_scanned_and_differentiated() -> None:
     tx = opt.as_optax(opt.Momentum(0.1))
 

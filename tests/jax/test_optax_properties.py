@@ -60,6 +60,7 @@ def forms(tree: Any) -> list[Any]:
 # -- every rule, operation by operation ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=name)
 def test_the_updates_of_a_rule_lead_where_its_own_steps_lead(row: Row) -> None:
     with jax.disable_jit():
@@ -114,6 +115,7 @@ def test_optax_finds_its_way_in_the_state_of_a_rule(row: Row) -> None:
         assert x == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
 def test_updates_have_the_type_of_parameters_for_every_rule(dtype: str) -> None:
     for row in TABLE:

@@ -126,6 +126,7 @@ def test_arrays_that_only_some_rules_keep_are_found_too() -> None:
     assert sum(bool((x == 7).all()) for x in jax.tree.leaves(found)) == 3
 
 
+@pytest.mark.slow
 def test_boxes_of_linen_keep_the_names_of_their_axes() -> None:
     dense = linen.Dense(
         4, kernel_init=linen.with_partitioning(linen.initializers.lecun_normal(), ("in", "out"))
