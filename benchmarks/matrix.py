@@ -4,11 +4,13 @@ Muon as a user writes it (see `benchmarks.muon`), in float32: five Newton-Schulz
 of four layers of GPT-2 small, on 24 and 200 matrices of 256 x 256 and on 1,000 of 64 x 64, for tensors on the
 CPU, for NumPy, and under `jit`. The limit is the bare products, fifteen for every stack of equal shape, by
 the batched product of the library. Beside it stand torch.optim.Muon, in bfloat16 as it comes and with its
-formula in float32, and optax.contrib.muon under `jit`; with `--peers`, the Muon of HeavyBall and of
-pytorch_optimizer, where they are installed. All take turns in one process; ratios are of medians.
+formula in float32, and optax.contrib.muon under `jit`; with `--peers`, the Muon of pytorch_optimizer, in both
+types too, and of HeavyBall, which works in bfloat16, where they are installed. All take turns in one process;
+ratios are of medians.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -171,6 +173,21 @@ def torch_muon(shapes: Shapes, *, wide: bool) -> Candidate:
     return step
 
 
+def in_type(kind: torch.dtype, step: Candidate) -> Candidate:
+    """A step of pytorch_optimizer's Muon, whose iteration takes its type as an argument that nobody gives."""
+    own: Any = importlib.import_module("pytorch_optimizer.optimizer.muon.base")
+    there = own.zero_power_via_newton_schulz_5
+
+    def run() -> None:
+        own.zero_power_via_newton_schulz_5 = functools.partial(there, dtype=kind)
+        try:
+            step()
+        finally:
+            own.zero_power_via_newton_schulz_5 = there
+
+    return run
+
+
 def torch_peers(shapes: Shapes, *, more: bool) -> dict[str, Candidate]:
     found = {
         "torch.optim.Muon, float32 formula": torch_muon(shapes, wide=True),
@@ -178,12 +195,14 @@ def torch_peers(shapes: Shapes, *, more: bool) -> dict[str, Candidate]:
     }
     if more and importlib.util.find_spec("pytorch_optimizer"):
         module: Any = importlib.import_module("pytorch_optimizer")
-        held = [{"params": parameters(shapes), "use_muon": True}]
-        found["pytorch_optimizer Muon"] = module.Muon(held, lr=0.02).step
+        for name, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+            held = [{"params": parameters(shapes), "use_muon": True}]
+            step = module.Muon(held, lr=0.02).step
+            found[f"pytorch_optimizer Muon, {name}"] = in_type(kind, step)
     if more and importlib.util.find_spec("heavyball"):
         module = importlib.import_module("heavyball")
         stepper = module.Muon(parameters(shapes), lr=0.02, consume_grad=False)
-        found["HeavyBall Muon"] = stepper.step
+        found["HeavyBall Muon, bfloat16"] = stepper.step
     return found
 
 
