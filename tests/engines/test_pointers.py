@@ -86,6 +86,8 @@ def test_a_tensor_that_changed_behind_its_object_is_seen() -> None:
             lambda x: setattr(x, "data", torch.zeros(3, 3)),
             lambda x: setattr(x, "data", x.data[:1]),
             lambda x: setattr(x, "data", x.data.t()),
+            lambda x: setattr(x, "data", x.data.view(3, 2)),
+            lambda x: setattr(x, "data", x.data.view(6)),
             lambda x: setattr(x, "data", x.data.double()),
             lambda x: x.untyped_storage().resize_(0),
         ):

@@ -47,7 +47,6 @@ class Known:
     arrays: Sequence[Callable[[], Any]] = ()
     """What follows is empty until the same list has come twice."""
     at: list[int] | None = None
-    sizes: Sequence[int] = ()
     table: Any = None
     fits: Any = None
 
@@ -273,7 +272,7 @@ def torch_addresses(
         known is not None
         and known.at == places
         and all(map(operator.is_, map(operator.call, known.arrays), arrays))
-        and list(map(of.numel, arrays)) == known.sizes
+        and list(map(of.size, arrays)) == form.shapes
         and False not in list(map(of.is_contiguous, arrays))
         and list(map(attrgetter("dtype"), arrays)).count(dtype) == count
     ):
@@ -298,8 +297,7 @@ def torch_addresses(
     fits &= ((first + form.reach) * dtype.itemsize <= bytes_) | (form.reach == 0)
     whole = again and bool(fits.all()) and bool(form.flats.all())
     if whole:
-        seen = list(map(weakref.ref, arrays)), places, list(map(of.numel, arrays))
-        form.known[name] = Known(ids, *seen, at.copy(), fits)
+        form.known[name] = Known(ids, list(map(weakref.ref, arrays)), places, at.copy(), fits)
     else:
         form.known[name] = Known(ids)
     return fits
