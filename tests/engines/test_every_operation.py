@@ -152,10 +152,8 @@ def test_the_store_rounds_to_halves_as_numpy_rounds(world: World, dtype: str) ->
         model = world.put(x)
         _, model = world.step(world.setup(opt.Chain(), model), model, world.put(values))
         got = world.get(model)
-    if world.library == "jax":
-        with np.errstate(invalid="ignore"):
-            got, wanted = normal(got), normal(wanted)
-    same_bits(got, wanted)
+    kept = is_normal(values) if world.library == "jax" else slice(None)
+    same_bits(got[kept], wanted[kept])
 
 
 @everywhere
