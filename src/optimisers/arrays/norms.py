@@ -25,7 +25,9 @@ def norm2(
         maximum, minimum, where = operations["maximum"], operations["minimum"], operations["where"]
         scale: Any = 1
         if 0 not in np.shape(x):
-            top = still(operations["max"](operations["abs"](x), axis=axis, keepdims=True))
+            # Of all elements it is one number, which a distributed array takes as it is.
+            wide = keepdims or axis is not None
+            top = still(operations["max"](operations["abs"](x), axis=axis, keepdims=wide))
             edge = 4 * least(top)  # a compiler may multiply by 1 / scale, which must be a number too
             scale = where((top > 0) & (top < math.inf), minimum(maximum(top, edge), 1 / edge), 1)
         squares = operations["sum"](operations["abs2"](x / scale), axis=axis, keepdims=keepdims)

@@ -131,11 +131,14 @@ class ParamGroup:
                 self.put(key, found[field])
                 seen[n] = found[field]
         self.seen = tuple(seen)
-        self.raw = [_written(v) for v in self.fetch(self.group)]
+        held = self.fetch(self.group)
+        if any(isinstance(v, torch.Tensor) for v in held):
+            self.raw = [_written(v) for v in held]
 
     def put(self, key: str, value: Any) -> None:
         """Show a value; a tensor that holds it stays."""
-        if key not in self.group or plain(self.group[key]) != value:
+        held = self.group.get(key)
+        if held is not value and (held is None or plain(held) != value):
             self.group[key] = value
 
     def begin(self) -> None:
@@ -235,7 +238,10 @@ class ParamGroup:
         for key in (*seen, *(key for key in self.group if key not in self.known)):
             if key not in self.group:
                 raise BadSetting(f"{where} has no {key} any more; write it again: it was {seen[key]!r}")
-            value = plain(self.group[key])
+            held = self.group[key]
+            if key in seen and not isinstance(held, torch.Tensor) and held == seen[key]:
+                continue
+            value = plain(held)
             if key in seen and value == seen[key]:
                 continue
             if key in meanings:
