@@ -273,6 +273,75 @@ TABLE: tuple[Row, ...] = (
 )
 
 
+MODERN: tuple[Row, ...] = (
+    Row("NAdamW", opt.NAdamW(0.05, (0.8, 0.95), 0.1, 1e-06)),
+    Row("Adan", opt.Adan(0.05, (0.9, 0.8, 0.95), 0.1, 1e-06)),
+    Row("ADOPT", opt.ADOPT(0.05, (0.8, 0.95), 0.1), types=REAL),
+    Row("ADOPT-free", opt.ADOPT(0.05, (0.8, 0.95), 0.1, clip=None)),
+    Row("AdEMAMix", opt.AdEMAMix(0.05, (0.8, 0.95, 0.99), 3.0, 0.1, 1e-06, 5)),
+    Row("SimplifiedAdEMAMix", opt.SimplifiedAdEMAMix(0.01, (0.8, 0.9), 3.0, 0.1, 1e-06)),
+    Row("LaProp", opt.LaProp(0.05, (0.8, 0.95), 0.1, 1e-06)),
+    Row("QHM", opt.QHM(0.1, 0.8, 0.5)),
+    Row("QHAdam", opt.QHAdam(0.05, (0.8, 0.95), (0.5, 0.8), 1e-06)),
+    Row("StableAdamW", opt.StableAdamW(0.05, (0.8, 0.95), 0.3, 0.001), passes=2),
+    Row("Yogi", opt.Yogi(0.05, (0.8, 0.95), 0.1, 0.01)),
+    Row("AdamAtan2", opt.AdamAtan2(0.05, (0.8, 0.95), 0.1)),
+    Row("MADGRAD", opt.MADGRAD(0.1, 0.7, 0.1)),
+    Row("FTRL", opt.FTRL(0.1, 1.0, 0.1, 0.2), types=REAL),
+    Row("LARS", opt.LARS(3.0, 0.8, 0.1, 0.01, 0.001, nesterov=True), passes=2),
+    Row("LARS-apart", opt.LARS(3.0, 0.8, 0.1, 0.01, 0.001, apart=True), passes=2),
+    Row("LAMB", opt.LAMB(0.05, (0.8, 0.95), 0.1, 0.001), passes=2),
+    Row("NovoGrad", opt.NovoGrad(0.05, (0.8, 0.9), 0.1), passes=2),
+    Row("SignDescent", opt.SignDescent(0.05)),
+    Row("Signum", opt.Signum(0.05, 0.7, 0.1)),
+    Row("Grams", opt.Grams(0.05, (0.8, 0.95), 0.1)),
+    Row("MARS", opt.MARS(0.05, (0.8, 0.9), 0.1, 0.1), passes=2),
+    Row("MARSLion", opt.MARSLion(0.05, (0.8, 0.9), 0.1, 0.1), passes=2),
+    Row(
+        "Prodigy",
+        opt.Prodigy(0.7, (0.8, 0.95), 0.1, d0=0.01, d_coef=0.8, debias=True, safeguard=True),
+        types=REAL,
+        passes=2,
+    ),
+    Row("Prodigy-plain", opt.Prodigy(d0=0.001, lam=0.1, couple=True, growth=1.5), types=REAL, passes=2),
+    Row("DAdaptAdam", opt.DAdaptAdam(0.7, (0.8, 0.95), 0.1, d0=0.01, debias=True), types=REAL, passes=2),
+    Row("DAdaptSGD", opt.DAdaptSGD(0.7, 0.9, 0.1, 0.01), types=REAL, passes=3),
+    Row("DAdaptLion", opt.DAdaptLion(0.7, (0.8, 0.95), 0.1, 0.01), types=REAL, passes=2),
+    Row("DoG", opt.DoG(0.7, 0.01, 0.1), passes=2),
+    Row("LDoG", opt.LDoG(0.7, 0.01, 0.1), passes=2),
+    Row("DoWG", opt.DoWG(0.7, 0.01), passes=2),
+    Row("AdaptiveClip", opt.Chain(opt.AdaptiveClip(0.3, 0.1), opt.Descent(0.5)), matrix=True),
+    Row("Centralize", opt.Chain(opt.Centralize(), opt.Descent(0.1)), matrix=True),
+    Row("ZeroNonFinite", opt.Chain(opt.ZeroNonFinite(), opt.Descent(0.1))),
+    Row("ClipRMS", opt.Chain(opt.ClipRMS(0.3), opt.Descent(0.1)), passes=2),
+    Row("NormalizeGrad", opt.Chain(opt.NormalizeGrad(0.3, 0.01), opt.Descent(1.0)), passes=2),
+    Row("GrokFast", opt.Chain(opt.GrokFast(0.7, 3.0), opt.Descent(0.1))),
+    Row("OrthoGrad", opt.Chain(opt.OrthoGrad(), opt.Descent(0.1)), passes=3, engine_complex="interpret"),
+    Row("ZClip", opt.Chain(opt.ZClip(0.7, 0.1, math.inf, 2), opt.Descent(0.1)), passes=2),
+    Row("NormGrowthCap", opt.Chain(opt.NormGrowthCap(1.1), opt.Descent(0.1)), passes=2),
+    Row("AdamP", opt.AdamP(0.05, (0.8, 0.95), 0.1, delta=2.0, nesterov=True), types=REAL, matrix=True),
+    Row("SGDP", opt.SGDP(0.05, 0.8, 0.1, delta=2.0), types=REAL, matrix=True),
+    Row(
+        "Cautious",
+        opt.Chain(opt.Cautious(opt.Adam(0.05, (0.8, 0.95), 1e-06)), opt.DecoupledDecay(0.1, couple=True)),
+        passes=2,
+    ),
+    Row("CautiousDecay", opt.Chain(opt.Adam(0.05, (0.8, 0.95), 1e-06), opt.CautiousDecay(0.1))),
+    Row(
+        "CorrectedDecay",
+        opt.Chain(opt.Adam(opt.Cosine(0.05, 20, warmup=3), (0.8, 0.95), 1e-06), opt.CorrectedDecay(0.3)),
+    ),
+    Row("ScheduleFree", opt.ScheduleFree(opt.AdamW(0.1, (0.0, 0.95), 0.1, 0.001), 0.8, warmup=4, r=0.5)),
+    Row("GPA", opt.GPA(opt.Adam(0.1, (0.8, 0.95), 0.001), 0.8, 0.9)),
+    Row("Lookahead", opt.Lookahead(opt.Momentum(0.1), 3, 0.8)),
+    Row("SWA", opt.SWA(opt.Momentum(0.1), 2, 2)),
+    Row("Mechanic", opt.Mechanic(opt.Momentum(0.3), 0.01, 0.05, betas=4), types=REAL, passes=3),
+)
+"""Rules that came later: each is walked through every engine once, in `rules/test_modern.py`; the laws are
+those of the rows above.
+"""
+
+
 def name(row: Row) -> str:
     """For `pytest.mark.parametrize(..., ids=name)`."""
     return row.name

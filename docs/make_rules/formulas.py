@@ -15,6 +15,7 @@ from docs.make_rules.letters import (
     ATOM,
     COMPARISONS,
     FUNCTIONS,
+    GIVEN,
     LETTERS,
     POWER,
     PRODUCT,
@@ -255,8 +256,8 @@ class Printer:
             return self._input(e), ATOM
         if e.op == "number":
             return self._number(e)
-        if e.op in ("clock", "size"):
-            return {"clock": r"\text{clock}", "size": "N"}[e.op], ATOM
+        if e.op in GIVEN:
+            return GIVEN[e.op], ATOM
         if e.op in ("add", "subtract"):
             return self._sum(e), SUM
         if e.op in ("multiply", "divide", "negative"):

@@ -48,6 +48,9 @@ COMPARISONS = {
     "logical_and": r"\land",
     "logical_or": r"\lor",
 }
+GIVEN = {"clock": r"\text{clock}", "size": "N", "loss": "f_t"}
+"""What a step is given beside arrays and settings."""
+
 FUNCTIONS = {
     "exp": r"\exp",
     "log": r"\log",

@@ -46,10 +46,19 @@ def _holds_rules(rule: opt.Rule, field: str) -> bool:
     return any(path[:1] == (field,) for path, _ in owners(rule))
 
 
-def hyper_parameters(rule: opt.Rule) -> str:
+def own_of(cls: type[opt.Rule], shown: opt.Rule) -> tuple[opt.Rule, int]:
+    """(the rule of a class in what is shown for it, how deep it stands there): the last of a chain."""
+    chained = isinstance(shown, opt.Chain) and cls is not opt.Chain
+    return (shown.rules[-1], 2) if chained else (shown, 0)
+
+
+def hyper_parameters(cls: type[opt.Rule], shown: opt.Rule) -> str:
     rows: list[tuple[str, ...]] = []
-    printed = Printer(rule, *traced(rule, parameters(rule)))
-    signs = list(zip((path for path, _ in walk(rule)), printed.numbers, strict=False))
+    printed = Printer(shown, *traced(shown, parameters(shown)))
+    rule, depth = own_of(cls, shown)
+    known = zip((path for path, _ in walk(shown)), printed.numbers, strict=False)
+    within = ("rules", len(shown.rules) - 1) if isinstance(shown, opt.Chain) and depth else ()
+    signs = [(path[depth:], sign) for path, sign in known if path[:depth] == within]
     for field in fields(rule):
         value = getattr(type(rule), field.name, dataclasses.MISSING)
         default = "none: must be given" if value is dataclasses.MISSING else f"`{value!r}`"
@@ -114,7 +123,7 @@ def section(cls: type[opt.Rule]) -> str:
         f"### Formula of {name}",
         f"{shown}$$\n{formula(rule)}\n$$",
         f"### Hyper-parameters of {name}",
-        hyper_parameters(rule),
+        hyper_parameters(cls, rule),
         f"### State and cost of {name}",
         state_of(rule, x),
         costs(rule, x),

@@ -9,6 +9,7 @@ import numpy as np
 
 import optimisers as opt
 from docs.make_rules.texts import example
+from optimisers.rule import further
 
 START = (-1.2, 1.0)
 VALLEY = 10.0
@@ -23,6 +24,17 @@ def loss(x: Any, y: Any) -> Any:
 def gradient(p: Any) -> Any:
     x, y = (float(v) for v in p)
     return np.array([-2 * (1 - x) - 4 * VALLEY * x * (y - x * x), 2 * VALLEY * (y - x * x)])
+
+
+def curvature(p: Any) -> Any:
+    """The diagonal of the second derivative."""
+    x, y = (float(v) for v in p)
+    return np.array([2 - 4 * VALLEY * (y - 3 * x * x), 2 * VALLEY])
+
+
+def needs_more(rule: opt.Rule) -> bool:
+    """Whether a rule takes second gradients."""
+    return further(type(rule))[1] == 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +121,67 @@ PATHS: dict[str, Drawn] = {
         steps=4000,
     ),
     "SkipNonFinite": Drawn(opt.SkipNonFinite(opt.Momentum(0.005)), spoilt=10),
+    "NAdamW": Drawn(opt.NAdamW(0.1, lam=0.0)),
+    "Adan": Drawn(opt.Adan(0.03)),
+    "ADOPT": Drawn(opt.ADOPT(0.1, (0.9, 0.99))),
+    "AdEMAMix": Drawn(opt.AdEMAMix(0.02, (0.9, 0.999, 0.99))),
+    "SimplifiedAdEMAMix": Drawn(opt.SimplifiedAdEMAMix(0.005, (0.9, 0.95))),
+    "LaProp": Drawn(opt.LaProp(0.1)),
+    "QHM": Drawn(opt.QHM(0.02, 0.9)),
+    "QHAdam": Drawn(opt.QHAdam(0.1)),
+    "StableAdamW": Drawn(opt.StableAdamW(0.1, lam=0.0)),
+    "Yogi": Drawn(opt.Yogi(0.1)),
+    "AdamAtan2": Drawn(opt.AdamAtan2(0.1)),
+    "MADGRAD": Drawn(opt.MADGRAD(0.1)),
+    "FTRL": Drawn(opt.FTRL(0.4, 1.0)),
+    "LARS": Drawn(opt.LARS(20.0), steps=300),
+    "LAMB": Drawn(opt.LAMB(0.05)),
+    "NovoGrad": Drawn(opt.NovoGrad(0.01)),
+    "SignDescent": Drawn(opt.SignDescent(0.03)),
+    "Signum": Drawn(opt.Signum(0.03)),
+    "Grams": Drawn(opt.Grams(0.05)),
+    "MARS": Drawn(opt.MARS(0.1, (0.9, 0.99))),
+    "MARSLion": Drawn(opt.MARSLion(0.03, (0.9, 0.99))),
+    "Prodigy": Drawn(opt.Prodigy(d0=0.001), steps=300),
+    "DAdaptAdam": Drawn(opt.DAdaptAdam(d0=0.001), steps=300),
+    "DAdaptSGD": Drawn(opt.DAdaptSGD(rho=0.9, d0=0.001), steps=300),
+    "DAdaptLion": Drawn(opt.DAdaptLion(d0=0.001), steps=300),
+    "DoG": Drawn(opt.DoG(reps=0.01), steps=300),
+    "LDoG": Drawn(opt.LDoG(reps=0.01), steps=300),
+    "DoWG": Drawn(opt.DoWG(), steps=300),
+    "AdaptiveClip": Drawn(
+        opt.Chain(opt.AdaptiveClip(2.0), opt.Descent(0.03)), opt.Descent(0.03), "without clipping"
+    ),
+    "Centralize": Drawn(opt.Chain(opt.Centralize(), opt.Descent(0.01))),
+    "ZeroNonFinite": Drawn(opt.Chain(opt.ZeroNonFinite(), opt.Momentum(0.005)), spoilt=10),
+    "ClipRMS": Drawn(opt.Chain(opt.ClipRMS(2.0), opt.Descent(0.03)), opt.Descent(0.03), "without clipping"),
+    "NormalizeGrad": Drawn(opt.Chain(opt.NormalizeGrad(), opt.Descent(0.05)), PLAIN, "without it"),
+    "NormGrowthCap": Drawn(
+        opt.Chain(opt.NormGrowthCap(), opt.Descent(0.03)), opt.Descent(0.03), "without it"
+    ),
+    "GrokFast": Drawn(opt.Chain(opt.GrokFast(0.9), opt.Descent(0.005)), opt.Descent(0.005), "without it"),
+    "OrthoGrad": Drawn(opt.Chain(opt.OrthoGrad(), opt.Descent(0.01)), PLAIN, "without it"),
+    "ZClip": Drawn(opt.Chain(opt.ZClip(omega=2.0), opt.Descent(0.03)), opt.Descent(0.03), "without clipping"),
+    "AdamP": Drawn(opt.AdamP(0.1)),
+    "SGDP": Drawn(opt.SGDP(0.005)),
+    "Sophia": Drawn(opt.Sophia(0.05, rho=1.0, lam=0.0)),
+    "SophiaG": Drawn(opt.SophiaG(0.05, rho=1.0, lam=0.0)),
+    "AdaHessian": Drawn(opt.AdaHessian(0.3)),
+    "MoMo": Drawn(opt.MoMo(0.05)),
+    "MoMoAdam": Drawn(opt.MoMoAdam(0.3)),
+    "PolyakSPS": Drawn(opt.PolyakSPS()),
+    "CautiousDecay": Drawn(opt.Chain(opt.Adam(0.1), opt.CautiousDecay(0.3)), opt.Adam(0.1), "without decay"),
+    "CorrectedDecay": Drawn(
+        opt.Chain(opt.Adam(opt.Cosine(0.1, 150)), opt.CorrectedDecay(0.3)),
+        opt.Adam(opt.Cosine(0.1, 150)),
+        "without decay",
+    ),
+    "Cautious": Drawn(opt.Cautious(opt.Momentum(0.005, 0.95)), opt.Momentum(0.005, 0.95), "without it"),
+    "ScheduleFree": Drawn(opt.ScheduleFree(opt.Descent(0.03)), None, "the average", average=True, steps=300),
+    "GPA": Drawn(opt.GPA(opt.Descent(0.03), mu_x=0.95), None, "the average", average=True),
+    "Lookahead": Drawn(opt.Lookahead(opt.Momentum(0.01)), opt.Momentum(0.01), "without it"),
+    "SWA": Drawn(opt.SWA(opt.RMSProp(0.1), 50), None, "the mean", average=True),
+    "Mechanic": Drawn(opt.Mechanic(opt.Descent(0.01), 0.01), steps=300),
 }
 """The path of each rule, at a rate that shows its character; a rule that is not listed takes its defaults."""
 
@@ -123,7 +196,8 @@ def path_of(drawn: Drawn, rule: opt.Rule) -> tuple[Any, Any]:
         g = gradient(p) + drawn.noise * rng.standard_normal(2)
         if drawn.spoilt and i % drawn.spoilt == drawn.spoilt - 1:
             g[0] = np.inf
-        state, p = opt.update(state, p, g.astype(drawn.dtype))
+        curved = [curvature(p)] if needs_more(drawn.rule) else []
+        state, p = opt.update(state, p, g.astype(drawn.dtype), *curved, loss=loss(*map(float, p)))
         points.append(np.array(p, float))
         if drawn.average:
             averages.append(np.array(opt.averaged(state, p), float))

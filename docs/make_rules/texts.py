@@ -30,6 +30,34 @@ FAMILIES = {
         "Rules for a `Chain`: they change the gradient, or the step, on its way.",
     ),
     "compose": ("Rules made of rules", "They join other rules, or decide whether and where these step."),
+    "momenta": (
+        "Other momenta",
+        "Adam's frame, with a momentum that looks ahead, remembers longer, or comes after the scaling.",
+    ),
+    "scaled": (
+        "Other scalings",
+        "Each element has a step size of its own, found in another way than Adam's quotient.",
+    ),
+    "trust": ("Trust ratios", "The length of a step follows from the norm of its array, for large batches."),
+    "variance": ("Less variance", "The gradient is corrected by how it changed since the step before."),
+    "rateless": (
+        "Without a rate",
+        "The size of the steps is found from how far the parameters have come; eta stays 1.",
+    ),
+    "direction": (
+        "Gradients on their way",
+        "Rules for the front of a `Chain`: they change the gradient by its units, norms and history.",
+    ),
+    "projected": ("Projected steps", "For weights before a normalisation, whose scale does not matter."),
+    "losses": (
+        "Steps by the loss",
+        "The length of a step follows from how far the loss is above the best that there can be.",
+    ),
+    "curvature": (
+        "Diagonal curvature",
+        "Steps scaled by estimates of the second derivative, which come as second gradients.",
+    ),
+    "decay": ("Decay beside the step", "Rules for the place behind the one that steps; they take its rate."),
 }
 """Title and introduction of a page; a family that is not listed gets its own name as the title."""
 
@@ -134,6 +162,128 @@ WHEN = {
     ),
     "SplitPrecision": "In the place of MixedPrecision for bfloat16, at half of its memory.",
     "SkipNonFinite": "Around the rule of any training in half precision, or where a rare batch overflows.",
+    "MoMo": "Where a rate is known to be good but not how good: eta may be several times too large.",
+    "MoMoAdam": "The same for Adam. Most losses are never negative: leave `lower` at 0.",
+    "PolyakSPS": (
+        "For problems that can be fitted exactly, whose best loss is known. It needs no rate at all; `most` "
+        "guards against the first steps."
+    ),
+    "NAdamW": (
+        "In place of AdamW where there is time to tune nothing: the baseline of AlgoPerf, and among the "
+        "best element-wise rules at equal tuning."
+    ),
+    "Adan": (
+        "For vision transformers and diffusion models, with rates several times those of AdamW. It costs "
+        "two more arrays."
+    ),
+    "ADOPT": (
+        "Where Adam diverges unless beta[1] is tuned: it converges with any. Otherwise it is close to AdamW."
+    ),
+    "AdEMAMix": (
+        "For long runs, where old gradients still help: at many steps per parameter it leads the element- "
+        "wise rules. Set `warmup` to the length of the run."
+    ),
+    "SimplifiedAdEMAMix": "As AdEMAMix with one momentum fewer, for small batches and large beta[0].",
+    "LaProp": (
+        "Where Adam's beta[0] and beta[1] must be tuned against each other, as in reinforcement learning "
+        "and GANs: here they are independent."
+    ),
+    "QHM": "Where Momentum with a large rho is too slow to turn: a part of each gradient counts at once.",
+    "QHAdam": "The same for Adam. nu of 1 is Adam, 0 is RMSProp.",
+    "StableAdamW": (
+        "For large models at low precision, in place of AdamW with clipping of gradients: spikes of the "
+        "loss are damped array by array."
+    ),
+    "Yogi": (
+        "Where Adam's mean square rises too fast for rare large gradients. Take a larger epsilon and rate "
+        "than Adam's."
+    ),
+    "AdamAtan2": "In place of AdamW where no epsilon is wanted: it steps alike at any scale of the loss.",
+    "MADGRAD": (
+        "For sparse problems and where AdaGrad shines but generalises badly. Take a smaller decay than "
+        "for other rules."
+    ),
+    "FTRL": (
+        "For linear models with many sparse features, whose weights should be exactly 0 where they do not "
+        "help."
+    ),
+    "LARS": (
+        "For convolutional networks at batches of thousands. Leave biases and normalisations to Momentum."
+    ),
+    "LAMB": "For transformers at batches of thousands. At ordinary batches AdamW is as good.",
+    "NovoGrad": (
+        "For speech and language models where Adam's second moment is too much memory: it keeps one "
+        "number for each array."
+    ),
+    "SignDescent": "For large batches with no memory at all, and as what Lion and Signum are made of.",
+    "Signum": (
+        "Where Adam's memory is too much: half of it, with a tenth of its rate. With decay behind it: Tiger."
+    ),
+    "Grams": "In place of AdamW where the momentum turns too late: only the size of the step comes from it.",
+    "MARS": (
+        "For language models in place of AdamW, at the price of one more array; among the best element- "
+        "wise rules at equal tuning. Give vectors to AdamW."
+    ),
+    "MARSLion": "As MARS, with the memory of Momentum and one more array.",
+    "Prodigy": (
+        "For fine-tuning (LoRA, diffusion), where nobody wants to look for a rate. Leave eta at 1; use a "
+        "cosine schedule without restarts; set `d0` to 1e-5 or more if d does not rise."
+    ),
+    "DAdaptAdam": "The forerunner of Prodigy, more careful: take that one first.",
+    "DAdaptSGD": "The same for descent with momentum.",
+    "DAdaptLion": "The same for Lion.",
+    "DoG": "For fine-tuning without a rate, evaluated with averages: EMA(DoG()).",
+    "LDoG": (
+        "As DoG, for models whose arrays need very different steps, such as transformers trained from "
+        "scratch."
+    ),
+    "DoWG": "As DoG, bolder: it forgets the first gradients.",
+    "AdaptiveClip": "For networks without normalisation (NFNets) at large batches. Not for the last layer.",
+    "Centralize": (
+        "Before any rule in convolutional networks; cheap, and seldom harmful. With RAdam and Lookahead: "
+        "Ranger."
+    ),
+    "ZeroNonFinite": (
+        "Where single elements of a gradient overflow and the rest is worth stepping. To leave out the "
+        "whole step take SkipNonFinite."
+    ),
+    "ClipRMS": "Where arrays should be limited one by one, whatever their size.",
+    "NormalizeGrad": (
+        "Where only the direction of the whole gradient should count, as in adversarial training."
+    ),
+    "NormGrowthCap": "Against single spikes, array by array, without a norm to choose.",
+    "GrokFast": "On small algorithmic tasks, to generalise long before plain training does.",
+    "OrthoGrad": "Where the loss is at 0 and the logits only grow. Otherwise leave it out.",
+    "ZClip": (
+        "In place of ClipGlobalNorm in long runs, where the usual norm drifts: only outliers are clipped."
+    ),
+    "AdamP": (
+        "For networks with normalisations, in place of AdamW, where the weights grow along with the training."
+    ),
+    "SGDP": "The same for descent with momentum.",
+    "Sophia": (
+        "Where estimates of the curvature are cheap. At equal tuning it did not beat AdamW on language "
+        "models."
+    ),
+    "SophiaG": "As Sophia, with the authors' estimate from sampled labels.",
+    "AdaHessian": "For small models, where a Hessian product at every step can be paid.",
+    "CautiousDecay": "In place of DecoupledDecay behind Adam, Lion or Momentum; no further tuning.",
+    "CorrectedDecay": (
+        "For layers that a normalisation follows, under a schedule whose rate falls: gradients then do "
+        "not grow at the end."
+    ),
+    "Cautious": "Around Adam, Lion or Momentum: one line, no setting. It costs one more pass.",
+    "ScheduleFree": (
+        "Where the length of the run is not known: no schedule, and the average is as good as the end of "
+        "one. Evaluate and save what `averaged` gives."
+    ),
+    "GPA": "As ScheduleFree with two constants, for runs with a schedule of their own.",
+    "Lookahead": "Around a rule with a large rate, to damp it.",
+    "SWA": (
+        "For the last part of a run at a constant rate: the mean is flatter than its end. Recompute the "
+        "statistics of BatchNorm for it."
+    ),
+    "Mechanic": "Around a rule whose schedule is known but not its scale.",
 }
 """When to use a rule, in a sentence or two."""
 
@@ -144,6 +294,14 @@ EXAMPLES: dict[str, Callable[[], opt.Rule]] = {
     "MixedPrecision": lambda: opt.MixedPrecision(opt.Momentum()),
     "SplitPrecision": lambda: opt.SplitPrecision(opt.Momentum()),
     "SkipNonFinite": lambda: opt.SkipNonFinite(opt.Momentum()),
+    "Cautious": lambda: opt.Cautious(opt.Momentum()),
+    "CautiousDecay": lambda: opt.Chain(opt.Descent(), opt.CautiousDecay()),
+    "CorrectedDecay": lambda: opt.Chain(opt.Descent(), opt.CorrectedDecay()),
+    "ScheduleFree": lambda: opt.ScheduleFree(opt.Descent()),
+    "GPA": lambda: opt.GPA(opt.Descent()),
+    "Lookahead": lambda: opt.Lookahead(opt.Descent()),
+    "SWA": lambda: opt.SWA(opt.Descent()),
+    "Mechanic": lambda: opt.Mechanic(opt.Descent(), betas=1),
 }
 """The rule whose formula is shown, where that made without arguments is not it."""
 

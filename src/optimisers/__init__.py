@@ -15,7 +15,10 @@ from optimisers.averaged import averaged
 from optimisers.checkpoint import load_state_dict, state_dict
 from optimisers.compose.accumulate import AccumGrad
 from optimisers.compose.average import EMA
+from optimisers.compose.cautious import Cautious
 from optimisers.compose.chain import Chain
+from optimisers.compose.free import GPA, SWA, Lookahead, ScheduleFree
+from optimisers.compose.mechanic import Mechanic
 from optimisers.compose.precision import MixedPrecision, SplitPrecision
 from optimisers.compose.skip import SkipNonFinite
 from optimisers.engines.cpu.limits import get_num_threads, set_num_threads
@@ -52,7 +55,20 @@ from optimisers.rules.adam import (
     TorchRAdam,
 )
 from optimisers.rules.adaptive import AdaDelta, AdaGrad, RMSProp, Rprop, TorchAdaGrad
+from optimisers.rules.curvature import AdaHessian, Sophia, SophiaG
+from optimisers.rules.decay import CautiousDecay, CorrectedDecay
 from optimisers.rules.descent import SGD, Descent, Momentum, Nesterov
+from optimisers.rules.direction import (
+    AdaptiveClip,
+    Centralize,
+    ClipRMS,
+    GrokFast,
+    NormalizeGrad,
+    NormGrowthCap,
+    OrthoGrad,
+    ZClip,
+    ZeroNonFinite,
+)
 from optimisers.rules.gradient import (
     ClipGlobalNorm,
     ClipGrad,
@@ -62,8 +78,15 @@ from optimisers.rules.gradient import (
     SignDecay,
     WeightDecay,
 )
+from optimisers.rules.losses import MoMo, MoMoAdam, PolyakSPS
+from optimisers.rules.momenta import ADOPT, QHM, Adan, AdEMAMix, LaProp, NAdamW, QHAdam, SimplifiedAdEMAMix
 from optimisers.rules.of_torch import ASGD, SparseAdam, TorchAdaMax, TorchRMSProp
-from optimisers.rules.sign import Lion
+from optimisers.rules.projected import SGDP, AdamP
+from optimisers.rules.rateless import DAdaptAdam, DAdaptLion, DAdaptSGD, DoG, DoWG, LDoG, Prodigy
+from optimisers.rules.scaled import FTRL, MADGRAD, AdamAtan2, StableAdamW, Yogi
+from optimisers.rules.sign import Grams, Lion, SignDescent, Signum
+from optimisers.rules.trust import LAMB, LARS, NovoGrad
+from optimisers.rules.variance import MARS, MARSLion
 from optimisers.schedules import (
     Constant,
     Cosine,
@@ -115,62 +138,112 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "ADOPT",
     "AMSGrad",
     "ASGD",
     "AccumGrad",
+    "AdEMAMix",
     "AdaBelief",
     "AdaDelta",
     "AdaGrad",
+    "AdaHessian",
     "AdaMax",
     "Adam",
+    "AdamAtan2",
+    "AdamP",
     "AdamW",
+    "Adan",
+    "AdaptiveClip",
     "Backend",
     "BadSetting",
     "BadState",
     "Branch",
     "CacheRefused",
+    "Cautious",
+    "CautiousDecay",
+    "Centralize",
     "Chain",
     "ClipGlobalNorm",
     "ClipGrad",
     "ClipNorm",
+    "ClipRMS",
     "Constant",
+    "CorrectedDecay",
     "Cosine",
+    "DAdaptAdam",
+    "DAdaptLion",
+    "DAdaptSGD",
     "DecoupledDecay",
     "Descent",
+    "DoG",
+    "DoWG",
     "DomainError",
     "EMA",
     "Exponential",
+    "FTRL",
     "FloatParameter",
+    "GPA",
+    "Grams",
+    "GrokFast",
     "InverseSqrt",
     "Join",
     "KeyPath",
+    "LAMB",
+    "LARS",
+    "LDoG",
+    "LaProp",
     "Leaf",
     "Linear",
     "Lion",
+    "Lookahead",
+    "MADGRAD",
+    "MARS",
+    "MARSLion",
     "Maximise",
+    "Mechanic",
     "MixedPrecision",
+    "MoMo",
+    "MoMoAdam",
     "Momentum",
     "NAdam",
+    "NAdamW",
     "Nesterov",
     "NoMatch",
     "NoParameters",
+    "NormGrowthCap",
+    "NormalizeGrad",
+    "NovoGrad",
     "OAdam",
     "OneCycle",
     "OptimiserError",
+    "OrthoGrad",
     "Pair",
+    "PolyakSPS",
     "Polynomial",
+    "Prodigy",
+    "QHAdam",
+    "QHM",
     "RAdam",
     "RMSProp",
     "Restructure",
     "Rprop",
     "Rule",
     "SGD",
+    "SGDP",
+    "SWA",
     "Schedule",
+    "ScheduleFree",
     "Setting",
     "SignDecay",
+    "SignDescent",
+    "Signum",
+    "SimplifiedAdEMAMix",
     "SkipNonFinite",
+    "Sophia",
+    "SophiaG",
     "SparseAdam",
     "SplitPrecision",
+    "StableAdamW",
     "State",
     "Step",
     "TorchAMSGrad",
@@ -184,6 +257,9 @@ __all__ = [
     "UnknownField",
     "WarmupStableDecay",
     "WeightDecay",
+    "Yogi",
+    "ZClip",
+    "ZeroNonFinite",
     "abs2",
     "adjust",
     "adjust_",

@@ -122,7 +122,14 @@ def show(rule: str) -> int:
     except (TypeError, opt.BadSetting):
         print(f"\nIt has settings without a default: give them and write print(opt.kernel({rule}(...))).")
         return 0
-    print(f"\n{opt.explain(opt.setup(one, np.zeros(1000, np.float32)))}\n\n{opt.kernel(one)}")
+    x = np.zeros(1000, np.float32)
+    try:
+        state = opt.setup(one, x)
+    except opt.BadSetting:  # it takes the rate of a rule before it
+        one = opt.Chain(opt.Descent(), one)
+        state = opt.setup(one, x)
+        print(f"\nBehind another rule, as in {one!r}:")
+    print(f"\n{opt.explain(state)}\n\n{opt.kernel(one)}")
     return 0
 
 

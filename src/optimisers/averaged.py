@@ -1,11 +1,10 @@
-"""The model with the moving averages of its parameters."""
+"""The model with the parameters that its rule would evaluate with."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from optimisers.compose.average import AverageState
 from optimisers.errors import NoMatch
-from optimisers.nest import entries
+from optimisers.state.edit import present
 from optimisers.state.leaf import Branch, Leaf, parts
 from optimisers.state.select import leaves_of
 from optimisers.state.store import Store
@@ -16,12 +15,12 @@ from optimisers.tree.walk import survey
 
 
 def averaged(state: object, model: object = None) -> Any:
-    """The model with the moving averages that `EMA` keeps in place of its parameters; the model stays as it
-    was.
+    """The model with the parameters to evaluate with: for every rule that keeps such (EMA, SWA, ScheduleFree,
+    Lookahead, ...) what its `evaluate(state, x)` gives; the model stays as it was.
 
     For a `TorchOptimizer` the model may be a module that has its parameters, or be left out: then the
-    averages come in a dict by name. Parameters whose rule keeps no average are shared with the model. Raises
-    NoMatch if none does.
+    averages come in a dict by name. Parameters whose rule keeps none are shared with the model. Raises
+    NoMatch if no rule does.
     """
     given = None if isinstance(state, Leaf | Branch) else getattr(state, "parameters", None)
     if given is None:
@@ -42,24 +41,16 @@ def averaged(state: object, model: object = None) -> Any:
 
 
 def _averages(store: Store, node: Node, xs: Sequence[Any], leaves: Sequence[int]) -> dict[int, Any]:
-    """The average of each leaf that has one."""
+    """The parameters to evaluate with, of each leaf whose rule keeps such."""
     at = dict(zip(reversed(node.leaves), reversed(xs), strict=True))
     new: dict[int, Any] = {}
     for leaf in leaves:
         group, i = store.where(leaf)
-        kept = _path_of_average(group.program.template)
-        slot = next((j for j, s in enumerate(group.program.slots) if s.path == kept), None)
-        if slot is not None:
-            library = group.kind.library
-            new[leaf] = library.like(at[leaf], library.copied(group.slots[slot][i], group.kind.dtype))
+        library, x = group.kind.library, at[leaf]
+        rule = present(group, i, group.rule_of(i))
+        value = rule.evaluate(group.state_of(i), library.widened(x))
+        if value is not None:
+            new[leaf] = library.like(x, library.copied(value, group.kind.dtype))
     if not new:
         raise NoMatch("no rule here keeps an average; write setup(EMA(rule), model)")
     return new
-
-
-def _path_of_average(state: object, path: tuple[Any, ...] = ()) -> tuple[Any, ...] | None:
-    """Where in a state the first moving average of the parameters stands."""
-    if isinstance(state, AverageState):
-        return (*path, "average")
-    found = (_path_of_average(item, (*path, key)) for key, item in entries(state))
-    return next((p for p in found if p is not None), None)

@@ -59,6 +59,12 @@ class Rule(Value):
         """(state, what is subtracted from x)."""
         raise NotImplementedError(f"{type(self).__name__} has no apply(self, state, x, dx)")
 
+    def evaluate(self, state: Any, x: Any) -> Any:
+        """The parameters to evaluate with in place of `x`, which the model holds, where the rule keeps such:
+        an average, say. None, as by default, means `x` itself. A rule that wraps another asks that one.
+        """
+        return None
+
     def adjust(self, eta: object = None, **changes: object) -> Self:
         """This rule with the named hyper-parameters replaced, also in the rules it is made of; `eta` may come
         first.
@@ -167,8 +173,8 @@ def rate_before(rule: Rule) -> Any:
     if not rates:
         name = type(rule).__name__
         raise BadSetting(
-            f"{name}(couple=True) is multiplied by the rate of a rule before it, and there is none with an "
-            f"eta; write Chain(Adam(), {name}(0.01, couple=True))"
+            f"{name} takes the rate of a rule before it, and there is none with an eta; write "
+            f"Chain(Adam(), {rule!r})"
         )
     return rates[-1]
 
@@ -235,6 +241,18 @@ def a_rule(outer: Rule, inner: object) -> None:
         raise BadSetting(f"{name}.rule is {inner!r}; it takes a rule: write {instead}")
 
 
+def rate_of(rule: Rule) -> Any:
+    """The learning rate of a rule, or of the last one with a rate that it is made of: what decay beside its
+    step is multiplied by.
+
+    Raises BadSetting where there is none.
+    """
+    rates = [eta for part in parts(rule) if (eta := dict(settings(part)).get("eta")) is not None]
+    if not rates:
+        raise BadSetting(f"{rule!r} has no rate eta; write a rule that has, such as Adam()")
+    return rates[-1]
+
+
 def instead_of_variant(
     old: type[Rule], new: type[Rule], given: tuple[Any, ...], settings: dict[str, Any]
 ) -> Any:
@@ -273,6 +291,7 @@ __all__ = [
     "not_negative",
     "one_step",
     "rate_before",
+    "rate_of",
     "setting",
     "static",
     "stepped",

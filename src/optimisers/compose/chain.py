@@ -70,5 +70,9 @@ class Chain(Rule):
                 new.append(kept)
         return tuple(new), dx
 
+    def evaluate(self, state: tuple[Any, ...], x: Array) -> Any:
+        found = (rule.evaluate(kept, x) for rule, kept in zip(self.rules, state, strict=True))
+        return next((value for value in found if value is not None), None)
+
     def __repr__(self) -> str:
         return f"Chain({', '.join(map(repr, self.rules))})"

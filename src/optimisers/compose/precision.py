@@ -90,6 +90,9 @@ class MixedPrecision(Rule):
             new = rounded(landing(master, step), self.dtype)
             return MasterState(new, inner), Becomes(new)
 
+    def evaluate(self, state: MasterState, x: Array) -> Any:
+        return self.rule.evaluate(state.inner, where(stored_as(x, state.master) == x, state.master, x))
+
     def __repr__(self) -> str:
         dtype = "" if self.dtype == "float32" else f", {self.dtype!r}"
         return f"MixedPrecision({self.rule!r}{dtype})"
@@ -124,6 +127,9 @@ class SplitPrecision(Rule):
         with under(step):
             new = landing(master, step)
             return SplitState(low_bits(new), inner), Becomes(high_bits(new), new)
+
+    def evaluate(self, state: SplitState, x: Array) -> Any:
+        return self.rule.evaluate(state.inner, join_bits(x, fitting(x, state.low)))
 
     def __repr__(self) -> str:
         return f"SplitPrecision({self.rule!r})"

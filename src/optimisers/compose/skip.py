@@ -39,3 +39,6 @@ class SkipNonFinite(Rule):
         with under(sound):
             inner, step = stepped(self.rule, state.inner, x, sound, more)
         return SkipState(skipped, inner), step
+
+    def evaluate(self, state: SkipState, x: Array) -> Any:
+        return self.rule.evaluate(state.inner, x)

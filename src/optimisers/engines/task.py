@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from optimisers.arrays import registry
 from optimisers.arrays.numpy import library as host
 from optimisers.engines.memory import Known, Spans, merged
 from optimisers.engines.totals import Totals, on_host
@@ -52,6 +53,8 @@ class Job:
     """Whether a transform or a compiler traces arrays or numbers: then no value is read, and nothing is
     written.
     """
+    loss: Any = None
+    """The loss of this step, one number; None where nobody gave it."""
     scaling: tuple[Any, Any] | None = None
     """(what every gradient is divided by, whether the step is skipped), as arrays on the device; None for 1
     and no.
@@ -146,6 +149,28 @@ class Step:
         self.new: dict[int, Any] = {}
         """The new parameters of leaves, where they are other objects than the old."""
         engine.begin(self)
+        if self.program.loss is not None:
+            self.scalars.put(self.program.loss, self.loss(), of_leaf=False)
+
+    def loss(self) -> Any:
+        """The loss of the step, where the scalars are computed; raises BadState if nobody gave it."""
+        given = self.job.loss
+        if given is None:
+            raise BadState(
+                f"{type(self.job.group.rule).__name__} asks for the loss; write update(state, model, grads, "
+                "loss=value)"
+            )
+        if np.shape(given) != ():
+            raise BadState(
+                f"the loss has shape {np.shape(given)}; it is one number: the mean over a batch, say"
+            )
+        if self.job.traced:
+            return given
+        here = registry.isarray(given) and registry.library(given) is self.library
+        if self.kind.capturable and here:
+            return self.library.moved(given, self.kind.device).double()
+        value = float(registry.library(given).to_host(given)) if registry.isarray(given) else float(given)
+        return self.library.on_device(np.float64(value), self.kind.device) if self.kind.capturable else value
 
     @property
     def leaves(self) -> int:

@@ -86,7 +86,7 @@ class Lowering:
     def _scalar(self, e: Expr) -> Expr:
         if e.op in ("number", "clock", "size", "const"):
             return e
-        if cuts(e) or e.op == "total":
+        if cuts(e) or e.op in ("total", "loss"):
             return Expr("known", type=e.type, value=e)
         if e.op == "scheduled" and e.options:
             raise TraceError(

@@ -80,7 +80,7 @@ class Scalars:
             value = self.values[id(e.args[0])]
             if e.options:
                 value = self.library.mapped(dict(e.options)["function"], value)
-        elif cuts(e) or e.op == "total":
+        elif cuts(e) or e.op in ("total", "loss"):
             raise LookupError(f"{e.op} is not known yet")
         else:
             values = [self.values[id(a)] for a in e.args]
@@ -144,7 +144,7 @@ def below(e: Expr) -> tuple[Expr, ...]:
 @kept
 def is_plain(e: Expr) -> bool:
     """Whether a scalar node is made of numbers of a rule and the clock alone."""
-    return not any(cuts(n) or n.op in ("size", "total") or is_called(n) for n in below(e))
+    return not any(cuts(n) or n.op in ("size", "total", "loss") or is_called(n) for n in below(e))
 
 
 def is_called(e: Expr) -> bool:

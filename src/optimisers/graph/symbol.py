@@ -26,6 +26,8 @@ class Trace:
         self.shape_read = False
         self.clocks: Any = None
         """The clocks of its scopes."""
+        self.loss: Symbol | None = None
+        """The loss of the step, where the rule asks for it."""
         self.totals: dict[str, int] = {}
         """How many totals each type of rule has asked for."""
 
@@ -208,6 +210,13 @@ class Symbol(Expr):
     @staticmethod
     def __clock__() -> "Symbol":
         return current().clocks.now()
+
+    @staticmethod
+    def __loss__() -> "Symbol":
+        trace = current()
+        if trace.loss is None:
+            trace.loss = Symbol("loss")
+        return trace.loss
 
     @staticmethod
     def __under__(dx: "Symbol") -> Any:

@@ -1,6 +1,7 @@
 """A rule and the form of its state -> a program: what the new parameters, state and counters are made of."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,6 +65,11 @@ class Program:
     """Whether the parameters are real or complex."""
     lowering: Lowering = dataclasses.field(default_factory=Lowering, repr=False)
     """Its nodes as engines read them."""
+
+    @functools.cached_property
+    def loss(self) -> Expr | None:
+        """The loss of the step, where the rule asks for it."""
+        return next((e for e in order(self.roots, guards=True) if e.op == "loss"), None)
 
     @property
     def roots(self) -> list[Expr]:

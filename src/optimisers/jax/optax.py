@@ -61,10 +61,11 @@ def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransform
     """A rule (or {glob: rule}) as a transformation of Optax, to chain, wrap, and hand to trainers.
 
     Its `update` returns the step of the rule, with the sign that Optax adds; it needs the parameters where
-    the rule reads them, and ignores further arguments. Its state is read, adjusted and frozen as one of
-    `setup`, with the paths of the parameters as names; to Optax it has the form of Optax's own states, where
-    eta is "learning_rate" and the clock "count". A setting counts as whoever changed it last wrote it: the
-    transformation (another one, or one around it that injects hyper-parameters) or `adjust`.
+    the rule reads them, gives `value=`, the loss, to the rules that ask for it, and ignores further
+    arguments. Its state is read, adjusted and frozen as one of `setup`, with the paths of the parameters as
+    names; to Optax it has the form of Optax's own states, where eta is "learning_rate" and the clock "count".
+    A setting counts as whoever changed it last wrote it: the transformation (another one, or one around it
+    that injects hyper-parameters) or `adjust`.
 
     As in Optax, complex gradients are those of steepest ascent, the conjugates of what `jax.grad` gives; with
     `conjugate=True` they are what it gives.
@@ -89,7 +90,7 @@ def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransform
         about = About(jax.tree.structure(children, is_leaf=is_absent), given, place)
         return mirrored(store, node, path, about)
 
-    def update(updates: Any, state: object, params: Any = None, **_: object) -> Any:
+    def update(updates: Any, state: object, params: Any = None, *, value: Any = None, **_: object) -> Any:
         if not isinstance(state, Mirrored):
             raise BadState(
                 f"a state of as_optax was wanted and a {type(state).__name__} came; write tx.init(params)"
@@ -102,8 +103,8 @@ def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransform
         store, node, path = parts(state)
         xs = _parameters(store, node, params)
         orders = [gather_gradients(node, {k: slopes.get(k) for k in node.keys}, path)]
-        done = stepped(store, node, path, xs, orders, changes=True)
-        after, new = evaluated(store, node, xs, orders, changes=True) if done is None else done
+        done = stepped(store, node, path, xs, orders, value, changes=True)
+        after, new = evaluated(store, node, xs, orders, value, changes=True) if done is None else done
         number = {str(p): leaf for leaf, p in enumerate(store.layout.paths)}
         steps = [new.get(number.get(k, -1), jnp.zeros_like(g)) for k, g in slopes.items()]
         return jax.tree.unflatten(form, steps), mirrored(after, node, path, about_of(state))
@@ -248,6 +249,11 @@ def _counted(state: Mirrored) -> Mirrored:
 # -- Optax here ----------------------------------------------------------------------------------------------
 
 
+def valued(extra: dict[str, Any], loss: Any) -> dict[str, Any]:
+    """What a transformation is given besides gradients: the loss by Optax's name."""
+    return extra if loss is None else {"value": loss, **extra}
+
+
 class WholeState:
     """The state of a transformation of Optax beside a model; `update` steps the model with it."""
 
@@ -257,16 +263,16 @@ class WholeState:
     def __repr__(self) -> str:
         return f"WholeState({self.inner!r})"
 
-    def stepped(self, model: Any, grads: Any, **extra: Any) -> Any:
+    def stepped(self, model: Any, grads: Any, *, loss: Any = None, **extra: Any) -> Any:
         """(state, model) after a step. `extra` goes to the transformation: for a line search `value`, `grad`
         and `value_fn`, a loss of the model.
         """
-        inner, new = self._computed(model, grads, extra)
+        inner, new = self._computed(model, grads, valued(extra, loss))
         return WholeState(self.rule, self.layout, inner), rebuild(self.layout.root, model, new)
 
-    def stepped_(self, model: Any, grads: Any, **extra: Any) -> Any:
+    def stepped_(self, model: Any, grads: Any, *, loss: Any = None, **extra: Any) -> Any:
         """The same step in place: this state goes on, and modules of NNX are written."""
-        inner, new = self._computed(model, grads, extra)
+        inner, new = self._computed(model, grads, valued(extra, loss))
         made, writes = rebuilt(self.layout.root, model, new)
         with held():
             self.inner = inner

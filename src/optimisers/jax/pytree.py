@@ -203,11 +203,13 @@ jax.tree_util.register_pytree_node(
 )
 
 
-def _step(structure: Structure, path: KeyPath, changes: bool, held: Any, xs: Any, orders: Any) -> _Out:
+def _step(
+    structure: Structure, path: KeyPath, changes: bool, held: Any, xs: Any, orders: Any, loss: Any
+) -> _Out:
     node, notes = _located(structure, path), list[Any]()
     token = watches.set(notes)
     try:
-        store, new = evaluated(structure.filled(held), node, xs, orders, changes=changes)
+        store, new = evaluated(structure.filled(held), node, xs, orders, loss, changes=changes)
     finally:
         watches.reset(token)
     held, after = _apart(store)
@@ -247,7 +249,7 @@ def _remember(structure: Structure) -> None:
 
 
 def stepped(
-    store: Store, node: Node, path: KeyPath, xs: Any, orders: list[Any], *, changes: bool = False
+    store: Store, node: Node, path: KeyPath, xs: Any, orders: list[Any], loss: Any, *, changes: bool = False
 ) -> tuple[Store, dict[int, Any]] | None:
     """(the store after a step, the new parameters by leaf), computed by one jitted function; None inside a
     transform. With `changes`, what is to be added to the parameters in place of new ones.
@@ -255,13 +257,13 @@ def stepped(
     Raises DomainError, naming the leaf, where a check of a rule fails: nothing was handed out then.
     """
     foreign = any(g is not None and registry.library_of(type(g)) is not arrays for o in orders for g in o)
-    if foreign or not _concrete(store, xs, orders):
+    if foreign or not _concrete(store, xs, [*orders, [loss]]):
         return None  # the engines say what is wrong
     refuse_untied(store, node, xs)
     structure = structure_of(store)
     run = jitted(structure, path, changes)
     try:
-        out = run(store.arrays(), list(xs), [_once(node, o) for o in orders])
+        out = run(store.arrays(), list(xs), [_once(node, o) for o in orders], loss)
     except ValueError as error:
         if "incompatible devices" not in str(error):
             raise

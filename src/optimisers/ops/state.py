@@ -45,6 +45,8 @@ def copy(x: Array, dtype: str | None = None) -> Any:
     """A copy of `x`, for state that starts at the parameters; in the type of the arithmetic, or in
     `dtype`.
     """
+    if hasattr(type(x), "__operation__"):
+        return x if dtype is None else rounded(x, dtype)
     library = registry.library(x)
     return library.widened(x) if dtype is None else library.copied(x, dtype)
 

@@ -56,6 +56,19 @@ def clock(dx: Any, otherwise: Any) -> Any:
     return otherwise if read is None else read()
 
 
+def loss(dx: Any) -> Any:
+    """The loss of this step, one number for all arrays: what `update(state, model, grads, loss=value)` was
+    given.
+
+    `dx` is the gradient that the rule was given. Raises TraceError where `apply` is called outside any
+    update.
+    """
+    read = getattr(type(dx), "__loss__", None)
+    if read is None:
+        raise TraceError("a rule asked for the loss outside of an update, which alone is given one")
+    return read()
+
+
 @dataclass(frozen=True)
 class Becomes:
     """The answer of a rule that knows the new value of x, not the step to it; x is that value, rounded

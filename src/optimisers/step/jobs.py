@@ -59,9 +59,10 @@ class Steps:
         orders: list[Sequence[Any]],
         *,
         inplace: bool,
+        loss: Any = None,
         scaling: tuple[Any, Any] | None = None,
     ) -> None:
-        self.store, self.inplace, self.scaling = store, inplace, scaling
+        self.store, self.inplace, self.loss, self.scaling = store, inplace, loss, scaling
         store.settle()
         self.targets = {}
         self.plan = plan = plan_of(store, node)
@@ -149,6 +150,7 @@ class Steps:
             self.store.layout.paths,
             self.inplace,
             self.traced,
+            self.loss,
             self.scaling,
         )
 

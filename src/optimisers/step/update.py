@@ -224,14 +224,14 @@ class _Missing:
 _MISSING: Any = _Missing()
 
 
-def update(state: S, model: M, grads: object = _MISSING, *more: object) -> tuple[S, M]:
+def update(state: S, model: M, grads: object = _MISSING, *more: object, loss: object = None) -> tuple[S, M]:
     """(state, model) after one step, leaving the old arrays and the old state as they were.
 
     `grads` has the structure of `model`; None in it means "no step here", which is not the same as a zero
     gradient: momenta stay untouched too. `more` are further gradients (of second order, say) for rules that
-    ask for them; None in their place, or in them, means that there is none at this step. What takes no step
-    is shared with the old model. `state` may be a part of a state tree, with that part of the model; `()`,
-    where nothing is trained, gives the model back.
+    ask for them; None in their place, or in them, means that there is none at this step. `loss`, a number,
+    goes to the rules that ask for it. What takes no step is shared with the old model. `state` may be a part
+    of a state tree, with that part of the model; `()`, where nothing is trained, gives the model back.
 
     Raises TreeMismatch, naming the path, if structure, shapes or types do not fit, BadState for mixed-up
     arguments, and what the rules raise, such as DomainError for a norm that is not finite.
@@ -240,13 +240,13 @@ def update(state: S, model: M, grads: object = _MISSING, *more: object) -> tuple
         return state, model
     for compiler in registry.compilers:
         if compiler.looks():
-            return compiler.update(state, model, _given(grads, "update"), more)
+            return compiler.update(state, model, _given(grads, "update"), more, loss)
     own = getattr(type(state), "stepped", None)
     if own is not None:
-        return own(state, model, _given(grads, "update"))
+        return own(state, model, _given(grads, "update"), loss=loss)
     store, node, path = _opened(state, model)
     xs, orders = walked(node, path, model, (_given(grads, "update"), *more))
-    successor, new = stepped(store, node, path, xs, orders)
+    successor, new = stepped(store, node, path, xs, orders, loss)
     return handle(successor, node, path), rebuild(node, model, new)
 
 
@@ -256,21 +256,21 @@ def walked(node: Node, path: KeyPath, model: Any, grads: tuple[Any, ...]) -> tup
 
 
 def stepped(
-    store: Store, node: Node, path: KeyPath, xs: Any, orders: list[Any]
+    store: Store, node: Node, path: KeyPath, xs: Any, orders: list[Any], loss: Any = None
 ) -> tuple[Store, dict[int, Any]]:
     """(the store after a step with new arrays, the new parameters by leaf)."""
     names = {group.kind.name for group in store.groups}
     run = registry.hooks(names.pop()).stepped if len(names) == 1 else None
-    found = None if run is None else run(store, node, path, xs, orders)
-    return evaluated(store, node, xs, orders) if found is None else found
+    found = None if run is None else run(store, node, path, xs, orders, loss)
+    return evaluated(store, node, xs, orders, loss) if found is None else found
 
 
 def evaluated(
-    store: Store, node: Node, xs: Any, orders: list[Any], *, changes: bool = False
+    store: Store, node: Node, xs: Any, orders: list[Any], loss: Any = None, *, changes: bool = False
 ) -> tuple[Store, dict[int, Any]]:
     """The same, by the engines; with `changes`, what is to be added to parameters in place of new ones."""
     run = store.apart([g.of_changes() for g in store.groups]) if changes else store
-    step = Steps(run, node, xs, orders, inplace=False)
+    step = Steps(run, node, xs, orders, inplace=False, loss=loss)
     step.prepare()
     new = step.store_all()
     groups = [step.targets.get(g) or group.fork() for g, group in enumerate(run.groups)]
@@ -282,7 +282,7 @@ def evaluated(
     return store.successor(groups), new
 
 
-def update_(state: S, model: M, grads: object = _MISSING, *more: object) -> tuple[S, M]:
+def update_(state: S, model: M, grads: object = _MISSING, *more: object, loss: object = None) -> tuple[S, M]:
     """(state, model) after one step in place: the same numbers as `update`, written into the arrays that are
     there.
 
@@ -297,21 +297,21 @@ def update_(state: S, model: M, grads: object = _MISSING, *more: object) -> tupl
         return state, model
     for compiler in registry.compilers:
         if compiler.looks():
-            return compiler.aside(update_, state, model, grads, *more)
+            return compiler.aside(update_, state, model, grads, *more, loss=loss)
     own = getattr(type(state), "stepped_", None)
     if own is not None:
-        return own(state, model, _given(grads, "update_"))
+        return own(state, model, _given(grads, "update_"), loss=loss)
     store, node, path = _opened(state, model)
     xs, orders = walked(node, path, model, (_given(grads, "update_"), *more))
     if any(g.kind.library.immutable for g in store.groups):
-        successor, new = stepped(store, node, path, xs, orders)
+        successor, new = stepped(store, node, path, xs, orders, loss)
         made, writes = rebuilt(node, model, new)
         with held():
             store.become(successor)
             for write in writes:
                 write()
         return state, made
-    step = Steps(store, node, xs, orders, inplace=True)
+    step = Steps(store, node, xs, orders, inplace=True, loss=loss)
     new = step.prepare()
     # Constructors of containers may raise: they come before anything is written.
     made, writes = rebuilt(node, model, new) if new else (model, ())
@@ -327,6 +327,7 @@ def update_listed(
     node: Node,
     xs: Sequence[Any],
     grads: Sequence[Any],
+    loss: Any = None,
     scaling: tuple[Any, Any] | None = None,
 ) -> None:
     """A step in place of parameters and gradients that come in the order of the walk.
@@ -338,7 +339,7 @@ def update_listed(
     if scaling is not None:
         kind = store.groups[0].kind
         scaling = kind.library.moved(scaling[0], kind.device), kind.library.moved(scaling[1], kind.device)
-    step = Steps(store, node, xs, [grads], inplace=True, scaling=scaling)
+    step = Steps(store, node, xs, [grads], inplace=True, loss=loss, scaling=scaling)
     for leaf in step.prepare():
         raise BadState(
             f"{str(store.layout.paths[leaf])!r} cannot be written: it is an expanded tensor, or one that was "

@@ -76,11 +76,11 @@ def aside(function: Any, *args: Any, **options: Any) -> Any:
     return function(*args, **options)
 
 
-def update(state: Any, model: Any, grads: Any, more: Any) -> Any:
+def update(state: Any, model: Any, grads: Any, more: Any, loss: Any) -> Any:
     """`update` as the compiler sees it: for nests of dicts, lists, tuples and NamedTuples; other models, such
     as modules, are stepped beside the graph.
     """
-    if not isinstance(state, Branch | Leaf) or more:
+    if not isinstance(state, Branch | Leaf) or more or loss is not None:
         raise BadState("inside torch.compile, update takes (state, model, grads)")
     held, node = state._held, state._node
     structure = held.structure

@@ -1,0 +1,77 @@
+"""A rate on top of any rule, tuned while it trains."""
+
+from typing import Any, ClassVar, NamedTuple
+
+from optimisers import ops
+from optimisers.arrays.protocol import Array
+from optimisers.errors import BadSetting
+from optimisers.ops import abs2, clip, copy, landing, maximum, sqrt, total, under
+from optimisers.rule import Rule, Setting, a_rule, not_negative, setting, static, stepped
+
+
+class MechanicState(NamedTuple):
+    start: Any
+    """The parameters before the first step."""
+    m: tuple[Any, ...]
+    """For each decay, the largest |h| of late."""
+    v: tuple[Any, ...]
+    """For each decay, the decaying sum of h^2."""
+    r: tuple[Any, ...]
+    """For each decay, the decaying reward."""
+    s: tuple[Any, ...]
+    """For each decay, its share in the scale."""
+    inner: Any
+
+
+class Mechanic(Rule):
+    """Scales the whole way that another rule has gone from the start: x becomes x0 - S (D + u), D the sum of
+    its steps and u its next one; S is learnt from how well D would have done.
+
+    Cutkosky, Defazio & Mehta, "Mechanic: a learning rate tuner", 2023, arXiv:2306.00144, algorithm 1. All
+    arrays stepped together share S, which is a sum of `betas` shares with the decays 1 - 10^-i; it starts
+    from `s0`. `lam` pulls towards 0 as strongly as the gradient is. The rule inside keeps its rate, or its
+    schedule. For real parameters. It must wrap a whole chain.
+    """
+
+    whole: ClassVar[bool] = True
+
+    rule: Rule
+    s0: Setting = setting(1e-6)
+    lam: Setting = setting(0.01)
+    epsilon: Setting = setting(1e-8)
+    betas: int = static(6)
+
+    def check(self) -> None:
+        a_rule(self, self.rule)
+        not_negative(self, "s0", "lam", "epsilon")
+        if not isinstance(self.betas, int) or self.betas < 1:
+            raise BadSetting(f"Mechanic.betas is {self.betas!r}; it takes a whole number, 1 or more")
+
+    def init(self, x: Array) -> MechanicState:
+        none = (0.0,) * self.betas
+        return MechanicState(copy(x), none, none, none, none, self.rule.init(x))
+
+    def apply(self, state: MechanicState, x: Array, dx: Array, *more: Array) -> Any:
+        inner, step = stepped(self.rule, state.inner, x, dx, more)
+        if step is None:
+            return state._replace(inner=inner), None
+        with under(step):
+            scale = sum(state.s)
+            way = (state.start - x) / (scale + self.epsilon)
+            long, steep = sqrt(total(ops.sum(abs2(x)))), sqrt(total(ops.sum(abs2(dx))))
+            pull = self.lam * scale * steep / (long + self.epsilon)
+            h = total(ops.sum((dx + pull * x) * way))
+            shares = [self.share(i, state, h) for i in range(self.betas)]
+            m, v, r, s = (tuple(column) for column in zip(*shares, strict=True))
+            u = x - landing(x, step)
+            new = state.start - sum(s) * (way + u)
+        return MechanicState(state.start, m, v, r, s, inner), x - new
+
+    def share(self, i: int, state: MechanicState, h: Any) -> tuple[Any, Any, Any, Any]:
+        """(m, v, r, s) of one decay after a step that would have earned h a unit of scale."""
+        keep, before = 1 - 0.1 ** (i + 1), state.m[i]
+        m = maximum(keep * before, ops.abs(h) + self.epsilon)
+        v = keep**2 * state.v[i] + h * h
+        r = keep * state.r[i] + clip(h, -before, before) * state.s[i]
+        wealth = self.s0 / self.betas * m + maximum(r, 0)
+        return m, v, r, wealth / (sqrt(v) + self.epsilon)

@@ -1,0 +1,115 @@
+"""Steps without the part along the weights, for weights whose scale does not matter."""
+
+from typing import Any, NamedTuple
+
+from optimisers import ops
+from optimisers.arrays.protocol import Array, Operand
+from optimisers.ops import ema, sqrt, where, zeros_like
+from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting, static
+from optimisers.rules.adam import AdamState, adam_state, moments
+from optimisers.rules.momenta import check_decaying
+
+
+def tangent(delta: float, ratio: float, x: Array, dx: Array, step: Array) -> tuple[Any, Any]:
+    """(the step, without its part along x where x and the gradient are nearly orthogonal; the factor of the
+    decay).
+
+    Heo et al., algorithms 1 and 2: row by row first (all axes but the first), else for the whole array.
+    """
+    if 0 in x.shape:
+        return step, 1
+    axes = tuple(range(1, x.ndim))
+    columns = 1
+    for n in x.shape[1:]:
+        columns *= n
+    by_row = along(axes, columns, delta, x, dx, step)
+    whole = along(None, columns * x.shape[0], delta, x, dx, step)
+    projected = where(by_row[0], by_row[1], where(whole[0], whole[1], step))
+    return projected, where(by_row[0] | whole[0], ratio, 1)
+
+
+def along(
+    axes: tuple[int, ...] | None, size: int, delta: float, x: Array, dx: Array, step: Array
+) -> tuple[Any, Any]:
+    """(whether every unit is nearly orthogonal to its gradient, the step without its part along x)."""
+
+    def inner(a: Operand, b: Any) -> Any:
+        return ops.sum(a * b, axis=axes, keepdims=axes is not None)
+
+    long, steep = sqrt(inner(x, x)) + TINY, sqrt(inner(dx, dx)) + TINY
+    cosine = ops.abs(inner(x, dx)) / (long * steep)
+    unit = x / long
+    return ops.max(cosine) < delta / max(size, 1) ** 0.5, step - unit * inner(unit, step)
+
+
+TINY = 1e-8
+
+
+class AdamP(Rule):
+    """AdamW without the part of the step along x, where x and the gradient are nearly orthogonal: there the
+    scale of x does not matter, and the step would only let it grow.
+
+    Heo et al., "AdamP: slowing down the slowdown for momentum optimizers on scale-invariant weights", 2020,
+    arXiv:2006.08217, algorithm 2. Nearly orthogonal is |cos| < `delta` / sqrt(columns) in every row, or in
+    the whole array; the decay is times `ratio` there. Arrays of fewer than two axes take AdamW's step. For
+    real parameters.
+    """
+
+    eta: Setting = setting(0.001)
+    beta: Pair = setting((0.9, 0.999))
+    lam: Setting = setting(0.0)
+    epsilon: Setting = setting(1e-8)
+    delta: Setting = setting(0.1)
+    ratio: Setting = setting(0.1)
+    nesterov: bool = static(False)
+
+    def check(self) -> None:
+        check_decaying(self)
+        not_negative(self, "delta", "ratio")
+
+    def init(self, x: Array) -> AdamState:
+        return adam_state(x)
+
+    def apply(self, state: AdamState, x: Array, dx: Array) -> Any:
+        state, m, v = moments(self.beta, state, dx)
+        toward = ema(self.beta[0], state.m, dx) / state.weight[0] if self.nesterov else m
+        step, factor = toward / (sqrt(v) + self.epsilon), 1
+        if x.ndim > 1:
+            step, factor = tangent(self.delta, self.ratio, x, dx, step)
+        return state, self.eta * (step + self.lam * factor * x)
+
+
+class SGDPState(NamedTuple):
+    m: Any
+    """The decaying sum of the gradients."""
+
+
+class SGDP(Rule):
+    """Descent with momentum, without the part of the step along x, where x and the gradient are nearly
+    orthogonal.
+
+    Heo et al., "AdamP: slowing down the slowdown for momentum optimizers on scale-invariant weights", 2020,
+    arXiv:2006.08217, algorithm 1: m = rho m + dx; dx' = eta times m (nesterov: dx + rho m), projected as in
+    `AdamP`; the decay is eta lam / (1 - rho) x. For real parameters.
+    """
+
+    eta: Setting = setting(0.1)
+    rho: Setting = setting(0.9)
+    lam: Setting = setting(0.0)
+    delta: Setting = setting(0.1)
+    ratio: Setting = setting(0.1)
+    nesterov: bool = static(False)
+
+    def check(self) -> None:
+        in_unit_interval(self, "rho")
+        not_negative(self, "lam", "delta", "ratio")
+
+    def init(self, x: Array) -> SGDPState:
+        return SGDPState(zeros_like(x))
+
+    def apply(self, state: SGDPState, x: Array, dx: Array) -> Any:
+        m = self.rho * state.m + dx
+        step, factor = dx + self.rho * m if self.nesterov else m, 1
+        if x.ndim > 1:
+            step, factor = tangent(self.delta, self.ratio, x, dx, step)
+        return SGDPState(m), self.eta * (step + self.lam / (1 - self.rho) * factor * x)
