@@ -1,0 +1,164 @@
+"""The operations of rules, computed by PyTorch."""
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from optimisers.arrays.norms import norm2
+from optimisers.arrays.protocol import Scalar
+
+Tensor = torch.Tensor
+
+
+def lift(x: Tensor | Scalar, other: Tensor | Scalar | None = None) -> Tensor:
+    """A number as a tensor, in the type of the other argument."""
+    if isinstance(x, Tensor):
+        return x
+    if isinstance(other, Tensor):
+        return torch.as_tensor(x, dtype=other.dtype, device=other.device)
+    return torch.as_tensor(x, dtype=torch.bool if isinstance(x, bool | np.bool_) else torch.float64)
+
+
+def _one(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x: function(lift(x))
+
+
+def _two(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda a, b: function(lift(a, b), lift(b, a))
+
+
+def _sqrt(x: Tensor | Scalar) -> Any:
+    x = lift(x)
+    if not x.requires_grad:
+        return torch.sqrt(x)
+    zero = x == 0
+    return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, x)))
+
+
+def _abs2(x: Tensor | Scalar) -> Any:
+    return x.real * x.real + x.imag * x.imag if isinstance(x, Tensor) and x.is_complex() else x * x
+
+
+def _sign(x: Tensor | Scalar) -> Any:
+    x = lift(x)
+    return torch.where(torch.isnan(x), x, torch.sgn(x))
+
+
+def _real(x: Tensor | Scalar) -> Any:
+    return x.real if isinstance(x, complex) or (isinstance(x, Tensor) and x.is_complex()) else x
+
+
+def _imag(x: Tensor | Scalar) -> Any:
+    return (
+        x.imag
+        if isinstance(x, complex) or (isinstance(x, Tensor) and x.is_complex())
+        else torch.zeros_like(lift(x))
+    )
+
+
+def _bits(x: Tensor | Scalar) -> Any:
+    return lift(x).to(torch.float32).view(torch.int32)
+
+
+def _join_bits(high: Tensor, low: Tensor) -> Any:
+    return (_bits(high) + lift(low).to(torch.int32)).view(torch.float32)
+
+
+def _high_bits(x: Tensor) -> Any:
+    rounded = ((_bits(x) + 0x8000) & -0x10000).view(torch.float32)
+    return torch.where(torch.isnan(x), math.nan, rounded)
+
+
+def _low_bits(x: Tensor) -> Any:
+    return torch.where(torch.isnan(x), 0.0, (_bits(x) - _bits(_high_bits(x))).to(torch.float32))
+
+
+def _there_and_back(dtype: torch.dtype) -> Callable[[Any], Tensor]:
+    def operation(x: Tensor | Scalar) -> Tensor:
+        x = lift(x)
+        return x.to(dtype).to(x.dtype if x.is_floating_point() else torch.float64)
+
+    return operation
+
+
+def _where(condition: Tensor | bool, a: Tensor | Scalar, b: Tensor | Scalar) -> Any:
+    if not isinstance(condition, Tensor):
+        return a if condition else b
+    return torch.where(condition, a, b)
+
+
+def _sum(x: Tensor | Scalar, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
+    """Whole sums are taken in float64 at least, as the fused kernels take them."""
+    x = lift(x)
+    if axis is None and not keepdims:
+        return torch.sum(x, dtype=torch.complex128 if x.is_complex() else torch.float64)
+    return torch.sum(x, dim=axis, keepdim=keepdims)
+
+
+def _extreme(reduce: Callable[..., Any], empty: float) -> Callable[..., Any]:
+    def reduced(x: Tensor | Scalar, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
+        x = lift(x)
+        if axis is None and not keepdims and x.numel() == 0:
+            return torch.full((), empty, dtype=x.dtype, device=x.device)
+        return reduce(x, dim=() if axis is None else axis, keepdim=keepdims)
+
+    return reduced
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+    "divide": operator.truediv,
+    "power": operator.pow,
+    "negative": operator.neg,
+    "less": operator.lt,
+    "less_equal": operator.le,
+    "greater": operator.gt,
+    "greater_equal": operator.ge,
+    "equal": operator.eq,
+    "not_equal": operator.ne,
+    "logical_and": _two(torch.logical_and),
+    "logical_or": _two(torch.logical_or),
+    "logical_not": _one(torch.logical_not),
+    "sqrt": _sqrt,
+    "exp": _one(torch.exp),
+    "expm1": _one(torch.expm1),
+    "log": _one(torch.log),
+    "log1p": _one(torch.log1p),
+    "sin": _one(torch.sin),
+    "cos": _one(torch.cos),
+    "tanh": _one(torch.tanh),
+    "arctan": _one(torch.arctan),
+    "floor": _one(torch.floor),
+    "ceil": _one(torch.ceil),
+    "sign": _sign,
+    "abs": _one(torch.abs),
+    "abs2": _abs2,
+    "real": _real,
+    "imag": _imag,
+    "conj": _one(lambda x: torch.conj(x).resolve_conj()),
+    "isfinite": _one(torch.isfinite),
+    "isnan": _one(torch.isnan),
+    "maximum": _two(torch.maximum),
+    "minimum": _two(torch.minimum),
+    "where": _where,
+    "join_bits": _join_bits,
+    "high_bits": _high_bits,
+    "low_bits": _low_bits,
+    "to_float16": _there_and_back(torch.float16),
+    "to_bfloat16": _there_and_back(torch.bfloat16),
+    "to_float32": _there_and_back(torch.float32),
+    "sum": _sum,
+    "max": _extreme(torch.amax, -math.inf),
+    "min": _extreme(torch.amin, math.inf),
+    "matmul": torch.matmul,
+    "transpose": lambda x: x.transpose(-1, -2),
+    "reshape": torch.reshape,
+    "call": lambda function, *args: function(*args),
+}
+OPERATIONS["norm2"] = norm2(OPERATIONS, lambda x: torch.finfo(x.dtype).tiny, torch.Tensor.detach)
