@@ -9,8 +9,7 @@ import numpy as np
 
 from optimisers.arrays.registry import isnumeric
 from optimisers.engines import choose
-from optimisers.engines.addressed import pointers
-from optimisers.engines.addressed import task as fused
+from optimisers.engines.addressed import pointers, text
 from optimisers.engines.cpu.printer import Unprintable, legend
 from optimisers.engines.plans import Plan, plan_of
 from optimisers.errors import BadSetting, BadState
@@ -159,7 +158,7 @@ def kernel(rule: Rule, dtype: object = "float32", *, inplace: bool = True, engin
     try:
         texts = [
             legend(p) + printed(group.program, p, name, inplace=inplace)
-            for p in fused.sample_passes(group.program)
+            for p in text.sample_passes(group.program)
         ]
     except Unprintable as reason:
         raise BadState(f"{rule!r} has no kernel for {name}: {reason}") from reason

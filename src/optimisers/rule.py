@@ -12,18 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from optimisers.errors import BadSetting, TraceError, UnknownField
 from optimisers.settings import (
     ELSEWHERE,
-    Pair,
-    Setting,
     Value,
     adjusted,
     fields,
     is_number,
     parts,
     refuse_unknown,
-    setting,
     settings,
     static,
 )
+from optimisers.typed import Pair, Setting, setting
 
 
 class Rule(Value):

@@ -14,6 +14,7 @@ import pytest
 from numba.core.errors import NumbaError
 
 import optimisers as opt
+from optimisers.engines.addressed.text import kinds_of
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu import task as fused
 from optimisers.state.leaf import parts
@@ -82,7 +83,7 @@ def steps(rule: opt.Rule, shapes: Sequence[tuple[int, ...]], dtype: Any = "float
 
     def launch(step: Any, p: Any, chunks: Any, members: Any, new: Any, *partial: Any) -> None:
         name = step.library.type_name(step.kind.dtype)
-        kinds = fused.kinds_of(step.program, p, name, name)
+        kinds = kinds_of(step.program, p, name, name)
         table, row = step.scalars.table(p.scalars)
         calls[-1].append(
             Call(

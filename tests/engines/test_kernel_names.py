@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import optimisers as opt
-from optimisers.engines.addressed.task import kinds_of, labels_of
+from optimisers.engines.addressed.text import kinds_of, labels_of
 from optimisers.engines.cpu import printer
 from optimisers.engines.cpu.task import sources
 from optimisers.graph.passes import Pass, store_pass

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import optimisers as opt
-from optimisers.engines.addressed import task as fused
+from optimisers.engines.addressed import text as texts
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cuda import launch
 from optimisers.engines.cuda import printer as triton_kernels
@@ -156,8 +156,8 @@ def passes_of(
     """The passes of a row."""
     found = []
     program = group_of(row, dtype).program
-    for p in fused.sample_passes(program):
-        kinds = fused.kinds_of(program, p, dtype, gradient)
+    for p in texts.sample_passes(program):
+        kinds = texts.kinds_of(program, p, dtype, gradient)
         text = engine.sources(program, p, kinds, dtype, inplace=inplace, scaled=scaled)
         what = "reduction" if p.reductions else "store"
         title = (

@@ -13,6 +13,7 @@ SOURCE = Path(optimisers.__file__).parent
 
 FLOORS = (
     ("errors",),
+    ("typed",),
     ("settings",),
     ("arrays",),
     ("ops", "nest"),

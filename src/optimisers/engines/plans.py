@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.engines import interpret
-from optimisers.engines.addressed import byrow
+from optimisers.engines.addressed import byrow, text
 from optimisers.engines.addressed import task as fused
 from optimisers.engines.choose import Choice
 from optimisers.graph.expr import Expr, order, show
@@ -123,9 +123,9 @@ class _Writer:
     def __init__(self, group: Group, shapes: Sequence[Shape], rank: int | None) -> None:
         self.program, self.rank, self.shapes = group.program, rank, Counter(shapes)
         self.dtype, self.itemsize = group.kind.library.type_name(group.kind.dtype), group.kind.dtype.itemsize
-        self.width = 8 if fused.arithmetic_of(self.program, self.dtype) == "float64" else 4
+        self.width = 8 if text.arithmetic_of(self.program, self.dtype) == "float64" else 4
         """Bytes of a number of the arithmetic."""
-        self.labels = fused.labels_of(self.program)
+        self.labels = text.labels_of(self.program)
         self.guards = tuple(show(g) for g in self.program.guards)
 
     def steps(self) -> list[PlanStep]:
@@ -195,7 +195,7 @@ class _Writer:
     def pass_over(self, p: Pass, where: tuple[str, ...] = ()) -> PlanStep:
         """A kernel."""
         small = sum(self.is_small(e) for e in p.free)
-        moved = fused.traffic(self.program, p, self.dtype, self.itemsize) - self.width * small
+        moved = text.traffic(self.program, p, self.dtype, self.itemsize) - self.width * small
         return PlanStep(
             "pass over rows" if small else "pass",
             tuple(map(self.named, [*p.loads, *(f"f{j}" for j in range(len(p.free)))])),

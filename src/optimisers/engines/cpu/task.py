@@ -13,7 +13,7 @@ from optimisers.engines.addressed import task as addressed
 from optimisers.engines.addressed.byrow import Lines, Reading
 from optimisers.engines.addressed.chunks import CHUNK, Chunks
 from optimisers.engines.addressed.pointers import LOOKS
-from optimisers.engines.addressed.task import arithmetic_of, kinds_of, labels_of, printable, titled
+from optimisers.engines.addressed.text import arithmetic_of, kinds_of, labels_of, printable, titled
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu import threads
 from optimisers.engines.task import Engine, Holds, Members, Step

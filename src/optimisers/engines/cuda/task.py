@@ -17,7 +17,8 @@ import torch
 
 from optimisers.engines.addressed import task as addressed
 from optimisers.engines.addressed.chunks import Chunks
-from optimisers.engines.addressed.task import Tables, arithmetic_of, kinds_of, labels_of, printable, titled
+from optimisers.engines.addressed.task import Tables
+from optimisers.engines.addressed.text import arithmetic_of, kinds_of, labels_of, printable, titled
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cuda import launch as launches
 from optimisers.engines.cuda import printer

@@ -18,7 +18,7 @@ import numpy as np
 
 from optimisers.arrays.jax import library
 from optimisers.engines import interpret
-from optimisers.engines.addressed import task as fused
+from optimisers.engines.addressed import text
 from optimisers.engines.cpu import task as numba
 from optimisers.engines.cpu.printer import Unprintable, columns
 from optimisers.engines.evaluate import Values, evaluate
@@ -328,7 +328,7 @@ def _source(program: Program, p: Pass, dtype: str, gradient: str) -> str | None:
     if ("complex" in gradient) != ("complex" in dtype):
         return None
     try:
-        return numba.sources(program, p, fused.kinds_of(program, p, dtype, gradient), dtype, inplace=True)
+        return numba.sources(program, p, text.kinds_of(program, p, dtype, gradient), dtype, inplace=True)
     except (Unprintable, KeyError):
         return None
 
