@@ -325,19 +325,32 @@ def _written(group: Group, label: Indices, given: Sequence[Mapping[str, Any]]) -
     edits: list[tuple[Indices, list[int], Any]] = []
     for names in {tuple(given[k]) for k in np.unique(change).tolist()}:
         alike = np.array([tuple(given[k]) == names for k in change.tolist()])
-        known = [name for name in names if name in columns]
-        values = [[*flat([given[k][name] for name in known])] for k in change[alike].tolist()]
-        if not all(isinstance(v, float | int) for row in values for v in row):
+        found = _columns_written(columns, names, [given[k] for k in change[alike].tolist()])
+        if found is None:
             return False
-        places = [places for name in known for places in columns[name]]
-        spread = [n for n, same in enumerate(places) for _ in same]
-        at = [j for same in places for j in same]
+        at, values = found
         if at:
-            edits.append((rows[alike], at, np.array(values, np.float64)[:, spread]))
+            edits.append((rows[alike], at, values))
     for where, at, values in edits:
         table = table.write_hypers(where, at, values)
     group.table = table.merge_equal()
     return True
+
+
+def _columns_written(
+    columns: Mapping[str, Any], names: tuple[str, ...], given: Sequence[Mapping[str, Any]]
+) -> tuple[list[int], Any] | None:
+    """(columns, values for each of some rows) that settings of these names come to; None where one is no
+    number.
+    """
+    known = [name for name in names if name in columns]
+    values = [[*flat([fields[name] for name in known])] for fields in given]
+    if not all(isinstance(v, float | int) for row in values for v in row):
+        return None
+    places = [places for name in known for places in columns[name]]
+    spread = [n for n, same in enumerate(places) for _ in same]
+    at = [j for same in places for j in same]
+    return at, np.array(values, np.float64)[:, spread] if at else None
 
 
 def _changed(group: Group, label: Indices, changes: Sequence[Change]) -> list[Entry]:

@@ -84,30 +84,12 @@ def update(state: Any, model: Any, grads: Any, more: Any, loss: Any) -> Any:
         raise BadState("inside torch.compile, update takes (state, model, grads)")
     held, node = state._held, state._node
     structure = held.structure
-    if isinstance(held, Pending):
-        arrays = held.arrays
-    else:
-        if structure is None:
-            raise BadState(
-                "a capturable state is for CUDA graphs; inside torch.compile, write setup without capturable"
-            )
-        arrays = [
-            a
-            for g in held.groups
-            for a in (
-                *[b for p in g.slots for b in p.buffers],
-                torch.as_tensor(g.table.values),
-                torch.as_tensor(g.table.clock),
-            )
-        ]
+    arrays = held.arrays if isinstance(held, Pending) else _arrays_of(held)
     leaves, form = pytree.tree_flatten(model)
     at = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and _inexact(x)]
     if len(at) != len(node.leaves):
         return aside(eager, state, model, grads)
-    slopes = pytree.tree_leaves(grads)
-    slopes = [g for g in slopes if g is None or isinstance(g, torch.Tensor)]
-    if len(slopes) == len(leaves):
-        slopes = [slopes[i] for i in at]
+    slopes = _slopes_at(at, len(leaves), grads)
     found = step(structure.name, [leaves[i].detach() for i in at], slopes, arrays)
     count = len(found) - len(arrays)
     for i, leaf in zip(at, node.leaves):  # noqa: B905 the compiler knows no strict
@@ -115,6 +97,29 @@ def update(state: Any, model: Any, grads: Any, more: Any, loss: Any) -> Any:
     pending = Pending(structure.apart, found[count:])
     new = Leaf(pending, node) if isinstance(state, Leaf) else Branch(pending, node, state._path)
     return new, pytree.tree_unflatten(leaves, form)
+
+
+def _arrays_of(store: Any) -> list[torch.Tensor]:
+    """The arrays of a state, the scalar table of each group behind its slots."""
+    if store.structure is None:
+        raise BadState(
+            "a capturable state is for CUDA graphs; inside torch.compile, write setup without capturable"
+        )
+    return [
+        a
+        for g in store.groups
+        for a in (
+            *[b for p in g.slots for b in p.buffers],
+            torch.as_tensor(g.table.values),
+            torch.as_tensor(g.table.clock),
+        )
+    ]
+
+
+def _slopes_at(at: list[int], count: int, grads: Any) -> list[Any]:
+    """The gradients of the leaves at these places of a model of so many."""
+    slopes = [g for g in pytree.tree_leaves(grads) if g is None or isinstance(g, torch.Tensor)]
+    return [slopes[i] for i in at] if len(slopes) == count else slopes
 
 
 def _inexact(x: Any) -> bool:

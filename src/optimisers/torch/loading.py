@@ -147,11 +147,7 @@ def misfit(block: Block, i: int, name: str, found: Any, others: Collection[str] 
     """
     if not isinstance(found, Mapping):
         return f"the state of {name!r} is a {type(found).__name__}; it takes a dict"
-    mine = {*block.progress, *MARKS}
-    keys = found.keys() - mine
-    lacking = [key for key in block.own if key not in keys]
-    extra = [] if others is None else [key for key in keys if key not in block.own and key not in others]
-    if extra or (lacking and (others is None or len(lacking) < len(block.own) or not keys)):
+    if _is_of_another(block, found, others):
         keeps = ", ".join(map(repr, block.own)) or "nothing"
         return (
             f"the state of {name!r} has {', '.join(map(repr, found)) or 'nothing'}; "
@@ -169,6 +165,15 @@ def misfit(block: Block, i: int, name: str, found: Any, others: Collection[str] 
                 f"{pack.places.shapes[i]}"
             )
     return ""
+
+
+def _is_of_another(block: Block, found: Mapping[Any, Any], others: Collection[str] | None) -> bool:
+    """Whether the saved entries are those of another rule: keys too many, or some too few."""
+    keys = found.keys() - {*block.progress, *MARKS}
+    lacking = [key for key in block.own if key not in keys]
+    extra = [] if others is None else [key for key in keys if key not in block.own and key not in others]
+    partly = others is None or len(lacking) < len(block.own) or not keys
+    return bool(extra) or (bool(lacking) and partly)
 
 
 def _no_number(value: Any, *, whole: bool) -> str:

@@ -6,7 +6,7 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -169,16 +169,7 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     def _rule_for(self, given: dict[str, Any], n: int) -> Rule | None:
         """The rule of a new group, with the settings that stand in it."""
-        if "rule" in given:
-            rule = given.pop("rule")
-        elif self._globs is None:
-            rule = self._rule
-        elif n < len(self._given):
-            rule = self._given[n]
-        else:
-            names = given.get("param_names") or [p[0] for p in given["params"] if isinstance(p, tuple)]
-            found = {glob for name in names if (glob := matching(self._globs, name)) is not None}
-            rule = self._globs[found.pop()] if len(found) == 1 else list(self._globs.values())[-1]
+        rule = given.pop("rule") if "rule" in given else self._rule_by_place(given, n)
         if rule is None:
             return None
         if not isinstance(rule, Rule):
@@ -190,6 +181,16 @@ class TorchOptimizer(torch.optim.Optimizer):
             common = {k: v for k, v in self._common.items() if k in takes or k not in ASKING}
         own = {k: v for k, v in given.items() if k not in ("params", "param_names")}
         return told(rule, {**common, **own}, f"group {n}")
+
+    def _rule_by_place(self, given: dict[str, Any], n: int) -> Any:
+        """The rule of a new group that names none: the only one, that of its place, or by its names."""
+        if self._globs is None:
+            return self._rule
+        if n < len(self._given):
+            return self._given[n]
+        names = given.get("param_names") or [p[0] for p in given["params"] if isinstance(p, tuple)]
+        found = {glob for name in names if (glob := matching(self._globs, name)) is not None}
+        return self._globs[found.pop()] if len(found) == 1 else list(self._globs.values())[-1]
 
     def _named(self, given: dict[str, Any], n: int) -> None:
         """Name the parameters of a new group, where those of the others have names."""
@@ -368,18 +369,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         saved = as_ours(saved, [mine.rule for mine in self._keeper.groups])
         groups, state = self.param_groups, saved["state"]
         settings, numbered = arranged(saved, groups, left)
-        incoming = {
-            p: state[n]
-            for group, ns in zip(groups, numbered, strict=True)
-            for p, n in zip(group["params"], ns, strict=True)
-            if n is not None and n in state
-        }
-        known = {n for ns in numbered for n in ns}
-        strange = [n for n in state if isinstance(n, int) and n not in known]
-        if strange and left is None:
-            raise TreeMismatch(
-                f"the saved state has entries under {strange[0]}, a number that no parameter has"
-            )
+        incoming = _entries(groups, numbered, state, lenient=left is not None)
         others = {*saved.get("others", ()), *self._others()}
         self._incoming = {p: e for p, e in incoming.items() if self._fits(p, e, others, left)}
         new: list[dict[str, Any]] = []
@@ -424,3 +414,23 @@ def _asks_for_state_only(groups: list[dict[str, Any]], grads: list[Any]) -> bool
     """
     still = all(not plain(group.get("lr", 0)) for group in groups)
     return still and all(g is None or not bool(g.any()) for g in grads)
+
+
+def _entries(
+    groups: Sequence[Mapping[str, Any]],
+    numbered: Sequence[Sequence[int | None]],
+    state: Mapping[Any, Any],
+    *,
+    lenient: bool,
+) -> dict[Any, Any]:
+    """The saved entries by parameter; raises TreeMismatch for those under a number that no parameter has."""
+    known = {n for ns in numbered for n in ns}
+    strange = [n for n in state if isinstance(n, int) and n not in known]
+    if strange and not lenient:
+        raise TreeMismatch(f"the saved state has entries under {strange[0]}, a number that no parameter has")
+    return {
+        p: state[n]
+        for group, ns in zip(groups, numbered, strict=True)
+        for p, n in zip(group["params"], ns, strict=True)
+        if n is not None and n in state
+    }
