@@ -265,9 +265,9 @@ TABLE: tuple[Row, ...] = (
     Row("DecayDescent", DecayDescent(0.1)),
     Row("DictMomentum", DictMomentum()),
     Row("LongestSeen", LongestSeen(), passes=2),
-    Row("Sketched", Sketched(), matrix=True, passes=2),
-    Row("RowScaled", RowScaled(), matrix=True),
-    Row("RowMoments", RowMoments(), matrix=True, types=REAL),
+    Row("Sketched", Sketched(), matrix=True, passes=3),
+    Row("RowScaled", RowScaled(), matrix=True, passes=2),
+    Row("RowMoments", RowMoments(), matrix=True, passes=2, types=REAL),
     Row("Averaged", Averaged()),
     Row("EverySecond", EverySecond()),
 )
@@ -340,6 +340,10 @@ MODERN: tuple[Row, ...] = (
 """Rules that came later: each is walked through every engine once, in `rules/test_modern.py`; the laws are
 those of the rows above.
 """
+
+
+GIVEN_MORE = ("AdaHessian", "MoMo", "MoMoAdam", "PolyakSPS", "Sophia", "SophiaG")
+"""Rules that are given second gradients or the loss: no rows, since rows are stepped by gradients alone."""
 
 
 def name(row: Row) -> str:

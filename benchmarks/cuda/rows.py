@@ -23,7 +23,8 @@ from benchmarks.cuda.ways import (
     running,
 )
 from benchmarks.torch_peers import BELIEF, BETA, EPSILON, ETA, LAM, NORM, RHO, belief_foreach, torch_adamw
-from optimisers.step.update import update_scaled
+from optimisers.state.leaf import parts
+from optimisers.step.update import update_listed
 
 
 def recipe(*, skips: bool) -> opt.Rule:
@@ -44,10 +45,11 @@ def scaled(*, skips: bool, graph: bool = False) -> Build:
 
     def build(given: Given) -> Running:
         state = given.setup(recipe(skips=skips), capturable=True)
+        store = parts(state)[0]
         scale, found = (torch.full((1,), v, device=given.place.name) for v in (SCALE, 0.0))
         return (in_graph if graph else running)(
             given,
-            lambda: update_scaled(state, given.xs, given.dxs, (scale, found)),
+            lambda: update_listed(store, store.layout.root, given.xs, given.dxs, (scale, found)),
             state=state,
             results=lambda: masters([state[i].state for i in range(len(given.xs))], given),
         )
@@ -191,7 +193,7 @@ def belief_compiled(given: Given) -> Running:
     return running(given, call)
 
 
-UPDATE, WHOLE, FUSED = "update_", "update_scaled and skip", "torch fused"
+UPDATE, WHOLE, FUSED = "update_", "one call, and skips", "torch fused"
 
 ROWS = {
     "adamw": Row(
@@ -227,9 +229,9 @@ ROWS = {
             WHOLE: Way(scaled(skips=True), 16, ours=True),
             "torch, call by call": Way(torch_recipe("call_by_call"), 20, 4),
             "torch, folded into fused": Way(torch_recipe("folded"), 0, 4),
-            "update_scaled, no look": Way(scaled(skips=False), 16, ours=True),
+            "one call, no look": Way(scaled(skips=False), 16, ours=True),
             "TorchOptimizer, GradScaler": Way(under_scaler, 16, ours=True),
-            "update_scaled in a graph": Way(scaled(skips=True, graph=True), 16, ours=True),
+            "one call in a graph": Way(scaled(skips=True, graph=True), 16, ours=True),
             "torch.compile": Way(recipe_compiled, 20, 8, compiles=True),
         },
     ),

@@ -170,9 +170,10 @@ def rate_before(rule: Rule) -> Any:
     rates = _rates.get()
     if not rates:
         name = type(rule).__name__
+        how = f"{name}(0.01, couple=True)" if hasattr(rule, "couple") else f"{name}(0.01)"
         raise BadSetting(
             f"{name} takes the rate of a rule before it, and there is none with an eta; write "
-            f"Chain(Adam(), {rule!r})"
+            f"Chain(Adam(), {how})"
         )
     return rates[-1]
 

@@ -12,7 +12,9 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 def test_the_source_distribution_has_every_folder_that_tests_and_makefile_run() -> None:
     packed = {Path(name).name for name in PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]}
     texts = [p.read_text(encoding="utf-8") for p in [*ROOT.glob("tests/**/test_*.py"), ROOT / "Makefile"]]
-    folders = {p.name for p in ROOT.iterdir() if p.is_dir() and any(p.rglob("*.py"))}
+    folders = {
+        p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".") and any(p.rglob("*.py"))
+    }
     used = {name for name in folders if any(re.search(rf'"{name}"|\b{name}[./]', text) for text in texts)}
 
     assert {"examples", "benchmarks", "docs", "tests"} <= used

@@ -858,9 +858,11 @@ def test_second_moments_of_complex_gradients_are_real() -> None:
 
 
 def test_rules_without_a_complex_meaning_say_so() -> None:
-    """88. ClipGrad limits elements, and complex numbers have no order."""
+    """88. ADOPT limits elements, and complex numbers have no order; ClipGrad limits both parts apart."""
     with pytest.raises(TraceError, match="complex numbers"):
-        setup(ClipGrad(), np.array([1j]))
+        setup(opt.ADOPT(), np.array([1j]))
+    _, new = update(setup(ClipGrad(1.0), np.array([0j])), np.array([0j]), np.array([3 + 0.5j]))
+    close(new, [-1 - 0.5j])
 
 
 # -- 1.10 chains ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optimisers.arrays.norms import norm2
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape
@@ -319,7 +319,12 @@ class JaxLibrary(Library[Array, Dtype]):
             return value
         found = {x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None for x in arrays}
         mesh = found.pop() if len(found) == 1 else None
-        return value if mesh is None else jax.device_put(value, NamedSharding(mesh, PartitionSpec()))
+        if mesh is None:
+            return value
+        # A step gives such a number back with an axis each: another spelling would be compiled once more.
+        explicit = AxisType.Explicit in mesh.axis_types
+        spec = PartitionSpec(*[None] * np.ndim(value)) if explicit else PartitionSpec()
+        return jax.device_put(value, NamedSharding(mesh, spec))
 
     def constant(self, values: object, beside: Array) -> Any:
         return jnp.asarray(values, beside.dtype)

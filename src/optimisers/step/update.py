@@ -327,8 +327,8 @@ def update_listed(
     node: Node,
     xs: Sequence[Any],
     grads: Sequence[Any],
-    loss: Any = None,
     scaling: tuple[Any, Any] | None = None,
+    loss: Any = None,
 ) -> None:
     """A step in place of parameters and gradients that come in the order of the walk.
 

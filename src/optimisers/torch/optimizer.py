@@ -248,7 +248,7 @@ class TorchOptimizer(torch.optim.Optimizer):
                 group.refuse_changed(n)
         else:
             keeper.read()
-        update_listed(held.store, held.store.layout.root, xs, grads, loss, scaling)
+        update_listed(held.store, held.store.layout.root, xs, grads, scaling, loss)
         held.refresh()
         return loss
 
