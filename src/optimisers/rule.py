@@ -232,6 +232,20 @@ def not_negative(rule: Rule, *names: str) -> None:
             raise BadSetting(f"{type(rule).__name__}.{name} is {value!r}; it cannot be negative")
 
 
+def one_of(rule: Rule, name: str, known: tuple[str, ...]) -> None:
+    """Raise BadSetting unless a static setting is one of the known words."""
+    if getattr(rule, name) not in known:
+        wanted = " or ".join(map(repr, known))
+        raise BadSetting(f"{type(rule).__name__}.{name} is {getattr(rule, name)!r}; it takes {wanted}")
+
+
+def at_least_one(rule: Rule, name: str) -> None:
+    """Raise BadSetting unless a count is 1 or more."""
+    value = getattr(rule, name)
+    if isinstance(value, int) and value < 1:
+        raise BadSetting(f"{type(rule).__name__}.{name} is {value!r}; it takes a whole number, 1 or more")
+
+
 def a_rule(outer: Rule, inner: object) -> None:
     """Raise BadSetting unless what a rule wraps is a rule."""
     if not isinstance(inner, Rule):
@@ -246,7 +260,7 @@ def rate_of(rule: Rule) -> Any:
 
     Raises BadSetting where there is none.
     """
-    rates = [eta for part in parts(rule) if (eta := dict(settings(part)).get("eta")) is not None]
+    rates = [rate for part in parts(rule) for rate in _rate_of(part)]
     if not rates:
         raise BadSetting(f"{rule!r} has no rate eta; write a rule that has, such as Adam()")
     return rates[-1]
@@ -283,11 +297,13 @@ __all__ = [
     "Rule",
     "Setting",
     "a_rule",
+    "at_least_one",
     "changes_of",
     "in_unit_interval",
     "instead_of_variant",
     "needed",
     "not_negative",
+    "one_of",
     "one_step",
     "rate_before",
     "rate_of",

@@ -3,10 +3,9 @@
 from typing import Any, NamedTuple
 
 from optimisers.arrays.protocol import Array
-from optimisers.errors import BadSetting
 from optimisers.ops import floor, maximum, when, where, zeros_like
 from optimisers.ops.steps import clock
-from optimisers.rule import Rule
+from optimisers.rule import Rule, at_least_one
 
 
 class AccumState(NamedTuple):
@@ -30,8 +29,7 @@ class AccumGrad(Rule):
     n: int
 
     def check(self) -> None:
-        if isinstance(self.n, int) and self.n < 1:
-            raise BadSetting(f"AccumGrad.n is {self.n!r}; it takes a whole number, 1 or more")
+        at_least_one(self, "n")
 
     def init(self, x: Array) -> AccumState:
         return AccumState(zeros_like(x), 0)

@@ -7,7 +7,17 @@ from typing import Any, ClassVar, NamedTuple
 from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
 from optimisers.ops import copy, ema, floor, landing, maximum, under, where
-from optimisers.rule import Rule, Setting, a_rule, in_unit_interval, not_negative, rate_of, setting, stepped
+from optimisers.rule import (
+    Rule,
+    Setting,
+    a_rule,
+    at_least_one,
+    in_unit_interval,
+    not_negative,
+    rate_of,
+    setting,
+    stepped,
+)
 from optimisers.settings import adjusted
 
 
@@ -219,10 +229,3 @@ class SWA(Rule):
 def divides(every: Any, t: Any) -> Any:
     """Whether t is a multiple of `every`."""
     return floor(t / every) * every == t
-
-
-def at_least_one(rule: Rule, name: str) -> None:
-    """Raise BadSetting unless a count is 1 or more."""
-    value = getattr(rule, name)
-    if isinstance(value, int) and value < 1:
-        raise BadSetting(f"{type(rule).__name__}.{name} is {value!r}; it takes a whole number, 1 or more")

@@ -40,6 +40,12 @@ def check_moments(rule: Rule) -> None:
     not_negative(rule, "epsilon")
 
 
+def check_decaying(rule: Rule) -> None:
+    """Raise BadSetting where moments, or a decay beside the step, are out of range."""
+    check_moments(rule)
+    not_negative(rule, "lam")
+
+
 def weights(beta: tuple[float, float], old: tuple[Any, Any]) -> tuple[Any, Any]:
     """The sums of the weights in two averages after one more step: averages of ones."""
     return ema(beta[0], old[0], 1), ema(beta[1], old[1], 1)
@@ -91,8 +97,7 @@ class AdamW(Rule):
     couple: bool = static(True)
 
     def check(self) -> None:
-        check_moments(self)
-        not_negative(self, "lam")
+        check_decaying(self)
 
     def init(self, x: Array) -> AdamState:
         return adam_state(x)

@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 from optimisers import ops
 from optimisers.arrays.protocol import Array
 from optimisers.ops import abs2, clip, ema, maximum, minimum, sign, zeros_like
-from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting, static
-from optimisers.rules.adam import AdamState, adam_state
-from optimisers.rules.momenta import check_decaying
+from optimisers.rule import Pair, Rule, Setting, not_negative, setting, static
+from optimisers.rules.adam import AdamState, adam_state, check_decaying
 
 
 class SophiaState(NamedTuple):
@@ -102,7 +101,6 @@ class AdaHessian(Rule):
 
     def check(self) -> None:
         check_decaying(self)
-        in_unit_interval(self, "beta")
 
     def init(self, x: Array) -> AdamState:
         return adam_state(x)

@@ -5,7 +5,6 @@ from typing import Any, Literal, NamedTuple
 
 from optimisers import ops
 from optimisers.arrays.protocol import Array
-from optimisers.errors import BadSetting
 from optimisers.ops import (
     abs2,
     dot,
@@ -22,7 +21,7 @@ from optimisers.ops import (
     where,
     zeros_like,
 )
-from optimisers.rule import Rule, Setting, in_unit_interval, not_negative, setting, static
+from optimisers.rule import Rule, Setting, in_unit_interval, not_negative, one_of, setting, static
 
 
 def other_axes(x: Array, layout: str) -> tuple[int, ...]:
@@ -79,13 +78,6 @@ class Centralize(Rule):
         for axis in axes:
             count *= x.shape[axis]
         return state, dx - ops.sum(dx, axis=axes, keepdims=True) / max(count, 1)
-
-
-def one_of(rule: Rule, name: str, known: tuple[str, ...]) -> None:
-    """Raise BadSetting unless a static setting is one of the known words."""
-    if getattr(rule, name) not in known:
-        wanted = " or ".join(map(repr, known))
-        raise BadSetting(f"{type(rule).__name__}.{name} is {getattr(rule, name)!r}; it takes {wanted}")
 
 
 class ZeroNonFinite(Rule):

@@ -6,7 +6,7 @@ from optimisers import ops
 from optimisers.arrays.protocol import Array, Operand
 from optimisers.ops import abs2, ema, loss, maximum, minimum, real_zeros_like, sqrt, total, where, zeros_like
 from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting, static
-from optimisers.rules.adam import check_moments, weights
+from optimisers.rules.adam import check_decaying, weights
 
 
 def inner(a: Operand, b: Any) -> Any:
@@ -98,8 +98,7 @@ class MoMoAdam(Rule):
     proximal: bool = static(True)
 
     def check(self) -> None:
-        check_moments(self)
-        not_negative(self, "lam")
+        check_decaying(self)
 
     def init(self, x: Array) -> MoMoAdamState:
         return MoMoAdamState(zeros_like(x), real_zeros_like(x), 0.0, 0.0, (0.0, 0.0))

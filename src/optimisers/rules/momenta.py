@@ -16,14 +16,8 @@ from optimisers.ops import (
     where,
     zeros_like,
 )
-from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting, static
-from optimisers.rules.adam import AdamState, adam_state, check_moments, moments
-
-
-def check_decaying(rule: Rule) -> None:
-    """Raise BadSetting where moments, or a decay beside the step, are out of range."""
-    check_moments(rule)
-    not_negative(rule, "lam")
+from optimisers.rule import Pair, Rule, Setting, in_unit_interval, setting, static
+from optimisers.rules.adam import AdamState, adam_state, check_decaying, check_moments, moments
 
 
 class NAdamW(Rule):

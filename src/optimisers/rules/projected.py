@@ -6,8 +6,7 @@ from optimisers import ops
 from optimisers.arrays.protocol import Array, Operand
 from optimisers.ops import ema, sqrt, where, zeros_like
 from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting, static
-from optimisers.rules.adam import AdamState, adam_state, moments
-from optimisers.rules.momenta import check_decaying
+from optimisers.rules.adam import AdamState, adam_state, check_decaying, moments
 
 
 def tangent(delta: float, ratio: float, x: Array, dx: Array, step: Array) -> tuple[Any, Any]:

@@ -18,8 +18,7 @@ from optimisers.ops import (
     zeros_like,
 )
 from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting
-from optimisers.rules.adam import AdamState, adam_state, ema, moments, weights
-from optimisers.rules.momenta import check_decaying
+from optimisers.rules.adam import AdamState, adam_state, check_decaying, ema, moments, weights
 
 
 class StableAdamW(Rule):

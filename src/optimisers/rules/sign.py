@@ -6,7 +6,7 @@ from optimisers import ops
 from optimisers.arrays.protocol import Array
 from optimisers.ops import ema, sign, sqrt, zeros_like
 from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting
-from optimisers.rules.adam import AdamState, adam_state, check_moments, moments
+from optimisers.rules.adam import AdamState, adam_state, check_decaying, moments
 
 
 class LionState(NamedTuple):
@@ -94,8 +94,7 @@ class Grams(Rule):
     epsilon: Setting = setting(1e-6)
 
     def check(self) -> None:
-        check_moments(self)
-        not_negative(self, "lam")
+        check_decaying(self)
 
     def init(self, x: Array) -> AdamState:
         return adam_state(x)

@@ -6,8 +6,7 @@ from optimisers import ops
 from optimisers.arrays.protocol import Array
 from optimisers.ops import abs2, ema, norm, sqrt, where, zeros_like
 from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting, static
-from optimisers.rules.adam import AdamState, adam_state, moments
-from optimisers.rules.momenta import check_decaying
+from optimisers.rules.adam import AdamState, adam_state, check_decaying, moments
 
 
 def trusted(along: Array, against: Array) -> Any:

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 from optimisers.arrays.protocol import Array
 from optimisers.ops import copy, ema, maximum, norm, sign, sqrt, where, zeros_like
 from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting, static
-from optimisers.rules.adam import AdamState, adam_state, moments
-from optimisers.rules.momenta import check_decaying
+from optimisers.rules.adam import AdamState, adam_state, check_decaying, moments
 
 
 class MARSState(NamedTuple):
