@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
 from optimisers.ops import copy, ema, floor, landing, maximum, under, where
+from optimisers.ops.derived import over
 from optimisers.rule import (
     Rule,
     Setting,
@@ -76,7 +77,7 @@ class ScheduleFree(Rule):
             top = maximum(state.top, eta)
             weight = t**self.r * top**self.power
             so_far = state.weight + weight
-            part = where(so_far == 0, 0, weight / where(so_far == 0, 1, so_far))
+            part = over(weight, so_far)
             z = state.z - eta * along
             average = ema(1 - part, self.average(state, x), z)
             y = ema(self.rho, average, z)

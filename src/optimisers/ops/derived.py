@@ -88,3 +88,8 @@ def norm(x: Operand, p: float = 2.0) -> Any:
     powers = sum(where(zero, 0.0 if p > 0 else float("inf"), where(zero, 1.0, size) ** p))
     nothing = equal(powers, 0) | equal(powers, 0.0 if p > 0 else float("inf"))
     return where(nothing, 0.0, where(nothing, 1.0, powers) ** (1 / p))
+
+
+def over(a: Operand, b: Operand) -> Any:
+    """a / b, 0 where b is 0."""
+    return where(b == 0, 0, a / where(b == 0, 1, b))

@@ -21,6 +21,7 @@ from optimisers.ops import (
     where,
     zeros_like,
 )
+from optimisers.ops.derived import over
 from optimisers.rule import Rule, Setting, in_unit_interval, not_negative, one_of, setting, static
 
 
@@ -122,7 +123,7 @@ class NormalizeGrad(Rule):
 
     def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
         size = sqrt(total(ops.sum(abs2(dx)))) + self.epsilon
-        return state, dx * where(size == 0, 0, self.scale / where(size == 0, 1, size))
+        return state, dx * over(self.scale, size)
 
 
 class GrowthState(NamedTuple):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from optimisers import ops
 from optimisers.arrays.protocol import Array, Operand
 from optimisers.ops import abs2, ema, loss, maximum, minimum, real_zeros_like, sqrt, total, where, zeros_like
+from optimisers.ops.derived import over
 from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting, static
 from optimisers.rules.adam import check_decaying, weights
 
@@ -12,11 +13,6 @@ from optimisers.rules.adam import check_decaying, weights
 def inner(a: Operand, b: Any) -> Any:
     """The sum of a b over all elements of all arrays, of real ones."""
     return total(ops.sum(a * b))
-
-
-def over(a: Operand, b: Operand) -> Any:
-    """a / b, 0 where b is 0."""
-    return where(b == 0, 0, a / where(b == 0, 1, b))
 
 
 class MoMoState(NamedTuple):

@@ -18,6 +18,7 @@ from optimisers.ops import (
     where,
     zeros_like,
 )
+from optimisers.ops.derived import over
 from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting, static
 from optimisers.rules.adam import check_moments, weights
 from optimisers.rules.gradient import decayed
@@ -159,7 +160,7 @@ class DAdaptAdam(Rule):
 
 def grown(d: Operand, r: Operand, length: Operand) -> Any:
     """The larger of d and r / length; d where nothing has moved."""
-    return maximum(d, where(length == 0, 0, r / where(length == 0, 1, length)))
+    return maximum(d, over(r, length))
 
 
 class DAdaptSGDState(NamedTuple):
@@ -200,7 +201,7 @@ class DAdaptSGD(Rule):
         first = sqrt(total(ops.sum(abs2(dx))))
         g0 = where(state.g0 == 0, first, state.g0)
         d = where(state.d == 0, self.d0, state.d)
-        k = where(g0 == 0, 0, d * self.eta / where(g0 == 0, 1, g0))
+        k = over(d * self.eta, g0)
         r = state.r + k * inner(g, state.s)
         s = state.s + k * g
         found = grown(d, 2 * total(r), sqrt(total(ops.sum(abs2(s)))))
@@ -303,14 +304,14 @@ class LDoG(Rule):
         return by_distance(self, state, x, decayed(self.lam, x, dx), lambda s: s)
 
 
-def by_distance(rule: "DoG | LDoG", state: DistanceState, x: Array, g: Array, over: Any) -> Any:
-    """(new state, step) of DoG, whose squares are summed by `over`."""
+def by_distance(rule: "DoG | LDoG", state: DistanceState, x: Array, g: Array, join: Any) -> Any:
+    """(new state, step) of DoG, whose squares are summed by `join`."""
     new = state.r == 0
-    come = sqrt(over(ops.sum(abs2(where(new, x, x - state.start)))))
+    come = sqrt(join(ops.sum(abs2(where(new, x, x - state.start)))))
     r = where(new, rule.reps * (1 + come), maximum(state.r, come))
-    squares = where(new, rule.epsilon, state.sum) + over(ops.sum(abs2(g)))
+    squares = where(new, rule.epsilon, state.sum) + join(ops.sum(abs2(g)))
     root = sqrt(squares)
-    rate = where(root == 0, 0, rule.eta * r / where(root == 0, 1, root))
+    rate = over(rule.eta * r, root)
     return DistanceState(state.start, r, squares), rate * g
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from optimisers import ops
 from optimisers.arrays.protocol import Array
 from optimisers.ops import abs2, ema, norm, sqrt, where, zeros_like
+from optimisers.ops.derived import over
 from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting, static
 from optimisers.rules.adam import AdamState, adam_state, check_decaying, moments
 
@@ -117,5 +118,5 @@ class NovoGrad(Rule):
         square = ops.sum(abs2(dx))
         v = where(state.t == 0, square, ema(self.beta[1], state.v, square))
         root = sqrt(v) + self.epsilon
-        m = self.beta[0] * state.m + where(root == 0, 0, 1 / where(root == 0, 1, root)) * dx + self.lam * x
+        m = self.beta[0] * state.m + over(1, root) * dx + self.lam * x
         return NovoGradState(m, v, state.t + 1), self.eta * m
