@@ -137,6 +137,21 @@ def test_under_jit_a_step_is_that_of_the_interpreter(row: Row) -> None:
     assert all(close(np.asarray(a), b, "float32") for a, b in zip(model, wanted, strict=True))
 
 
+@pytest.mark.parametrize("size", [1e300, 1e-300])
+@pytest.mark.parametrize(
+    "rule", [opt.NormalizeGrad(epsilon=0.0), opt.ZClip(omega=1.0)], ids=["normalised", "clipped"]
+)
+def test_norms_of_all_arrays_neither_overflow_nor_vanish(rule: opt.Rule, size: float) -> None:
+    """Their squares do: 5 elements of one size have sqrt(5) times it as their norm."""
+    x = [np.zeros(3), np.zeros(2)]
+    _, new = opt.update(
+        opt.setup(opt.Chain(rule, opt.Descent(1.0)), x), x, [np.full(3, size), np.full(2, size)]
+    )
+    wanted = size if isinstance(rule, opt.ZClip) and size < 1 else 1 / np.sqrt(5)
+
+    np.testing.assert_allclose(np.concatenate(new), -wanted, rtol=1e-12)
+
+
 # -- the loss ------------------------------------------------------------------------------------------------
 
 

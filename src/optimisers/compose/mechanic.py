@@ -5,7 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 from optimisers import ops
 from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
-from optimisers.ops import abs2, clip, copy, landing, maximum, sqrt, total, under
+from optimisers.ops import clip, copy, landing, maximum, norm, sqrt, total, under
 from optimisers.rule import Rule, Setting, a_rule, not_negative, setting, static, stepped
 
 
@@ -58,7 +58,7 @@ class Mechanic(Rule):
         with under(step):
             scale = sum(state.s)
             way = (state.start - x) / (scale + self.epsilon)
-            long, steep = sqrt(total(ops.sum(abs2(x)))), sqrt(total(ops.sum(abs2(dx))))
+            long, steep = total(norm(x), p=2), total(norm(dx), p=2)
             pull = self.lam * scale * steep / (long + self.epsilon)
             h = total(ops.sum((dx + pull * x) * way))
             shares = [self.share(i, state, h) for i in range(self.betas)]

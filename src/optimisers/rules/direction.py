@@ -122,7 +122,7 @@ class NormalizeGrad(Rule):
         not_negative(self, "scale", "epsilon")
 
     def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
-        size = sqrt(total(ops.sum(abs2(dx)))) + self.epsilon
+        size = total(norm(dx), p=2) + self.epsilon
         return state, dx * over(self.scale, size)
 
 
@@ -237,7 +237,7 @@ class ZClip(Rule):
         return ZClipState(0.0, 0.0, 0)
 
     def apply(self, state: ZClipState, x: Array, dx: Array) -> Any:
-        size = sqrt(total(ops.sum(abs2(dx))))
+        size = total(norm(dx), p=2)
         t = state.t + 1
         warming = state.t < self.warmup
         deviation = sqrt(state.variance)

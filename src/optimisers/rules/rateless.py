@@ -11,6 +11,7 @@ from optimisers.ops import (
     ema,
     maximum,
     minimum,
+    norm,
     real_zeros_like,
     sign,
     sqrt,
@@ -198,13 +199,13 @@ class DAdaptSGD(Rule):
 
     def apply(self, state: DAdaptSGDState, x: Array, dx: Array) -> Any:
         g = decayed(self.lam, x, dx)
-        first = sqrt(total(ops.sum(abs2(dx))))
+        first = total(norm(dx), p=2)
         g0 = where(state.g0 == 0, first, state.g0)
         d = where(state.d == 0, self.d0, state.d)
         k = over(d * self.eta, g0)
         r = state.r + k * inner(g, state.s)
         s = state.s + k * g
-        found = grown(d, 2 * total(r), sqrt(total(ops.sum(abs2(s)))))
+        found = grown(d, 2 * total(r), total(norm(s), p=2))
         return DAdaptSGDState(state.start, s, r, found, g0), (1 - self.rho) * (x - state.start + s)
 
 
