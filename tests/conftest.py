@@ -8,6 +8,7 @@ once, when it is imported.
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -43,3 +44,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = set(map(id, kept))
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
     items[:] = [item for item in items if id(item) in chosen]
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """The default type of torch is float64: some of its optimisers keep their numbers in it."""
+    import torch
+
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

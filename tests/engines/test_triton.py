@@ -39,7 +39,7 @@ from tests.worlds import (
     SCHEDULES,
     WORLDS,
     World,
-    close,
+    assert_near,
     leaves,
     numbers_in,
     same_story,
@@ -130,14 +130,7 @@ def assert_close(got: tuple[Any, Any], wanted: tuple[Any, Any], dtype: str) -> N
     """(state, model) of two engines: double precision to 1e-12, else as near as engines are to each other."""
 
     def near(a: Any, b: Any, kind: str) -> None:
-        a, b = number_of(of_cpu(a)), number_of(of_cpu(b))
-
-        assert a.dtype == b.dtype
-        if b.dtype == np.float64:
-            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
-        else:
-            np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
-            assert close(np.nan_to_num(a), np.nan_to_num(b), kind), (a, b)
+        assert_near(number_of(of_cpu(a)), number_of(of_cpu(b)), kind)
 
     (state, model), (other, expected) = got, wanted
     pairs = zip(model.values(), expected.values(), strict=True) if isinstance(model, dict) else None

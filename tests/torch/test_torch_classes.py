@@ -1,7 +1,6 @@
 """Every class of torch.optim, with every keyword that a rule can say, is a rule that takes the same steps."""
 
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +49,7 @@ CASES = [(name, given) for name, rows in KEYWORDS.items() for given in rows]
 every_case = pytest.mark.parametrize(("name", "given"), CASES, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    """NAdam and ASGD of torch keep numbers in the default type."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def drawn(seed: int) -> Any:

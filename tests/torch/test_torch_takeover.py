@@ -2,7 +2,6 @@
 
 import copy
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,12 +31,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 every_class = pytest.mark.parametrize(("name", "given"), CASES, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    """NAdam and ASGD of torch keep numbers in the default type."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def drawn(seed: int, *shape: int) -> Any:

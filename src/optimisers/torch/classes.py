@@ -37,11 +37,11 @@ def from_torch_class(name: str | type, **keywords: object) -> Rule:
             f"no rule is torch's {title}{f': {why}' if why else ''}; there are {', '.join(CLASSES)}"
         )
     given = {k: plain(v) for k, v in keywords.items() if k not in HOW}
-    _refuse(title, {k: v for k, v in keywords.items() if k in ELSEWHERE})
+    _refuse(title, {k: v for k, v in keywords.items() if k in BESIDE_A_RULE})
     upwards = bool(given.pop("maximize", False))
     takes = inspect.signature(make).parameters
     for key in given:
-        if key not in takes and key not in ELSEWHERE:
+        if key not in takes and key not in BESIDE_A_RULE:
             raise UnknownField(
                 f"{title} has no keyword {key}; it has {', '.join((*takes, 'maximize', *HOW))}"
             )
@@ -52,7 +52,7 @@ def from_torch_class(name: str | type, **keywords: object) -> Rule:
 HOW = ("foreach", "fused")
 """Keywords that say how torch computes its steps."""
 
-ELSEWHERE = {
+BESIDE_A_RULE = {
     "capturable": "write TorchOptimizer(params, rule, capturable=True)",
     "differentiable": "write optimisers.update, whose steps autograd follows",
 }
@@ -70,7 +70,7 @@ def _refuse(title: str, flags: dict[str, object]) -> None:
     for key, value in flags.items():
         if value:
             raise BadSetting(
-                f"{title} was given {key}={value!r}, which is no part of a rule; {ELSEWHERE[key]}"
+                f"{title} was given {key}={value!r}, which is no part of a rule; {BESIDE_A_RULE[key]}"
             )
 
 
@@ -254,5 +254,5 @@ def rule_of_group(optimizer: Any, group: Mapping[str, Any]) -> Rule:
 
 def of_other_tools(group: Mapping[str, Any]) -> dict[str, Any]:
     """What stands in a group of torch beside the keywords of its class."""
-    ours = {*KEYWORDS, *HOW, *ELSEWHERE, "maximize", "params"}
+    ours = {*KEYWORDS, *HOW, *BESIDE_A_RULE, "maximize", "params"}
     return {k: v for k, v in group.items() if k not in ours}

@@ -10,7 +10,7 @@ from optimisers.nest import flatten
 from optimisers.rule import Rule
 from optimisers.rules.descent import Momentum, Nesterov
 from optimisers.settings import adjustable, parts
-from optimisers.torch.classes import ELSEWHERE, HOW, of_other_tools, plain
+from optimisers.torch.classes import BESIDE_A_RULE, HOW, of_other_tools, plain
 from optimisers.torch.groups import defaults_of, has_schedule, told, torch_names
 from optimisers.torch.loading import entry_name
 
@@ -55,7 +55,7 @@ def as_ours(saved: dict[str, Any], rules: Iterable[Rule | None]) -> dict[str, An
 
 def _is_torchs(group: Mapping[str, Any], rule: Rule) -> bool:
     """Whether a saved group is that of a class of torch: it has their flags, and not the names here."""
-    flags = {*HOW, *ELSEWHERE, "maximize"}
+    flags = {*HOW, *BESIDE_A_RULE, "maximize"}
     here = {name for part in parts(rule) if isinstance(part, Rule) for name in torch_names(part)} - {"eta"}
     return bool(flags & group.keys()) and not (here and here <= group.keys())
 
@@ -76,7 +76,7 @@ def _group(group: dict[str, Any], rule: Rule, where: str) -> dict[str, Any]:
     return kept | defaults_of(told(rule, said, where))
 
 
-AT_THE_START = {*ELSEWHERE, "initial_accumulator_value"}
+AT_THE_START = {*BESIDE_A_RULE, "initial_accumulator_value"}
 """Keywords that count when an optimiser is made, and no more when it goes on."""
 
 

@@ -22,7 +22,7 @@ from optimisers.settings import (
     settings,
 )
 from optimisers.settings import parts as parts_of_value
-from optimisers.torch.classes import chained, plain
+from optimisers.torch.classes import BESIDE_A_RULE, chained, plain
 from optimisers.tree.path import KeyPath, first_matches, matches
 
 TORCH_NAMES = {
@@ -52,8 +52,7 @@ FLAGS = {
     "nesterov": "take SGD(eta, rho, nesterov=True)",
     "centered": "take RMSProp(centred=True)",
     "decoupled_weight_decay": "take AdamW, or DecoupledDecay(lam, couple=True) behind the rule",
-    "differentiable": "write optimisers.update, whose steps autograd follows",
-    "capturable": "write TorchOptimizer(params, rule, capturable=True)",
+    **BESIDE_A_RULE,
     "dampening": "take SGD(eta, rho, dampening)",
     "momentum_decay": "take TorchNAdam(psi=...)",
     "lr_decay": "take TorchAdaGrad(decay=...)",
