@@ -270,8 +270,6 @@ def program_of(rule: Rule, state: Any, kind: Shape, more: int | None = None) -> 
 def _group(items: list[Entry], program: Program, shapes: Sequence[Shape | None]) -> Group:
     kinds = [k for e in items if (k := shapes[e.leaf]) is not None]
     first, rule = kinds[0], items[0].rule
-    known = {id(rule): numbers(rule) for rule in {id(e.rule): e.rule for e in items}.values()}
-    rows = [[*known[id(e.rule)], *_counters(e.state), *_steps(e, program)] for e in items]
     places = Places.of([k.shape for k in kinds], [k.strides for k in kinds])
     columns = zip(*([v for v in values(e.state) if registry.isarray(v)] for e in items), strict=True)
     packs = [
@@ -288,7 +286,7 @@ def _group(items: list[Entry], program: Program, shapes: Sequence[Shape | None])
         slots=tuple(packs),
         types=tuple(type(v) for v in _counters(items[0].state)),
         table=table_of(
-            rows,
+            _rows(items, program),
             [e.clock for e in items],
             program.hypers,
             first.library,
@@ -316,6 +314,12 @@ def _slot(kinds: Sequence[Shape], places: Places | None, arrays: list[Any]) -> P
     if filled:
         library.assign_many([parts[i] for i in filled], [arrays[i] for i in filled])
     return pack
+
+
+def _rows(items: list[Entry], program: Program) -> list[list[Any]]:
+    """The scalars of each leaf: hyper-parameters, counters of the state, steps under conditions."""
+    known = {id(rule): numbers(rule) for rule in {id(e.rule): e.rule for e in items}.values()}
+    return [[*known[id(e.rule)], *_counters(e.state), *_steps(e, program)] for e in items]
 
 
 def _counters(state: Any) -> list[Any]:

@@ -32,6 +32,15 @@ ARRAYS = {
 }
 """What torch keeps of a parameter -> the state of a rule here."""
 
+OF_ADADELTA = {"square_avg": "a"}
+"""What has another name in a rule that keeps steps too."""
+
+COUNTERS = ("step", "mu")
+"""What torch keeps of a parameter beside arrays."""
+
+SIGNS: dict[type[Any], int] = {Momentum: 1, Nesterov: -1}
+"""Rules whose momentum holds the rate -> the sign it has there."""
+
 
 def as_ours(saved: dict[str, Any], rules: Iterable[Rule | None]) -> dict[str, Any]:
     """A saved state whose groups and entries of classes of torch are those of our rules; others as they are.
@@ -84,23 +93,25 @@ def _entry(saved: Mapping[str, Any], group: Mapping[str, Any], rule: Rule) -> di
     """What torch keeps of a parameter, by the names of the state of a rule; what a rule has not stays by its
     own name, and is refused where the state is taken over.
     """
-    saved = {k: v for k, v in saved.items() if v is not None}
-    steps = int(saved.get("step", 0))
-    known: dict[str, Any] = {"t": steps, "started": 1, **_weights(saved, group, steps)}
-    for name, value in saved.items():
-        known[ARRAYS.get(name, name)] = value
-    if "acc_delta" in saved:
-        known["a"] = known.pop("q")
-    for part in parts(rule):
-        if isinstance(part, Momentum | Nesterov) and "momentum_buffer" in saved:
-            rate = float(group["lr"])
-            known["v"] = known["v"] * (rate if isinstance(part, Momentum) else -rate)
-    wanted = [path for path, _ in flatten(rule.init(torch.zeros(1)))]
-    found = {entry_name(path): _tensor(known[name]) for path in wanted if (name := _last(path)) in known}
-    others = {k: v for k, v in saved.items() if k not in ARRAYS and k not in ("step", "mu")}
-    if len(found) < len(wanted):
-        return others | {k: v for k, v in saved.items() if k in ARRAYS}
-    return others | {"step": _tensor(steps), **found}
+    kept = {k: v for k, v in saved.items() if v is not None}
+    steps = int(kept.get("step", 0))
+    known = {"t": steps, "started": 1, **_weights(kept, group, steps), **_arrays(kept, group, rule)}
+    others = {k: v for k, v in kept.items() if k not in COUNTERS}
+    wanted = {entry_name(path): _last(path) for path, _ in flatten(rule.init(torch.zeros(1)))}
+    if not known.keys() >= set(wanted.values()):
+        return others
+    found = {entry: _tensor(known[name]) for entry, name in wanted.items()}
+    return {k: v for k, v in others.items() if k not in ARRAYS} | {"step": _tensor(steps), **found}
+
+
+def _arrays(saved: Mapping[str, Any], group: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
+    """The arrays of a parameter by the names here, where momenta hold the rate."""
+    names = ARRAYS | OF_ADADELTA if "acc_delta" in saved else ARRAYS
+    found = {names.get(name, name): value for name, value in saved.items()}
+    if "momentum_buffer" in saved:
+        for sign in [SIGNS[type(part)] for part in parts(rule) if type(part) in SIGNS]:
+            found["v"] = found["v"] * (sign * float(group["lr"]))
+    return found
 
 
 def _weights(saved: Mapping[str, Any], group: Mapping[str, Any], steps: int) -> dict[str, Any]:

@@ -156,19 +156,21 @@ class Keeper:
 
     def include(self, parameters: Sequence[Any], state: Any) -> None:
         """Have a state for more parameters: those that want to be trained, or have gradients or state."""
-        group_of = {p: mine for mine in self.groups for p in mine.group["params"]}
-        for p in parameters if self.away else ():
+        if self.away:
+            self._take_back(parameters, state)
+        ruled = {p: mine for mine in self.groups if mine.rule is not None for p in mine.group["params"]}
+        wanted = [p for p in dict.fromkeys(parameters) if p in ruled and (_wants(p) or state.get(p))]
+        chosen = {self.names[p]: p for p in wanted if _may_be_stepped(p, self.names)}
+        if chosen:
+            self._make(chosen, ruled, state)
+        held = {} if self.held is None else self.held.leaf_of
+        self.idle = [p for p in ruled if p not in held]
+
+    def _take_back(self, parameters: Sequence[Any], state: Any) -> None:
+        """Put the entries of parameters that come again back into the state."""
+        for p in parameters:
             if p in self.away and p not in state:
                 state[p] = self.away.pop(p)
-        chosen = {
-            self.names[p]: p
-            for p in dict.fromkeys(parameters)
-            if group_of[p].rule is not None and (_wants(p) or state.get(p)) and _may_be_stepped(p, self.names)
-        }
-        if chosen:
-            self._make(chosen, group_of, state)
-        mine = {} if self.held is None else self.held.leaf_of
-        self.idle = [p for p, group in group_of.items() if group.rule is not None and p not in mine]
 
     def _make(self, chosen: dict[str, Any], group_of: Mapping[Any, ParamGroup], state: Any) -> None:
         """Make the state of parameters, and put it behind that of the others."""

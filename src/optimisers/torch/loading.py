@@ -92,14 +92,23 @@ def bare_name(name: str) -> str:
 def _by_name(
     theirs: list[dict[str, Any]], groups: Sequence[dict[str, Any]], left: list[str] | None
 ) -> Arranged:
-    at = {
-        bare_name(name): (number, n)
-        for n, group in enumerate(theirs)
-        for name, number in zip(group["param_names"], group["params"], strict=True)
-    }
+    number_of, group_of = dict[str, Any](), dict[str, int]()
+    for n, group in enumerate(theirs):
+        names = [bare_name(name) for name in group["param_names"]]
+        number_of.update(zip(names, group["params"], strict=True))
+        group_of.update(dict.fromkeys(names, n))
     wanted = [[bare_name(name) for name in group["param_names"]] for group in groups]
-    ours = {name for names in wanted for name in names}
-    lost = [*sorted(ours - at.keys()), *sorted(at.keys() - ours)]
+    _compare(group_of.keys(), set().union(*wanted), left)
+    settings = [
+        _common(n, [group_of[name] for name in names if name in group_of], theirs, left)
+        for n, names in enumerate(wanted)
+    ]
+    return Arranged(settings, [list(map(number_of.get, names)) for names in wanted])
+
+
+def _compare(theirs: Collection[str], ours: Collection[str], left: list[str] | None) -> None:
+    """Note names that are on one side only, or raise TreeMismatch for them."""
+    lost = [*sorted(set(ours) - set(theirs)), *sorted(set(theirs) - set(ours))]
     if lost and left is None:
         raise TreeMismatch(
             f"the saved state is that of other parameters: {lost[0]!r} is on one side only; strict=False "
@@ -107,11 +116,6 @@ def _by_name(
         )
     if left is not None:
         left += [f"{name!r} is on one side only" for name in lost]
-    settings = [
-        _common(n, [at[name][1] for name in names if name in at], theirs, left)
-        for n, names in enumerate(wanted)
-    ]
-    return Arranged(settings, [[at[name][0] if name in at else None for name in names] for names in wanted])
 
 
 def _common(
