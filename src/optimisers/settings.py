@@ -223,11 +223,7 @@ def number(name: str, want: type, value: object) -> Any:
     if isinstance(value, np.ndarray | np.generic) and value.shape == ():
         value = value.item()
     if isinstance(value, abstract.Real) and not _is_bool(value):
-        if value != value:  # noqa: PLR0124 the test for NaN
-            raise BadSetting(f"{name} is nan; it takes a number")
-        if want is int and not float(value).is_integer():
-            raise BadSetting(f"{name} is {value!r}; it takes a whole number")
-        return want(float(value)) if not isinstance(value, int) else want(value)
+        return _real(name, want, value)
     if is_number(value) or isinstance(value, Value):
         return value
     if callable(value) and not isinstance(value, type):
@@ -238,6 +234,15 @@ def number(name: str, want: type, value: object) -> Any:
             )
         return value
     raise BadSetting(f"{name} is {value!r}; it takes a real number, or a schedule of it")
+
+
+def _real(name: str, want: type, value: abstract.Real) -> Any:
+    """A number of Python as the field stores it."""
+    if value != value:  # noqa: PLR0124 the test for NaN
+        raise BadSetting(f"{name} is nan; it takes a number")
+    if want is int and not float(value).is_integer():
+        raise BadSetting(f"{name} is {value!r}; it takes a whole number")
+    return want(value if isinstance(value, int) else float(value))
 
 
 def takes(function: Callable[..., Any], count: int) -> bool:

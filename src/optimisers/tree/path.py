@@ -155,15 +155,16 @@ def first_matches(patterns: Iterable[str], places: Sequence[Sequence[KeyPath]]) 
                 f"no rule for {paths[0].code()}; the globs are {', '.join(map(repr, known))}; "
                 f'add "**" for the rest, with None as its rule to train nothing there'
             )
-    used, won = {g for fitting in found for g in fitting}, {fitting[0] for fitting in found}
+    chosen = [fitting[0] for fitting in found]
+    used, won = set[str]().union(*found), {*chosen, "**"}
     for glob in known:
         if glob not in used:
             raise NoMatch(f"{glob!r} matches no parameter; {offered(glob, [paths[0] for paths in places])}")
-        if glob not in won and glob != "**":
+        if glob not in won:
             raise NoMatch(
                 f"{glob!r} takes no parameter, since globs before it match all that it does; put it first"
             )
-    return [fitting[0] for fitting in found]
+    return chosen
 
 
 def offered(pattern: object, paths: Sequence[KeyPath]) -> str:

@@ -12,7 +12,7 @@ import io
 import keyword
 import tokenize
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -155,7 +155,24 @@ SIGNATURE_SUMS = SIGNATURE[:-1] + ", f8[:,::1])"
 compiles it.
 """
 
+FIRST = {
+    "sum": "float64(0)",
+    "norm2": "float64(0)",
+    "max": "rank_max({real}(-math.inf))",
+    "min": "rank_min({real}(math.inf))",
+}
+"""Reduction -> its value before any element."""
+
+LAST = {"sum": "{0}", "norm2": "math.sqrt({0}) / by_{0}", "max": "unrank({0})", "min": "unrank({0})"}
+"""Reduction -> what is kept of a chunk."""
+
+
 # -- one kernel ----------------------------------------------------------------------------------------------
+
+
+def indented(lines: Iterable[str], levels: int = 1) -> list[str]:
+    """Lines inside of some loops."""
+    return ["    " * levels + line for line in lines]
 
 
 class Maths:
@@ -258,7 +275,7 @@ class Printer(Maths):
             "            return",
             "        for c in range(spans[s], spans[s + 1]):",
         ]
-        lines += ["            " + line for line in self.chunk()]
+        lines += indented(self.chunk(), 3)
         about = f'"""{title}\n\nAddresses, in order: {", ".join(head)}.\n"""\n'
         return about, "\n".join(lines) + "\n"
 
@@ -280,55 +297,58 @@ class Printer(Maths):
             lines.append(
                 f"{at[a]} = addresses[{j}, k]" + ("" if once else f" + {BYTES[self.kinds[a]]} * first")
             )
-        sums = self.sums()
-        if sums:
-            return lines + self.reduced(self.element(at), sums, self.stores(at))
+        element, totals = self.element(at), self.totals()
+        taken = [f"{total} = {self.taken(op, total, term)}" for total, op, term in self.reduced(totals)]
         return [
             *lines,
-            "for i in range(n):",
-            *("    " + line for line in [*self.element(at), *self.stores(at)]),
+            *(f"{total} = {FIRST[op].format(real=self.real)}" for total, op in totals.items()),
+            *self.loop([*element, *taken, *self.stores(at)]),
+            *self.second_look(element, totals),
+            *(f"partial[{j}, c] = {LAST[op].format(t)}" for j, (t, op) in enumerate(totals.items())),
         ]
 
-    def reduced(self, element: list[str], sums: list[str], stores: list[str]) -> list[str]:
-        """The reductions of a chunk. Where squares overflow or vanish, what is in the caches is looked at
-        again, times a power of two.
-        """
-        p, lines, again = self.p, list[str](), list[str]()
-        of = list(zip(p.reductions, map(self.atom, p.terms), p.terms, sums, strict=True))
-        for r, _, _, total in of:
-            edge = f"rank_{r.op}({self.real}({'-' if r.op == 'max' else ''}math.inf))"
-            lines.append(f"{total} = {edge if r.op in ('max', 'min') else 'float64(0)'}")
-        lines += ["for i in range(n):", *("    " + line for line in element)]
-        for r, value, term, total in of:
-            lines.append(f"    {total} = {self.taken(r.op, total, value, term.type)}")
-        lines += ["    " + line for line in stores]
-        norms = {total: (value, term) for r, value, term, total in of if r.op == "norm2"}
-        for total in norms:
-            lines.append(f"by_{total} = refit({total})")
-        if norms:
-            lines.append(f"if {' | '.join(f'(by_{total} != 1)' for total in norms)}:")
-            again += [f"{total} = float64(0)" for total in norms]
-            again += ["for i in range(n):", *("    " + line for line in element)]
-            for total, (value, term) in norms.items():
-                parts = [f"{value}.real", f"{value}.imag"] if term.type == "complex" else [value]
-                again += [f"    {total} = {total} + square(float64({x}), by_{total})" for x in parts]
-        lines += ["    " + line for line in again]
-        for j, (r, _, _, total) in enumerate(of):
-            given = {"sum": "{0}", "norm2": "math.sqrt({0}) / by_{0}"}.get(r.op, "unrank({0})").format(total)
-            lines.append(f"partial[{j}, c] = {given}")
-        return lines
+    def loop(self, lines: list[str]) -> list[str]:
+        """Lines for every element of a chunk."""
+        return ["for i in range(n):", *indented(lines)]
 
-    def taken(self, op: str, total: str, value: str, kind: str) -> str:
+    def second_look(self, element: list[str], totals: dict[str, str]) -> list[str]:
+        """Where squares overflow or vanish: what is in the caches once more, times a power of two."""
+        norms = {total: term for total, op, term in self.reduced(totals) if op == "norm2"}
+        if not norms:
+            return []
+        squares = [
+            f"{total} = {total} + square(float64({half}), by_{total})"
+            for total, term in norms.items()
+            for half in self.halves(term)
+        ]
+        return [
+            *(f"by_{total} = refit({total})" for total in norms),
+            f"if {' | '.join(f'(by_{total} != 1)' for total in norms)}:",
+            *indented(f"{total} = {FIRST['norm2']}" for total in norms),
+            *indented(self.loop([*element, *squares])),
+        ]
+
+    def halves(self, e: Expr) -> list[str]:
+        """The real numbers that a value is made of."""
+        value = self.atom(e)
+        return [f"{value}.real", f"{value}.imag"] if e.type == "complex" else [value]
+
+    def taken(self, op: str, total: str, term: Expr) -> str:
         """A reduction with one more element in it."""
-        if op == "norm2" and kind == "complex":
+        value = self.atom(term)
+        if op == "norm2" and term.type == "complex":
             return f"{total} + float64({COMPLEX['abs2', 'complex'].format(value)})"
         return self.words[op](total, value)
 
-    def sums(self) -> list[str]:
-        """The names of the reductions."""
+    def totals(self) -> dict[str, str]:
+        """The name of each reduction, with what it is."""
         if any(r.type == "complex" for r in self.p.reductions):
             raise Unprintable("a sum of complex numbers")
-        return [f"{r.op}_of{j or ''}" for j, r in enumerate(self.p.reductions)]
+        return {f"{r.op}_of{j or ''}": r.op for j, r in enumerate(self.p.reductions)}
+
+    def reduced(self, totals: dict[str, str]) -> list[tuple[str, str, Expr]]:
+        """(name, reduction, what is reduced)."""
+        return [(*named, term) for named, term in zip(totals.items(), self.p.terms, strict=True)]
 
     def of_leaf(self, values: list[str]) -> list[str]:
         """Lines for what is one number a leaf, from the columns of the table."""

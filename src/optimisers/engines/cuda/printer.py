@@ -18,6 +18,7 @@ from optimisers.engines.cpu.printer import (
     Printer,
     Unprintable,
     fitting,
+    indented,
     support_hash,
 )
 from optimisers.graph.check import check
@@ -117,94 +118,132 @@ class _Kernel(_Written, Printer):
 
     def source(self, title: str) -> str:
         """The text of the module."""
-        p = self.p
         if any(self.kinds[a].startswith("complex") for a in self.arrays):
             raise Unprintable("complex numbers")
-        lines = ["c = tl.program_id(0)", "k = tl.load(chunks + 3 * c)", "first = tl.load(chunks + 3 * c + 1)"]
-        lines.append("n = tl.load(chunks + 3 * c + 2)")
-        if self.scaled:
-            lines.append("scale = tl.load(scale_at)")
-            lines += [] if p.reductions else ["n = tl.where(tl.load(found) != 0, 0, n)"]
-        if p.scalars:
-            lines.append("h = tl.load(row + k)")
-        of_leaf = self.of_leaf(
-            [f"tl.load(table + {len(p.scalars)} * h + {j})" for j in range(len(p.scalars))]
-        )
-        lines += of_leaf
-        at = self.places(lines)
-        ops = dict(zip(self.sums(), (r.op for r in p.reductions), strict=True))
-        norms = [total for total, op in ops.items() if op == "norm2"]
-        inner = ["i = s + tl.arange(0, BLOCK)", *self.element(at), *self.reducing(ops), *self.stores(at)]
-        inner += [f"return {', '.join(ops)}"] if ops else []
-        lines.append("whole = tl.where(tl.load(aligned + k) != 0, n // BLOCK * BLOCK, 0)")
-        more = [*(line.split(" = ")[0] for line in of_leaf), *(["scale"] if self.scaled else [])]
-        lines += self.blocks(at, more, ops, ["1.0"] * len(norms))
-        if norms:
-            lines += [f"by_{t} = refit(sum_over({t}) + sum_over(rest_{t}))" for t in norms]
-            lines.append(f"if {' | '.join(f'(by_{t} != 1)' for t in norms)}:")
-            again = self.blocks(at, more, ops, [f"by_{t}" for t in norms])
-            lines += ["    " + line for line in again]
-        for j, (total, op) in enumerate(ops.items()):
-            over = "sum" if op == "norm2" else op
-            value = self.words[over](f"{over}_over({total})", f"{over}_over(rest_{total})")
-            value = f"root({value}) / by_{total}" if op == "norm2" else value
-            lines.append(f"tl.store(partial + {j} * tl.num_programs(0) + c, {value})")
-        arguments = ["chunks", "addresses", "aligned", "table", "row", "leaves"]
-        arguments += [*(["scale_at", "found"] if self.scaled else []), *(["partial"] if p.reductions else [])]
-        of_block = ["s", "n", *at.values(), *more, *ops, *(f"by_{t}" for t in norms)]
-        of_block += ["BLOCK: tl.constexpr", "full: tl.constexpr"]
+        at = {a: f"at_{self.names_of(a)}" for a in self.arrays}
+        width, totals = len(self.p.scalars), self.totals()
+        of_leaf = self.of_leaf([f"tl.load(table + {width} * h + {j})" for j in range(width)])
+        given = [*(line.split(" = ")[0] for line in of_leaf), *self.if_scaled("scale")]
         head = [f"{self.names_of(a)}: {self.kinds[a]}" for a in self.arrays]
         return _module(
             f"{title}\n\nAddresses, in order: {', '.join(head)}.",
             [
-                "@triton.jit",
-                f"def block({', '.join(of_block)}):",
-                *("    " + line for line in inner),
+                *self.block(at, given, totals),
                 "",
                 "",
                 '@triton.jit(do_not_specialize=["leaves"])',
-                f"def kernel({', '.join([*arguments, 'BLOCK: tl.constexpr', 'TAIL: tl.constexpr'])}):",
-                *("    " + line for line in lines),
+                f"def kernel({', '.join(self.arguments())}):",
+                *indented(self.start_of_chunk()),
+                *indented(of_leaf),
+                *indented(line for j, a in enumerate(self.arrays) for line in self.pointers(j, a, at[a])),
+                "    whole = tl.where(tl.load(aligned + k) != 0, n // BLOCK * BLOCK, 0)",
+                *indented(self.blocks(at, given, totals, ["1.0"] * len(_norms(totals)))),
+                *indented(self.look_again(at, given, totals)),
+                *indented(self.partial(j, total, op) for j, (total, op) in enumerate(totals.items())),
             ],
         )
 
-    def places(self, lines: list[str]) -> dict[str, str]:
-        """Name of the pointer to each array; lines that make it, and one that is known to be aligned."""
-        at: dict[str, str] = {}
-        for j, a in enumerate(self.arrays):
-            name = at[a] = f"at_{self.names_of(a)}"
-            pointer = f"tl.pointer_type(tl.{self.kinds[a]})"
-            lines.append(f"{name} = tl.load(addresses + {j} * leaves + k) + {BYTES[self.kinds[a]]} * first")
-            lines.append(f"wide_{name} = tl.multiple_of({name}.to({pointer}), 16)")
-            lines.append(f"{name} = {name}.to({pointer})")
-        return at
+    def if_scaled(self, *lines: str) -> tuple[str, ...]:
+        """What only kernels have that divide gradients."""
+        return lines if self.scaled else ()
 
-    def blocks(self, at: dict[str, str], more: list[str], ops: dict[str, str], by: list[str]) -> list[str]:
+    def arguments(self) -> list[str]:
+        """What a kernel takes."""
+        own = (*self.if_scaled("scale_at", "found"), *(["partial"] if self.p.reductions else []))
+        sizes = ("BLOCK: tl.constexpr", "TAIL: tl.constexpr")
+        return ["chunks", "addresses", "aligned", "table", "row", "leaves", *own, *sizes]
+
+    def block(self, at: dict[str, str], given: list[str], totals: dict[str, str]) -> list[str]:
+        """The function that goes through one block."""
+        by = [f"by_{total}" for total in _norms(totals)]
+        arguments = [
+            "s",
+            "n",
+            *at.values(),
+            *given,
+            *totals,
+            *by,
+            "BLOCK: tl.constexpr",
+            "full: tl.constexpr",
+        ]
+        lines = [*self.element(at), *self.reducing(totals), *self.stores(at)]
+        return [
+            "@triton.jit",
+            f"def block({', '.join(arguments)}):",
+            "    i = s + tl.arange(0, BLOCK)",
+            *indented(lines),
+            *([f"    return {', '.join(totals)}"] if totals else []),
+        ]
+
+    def start_of_chunk(self) -> list[str]:
+        """Which chunk it is, and the row of scalars of its leaf."""
+        lines = ["c = tl.program_id(0)", "k = tl.load(chunks + 3 * c)", "first = tl.load(chunks + 3 * c + 1)"]
+        lines += ["n = tl.load(chunks + 3 * c + 2)", *self.if_scaled("scale = tl.load(scale_at)")]
+        if not self.p.reductions:
+            lines += self.if_scaled("n = tl.where(tl.load(found) != 0, 0, n)")
+        return [*lines, "h = tl.load(row + k)"] if self.p.scalars else lines
+
+    def pointers(self, j: int, array: str, name: str) -> list[str]:
+        """The pointer to an array, and one that is known to be aligned."""
+        kind = self.kinds[array]
+        pointer = f"tl.pointer_type(tl.{kind})"
+        return [
+            f"{name} = tl.load(addresses + {j} * leaves + k) + {BYTES[kind]} * first",
+            f"wide_{name} = tl.multiple_of({name}.to({pointer}), 16)",
+            f"{name} = {name}.to({pointer})",
+        ]
+
+    def look_again(self, at: dict[str, str], given: list[str], totals: dict[str, str]) -> list[str]:
+        """Where squares overflow or vanish, the elements are looked at again, times a power of two."""
+        norms = _norms(totals)
+        if not norms:
+            return []
+        return [
+            *(f"by_{t} = refit(sum_over({t}) + sum_over(rest_{t}))" for t in norms),
+            f"if {' | '.join(f'(by_{t} != 1)' for t in norms)}:",
+            *indented(self.blocks(at, given, totals, [f"by_{t}" for t in norms])),
+        ]
+
+    def partial(self, j: int, total: str, op: str) -> str:
+        """The line that keeps a reduction of a chunk."""
+        over = "sum" if op == "norm2" else op
+        value = self.words[over](f"{over}_over({total})", f"{over}_over(rest_{total})")
+        value = f"root({value}) / by_{total}" if op == "norm2" else value
+        return f"tl.store(partial + {j} * tl.num_programs(0) + c, {value})"
+
+    def blocks(
+        self, at: dict[str, str], given: list[str], totals: dict[str, str], by: list[str]
+    ) -> list[str]:
         """The loops over whole blocks and over what is left; elements of norms are multiplied by `by`."""
         lines: list[str] = []
-        for total, op in ops.items():
+        for total, op in totals.items():
             lines.append(f'{total} = tl.full([BLOCK], float("{IDENTITY[op]}"), tl.float64)')
             lines.append(f'rest_{total} = tl.full([TAIL], float("{IDENTITY[op]}"), tl.float64)')
         for bounds, size, wide, rest in (
             ("0, whole", "BLOCK", "wide_", ""),
             ("whole, n", "TAIL", "", "rest_"),
         ):
-            kept = [rest + total for total in ops]
-            given = ["s", "n", *(wide + a for a in at.values()), *more, *kept, *by, size, str(bool(wide))]
-            call = f"block({', '.join(given)})"
+            kept = [rest + total for total in totals]
+            values = ["s", "n", *(wide + a for a in at.values()), *given, *kept, *by, size, str(bool(wide))]
+            call = f"block({', '.join(values)})"
             lines.append(f"for s in range({bounds}, {size}):")
-            lines.append(f"    {', '.join(kept)} = {call}" if ops else f"    {call}")
+            lines.append(f"    {', '.join(kept)} = {call}" if totals else f"    {call}")
         return lines
 
-    def reducing(self, ops: dict[str, str]) -> list[str]:
+    def reducing(self, totals: dict[str, str]) -> list[str]:
         """The reductions with the elements of one more block in them."""
         lines: list[str] = []
-        for (total, op), term in zip(ops.items(), self.p.terms, strict=True):
+        for (total, op), term in zip(totals.items(), self.p.terms, strict=True):
             value = self.cast(self.atom(term), "float64")
             value = f"{value} * by_{total}" if op == "norm2" else value
             lines.append(f'{total}_next = live({value}, i, n, float("{IDENTITY[op]}"), full)')
             lines.append(f"{total} = {self.words[op](total, f'{total}_next')}")
         return lines
+
+
+def _norms(totals: dict[str, str]) -> list[str]:
+    """The reductions whose squares may overflow or vanish."""
+    return [total for total, op in totals.items() if op == "norm2"]
 
 
 def source(
@@ -316,7 +355,7 @@ def scalar_source(
         [
             '@triton.jit(do_not_specialize=["leaves"])',
             f"def kernel({arguments}):",
-            *("    " + line for line in body),
+            *indented(body),
         ],
     )
 
@@ -326,7 +365,7 @@ def _totalled(body: list[str], value: str, join: str) -> list[str]:
 
     def loop(total: str, last: str) -> list[str]:
         lines = [f"{total} = tl.zeros([LANES], tl.float64)", "for at in range(0, leaves, LANES):"]
-        return [*lines, *("    " + line for line in [*body, f"{total} = {last}"])]
+        return [*lines, *indented([*body, f"{total} = {last}"])]
 
     if join == "sum":
         return [*loop("sum_of", f"sum_of + {value}"), "tl.store(out, tl.sum(sum_of))"]
