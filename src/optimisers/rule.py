@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from optimisers.errors import BadSetting, TraceError, UnknownField
 from optimisers.settings import (
-    ELSEWHERE,
     Value,
     adjusted,
     fields,
-    is_number,
     parts,
     refuse_unknown,
-    settings,
     static,
 )
+from optimisers.spellings import ELSEWHERE
 from optimisers.typed import Pair, Setting, setting
 
 
@@ -83,11 +81,9 @@ class Rule(Value):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, value in settings(self):
-            if field == "eta" and is_number(value) and isinstance(value, float | int) and value < 0:
-                raise BadSetting(
-                    f"{type(self).__name__}.eta is {value!r}; the learning rate cannot be negative"
-                )
+        eta = vars(self).get("eta")
+        if isinstance(eta, float | int) and eta < 0:
+            raise BadSetting(f"{type(self).__name__}.eta is {eta!r}; the learning rate cannot be negative")
 
 
 TORCHS = "opt.TorchOptimizer(params, rule)"

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Self, dataclass_transform
 import numpy as np
 
 from optimisers.errors import BadSetting, UnknownField
+from optimisers.spellings import offered
 
 
 def static(default: object = dataclasses.MISSING) -> Any:
@@ -80,12 +81,12 @@ class Value:
         if cls._named and len(given) > len(cls._fields):
             raise UnknownField(
                 f"{cls.__name__} takes {len(cls._fields)} settings and was given {len(given)}; "
-                f"{_offered('', cls._fields)}{_bare(cls)}"
+                f"{offered('', cls._fields)}{_bare(cls)}"
             )
         for name in settings:
             if cls._named and name not in cls._fields:
                 raise UnknownField(
-                    f"{cls.__name__} has no setting {name}; {_offered(name, cls._fields)}{_bare(cls)}"
+                    f"{cls.__name__} has no setting {name}; {offered(name, cls._fields)}{_bare(cls)}"
                 )
         return object.__new__(cls)
 
@@ -118,9 +119,9 @@ class Value:
         return hash((type(self), *(v for _, v in settings(self))))
 
     def __post_init__(self) -> None:
+        held = vars(self)
         for field in fields(self):
-            value = checked(type(self).__name__, field, getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
+            held[field.name] = checked(type(self).__name__, field, getattr(self, field.name))
         self.check()
 
     def check(self) -> None:
@@ -197,6 +198,8 @@ def kind_of(default: object) -> Any:
 def checked(owner: str, field: Form, value: object) -> Any:
     """What a field takes for a value; raises BadSetting, naming the field, for one that it does not take."""
     want = field.kind
+    if _stays(want, value):
+        return value
     if want is None:
         if isinstance(field.default, bool) and not isinstance(value, bool):
             raise BadSetting(f"{owner}.{field.name} is {value!r}; it takes True or False")
@@ -210,16 +213,21 @@ def checked(owner: str, field: Form, value: object) -> Any:
             )
         if not isinstance(value, tuple | list) or len(value) != len(want):
             raise BadSetting(f"{name} is {value!r}; it takes a tuple of {len(want)} numbers")
+        if all(map(_stays, want, value)):
+            return tuple(value)
         return tuple(number(f"{name}[{i}]", k, v) for i, (k, v) in enumerate(zip(want, value, strict=True)))
     return number(f"{owner}.{field.name}", want, value)
+
+
+def _stays(want: Any, value: object) -> bool:
+    """Whether a value is stored as it is, without another look: a float where one is wanted."""
+    return want is float and type(value) is float and value == value  # noqa: PLR0124 no NaN
 
 
 def number(name: str, want: type, value: object) -> Any:
     """The number as the field stores it: an int becomes a float where the default is one; 0-d arrays stay
     themselves.
     """
-    if type(value) is float and want is float and value == value:  # noqa: PLR0124 no NaN
-        return value
     if isinstance(value, np.ndarray | np.generic) and value.shape == ():
         value = value.item()
     if isinstance(value, abstract.Real) and not _is_bool(value):
@@ -451,28 +459,6 @@ def adjusted(value: object, changes: dict[str, Any]) -> Any:
     return result
 
 
-ELSEWHERE = {
-    "lr": "eta",
-    "learning_rate": "eta",
-    "betas": "beta",
-    "eps": "epsilon",
-    "weight_decay": "lam",
-    "momentum": "rho",
-    "alpha": "rho",
-    "max_norm": "omega",
-    "centered": "centred",
-}
-"""What settings are called in torch.optim, Optax and American English -> here."""
-
-
-def _offered(name: str, known: Iterable[str]) -> str:
-    """The settings there are, and the one that was meant."""
-    names = list(known)
-    here = ELSEWHERE.get(name, "")
-    has = f"it has {', '.join(names)}" if names else "it has none"
-    return f"{has}; write {here}=" if here in names else has
-
-
 def _bare(cls: type) -> str:
     """What to write for numbers of a class that look like settings, and are none; empty where it has none."""
     for base in cls.__mro__:
@@ -496,5 +482,5 @@ def refuse_unknown(value: object, names: Iterable[str]) -> None:
                     "adjusted; make a new rule and call `setup` with it"
                 )
         raise UnknownField(
-            f"{type(value).__name__} has no setting {name}; {_offered(name, known)}{_bare(type(value))}"
+            f"{type(value).__name__} has no setting {name}; {offered(name, known)}{_bare(type(value))}"
         )

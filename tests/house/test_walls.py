@@ -14,6 +14,7 @@ SOURCE = Path(optimisers.__file__).parent
 FLOORS = (
     ("errors",),
     ("typed",),
+    ("spellings",),
     ("settings",),
     ("arrays",),
     ("ops", "nest"),

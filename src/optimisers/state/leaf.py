@@ -14,7 +14,8 @@ import numpy as np
 from optimisers.errors import BadState
 from optimisers.nest import copied, form, kinds, same, short
 from optimisers.rule import Rule
-from optimisers.settings import ELSEWHERE, adjustable, skeleton
+from optimisers.settings import adjustable, skeleton
+from optimisers.spellings import ELSEWHERE
 from optimisers.state.store import Store
 from optimisers.state.structure import Pending
 from optimisers.tree.layout import Node, find

@@ -321,16 +321,17 @@ def _written(group: Group, label: Indices, given: Sequence[Mapping[str, Any]]) -
     if columns is None:
         return False
     table, rows, first = _parted(group, label)
-    change = label[first]
-    edits: list[tuple[Indices, list[int], Any]] = []
-    for names in {tuple(given[k]) for k in np.unique(change).tolist()}:
-        alike = np.array([tuple(given[k]) == names for k in change.tolist()])
-        found = _columns_written(columns, names, [given[k] for k in change[alike].tolist()])
-        if found is None:
+    alike: dict[tuple[str, ...], list[tuple[int, Mapping[str, Any]]]] = {}
+    for row, k in zip(rows.tolist(), label[first].tolist(), strict=True):
+        alike.setdefault(tuple(given[k]), []).append((row, given[k]))
+    edits: list[tuple[Any, list[int], Any]] = []
+    for names, found in alike.items():
+        written = _columns_written(columns, names, [fields for _, fields in found])
+        if written is None:
             return False
-        at, values = found
+        at, values = written
         if at:
-            edits.append((rows[alike], at, values))
+            edits.append((np.array([row for row, _ in found]), at, values))
     for where, at, values in edits:
         table = table.write_hypers(where, at, values)
     group.table = table.merge_equal()

@@ -55,12 +55,11 @@ class HostTable:
     def merge_equal(self) -> "HostTable":
         if len(self.values) == 1:
             return self
-        whole = np.column_stack([self.values, self.clock])
-        different = len({scalars.tobytes() for scalars in whole}) == len(whole)
-        if different and np.bincount(self.row, minlength=len(whole)).all():
+        seen = {(scalars.tobytes(), at) for scalars, at in zip(self.values, self.clock.tolist(), strict=True)}
+        if len(seen) == len(self.values) and np.bincount(self.row, minlength=len(seen)).all():
             return self
         used, row = np.unique(self.row, return_inverse=True)
-        whole = whole[used]
+        whole = np.column_stack([self.values, self.clock])[used]
         table, which = np.unique(whole, axis=0, return_inverse=True)
         return HostTable(table[:, :-1], table[:, -1], which.ravel()[row.ravel()], self.hypers)
 

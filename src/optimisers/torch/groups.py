@@ -11,7 +11,6 @@ from optimisers.rules.descent import SGD, Momentum, Nesterov
 from optimisers.rules.gradient import DecoupledDecay, Maximise
 from optimisers.rules.of_torch import TorchRMSProp
 from optimisers.settings import (
-    ELSEWHERE,
     Value,
     adjustable,
     adjusted,
@@ -22,6 +21,7 @@ from optimisers.settings import (
     settings,
 )
 from optimisers.settings import parts as parts_of_value
+from optimisers.spellings import ELSEWHERE
 from optimisers.torch.classes import BESIDE_A_RULE, chained, plain
 from optimisers.tree.path import KeyPath, first_matches, matches
 
