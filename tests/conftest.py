@@ -9,6 +9,7 @@ once, when it is imported.
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -54,3 +55,22 @@ def double() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def wide_muon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.optim.Muon in the type of its gradients, where it takes bfloat16: by singular values."""
+    import importlib
+
+    import torch
+
+    def polynomials(dx: Any, coefficients: Any, steps: int, epsilon: float) -> Any:
+        a, b, c = coefficients
+        u, s, v = torch.linalg.svd(dx, full_matrices=False)
+        s = s / s.norm().clamp(min=epsilon)
+        for _ in range(steps):
+            s = a * s + b * s**3 + c * s**5
+        return u * s @ v
+
+    muon = importlib.import_module("torch.optim._muon")
+    monkeypatch.setattr(muon, "_zeropower_via_newtonschulz", polynomials)

@@ -295,9 +295,25 @@ def mechanic(settings: Settings, _: Any) -> Any:
     return base if isinstance(base, str) else opt.Mechanic(base, **settings)
 
 
+def muon(settings: Settings, _: Any) -> Any:
+    if settings.pop("add", False):
+        return "epsilon is added to the norm, where ours bounds it"
+    if "coefficients" in settings:
+        settings["coefficients"] = tuple(map(tuple, settings["coefficients"]))
+    return plain(opt.Muon, settings)
+
+
+def adafactor(settings: Settings, _: Any) -> Any:
+    if settings.pop("variant", None) != "torch":
+        return "epsilon is added to the squares, and rates are not bounded by 1 / sqrt(t)"
+    return plain(opt.TorchAdafactor, {**settings, "decay": -settings["decay"]})
+
+
 EARLY = "epsilon is added before the bias correction"
 
 BUILT: dict[str, Callable[[Settings, Any], Any]] = {
+    "Muon": muon,
+    "Adafactor": adafactor,
     "Prodigy": prodigy,
     "AdEMAMix": ademamix,
     "StableAdamW": stable,

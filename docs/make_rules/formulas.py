@@ -11,6 +11,7 @@ import numpy as np
 
 import optimisers as opt
 from docs.make_rules.letters import (
+    ALONG,
     AROUND,
     ATOM,
     COMPARISONS,
@@ -298,10 +299,20 @@ class Printer:
             return self._cases(e), 0
         if e.op == "total":
             return self._total(e)
-        if e.op in REDUCTIONS and e.domain == "scalar":
-            return f"{REDUCTIONS[e.op]} {self.text(a[0], PRODUCT)}", PRODUCT
+        if e.op in REDUCTIONS or e.op in ("matmul", "transpose"):
+            return self._of_whole(e)
         name = FUNCTIONS.get(e.op, rf"\operatorname{{{e.op.replace('_', ' ')}}}")
         return f"{name}{parenthesised(', '.join(self.text(x) for x in a))}", ATOM
+
+    def _of_whole(self, e: Expr) -> tuple[str, int]:
+        """What is made of a whole array, or of a matrix."""
+        a = e.args
+        if e.op == "matmul":
+            return rf"{self.text(a[0], ATOM)} \mathbin{{@}} {self.text(a[1], ATOM)}", PRODUCT
+        if e.op == "transpose":
+            return rf"{self.text(a[0], ATOM)}^\top", ATOM
+        along = "" if e.domain == "scalar" else "_" + ALONG[dict(e.options)["axis"]]
+        return f"{REDUCTIONS[e.op]}{along} {self.text(a[0], PRODUCT)}", PRODUCT
 
     def _total(self, e: Expr) -> tuple[str, int]:
         over = r"\sum_{\text{leaves}}"

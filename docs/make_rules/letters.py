@@ -26,6 +26,9 @@ LETTERS = {
     "term": "u",
     "product": r"\pi",
     "size": "s",
+    "rows": "r",
+    "columns": "c",
+    "scale_epsilon": r"\epsilon_x",
     "step": r"\Delta",
 }
 """Letters of the papers for names of settings, of state and of variables."""
@@ -70,6 +73,9 @@ FUNCTIONS = {
     "high_bits": r"\operatorname{high}",
     "low_bits": r"\operatorname{low}",
 }
+ALONG = {-1: "j", -2: "i"}
+"""The index along an axis of a matrix: j counts the elements of a row, i those of a column."""
+
 REDUCTIONS = {"sum": r"\sum", "max": r"\max", "min": r"\min"}
 
 

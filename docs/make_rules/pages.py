@@ -140,6 +140,12 @@ array. A line with "needs" is checked before anything is written. The formulas a
 does when it is traced."""
 
 
+MATRICES = (
+    r" $A \mathbin{@} B$ is a product of matrices, $A^\top$ a transpose; $\sum_j$ goes along rows, "
+    r"$\sum_i$ along columns."
+)
+
+
 def page(family: str, rules: list[type[opt.Rule]]) -> str:
     title, introduction = FAMILIES.get(family, (family.replace("_", " ").capitalize(), ""))
     note = (
@@ -147,6 +153,8 @@ def page(family: str, rules: list[type[opt.Rule]]) -> str:
         if family == "gradient"
         else " $g'$ is what a rule hands on to the rule behind it."
         if any(c.__name__ in HANDS_ON for c in rules)
+        else MATRICES
+        if family == "matrix"
         else ""
     )
     text = "\n\n".join([f"# {title}", introduction, NOTATION + note, *map(section, rules)])

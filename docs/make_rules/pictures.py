@@ -53,6 +53,8 @@ class Drawn:
     average: bool = False
     """Whether the second path is the average that the rule keeps."""
     steps: int = STEPS
+    matrix: bool = False
+    """Whether the two parameters are a matrix of one row."""
 
 
 PLAIN = opt.Descent(0.01)
@@ -136,6 +138,8 @@ PATHS: dict[str, Drawn] = {
     "FTRL": Drawn(opt.FTRL(0.4, 1.0)),
     "LARS": Drawn(opt.LARS(20.0), steps=300),
     "LAMB": Drawn(opt.LAMB(0.05)),
+    "Muon": Drawn(opt.Muon(opt.Linear(0.1, 0.0, STEPS), 0.9), matrix=True),
+    "TorchAdafactor": Drawn(opt.TorchAdafactor(0.5)),
     "NovoGrad": Drawn(opt.NovoGrad(0.01)),
     "SignDescent": Drawn(opt.SignDescent(0.03)),
     "Signum": Drawn(opt.Signum(0.03)),
@@ -189,16 +193,17 @@ PATHS: dict[str, Drawn] = {
 def path_of(drawn: Drawn, rule: opt.Rule) -> tuple[Any, Any]:
     """(the points of a rule, those of its average), start included, until it is far outside."""
     rng = np.random.default_rng(0)
-    p = np.array(START, drawn.dtype)
+    p = np.array([START] if drawn.matrix else START, drawn.dtype)
     state = opt.setup(rule, p, engine="interpret")
-    points, averages = [np.array(p, float)], [np.array(p, float)]
+    points, averages = [np.array(START)], [np.array(START)]
     for i in range(drawn.steps):
-        g = gradient(p) + drawn.noise * rng.standard_normal(2)
+        g = gradient(p.ravel()) + drawn.noise * rng.standard_normal(2)
         if drawn.spoilt and i % drawn.spoilt == drawn.spoilt - 1:
             g[0] = np.inf
+        g = g.astype(drawn.dtype).reshape(p.shape)
         curved = [curvature(p)] if needs_more(drawn.rule) else []
-        state, p = opt.update(state, p, g.astype(drawn.dtype), *curved, loss=loss(*map(float, p)))
-        points.append(np.array(p, float))
+        state, p = opt.update(state, p, g, *curved, loss=loss(*map(float, p.ravel())))
+        points.append(np.array(p, float).ravel())
         if drawn.average:
             averages.append(np.array(opt.averaged(state, p), float))
         if not np.abs(p).max() < 10:

@@ -30,6 +30,13 @@ FAMILIES = {
         "Rules for a `Chain`: they change the gradient, or the step, on its way.",
     ),
     "compose": ("Rules made of rules", "They join other rules, or decide whether and where these step."),
+    "matrix": (
+        "Steps by matrices",
+        (
+            "An array of two axes is a matrix: its step is made orthogonal, or its second moment is kept as "
+            "rows and columns."
+        ),
+    ),
     "momenta": (
         "Other momenta",
         "Adam's frame, with a momentum that looks ahead, remembers longer, or comes after the scaling.",
@@ -210,6 +217,14 @@ WHEN = {
     "LARS": (
         "For convolutional networks at batches of thousands. Leave biases and normalisations to Momentum."
     ),
+    "Muon": (
+        "For the hidden matrices of transformers and the kernels of convolutions; embeddings, heads, biases "
+        "and scales go to AdamW, by a dict of globs. Half of Adam's state."
+    ),
+    "TorchAdafactor": (
+        "Where the state of Adam does not fit: it keeps a row and a column for each matrix; and where a run "
+        "with torch.optim.Adafactor is to be gone on with."
+    ),
     "LAMB": "For transformers at batches of thousands. At ordinary batches AdamW is as good.",
     "NovoGrad": (
         "For speech and language models where Adam's second moment is too much memory: it keeps one "
@@ -290,6 +305,7 @@ WHEN = {
 EXAMPLES: dict[str, Callable[[], opt.Rule]] = {
     "AccumGrad": lambda: opt.AccumGrad(4),
     "EMA": lambda: opt.EMA(opt.Momentum()),
+    "Muon": lambda: opt.Muon(steps=1),
     "Chain": lambda: opt.Chain(opt.ClipNorm(1.0), opt.WeightDecay(), opt.Momentum()),
     "MixedPrecision": lambda: opt.MixedPrecision(opt.Momentum()),
     "SplitPrecision": lambda: opt.SplitPrecision(opt.Momentum()),
@@ -335,4 +351,5 @@ def example(cls: type[opt.Rule]) -> opt.Rule:
 
 def parameters(rule: opt.Rule) -> Any:
     """The array for which a rule is shown."""
-    return np.zeros(ELEMENTS, HALF.get(type(rule).__name__, "float32"))
+    shape = (20, ELEMENTS // 20) if family_of(type(rule)) == "matrix" else (ELEMENTS,)
+    return np.zeros(shape, HALF.get(type(rule).__name__, "float32"))

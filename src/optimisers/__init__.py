@@ -79,6 +79,7 @@ from optimisers.rules.gradient import (
     WeightDecay,
 )
 from optimisers.rules.losses import MoMo, MoMoAdam, PolyakSPS
+from optimisers.rules.matrix import Muon, TorchAdafactor
 from optimisers.rules.momenta import ADOPT, QHM, Adan, AdEMAMix, LaProp, NAdamW, QHAdam, SimplifiedAdEMAMix
 from optimisers.rules.of_torch import ASGD, SparseAdam, TorchAdaMax, TorchRMSProp
 from optimisers.rules.projected import SGDP, AdamP
@@ -205,6 +206,7 @@ __all__ = [
     "MoMo",
     "MoMoAdam",
     "Momentum",
+    "Muon",
     "NAdam",
     "NAdamW",
     "Nesterov",
@@ -249,6 +251,7 @@ __all__ = [
     "TorchAMSGrad",
     "TorchAdaGrad",
     "TorchAdaMax",
+    "TorchAdafactor",
     "TorchNAdam",
     "TorchRAdam",
     "TorchRMSProp",

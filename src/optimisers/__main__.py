@@ -1,6 +1,7 @@
 """`python -m optimisers`: see the rules, look inside one, train with them, check this machine."""
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import importlib.metadata
@@ -122,15 +123,22 @@ def show(rule: str) -> int:
     except (TypeError, opt.BadSetting):
         print(f"\nIt has settings without a default: give them and write print(opt.kernel({rule}(...))).")
         return 0
-    x = np.zeros(1000, np.float32)
-    try:
-        state = opt.setup(one, x)
-    except opt.BadSetting:  # it takes the rate of a rule before it
-        one = opt.Chain(opt.Descent(), one)
-        state = opt.setup(one, x)
+    one, state = shown(one)
+    if isinstance(one, opt.Chain) and rule != "Chain":
         print(f"\nBehind another rule, as in {one!r}:")
     print(f"\n{opt.explain(state)}\n\n{opt.kernel(one)}")
     return 0
+
+
+def shown(rule: opt.Rule) -> tuple[opt.Rule, opt.State]:
+    """A rule with a state for 1,000 parameters: for a vector or, if it refuses that, for a matrix; behind
+    another rule if it takes the rate of that.
+    """
+    for shape in ((1000,), (20, 50)):
+        with contextlib.suppress(opt.BadSetting):
+            return rule, opt.setup(rule, np.zeros(shape, np.float32))
+    chain = opt.Chain(opt.Descent(), rule)
+    return chain, opt.setup(chain, np.zeros(1000, np.float32))
 
 
 # -- the machine ---------------------------------------------------------------------------------------------

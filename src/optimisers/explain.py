@@ -150,8 +150,9 @@ def kernel(rule: Rule, dtype: object = "float32", *, inplace: bool = True, engin
         raise BadState(
             f"kernel was given dtype={dtype!r}; it takes types of floating point or complex numbers"
         )
+    x, state = _started(rule, x)
     shape = Shape.of(x)
-    (group,) = grouped([(0, rule, started(rule, x, KeyPath("x")))], [shape])
+    (group,) = grouped([(0, rule, state)], [shape])
     name = shape.library.type_name(shape.dtype)
     printed = choose.engine_of(printers[engine]).printed
     assert printed is not None
@@ -163,6 +164,15 @@ def kernel(rule: Rule, dtype: object = "float32", *, inplace: bool = True, engin
     except Unprintable as reason:
         raise BadState(f"{rule!r} has no kernel for {name}: {reason}") from reason
     return "\n\n".join(texts)
+
+
+def _started(rule: Rule, x: Any) -> tuple[Any, Any]:
+    """Parameters for which a rule is shown, and its state: a vector or, if it refuses that, a matrix."""
+    try:
+        return x, started(rule, x, KeyPath("x"))
+    except BadSetting:
+        matrix = x.reshape(1, -1)
+        return matrix, started(rule, matrix, KeyPath("x"))
 
 
 def _example(dtype: Any) -> Any:

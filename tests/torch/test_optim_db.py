@@ -7,7 +7,7 @@ import sys
 import types
 import unittest
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ database = pytest.importorskip("torch.testing._internal.common_optimizers")
 
 import optimisers as opt  # noqa: E402 torch may not be there
 
-WITHOUT_RULE = {"Adafactor", "LBFGS", "Muon"}
+WITHOUT_RULE = {"LBFGS"}
 """Classes that are no rule here."""
 
 DIFFERENCES = {
@@ -28,6 +28,8 @@ DIFFERENCES = {
     "betas must be either both floats or both Tensors": "each may be either",
     r"betas\[0\] as a Tensor is not supported for capturable=False and foreach=True": "as above",
     "complex not supported": "SparseAdam takes complex parameters, by |g|^2 as Adam here",
+    "does not support complex parameters": "Muon and Adafactor take them, by |g|^2 and adjoint matrices",
+    "only support 2D parameters": "Muon takes kernels and stacks, as (out, all others)",
 }
 """Inputs that torch refuses, by their description, and why they are taken here."""
 
@@ -36,16 +38,11 @@ COMPLEX_ALIKE = ("SGD", "ASGD", "Rprop")
 imaginary parts apart.
 """
 
+pytestmark = pytest.mark.usefixtures("double", "wide_muon")
+
 INFOS = {info.name: info for info in database.optim_db if info.name not in WITHOUT_RULE}
 Given = dict[str, Any]
-
-
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    """NAdam and ASGD of torch keep numbers in the default type."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+Maker = Callable[[Any], Any]
 
 
 def inputs(info: Any) -> list[Given]:
@@ -65,8 +62,9 @@ def drawn(seed: int, *shape: int, dtype: Any = None) -> Any:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def parameters(dtype: Any = None) -> list[Any]:
-    return [torch.nn.Parameter(drawn(n, *shape, dtype=dtype)) for n, shape in enumerate(((4, 3), (5,), ()))]
+def parameters(dtype: Any = None, *, name: str = "") -> list[Any]:
+    shapes = ((4, 3), (2, 5), (3, 3)) if name == "Muon" else ((4, 3), (5,), ())
+    return [torch.nn.Parameter(drawn(n, *shape, dtype=dtype)) for n, shape in enumerate(shapes)]
 
 
 def mine(name: str, params: Any, given: Given) -> Any:
@@ -77,7 +75,7 @@ def mine(name: str, params: Any, given: Given) -> Any:
 
 def both(name: str, given: Given, dtype: Any = None) -> list[tuple[list[Any], Any]]:
     """(parameters, optimiser), ours and that of torch."""
-    here, there = parameters(dtype), parameters(dtype)
+    here, there = (parameters(dtype, name=name) for _ in range(2))
     theirs = getattr(torch.optim, name)(there, **copy.deepcopy(given))
     return [(here, mine(name, here, copy.deepcopy(given))), (there, theirs)]
 
@@ -115,7 +113,7 @@ def test_every_input_goes_the_way_of_torch(name: str, given: Given) -> None:
 @every_input
 @pytest.mark.parametrize("flag", ["foreach", "fused"])
 def test_flags_of_how_torch_computes_change_nothing(name: str, given: Given, flag: str) -> None:
-    plain, flagged = (mine(name, parameters(), {**given, **more}) for more in ({}, {flag: True}))
+    plain, flagged = (mine(name, parameters(name=name), {**given, **more}) for more in ({}, {flag: True}))
 
     assert flagged.param_groups[0].keys() == plain.param_groups[0].keys()
     assert flagged.tree["0.0"].rule == plain.tree["0.0"].rule
@@ -133,7 +131,7 @@ def test_flags_of_how_torch_computes_change_nothing(name: str, given: Given, fla
 )
 def test_every_scheduler_goes_the_way_of_torch(name: str, given: Given, which: int) -> None:
     runs = both(name, given)
-    makers: list[Callable[[Any], Any]] = INFOS[name].scheduler_inputs[which]
+    makers: list[Maker] = INFOS[name].scheduler_inputs[which]
     stepped(name, runs, range(12), [[make(o) for make in makers] for _, o in runs])
 
 
@@ -149,7 +147,7 @@ def test_a_state_goes_on_in_a_new_optimiser(name: str, given: Given) -> None:
 
 @every_input
 def test_an_optimiser_of_torch_is_taken_over_on_the_way(name: str, given: Given) -> None:
-    here, there = parameters(), parameters()
+    here, there = (parameters(name=name) for _ in range(2))
     runs = [(ps, getattr(torch.optim, name)(ps, **copy.deepcopy(given))) for ps in (here, there)]
     stepped(name, runs, range(3))
     stepped(name, [(here, opt.TorchOptimizer.of(runs[0][1])), runs[1]], range(3, 6))
@@ -160,7 +158,7 @@ def test_groups_with_rates_of_their_own_go_the_way_of_torch(name: str, given: Gi
     given = {k: v for k, v in given.items() if k != "lr"}
     runs: list[Any] = []
     for make in (lambda ps: mine(name, ps, given), lambda ps: getattr(torch.optim, name)(ps, **given)):
-        ps = parameters()
+        ps = parameters(name=name)
         runs.append((ps, make([{"params": ps[:1], "lr": 0.02}, {"params": ps[1:]}])))
     stepped(name, runs, range(4))
 
@@ -210,7 +208,7 @@ def test_what_torch_refuses_is_refused(name: str, wrong: Any) -> None:
     given = wrong.optimizer_error_input
 
     def run() -> None:
-        params = parameters() if given.params is None else given.params
+        params = parameters(name=name) if given.params is None else given.params
         optimizer = mine(name, params, given.kwargs)
         if wrong.error_on is database.OptimizerErrorEnum.STEP_ERROR:
             optimizer.step()

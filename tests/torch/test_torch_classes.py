@@ -40,16 +40,23 @@ KEYWORDS: dict[str, tuple[dict[str, Any], ...]] = {
     "Adagrad": (*DECAYS, {"lr_decay": 0.3}, {"initial_accumulator_value": 0.4, "eps": 1e-3}),
     "Adadelta": (*DECAYS, {"rho": 0.7, "eps": 1e-3, "lr": 0.3}),
     "Rprop": ({}, {"maximize": True}, {"etas": (0.4, 2.0), "step_sizes": (0.01, 0.05), "lr": 0.02}),
+    "Muon": (
+        {},
+        {"weight_decay": 0.3, "momentum": 0.8, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"},
+        {"lr": 0.05, "ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 4, "adjust_lr_fn": "original"},
+        {"eps": 10.0, "lr": 0.05},
+    ),
+    "Adafactor": (*DECAYS, {"lr": 0.5, "beta2_decay": -0.6, "eps": (1e-3, 0.5), "d": 1.5}),
     "ASGD": (*DECAYS, {"lambd": 0.1, "alpha": 0.5, "t0": 3.0, "lr": 0.1}),
 }  # fmt: skip
-WITHOUT_RULE = {"Adafactor", "LBFGS", "Muon", "Optimizer"}
+WITHOUT_RULE = {"LBFGS", "Optimizer"}
 SAID_ELSEWHERE = {"params", "self", "foreach", "fused", "capturable", "differentiable"}
 
 CASES = [(name, given) for name, rows in KEYWORDS.items() for given in rows]
 every_case = pytest.mark.parametrize(("name", "given"), CASES, ids=str)
 
 
-pytestmark = pytest.mark.usefixtures("double")
+pytestmark = pytest.mark.usefixtures("double", "wide_muon")
 
 
 def drawn(seed: int) -> Any:
@@ -68,6 +75,18 @@ def test_a_class_with_keywords_is_a_rule_that_takes_its_steps(name: str, given: 
         optimizer.step()
         peer.step()
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["Muon", "Adafactor"])
+def test_matrices_in_float32_follow_torch(name: str) -> None:
+    mine, theirs = (torch.nn.Parameter(drawn(0).float()) for _ in range(2))
+    peer = getattr(torch.optim, name)([theirs], lr=0.05, weight_decay=0.1)
+    optimizer = opt.TorchOptimizer([mine], opt.from_torch_class(name, lr=0.05, weight_decay=0.1))
+    for n in range(6):
+        mine.grad, theirs.grad = drawn(n + 1).float(), drawn(n + 1).float()
+        optimizer.step()
+        peer.step()
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_there_is_a_case_for_every_class_and_every_keyword() -> None:

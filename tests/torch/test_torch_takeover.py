@@ -27,19 +27,24 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Adadelta", {"lr": 0.3}),
     ("Rprop", {"lr": 0.02}),
     ("ASGD", {"lambd": 0.1, "t0": 3.0}),
+    ("Muon", {"lr": 0.05}),
+    ("Muon", {"ns_steps": 3, "adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.3, "nesterov": False}),
+    ("Adafactor", {"lr": 0.5, "weight_decay": 0.1, "maximize": True}),
+    ("Adafactor", {"beta2_decay": -0.5, "eps": (1e-3, 0.5), "d": 2.0}),
 ]
 every_class = pytest.mark.parametrize(("name", "given"), CASES, ids=str)
 
 
-pytestmark = pytest.mark.usefixtures("double")
+pytestmark = pytest.mark.usefixtures("double", "wide_muon")
 
 
 def drawn(seed: int, *shape: int) -> Any:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def parameters() -> list[Any]:
-    return [torch.nn.Parameter(drawn(0, 4, 3)), torch.nn.Parameter(drawn(1, 5))]
+def parameters(name: str = "") -> list[Any]:
+    shape = (2, 5) if name == "Muon" else (5,)
+    return [torch.nn.Parameter(drawn(0, 4, 3)), torch.nn.Parameter(drawn(1, *shape))]
 
 
 def walked(ps: list[Any], optimizer: Any, steps: Any) -> None:
@@ -64,7 +69,7 @@ def through_a_file(state: Any) -> Any:
 @every_class
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_an_optimiser_goes_on_with_the_same_numbers(name: str, given: dict[str, Any], steps: int) -> None:
-    mine, theirs = parameters(), parameters()
+    mine, theirs = parameters(name), parameters(name)
     peer = getattr(torch.optim, name)(theirs, **given)
     old = getattr(torch.optim, name)(mine, **given)
     walked(mine, old, range(steps))
@@ -76,7 +81,7 @@ def test_an_optimiser_goes_on_with_the_same_numbers(name: str, given: dict[str, 
 
 @every_class
 def test_a_checkpoint_of_torch_is_loaded(name: str, given: dict[str, Any]) -> None:
-    mine, theirs = parameters(), parameters()
+    mine, theirs = parameters(name), parameters(name)
     peer = getattr(torch.optim, name)(theirs, **given)
     walked(theirs, peer, range(4))
     with torch.no_grad():

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from optimisers.graph.expr import Expr, Guard, cuts, order
 from optimisers.graph.turn import settled, turned
+from optimisers.ops.dispatch import OPERATIONS
 
 Table = dict[tuple[object, ...], Expr]
 """The nodes made so far, by what two of them share if they have the same value."""
@@ -53,15 +54,16 @@ def fold(table: Table, e: Expr, args: tuple[Expr, ...], guard: Guard) -> Expr:
     """The node with these arguments, simplified where that cannot change its value."""
     if e.op == "total":
         args, guard = (_masked(table, args[0], guard),), ()
+    back = _back(e, args)
     new = Expr(
         e.op,
         args,
-        domain=e.domain,
+        domain=e.domain if back is None else "array",
         type=e.type,
         value=e.value,
         options=e.options,
         guard=guard,
-        shape=e.shape_,
+        shape=e.shape_ if back is None else back.shape_,
     )
     for simpler in (_identity, _choice, _logic, _power, _never):
         found = simpler(new)
@@ -69,6 +71,16 @@ def fold(table: Table, e: Expr, args: tuple[Expr, ...], guard: Guard) -> Expr:
             return _merge(table, found)
     last = turned(new, functools.partial(_merge, table))
     return _merge(table, new if last is None else last)
+
+
+def _back(e: Expr, args: tuple[Expr, ...]) -> Expr | None:
+    """An argument in the shape of x, where elements of another shape were read and now none are: transposes
+    have cancelled. Else None.
+    """
+    elementwise = e.op in OPERATIONS and OPERATIONS[e.op].family == "elementwise"
+    if e.domain != "free" or not elementwise or any(a.domain == "free" for a in args):
+        return None
+    return next((a for a in args if a.domain == "array"), None)
 
 
 def _masked(table: Table, s: Expr, guard: Guard) -> Expr:

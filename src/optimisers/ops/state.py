@@ -58,5 +58,15 @@ def rounded(x: Array, dtype: str) -> Any:
 
 def stored_as(x: Array, value: Array) -> Any:
     """`value` as it comes back from where `x` is stored: an array of parameters, or of the state."""
+    return rounded(value, _type_of(x))
+
+
+def resolution(x: Array) -> float:
+    """The distance from 1 to the next number in the type of the arithmetic for `x`."""
+    return 2.0**-52 if _type_of(x) in ("float64", "complex128") else 2.0**-23
+
+
+def _type_of(x: Array) -> str:
+    """The name of the type in which `x` is stored."""
     read = getattr(type(x), "__stored_type__", None)
-    return rounded(value, registry.library(x).dtype_name(x) if read is None else read(x))
+    return registry.library(x).dtype_name(x) if read is None else read(x)

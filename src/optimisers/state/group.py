@@ -13,7 +13,7 @@ import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.arrays.layout import contiguous_strides
-from optimisers.errors import BadState
+from optimisers.errors import BadSetting, BadState
 from optimisers.graph.expr import Expr, cuts, order
 from optimisers.graph.trace import Program, of_changes, trace
 from optimisers.nest import flatten, form, unflatten, values
@@ -345,11 +345,16 @@ def _places(arrays: list[Any]) -> Places:
 
 
 def started(rule: Rule, x: Any, path: KeyPath) -> Any:
-    """The state that a rule wants for the array at a path; raises BadState for what is no rule."""
+    """The state that a rule wants for the array at a path; raises BadState for what is no rule, BadSetting
+    for an array that the rule does not take.
+    """
     if not isinstance(rule, Rule):
         hint = f"; write {rule.__name__}()" if isinstance(rule, type) and issubclass(rule, Rule) else ""
         raise BadState(f"the rule for {path.code()} is {rule!r}; it takes a rule, such as Adam(){hint}")
-    state = rule.init(x)
+    try:
+        state = rule.init(x)
+    except BadSetting as e:
+        raise BadSetting(f"{path.code()}: {e}") from e
     if x.shape != ():
         return state
     # Arithmetic turns 0-d arrays of NumPy into its numbers; beside a 0-d parameter they are its state arrays.

@@ -11,11 +11,13 @@ from optimisers.rules.adam import Adam, AdamW, TorchAMSGrad, TorchNAdam, TorchRA
 from optimisers.rules.adaptive import AdaDelta, RMSProp, Rprop, TorchAdaGrad
 from optimisers.rules.descent import SGD, Descent
 from optimisers.rules.gradient import DecoupledDecay, Maximise, WeightDecay
+from optimisers.rules.matrix import Muon, TorchAdafactor
 from optimisers.rules.of_torch import ASGD, SparseAdam, TorchAdaMax, TorchRMSProp
 
 __all__ = ["from_torch_class"]
 
 Pair = tuple[float, float]
+Triple = tuple[float, float, float]
 
 
 def from_torch_class(name: str | type, **keywords: object) -> Rule:
@@ -59,9 +61,7 @@ BESIDE_A_RULE = {
 """Keywords of torch whose matter is said elsewhere here -> what to write."""
 
 NO_RULE = {
-    "lbfgs": "it asks for the loss again within a step",
-    "adafactor": "it keeps means of rows and columns",
-    "muon": "it multiplies matrices in bfloat16",
+    "lbfgs": "it asks for the loss again within a step; keep torch.optim.LBFGS, or take Adam()",
 }
 
 
@@ -220,6 +220,35 @@ def _asgd(
     return penalised(ASGD(lr, lambd, alpha, t0), weight_decay)
 
 
+def _muon(
+    lr: float = 1e-3,
+    weight_decay: float = 0.1,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_coefficients: Triple = (3.4445, -4.7750, 2.0315),
+    eps: float = 1e-7,
+    ns_steps: int = 5,
+    adjust_lr_fn: str | None = None,
+) -> Rule:
+    scale: Any = muon_scale(adjust_lr_fn)
+    return Muon(lr, momentum, weight_decay, eps, nesterov, scale, int(ns_steps), (ns_coefficients,))
+
+
+def muon_scale(adjust_lr_fn: Any) -> Any:
+    """What torch's Muon calls adjust_lr_fn, as a scale."""
+    return {None: "original", "match_rms_adamw": "rms"}.get(adjust_lr_fn, adjust_lr_fn)
+
+
+def _adafactor(
+    lr: float = 1e-2,
+    beta2_decay: float = -0.8,
+    eps: tuple[float | None, float] = (None, 1e-3),
+    d: float = 1.0,
+    weight_decay: float = 0.0,
+) -> Rule:
+    return TorchAdafactor(lr, beta2_decay, d, weight_decay, eps[1], eps[0])
+
+
 CLASSES: dict[str, Callable[..., Rule]] = {
     "sgd": _sgd,
     "adam": _adam,
@@ -233,6 +262,8 @@ CLASSES: dict[str, Callable[..., Rule]] = {
     "adadelta": _adadelta,
     "rprop": _rprop,
     "asgd": _asgd,
+    "muon": _muon,
+    "adafactor": _adafactor,
 }
 """Class of torch.optim, in lower case -> the rule for its keywords."""
 

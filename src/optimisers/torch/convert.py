@@ -29,11 +29,17 @@ ARRAYS = {
     "eta": "rate",
     "mu_product": "product",
     "momentum_buffer": "v",
+    "variance": "v",
+    "row_var": "rows",
+    "col_var": "columns",
 }
 """What torch keeps of a parameter -> the state of a rule here."""
 
 OF_ADADELTA = {"square_avg": "a"}
 """What has another name in a rule that keeps steps too."""
+
+OF_MUON = {"momentum_buffer": "m"}
+"""The same where the momentum is a mean."""
 
 COUNTERS = ("step", "mu")
 """What torch keeps of a parameter beside arrays."""
@@ -64,7 +70,7 @@ def as_ours(saved: dict[str, Any], rules: Iterable[Rule | None]) -> dict[str, An
 
 def _is_torchs(group: Mapping[str, Any], rule: Rule) -> bool:
     """Whether a saved group is that of a class of torch: it has their flags, and not the names here."""
-    flags = {*HOW, *BESIDE_A_RULE, "maximize"}
+    flags = {*HOW, *BESIDE_A_RULE, "maximize", "ns_steps"}
     here = {name for part in parts(rule) if isinstance(part, Rule) for name in torch_names(part)} - {"eta"}
     return bool(flags & group.keys()) and not (here and here <= group.keys())
 
@@ -73,6 +79,8 @@ def _group(group: dict[str, Any], rule: Rule, where: str) -> dict[str, Any]:
     """A group of torch by our names; a schedule of ours goes on."""
     kept = of_other_tools(group) | {"params": group["params"]}
     said = {k: v for k, v in group.items() if k not in kept and k not in AT_THE_START}
+    if "beta2_decay" in said:
+        said["epsilon"], said["scale_epsilon"] = said.pop("eps")
     if has_schedule(rule) or "eta" not in adjustable(rule):
         del said["lr"]
     if not plain(group.get("weight_decay", 0)):
@@ -97,7 +105,8 @@ def _entry(saved: Mapping[str, Any], group: Mapping[str, Any], rule: Rule) -> di
     steps = int(kept.get("step", 0))
     known = {"t": steps, "started": 1, **_weights(kept, group, steps), **_arrays(kept, group, rule)}
     others = {k: v for k, v in kept.items() if k not in COUNTERS}
-    wanted = {entry_name(path): _last(path) for path, _ in flatten(rule.init(torch.zeros(1)))}
+    axes = max((v.ndim for v in kept.values() if isinstance(v, torch.Tensor)), default=0)
+    wanted = {entry_name(path): _last(path) for path, _ in flatten(rule.init(torch.zeros((1,) * axes)))}
     if not known.keys() >= set(wanted.values()):
         return others
     found = {entry: _tensor(known[name]) for entry, name in wanted.items()}
@@ -106,7 +115,7 @@ def _entry(saved: Mapping[str, Any], group: Mapping[str, Any], rule: Rule) -> di
 
 def _arrays(saved: Mapping[str, Any], group: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
     """The arrays of a parameter by the names here, where momenta hold the rate."""
-    names = ARRAYS | OF_ADADELTA if "acc_delta" in saved else ARRAYS
+    names = ARRAYS | (OF_ADADELTA if "acc_delta" in saved else OF_MUON if "ns_steps" in group else {})
     found = {names.get(name, name): value for name, value in saved.items()}
     if "momentum_buffer" in saved:
         for sign in [SIGNS[type(part)] for part in parts(rule) if type(part) in SIGNS]:

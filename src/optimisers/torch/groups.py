@@ -9,6 +9,7 @@ from optimisers.rules.adam import AdamW, AMSGrad, TorchAMSGrad
 from optimisers.rules.adaptive import RMSProp, Rprop
 from optimisers.rules.descent import SGD, Momentum, Nesterov
 from optimisers.rules.gradient import DecoupledDecay, Maximise
+from optimisers.rules.matrix import Muon, TorchAdafactor
 from optimisers.rules.of_torch import TorchRMSProp
 from optimisers.settings import (
     Value,
@@ -22,7 +23,7 @@ from optimisers.settings import (
 )
 from optimisers.settings import parts as parts_of_value
 from optimisers.spellings import ELSEWHERE
-from optimisers.torch.classes import BESIDE_A_RULE, chained, plain
+from optimisers.torch.classes import BESIDE_A_RULE, chained, muon_scale, plain
 from optimisers.tree.path import KeyPath, first_matches, matches
 
 TORCH_NAMES = {
@@ -44,6 +45,8 @@ OWN_NAMES: dict[type, dict[str, str]] = {
     RMSProp: {"rho": "alpha"},
     TorchRMSProp: {"rho": "alpha", "mu": "momentum"},
     Rprop: {"ell": "etas", "gamma": "step_sizes"},
+    Muon: {"rho": "momentum"},
+    TorchAdafactor: {"decay": "beta2_decay", "clip": "d"},
 }
 """The same for settings that mean something else elsewhere."""
 
@@ -58,6 +61,10 @@ FLAGS = {
     "lr_decay": "take TorchAdaGrad(decay=...)",
     "initial_accumulator_value": "take TorchAdaGrad(start=...)",
     "maximize": "put Maximise() first in the chain",
+    "ns_steps": "take Muon(steps=...)",
+    "ns_coefficients": "take Muon(coefficients=...)",
+    "adjust_lr_fn": "take Muon(scale=...)",
+    "beta2_decay": "take TorchAdafactor(decay=...)",
 }
 """Keys of torch's groups that are a rule of its own here, or no matter of groups -> what to write."""
 
@@ -71,6 +78,22 @@ SAID_BY = {
     "decoupled_weight_decay": (AdamW, DecoupledDecay),
 }
 """Flags that are the kind of a rule."""
+
+
+STATIC_NAMES = {
+    "centered": "centred",
+    "initial_accumulator_value": "start",
+    "ns_steps": "steps",
+    "ns_coefficients": "coefficients",
+    "adjust_lr_fn": "scale",
+}
+"""Keys of torch's groups that belong to the structure of a rule -> their names there."""
+
+IN_OUR_WORDS: dict[str, Callable[[Any], Any]] = {
+    "ns_coefficients": lambda triple: (tuple(triple),),
+    "adjust_lr_fn": muon_scale,
+}
+"""What the values of some of these are here."""
 
 
 def torch_names(part: Value) -> dict[str, str]:
@@ -130,10 +153,11 @@ def refuse(rule: Rule, name: str, value: Any, where: str) -> None:
     if name not in ASKING:
         return
     listed = list(parts_of_value(rule))
-    here = {"centered": "centred", "initial_accumulator_value": "start"}.get(name, name)
+    here = STATIC_NAMES.get(name, name)
+    meant = IN_OUR_WORDS.get(name, plain)(value)
     has = [getattr(part, here) for part in listed if hasattr(part, here)]
     has += [True for part in listed if isinstance(part, SAID_BY.get(name, ()))]
-    if value in has or (nothing(value) and not any(has)):
+    if meant in has or (nothing(value) and not any(has)):
         return
     hint = f"; {FLAGS[name]}" if name in FLAGS else ""
     raise BadSetting(

@@ -1,0 +1,208 @@
+"""Rules that see an array as a matrix: steps made orthogonal, and second moments kept as rows and columns."""
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from optimisers import ops
+from optimisers.arrays.protocol import Array
+from optimisers.errors import BadSetting
+from optimisers.ops import abs2, conj, ema, maximum, minimum, norm, real_zeros_like, sqrt, zeros_like
+from optimisers.ops.derived import is_complex, size_of
+from optimisers.ops.state import resolution
+from optimisers.rule import (
+    Rule,
+    Setting,
+    at_least_one,
+    in_unit_interval,
+    not_negative,
+    one_of,
+    setting,
+    static,
+)
+
+Coefficients = tuple[tuple[float, float, float], ...]
+
+QUINTIC: Coefficients = ((3.4445, -4.7750, 2.0315),)
+"""The coefficients of Jordan et al. (2024): steepest at 0; singular values end between 0.68 and 1.13."""
+
+SCALES = ("original", "rms", "spectral", "max")
+
+
+def as_matrix(shape: tuple[int, ...], layout: str) -> tuple[int, int]:
+    """(rows, columns) of an array as a matrix: the first axis against all others, or all others against the
+    last.
+    """
+    others = 1
+    for n in shape[1:] if layout == "rows" else shape[:-1]:
+        others *= n
+    return (shape[0], others) if layout == "rows" else (others, shape[-1])
+
+
+def adjoint(y: Array) -> Any:
+    """The transpose of a matrix, conjugated."""
+    turned = ops.transpose(y)
+    return conj(turned) if is_complex(y) else turned
+
+
+def orthogonalised(y: Array, coefficients: Coefficients, steps: int, epsilon: Any, *, tall: bool) -> Any:
+    """U p(S) V^H for a matrix U S V^H scaled to norm 1, where the polynomials p(s) = a s + b s^3 + c s^5 of
+    Newton-Schulz, one a step and the last one repeated, bring every singular value near 1. A matrix that is
+    `tall` is transposed on the way.
+    """
+    y = adjoint(y) if tall else y
+    y = y / maximum(norm(y), epsilon)
+    for n in range(steps):
+        a, b, c = coefficients[min(n, len(coefficients) - 1)]
+        gram = y @ adjoint(y)
+        y = a * y + (b * gram + c * (gram @ gram)) @ y
+    return adjoint(y) if tall else y
+
+
+def scale_of(scale: str, rows: int, columns: int) -> float:
+    """How many times as long the step is as the orthogonal matrix, for `rows` outputs and `columns`
+    inputs.
+    """
+    if scale == "original":
+        return max(1.0, rows / columns) ** 0.5
+    if scale == "spectral":
+        return (rows / columns) ** 0.5
+    return (0.2 if scale == "rms" else 1.0) * max(rows, columns) ** 0.5
+
+
+class MuonState(NamedTuple):
+    m: Any
+    """The mean of dx, decaying with rho."""
+
+
+class Muon(Rule):
+    """Momentum of matrices, made orthogonal: m = rho m + (1 - rho) dx; o = NS(rho m + (1 - rho) dx); dx' =
+    eta (scale o + lam x), NS `steps` steps of Newton-Schulz.
+
+    Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024, and Liu et al., "Muon is
+    scalable for LLM training", 2025, arXiv:2502.16982. `nesterov=False` makes m itself orthogonal. The scale
+    follows from the rows, which are outputs, and the columns: `original` is sqrt(max(1, rows / columns));
+    `rms`, 0.2 sqrt(max(rows, columns)), gives steps as long as those of AdamW, whose eta and lam serve then;
+    `spectral` is sqrt(rows / columns), `max` sqrt(max(rows, columns)).
+
+    An array of more axes is the matrix of its first axis against all others, (out, in, ...) as PyTorch keeps
+    it; with `layout="columns"` of all others against the last, (in, ..., out), as Flax does. Arrays of fewer
+    axes are refused: give them, embeddings and heads to AdamW. `coefficients` are triples, the last one
+    repeated. Steps are computed in the type of the arithmetic, where torch.optim.Muon takes bfloat16.
+    """
+
+    eta: Setting = setting(0.02)
+    rho: Setting = setting(0.95)
+    lam: Setting = setting(0.0)
+    epsilon: Setting = setting(1e-7)
+    nesterov: bool = static(True)
+    scale: Literal["original", "rms", "spectral", "max"] = static("original")
+    steps: int = static(5)
+    coefficients: Coefficients = static(QUINTIC)
+    layout: Literal["rows", "columns"] = static("rows")
+
+    def check(self) -> None:
+        in_unit_interval(self, "rho")
+        not_negative(self, "lam", "epsilon")
+        at_least_one(self, "steps")
+        one_of(self, "scale", SCALES)
+        one_of(self, "layout", ("rows", "columns"))
+        if not self.coefficients or any(np.shape(triple) != (3,) for triple in self.coefficients):
+            raise BadSetting(
+                f"Muon.coefficients is {self.coefficients!r}; it takes triples: write ((a, b, c),)"
+            )
+
+    def init(self, x: Array) -> MuonState:
+        if x.ndim < 2:
+            raise BadSetting(
+                f"Muon steps matrices, and this array has shape {tuple(x.shape)}; give it another rule: "
+                'write setup({"**.bias": AdamW(), "**": Muon()}, model)'
+            )
+        return MuonState(zeros_like(x))
+
+    def apply(self, state: MuonState, x: Array, dx: Array) -> Any:
+        rows, columns = as_matrix(x.shape, self.layout)
+        outputs, inputs = (rows, columns) if self.layout == "rows" else (columns, rows)
+        m = ema(self.rho, state.m, dx)
+        w = ema(self.rho, m, dx) if self.nesterov else m
+        flat = w if x.ndim == 2 else ops.reshape(w, (rows, columns))
+        o = orthogonalised(flat, self.coefficients, self.steps, self.epsilon, tall=rows > columns)
+        o = o if x.ndim == 2 else ops.reshape(o, x.shape)
+        return MuonState(m), self.eta * (scale_of(self.scale, outputs, inputs) * o + self.lam * x)
+
+
+class FactoredState(NamedTuple):
+    rows: Any
+    """The mean of |dx|^2 along the last axis, decaying."""
+    columns: Any
+    """The mean of |dx|^2 along the axis before it, decaying."""
+    t: Any
+    """How many steps were taken."""
+
+
+class UnfactoredState(NamedTuple):
+    v: Any
+    """The mean of |dx|^2, decaying."""
+    t: Any
+    """How many steps were taken."""
+
+
+def rms(x: Array) -> Any:
+    """The root of the mean square of all elements."""
+    return norm(x) / sqrt(size_of(x))
+
+
+class TorchAdafactor(Rule):
+    """Adafactor as torch.optim.Adafactor has it: u = dx / sqrt(v), v made of the means of |dx|^2 along rows
+    and columns; dx' = a u / max(1, rms(u) / clip) + eta lam x, a = min(eta, 1 / sqrt(t)) max(scale_epsilon,
+    rms(x)).
+
+    Shazeer & Stern, "Adafactor: adaptive learning rates with sublinear memory cost", 2018, arXiv:1804.04235,
+    algorithm 4 with relative steps, over the last two axes; arrays of fewer keep v as it is. The means decay
+    with 1 - t^decay, `beta2_decay` in torch, and `clip` is `d` there. `epsilon` bounds the mean of the rows
+    from below, and its square v, where the paper adds it to |dx|^2; None is the distance from 1 to the next
+    number of the arithmetic, 2^-52 or 2^-23.
+    """
+
+    eta: Setting = setting(0.01)
+    decay: Setting = setting(-0.8)
+    clip: Setting = setting(1.0)
+    lam: Setting = setting(0.0)
+    scale_epsilon: Setting = setting(1e-3)
+    epsilon: float | None = static(None)
+
+    def check(self) -> None:
+        not_negative(self, "lam", "scale_epsilon", "epsilon")
+        if isinstance(self.decay, float) and not self.decay <= 0:
+            raise BadSetting(
+                f"TorchAdafactor.decay is {self.decay!r}; it takes numbers up to 0, such as -0.8"
+            )
+        if isinstance(self.clip, float) and not self.clip >= 1:
+            raise BadSetting(f"TorchAdafactor.clip is {self.clip!r}; it takes numbers from 1 on")
+
+    def init(self, x: Array) -> FactoredState | UnfactoredState:
+        zeros = real_zeros_like(x)
+        if x.ndim < 2:
+            return UnfactoredState(zeros, 0)
+        return FactoredState(
+            ops.sum(zeros, axis=-1, keepdims=True), ops.sum(zeros, axis=-2, keepdims=True), 0
+        )
+
+    def apply(self, state: FactoredState | UnfactoredState, x: Array, dx: Array) -> Any:
+        t = state.t + 1
+        beta, least = 1 - t**self.decay, self.epsilon
+        if least is None:
+            least = resolution(state[0])
+        if isinstance(state, UnfactoredState):
+            v = ema(beta, state.v, abs2(dx))
+            new: FactoredState | UnfactoredState = UnfactoredState(v, t)
+        else:
+            *_, height, width = x.shape
+            rows = ema(beta, state.rows, ops.sum(abs2(dx), axis=-1, keepdims=True) / max(width, 1))
+            columns = ema(beta, state.columns, ops.sum(abs2(dx), axis=-2, keepdims=True) / max(height, 1))
+            mean = ops.sum(rows, axis=-2, keepdims=True) / max(height, 1)
+            v = rows / maximum(mean, least) * columns
+            new = FactoredState(rows, columns, t)
+        u = dx / sqrt(maximum(v, least**2))
+        rate = minimum(self.eta, 1 / sqrt(t)) * maximum(rms(x), self.scale_epsilon)
+        return new, rate / maximum(rms(u) / self.clip, 1) * u + self.eta * self.lam * x
