@@ -116,6 +116,7 @@ from optimisers.state.leaf import Branch, Leaf, State
 from optimisers.step.update import setup, update, update_
 from optimisers.tree.children import register
 from optimisers.tree.path import KeyPath
+from optimisers.tree.selectors import Selector, by_path, by_type, hidden_matrices, matrices, vectors
 
 if TYPE_CHECKING:
     from optimisers.jax.optax import as_optax as as_optax
@@ -235,6 +236,7 @@ __all__ = [
     "SWA",
     "Schedule",
     "ScheduleFree",
+    "Selector",
     "Setting",
     "SignDecay",
     "SignDescent",
@@ -267,6 +269,8 @@ __all__ = [
     "adjust",
     "adjust_",
     "averaged",
+    "by_path",
+    "by_type",
     "copy",
     "current",
     "destructure",
@@ -276,10 +280,12 @@ __all__ = [
     "freeze_",
     "get_num_threads",
     "gradients",
+    "hidden_matrices",
     "hyperparameters",
     "isnumeric",
     "kernel",
     "load_state_dict",
+    "matrices",
     "maximum",
     "maywrite",
     "minimum",
@@ -302,6 +308,7 @@ __all__ = [
     "update",
     "update_",
     "value_and_grad",
+    "vectors",
     "when",
     "where",
     "with_hyperparameters",

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from optimisers.errors import BadSetting, BadState
 from optimisers.rule import Rule
 from optimisers.state.group import Group, Shape, grouped, started
 from optimisers.state.leaf import Branch, Leaf, parts
-from optimisers.tree.path import KeyPath
+from optimisers.state.store import Store
+from optimisers.tree.path import KeyPath, gathered, listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,8 @@ class GroupCost:
     """How kernels find the arrays; empty where none do."""
     plan: Plan
     """What a step does, one thing after the other."""
+    trained: tuple[tuple[str, tuple[str, ...]], ...]
+    """(rule, the paths that it trains) for every different rule of the group."""
 
     @property
     def refusals(self) -> tuple[tuple[str, str], ...]:
@@ -73,6 +77,7 @@ class Explanation:
 
     def __str__(self) -> str:
         lines: list[str] = []
+        several = sum(len(g.trained) for g in self.groups) > 1
         for g in self.groups:
             lines.append(
                 f"{g.rule}\n  {g.leaves} array{'s' * (g.leaves != 1)} of {g.dtype}, {g.parameters:,} "
@@ -84,6 +89,8 @@ class Explanation:
                 f"  engine {g.engine}{why}: {g.passes} pass{'es' * (g.passes != 1)} over memory, "
                 f"{g.bytes_per_parameter} bytes per parameter"
             )
+            if several:
+                lines += _trained(g.trained)
             if "(" in g.addresses:  # not the fastest road
                 lines.append(f"  addresses are {g.addresses}")
             lines += [f"  {line}" for line in g.plan.describe()]
@@ -96,9 +103,17 @@ class Explanation:
     __repr__ = __str__
 
 
+def _trained(trained: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """Which rule trains what, as lines."""
+    known = [(rule, listed(gathered(paths), 8)) for rule, paths in trained[:MOST]]
+    lines = [f"  {rule}: {there}" if len(trained) > 1 else f"  trains {there}" for rule, there in known]
+    more = len(trained) - MOST
+    return [*lines, f"  and {more} more rule{'s' * (more > 1)}"] if more > 0 else lines
+
+
 def explain(state: object) -> Explanation:
     """Which engine steps each group of leaves, in how many passes over memory, moving how many bytes per
-    parameter.
+    parameter; and where there are several rules, which parameters each of them trains.
 
     Counted for a step in which every condition of the rules holds (the flush of AccumGrad, say), with
     gradients of the type of the parameters; for the interpreter, every operation is a pass. Raises BadState
@@ -106,14 +121,18 @@ def explain(state: object) -> Explanation:
     """
     store, node, _ = parts(getattr(state, "tree", state) if not isinstance(state, Leaf | Branch) else state)
     below = np.unique(np.array(node.leaves, np.int64))
-    costs = [_cost(g, np.flatnonzero(np.isin(g.leaves, below)), store.engine) for g in store.groups]
+    costs = [_cost(store, g, np.flatnonzero(np.isin(g.leaves, below))) for g in store.groups]
     clock = max((int(store.clock_of(i)) for i in below if store.shapes[i] is not None), default=0)
     return Explanation(tuple(c for c in costs if c.leaves), int(store.frozen[below].sum()), clock)
 
 
-def _cost(group: Group, members: Any, engine: str | None) -> GroupCost:
+MOST = 16
+"""How many rules of a group are printed."""
+
+
+def _cost(store: Store, group: Group, members: Any) -> GroupCost:
     library, program = group.kind.library, group.program
-    choice = choose.choice_for(group, engine)
+    choice = choose.choice_for(group, store.engine)
     plan = plan_of(group, members.tolist(), choice)
     rows = len(np.unique(group.table.row[members]))
     return GroupCost(
@@ -129,7 +148,19 @@ def _cost(group: Group, members: Any, engine: str | None) -> GroupCost:
         histories=rows,
         addresses=str(pointers.road(group.kind.name, group.kind.device) or "") if not choice.reason else "",
         plan=plan,
+        trained=_rules(store, group, members),
     )
+
+
+def _rules(store: Store, group: Group, members: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """(rule, the paths that it trains) for the different rules of some leaves of a group."""
+    of_row: dict[int, str] = {}
+    found: dict[str, list[str]] = {}
+    for i, row in zip(members.tolist(), group.table.row[members].tolist(), strict=True):
+        if row not in of_row:
+            of_row[row] = repr(group.rule_of(i))
+        found.setdefault(of_row[row], []).append(str(store.layout.paths[group.leaves[i]]))
+    return tuple((rule, tuple(paths)) for rule, paths in found.items())
 
 
 def kernel(rule: Rule, dtype: object = "float32", *, inplace: bool = True, engine: str = "numba") -> str:

@@ -42,6 +42,9 @@ opt.Descent(lambda clock: 0.1 / opt.sqrt(clock + 1))
 opt.Adam(0.1, beta=(opt.Linear(0.8, 0.9, 100), 0.999))
 opt.Adam(np.float32(0.1))
 opt.setup({"**.b": opt.Descent(1), "**": None}, model)
+opt.setup({opt.vectors: opt.Adam(), opt.matrices & ~opt.by_path("a"): None, "**": opt.Descent()}, model)
+assert_type(opt.hidden_matrices | "head.**", opt.Selector)
+opt.freeze_(state, opt.by_type(Net))
 opt.setup(lambda path, x: opt.Adam() if len(path) else None, model)
 Mine(0.1)
 Scheduled(opt.Cosine(0.1, 10), (0.9, opt.Linear(0.8, 0.9, 100)))
@@ -55,6 +58,8 @@ WRONG = (
     "opt.Adam(lr=0.1)",
     "opt.setup(opt.Adam, {})",
     "opt.freez(1)",
+    "opt.by_type('Linear')",
+    "opt.matrices & 3",
 )
 
 

@@ -299,7 +299,7 @@ def a_function_that_gives_a_name() -> None:
 
 @answers(
     NoMatch,
-    "no rule for model['b']; the globs are 'w'; add \"**\" for the rest, with None as its rule to "
+    "no rule for model['b']; the keys are 'w'; add \"**\" for the rest, with None as its rule to "
     "train nothing there",
 )
 def a_parameter_that_no_glob_matches() -> None:
@@ -311,12 +311,15 @@ def a_glob_that_matches_no_parameter() -> None:
     setup({"bias": Adam(), "**": Adam()}, model())
 
 
-@answers(NoMatch, "'w' takes no parameter, since globs before it match all that it does; put it first")
+@answers(NoMatch, "'w' takes no parameter, since keys before it take all that it picks; put it first")
 def a_glob_that_never_wins() -> None:
     setup({"**": Adam(), "w": Descent()}, model())
 
 
-@answers(NoMatch, "3 is no selector; a dict of rules takes globs, such as '**.bias'")
+@answers(
+    NoMatch,
+    "3 is no selector; a dict of rules takes globs, such as '**.bias', and selectors, such as opt.matrices",
+)
 def a_number_for_a_glob() -> None:
     setup({3: Adam()}, model())
 
@@ -1074,7 +1077,10 @@ def a_rule_type_that_matches_nothing() -> None:
     freeze_(state(), Momentum)
 
 
-NO_SELECTOR = "is no selector; it takes a glob such as '**.bias', a function of (path, leaf), or a rule type"
+NO_SELECTOR = (
+    "is no selector; it takes a glob such as '**.bias', a selector such as opt.vectors, a function of (path, "
+    "leaf), or a rule type"
+)
 
 
 @answers(NoMatch, f"where=3 {NO_SELECTOR}")

@@ -191,7 +191,7 @@ def test_complex_gradients_are_clipped_by_parts() -> None:
         ({"bias": opt.Adam(), "**": opt.Descent()}, r"'bias' matches no parameter; .* write '\*\*\.bias'"),
         (
             {"**": opt.Descent(), "**.bias": opt.Adam()},
-            "'\\*\\*.bias' takes no parameter, since globs before it",
+            "'\\*\\*.bias' takes no parameter, since keys before it",
         ),
         ({"**.bias": opt.Adam()}, "no rule for model.*weight"),
     ],

@@ -44,9 +44,10 @@ from optimisers.state.interface import ScalarTable
 from optimisers.state.leaf import parts
 from optimisers.state.store import Store
 from optimisers.state.structure import structure_of
-from optimisers.step.update import Rules, choose, evaluated, setup
+from optimisers.step.choose import Rules, choose
+from optimisers.step.update import evaluated, setup
 from optimisers.tree.gather import gather, gather_gradients
-from optimisers.tree.layout import EMPTY, Layout, Node
+from optimisers.tree.layout import EMPTY, Layout, Node, Told
 from optimisers.tree.path import KeyPath
 from optimisers.tree.rebuild import rebuild, rebuilt
 from optimisers.tree.walk import Ties, survey
@@ -58,7 +59,8 @@ __all__ = ["as_optax", "from_optax"]
 
 
 def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransformationExtraArgs:
-    """A rule (or {glob: rule}) as a transformation of Optax, to chain, wrap, and hand to trainers.
+    """A rule, or what else `setup` takes for one, as a transformation of Optax, to chain, wrap, and hand to
+    trainers.
 
     Its `update` returns the step of the rule, with the sign that Optax adds; it needs the parameters where
     the rule reads them, gives `value=`, the loss, to the rules that ask for it, and ignores further
@@ -78,8 +80,12 @@ def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransform
         named, form = _named(params)
         if not named:
             return _without_parameters(rule, form)
-        whole = setup(rule, named, engine="interpret", conjugate=conjugate)
+        layout, found = survey(named)
+        layout.told = _told(params)
+        chosen = dict(zip(map(str, layout.paths), choose(rule, layout, found), strict=True))
+        whole = setup(lambda path, _: chosen[str(path)], named, engine="interpret", conjugate=conjugate)
         store, node, path = parts(whole) if whole != () else (_nothing(named), EMPTY, KeyPath())
+        store.layout.told = layout.told
         number = {str(p): leaf for leaf, p in enumerate(store.layout.paths)}
         place = tuple(number.get(name, -1) for name in named)
         given = tuple(
@@ -116,6 +122,15 @@ def _named(tree: object) -> tuple[dict[str, Any], Any]:
     """(the arrays of a pytree by their path, its form); those of NumPy are taken for arrays of JAX."""
     found, form = jax.tree_util.tree_flatten_with_path(tree)
     return {_path(keys): jnp.asarray(x) if isinstance(x, np.ndarray) else x for keys, x in found}, form
+
+
+def _told(params: object) -> Told:
+    """The places of the arrays of a pytree, by their path; none where it is no model."""
+    try:
+        layout, _ = survey(params)
+    except TreeMismatch:
+        return {}
+    return {str(p.places[0].path) or "params": p.places for p in layout.parameters}
 
 
 def _path(keys: Any) -> str:

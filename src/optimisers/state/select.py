@@ -1,5 +1,6 @@
 """Which leaves does a selector pick?"""
 
+from collections.abc import Sequence
 from typing import Any
 
 from optimisers.errors import NoMatch
@@ -10,9 +11,10 @@ from optimisers.state.leaf import handle, parts
 from optimisers.state.store import Store
 from optimisers.tree.layout import Node
 from optimisers.tree.path import KeyPath, matches, offered
+from optimisers.tree.selectors import Selector
 
 Where = object
-"""A selector: a glob over paths, a predicate (path, leaf), a rule type, or a list of these."""
+"""What to pick: a glob over paths, a selector, a predicate (path, leaf), a rule type, or a list of these."""
 
 
 def leaves_of(state: Any, where: Where = None) -> list[int]:
@@ -26,12 +28,22 @@ def leaves_of(state: Any, where: Where = None) -> list[int]:
         raise NoMatch("where=[] picks nothing; leave it out to pick everything")
     picked: set[int] = set()
     for choice in choices:
-        some = [i for i in found if picks(choice, store, i, len(path))]
+        if isinstance(choice, Selector):
+            picked_here = choice.picks(store.layout.parameters, len(path))
+            some = [i for i in found if picked_here[i]]
+        else:
+            some = [i for i in found if picks(choice, store, i, len(path))]
         if not some:
-            there = [store.layout.paths[i] for i in found]
-            raise NoMatch(f"where={choice!r} matches no parameter; {offered(choice, there)}")
+            raise NoMatch(f"where={choice!r} matches no parameter; {_there(choice, store, found)}")
         picked.update(some)
     return [i for i in found if i in picked]
+
+
+def _there(choice: Any, store: Store, found: Sequence[int]) -> str:
+    """What there is, where a choice picks nothing."""
+    if isinstance(choice, Selector):
+        return choice.hint([store.layout.parameters[i] for i in found])
+    return offered(choice, [store.layout.paths[i] for i in found])
 
 
 def picks(choice: Any, store: Store, leaf: int, depth: int) -> bool:
@@ -53,6 +65,6 @@ def picks(choice: Any, store: Store, leaf: int, depth: int) -> bool:
             )
         )
     raise NoMatch(
-        f"where={choice!r} is no selector; it takes a glob such as '**.bias', a function of (path, leaf), or "
-        "a rule type"
+        f"where={choice!r} is no selector; it takes a glob such as '**.bias', a selector such as "
+        "opt.vectors, a function of (path, leaf), or a rule type"
     )

@@ -4,7 +4,7 @@ together.
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,23 +12,20 @@ import numpy as np
 from optimisers.arrays import registry
 from optimisers.engines.choose import choice_for
 from optimisers.engines.signals import held
-from optimisers.errors import BadSetting, BadState, FloatParameter, NoMatch, NoParameters, TreeMismatch
+from optimisers.errors import BadSetting, BadState, FloatParameter, NoParameters, TreeMismatch
 from optimisers.graph.passes import store_pass
 from optimisers.rule import Rule
-from optimisers.settings import takes
 from optimisers.state.buffers import LARGE
 from optimisers.state.group import Shape, grouped, started
 from optimisers.state.leaf import Branch, Leaf, State, handle, parts
 from optimisers.state.store import Store
+from optimisers.step.choose import Rules, choose
 from optimisers.step.jobs import Steps
 from optimisers.tree.gather import gather, gather_gradients
 from optimisers.tree.layout import Layout, Node
-from optimisers.tree.path import KeyPath, first_matches
+from optimisers.tree.path import KeyPath
 from optimisers.tree.rebuild import rebuild, rebuilt
 from optimisers.tree.walk import Ties, survey
-
-Rules = Rule | Mapping[Any, Rule | None] | Callable[[KeyPath, Any], Rule | None]
-"""One rule for all arrays, or one by glob, or what a function of path and array says; None trains nothing."""
 
 M = TypeVar("M")
 """The type of a model: a step keeps it."""
@@ -51,7 +48,8 @@ def setup(
 ) -> State:
     """The state that trains `model` by `rule`: a tree with the model's structure and a Leaf for each array.
 
-    `rule` is a rule; or a dict {glob: rule}, where the first glob that matches a path wins; or a function
+    `rule` is a rule; or a dict whose keys are globs over paths and selectors (`matrices`, `vectors`,
+    `by_type(Embedding)`), where the first that picks an array wins; or `layer_decay(rule)`; or a function
     (path, array) -> rule. A rule of None trains nothing there. `engine="interpret"` computes every step with
     the array library's own functions instead of fused kernels. `capturable=True`, for tensors on one CUDA
     device, keeps the clock and all numbers of the state there: then a CUDA graph may hold a step, and what is
@@ -69,8 +67,8 @@ def setup(
     The gradient of complex parameters is the direction of steepest ascent, as torch and Optimisers.jl have
     it. `jax.grad` gives its conjugate: with `conjugate=True` that is what every update takes.
 
-    Raises BadState if rule and model are mixed up, NoMatch for a glob that matches nothing or a parameter
-    that no glob matches, TraceError for a rule that cannot be traced, BadSetting for an engine that cannot
+    Raises BadState if rule and model are mixed up, NoMatch for a key that picks nothing or a parameter that
+    no key picks, TraceError for a rule that cannot be traced, BadSetting for an engine that cannot
     step the model, or a model that cannot be captured. Warns if there is nothing to train.
     """
     for compiler in registry.compilers:
@@ -185,32 +183,6 @@ def _refuse_model(model: Any) -> None:
             "setup was given a generator where the model goes; write setup(rule, module), or a list of "
             "tensors"
         )
-
-
-def choose(rule: Any, layout: Layout, arrays: list[Any]) -> list[Any]:
-    """The rule of each leaf."""
-    if isinstance(rule, Mapping):
-        return _by_glob(dict(rule), layout)
-    if callable(rule) and not isinstance(rule, type | Rule):
-        if not takes(rule, 2):
-            raise BadState(
-                "the function that chooses rules is called with (path, array), which it does not take; write "
-                "lambda path, x: Adam()"
-            )
-        return [rule(path, x) for path, x in zip(layout.paths, arrays, strict=True)]
-    if not isinstance(rule, Rule):
-        several = isinstance(rule, list | tuple)
-        hint = f"write {rule.__name__}()" if isinstance(rule, type) else "write setup(Adam(), model)"
-        hint = "write setup(Chain(...), model)" if several else hint
-        raise BadState(f"setup was given {rule!r} where the rule goes; {hint}")
-    return [rule] * len(arrays)
-
-
-def _by_glob(rules: dict[str, Any], layout: Layout) -> list[Any]:
-    for glob in rules:
-        if not isinstance(glob, str):
-            raise NoMatch(f"{glob!r} is no selector; a dict of rules takes globs, such as '**.bias'")
-    return [rules[glob] for glob in first_matches(rules, layout.places)]
 
 
 # -- update --------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
+
 from optimisers.errors import BadSetting, BadState
 from optimisers.rule import Rule
 from optimisers.rules.adam import AdamW, AMSGrad, TorchAMSGrad
@@ -24,7 +26,9 @@ from optimisers.settings import (
 from optimisers.settings import parts as parts_of_value
 from optimisers.spellings import ELSEWHERE
 from optimisers.torch.classes import BESIDE_A_RULE, chained, muon_scale, plain
-from optimisers.tree.path import KeyPath, first_matches, matches
+from optimisers.tree.layout import Parameter, Place, Told
+from optimisers.tree.path import KeyPath
+from optimisers.tree.selectors import first_picks, selector
 
 TORCH_NAMES = {
     "eta": "lr",
@@ -259,17 +263,31 @@ def require_dense(given: Iterable[Any]) -> None:
             )
 
 
-def by_glob(rules: Mapping[str, Any], named: list[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """(groups, their rules): one for each glob that takes a parameter."""
+def by_key(rules: Mapping[Any, Any], named: list[Any], told: Told) -> tuple[list[dict[str, Any]], list[Any]]:
+    """(groups, their rules): one for each glob or selector that takes a parameter."""
     if not all(isinstance(pair, tuple) for pair in named):
         raise BadState("a dict of rules takes a module or named parameters: write model.named_parameters()")
-    taken: dict[str, list[Any]] = {glob: [] for glob in rules}
-    chosen = first_matches(rules, [[KeyPath(name)] for name, _ in named])
-    for pair, glob in zip(named, chosen, strict=True):
-        taken[glob].append(pair)
-    return [{"params": found} for found in taken.values()], list(rules.values())
+    taken: list[list[Any]] = [[] for _ in rules]
+    chosen = first_picks(list(rules), [described(name, p, told) for name, p in named])
+    for pair, k in zip(named, chosen, strict=True):
+        taken[k].append(pair)
+    return [{"params": found} for found in taken], list(rules.values())
 
 
-def matching(rules: Iterable[str], name: str) -> str | None:
-    """The first glob that takes a name."""
-    return next((glob for glob in rules if matches(glob, KeyPath(name))), None)
+def described(name: str, p: Any, told: Told) -> Parameter:
+    """What is known of a named parameter."""
+    return Parameter(told.get(name, (Place(KeyPath(name), ()),)), tuple(p.shape))
+
+
+def matching(rules: Mapping[Any, Any], given: Mapping[str, Any]) -> Any:
+    """The rule of the key that takes all parameters of a group, each first; that of the last key where there
+    is none.
+    """
+    params = given["params"]
+    listed = [params] if isinstance(params, torch.Tensor) else list(params)
+    names = given.get("param_names") or [""] * len(listed)
+    named = [p if isinstance(p, tuple) else (name, p) for name, p in zip(names, listed, strict=True)]
+    parameters = [described(name, p, {}) for name, p in named]
+    table = zip(*(selector(key).picks(parameters, 0) for key in rules), strict=True)
+    first = {next((k for k, picked in enumerate(row) if picked), -1) for row in table}
+    return list(rules.values())[first.pop() if len(first) == 1 else -1]

@@ -20,7 +20,7 @@ from optimisers.step.update import store_of
 from optimisers.torch.loading import adopt, misfit
 from optimisers.torch.param_group import ParamGroup
 from optimisers.torch.published import Entries, Published
-from optimisers.tree.layout import joined
+from optimisers.tree.layout import Told, joined
 from optimisers.tree.walk import survey
 
 GROWTH = 8
@@ -38,6 +38,8 @@ class Keeper:
         self.engine, self.capturable = engine, capturable
         self.groups: list[ParamGroup] = []
         self.names: dict[Any, str] = {}
+        self.told: Told = {}
+        """Where the parameters of a module stand, by name; it is not pickled, as its classes may not be."""
         self.own: dict[Any, tuple[Rule | None, bool, ParamGroup]] = {}
         """What was adjusted and frozen in the tree, beside the groups."""
         self.fitting: dict[Any, Mapping[str, Any]] = {}
@@ -62,7 +64,7 @@ class Keeper:
         return {name: getattr(self, name) for name in ("engine", "capturable", "groups", "names", "own")}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        vars(self).update(kept, away=WeakTensorKeyDictionary(), fitting={})
+        vars(self).update(kept, away=WeakTensorKeyDictionary(), fitting={}, told={})
         self.forget()
 
     # -- following --
@@ -175,6 +177,7 @@ class Keeper:
     def _make(self, chosen: dict[str, Any], group_of: Mapping[Any, ParamGroup], state: Any) -> None:
         """Make the state of parameters, and put it behind that of the others."""
         layout, arrays = survey(chosen, trained=tensors.is_inexact)
+        layout.told = self.told
         order = list(zip(layout.root.leaves, chosen.values(), strict=True))
         rules = {leaf: self._rule_of(p, group_of[p]) for leaf, p in reversed(order)}
         store = store_of(

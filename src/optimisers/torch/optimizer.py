@@ -20,13 +20,14 @@ from optimisers.state.leaf import handle
 from optimisers.step.update import takes_scaling, update_listed
 from optimisers.torch.classes import HOW, plain
 from optimisers.torch.convert import as_ours
-from optimisers.torch.groups import ASKING, by_glob, matching, meanings_of, require_dense, told
+from optimisers.torch.groups import ASKING, by_key, matching, meanings_of, require_dense, told
 from optimisers.torch.keeping import Keeper, plain_entries
 from optimisers.torch.loading import arranged, bare_name, misfit, names_of_others, saved_groups
 from optimisers.torch.param_group import ParamGroup
 from optimisers.torch.published import Published
 from optimisers.torch.rates import marks
 from optimisers.torch.takeover import groups_of, take_over
+from optimisers.tree.modules_torch import places
 from optimisers.tree.path import KeyPath
 
 __all__ = ["TorchOptimizer"]
@@ -39,8 +40,9 @@ class TorchOptimizer(torch.optim.Optimizer):
     """Trains parameters by a rule, as `torch.optim.Optimizer` does: one fused pass over all of them a step.
 
     `params` is a module, or what every optimiser of torch takes: parameters, (name, parameter) pairs, or
-    dicts of groups. `rule` is a rule, or for a module or named parameters a dict {glob: rule}, where the
-    first glob that matches a name wins; None trains nothing there. `settings` adjust the rule: `lr=3e-4`.
+    dicts of groups. `rule` is a rule, or for a module or named parameters a dict whose keys are globs over
+    names and selectors, where the first that picks a parameter wins; None trains nothing there. `settings`
+    adjust the rule: `lr=3e-4`.
 
     Every hyper-parameter of the rule stands in the groups by its name, `eta` as `lr`; `beta`, `epsilon`,
     `lam` and the `rho` of Momentum and Nesterov also as `betas`, `eps`, `weight_decay` and `momentum`.
@@ -71,13 +73,14 @@ class TorchOptimizer(torch.optim.Optimizer):
             wrapped = isinstance(params, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel)
             inner: torch.nn.Module = params.module if wrapped else params
             params = [(bare_name(name), p) for name, p in inner.named_parameters()]
+            self._keeper.told = places(inner, bare_name)
         self._rule: Rule | None = None
         self._globs: dict[str, Any] | None = None
         self._given: list[Any] = []
         """The rules of the groups that globs have made, as long as they are being added."""
         self._common: dict[str, Any] = settings
         if isinstance(rule, Mapping):
-            params, self._given = by_glob(rule, list(params))
+            params, self._given = by_key(rule, list(params), self._keeper.told)
             self._globs = dict(rule)
             self._refuse_strange(settings, [r for r in rule.values() if r is not None])
         elif isinstance(rule, Rule):
@@ -186,11 +189,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         """The rule of a new group that names none: the only one, that of its place, or by its names."""
         if self._globs is None:
             return self._rule
-        if n < len(self._given):
-            return self._given[n]
-        names = given.get("param_names") or [p[0] for p in given["params"] if isinstance(p, tuple)]
-        found = {glob for name in names if (glob := matching(self._globs, name)) is not None}
-        return self._globs[found.pop()] if len(found) == 1 else list(self._globs.values())[-1]
+        return self._given[n] if n < len(self._given) else matching(self._globs, given)
 
     def _named(self, given: dict[str, Any], n: int) -> None:
         """Name the parameters of a new group, where those of the others have names."""

@@ -4,9 +4,9 @@ trained.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from optimisers.arrays import registry
 from optimisers.tree.children import Container, container_of
@@ -76,6 +76,27 @@ def picker(live: "tuple[tuple[Any, Node], ...]") -> Callable[[dict[int, Any]], d
     return lambda new: dict(zip(keys, get(new), strict=True))
 
 
+class Place(NamedTuple):
+    """One place of an array."""
+
+    path: KeyPath
+    kinds: tuple[type, ...]
+    """The types of the modules, and of the boxes of one array, that it stands in, outermost first; plain
+    dicts, lists and tuples are left out.
+    """
+
+
+class Parameter(NamedTuple):
+    """What is known of an array that may be trained."""
+
+    places: tuple[Place, ...]
+    shape: tuple[int, ...]
+
+
+Told = Mapping[str, tuple[Place, ...]]
+"""All places of the arrays of a model, by the key of each where the model was flattened to a dict."""
+
+
 @dataclasses.dataclass(eq=False)
 class Layout:
     """The walk over one model."""
@@ -87,11 +108,25 @@ class Layout:
     """All paths of each leaf."""
     floats: list[tuple[KeyPath, Any]]
     """Numbers beside arrays: they do not train, though somebody may think so."""
+    shapes: list[tuple[int, ...]]
+    """The shape of each leaf."""
+    told: Told = dataclasses.field(default_factory=dict[str, tuple[Place, ...]])
+    """Where the arrays stand in the model, if it was flattened to a dict before this walk."""
 
     @functools.cached_property
     def key(self) -> Any:
         """Equal for the layouts of models that are walked alike."""
-        return _node_key(self.root)
+        typed = any(place.kinds for places in self.told.values() for place in places)
+        told = [(name, *((str(p.path), p.kinds) for p in ps)) for name, ps in self.told.items()]
+        return (_node_key(self.root), *told) if typed else _node_key(self.root)
+
+    @functools.cached_property
+    def parameters(self) -> list[Parameter]:
+        """What is known of each leaf."""
+        found: list[list[Place]] = [[] for _ in self.paths]
+        for leaf, place in places_of(self.root, KeyPath(), ()):
+            found[leaf] += self.told.get(str(place.path), (place,))
+        return [Parameter(tuple(ps), shape) for ps, shape in zip(found, self.shapes, strict=True)]
 
 
 def _node_key(node: Node) -> Any:
@@ -116,6 +151,21 @@ def leaf_paths(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
         yield path, node.leaf
     for key, child in node.live:
         yield from leaf_paths(child, extended(node, path, key))
+
+
+def places_of(node: Node, path: KeyPath, kinds: tuple[type, ...]) -> Iterator[tuple[int, Place]]:
+    """(leaf, place) for every place below a node that stands in containers of some types."""
+    if node.leaf >= 0:
+        yield node.leaf, Place(path, kinds)
+    if node.kind is not None and not _plain(node.kind):
+        kinds = (*kinds, node.kind)
+    for key, child in node.live:
+        yield from places_of(child, extended(node, path, key), kinds)
+
+
+def _plain(kind: type) -> bool:
+    """Whether containers of this type say nothing of what they hold."""
+    return issubclass(kind, dict | list) or (issubclass(kind, tuple) and not hasattr(kind, "_fields"))
 
 
 def find(node: Node, key: object) -> Node | None:
@@ -145,5 +195,10 @@ def joined(first: Layout, second: Layout) -> Layout:
         leaves=a.leaves + tuple(leaf + n for leaf in b.leaves),
     )
     return Layout(
-        root, first.paths + second.paths, first.places + second.places, first.floats + second.floats
+        root,
+        first.paths + second.paths,
+        first.places + second.places,
+        first.floats + second.floats,
+        first.shapes + second.shapes,
+        {**first.told, **second.told},
     )

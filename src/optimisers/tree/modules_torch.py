@@ -19,7 +19,8 @@ from torch.func import functional_call
 from optimisers.arrays.torch import value_and_grad as of_tensors
 from optimisers.errors import BadState
 from optimisers.tree.children import Container
-from optimisers.tree.path import Attr
+from optimisers.tree.layout import Place
+from optimisers.tree.path import Attr, KeyPath
 
 
 def container_of(kind: type) -> Container | None:
@@ -125,12 +126,14 @@ class Route:
 
     def __init__(self, module: object) -> None:
         self.names: list[str] = []
+        self.kinds: list[tuple[type, ...]] = []
+        """The types of the modules around each parameter, outermost first."""
         self.links: list[tuple[Any, str]] = []
         self.dicts: list[Any] = []
         self.absent: list[tuple[Any, str]] = []
         self.inner: list[tuple[Any, str]] = []
         self.known: list[Any] = []
-        self.visit(module, "")
+        self.visit(module, "", ())
         self.sizes = list(map(len, self.dicts))
         self.at = {name: i for i, name in enumerate(self.names)}
         self.first: list[int] = []
@@ -139,13 +142,15 @@ class Route:
         self.found: list[Any] = [d[name] for d, name in self.links]
         """Every parameter as it was last seen; tied ones at every place."""
 
-    def visit(self, module: object, prefix: str) -> None:
+    def visit(self, module: object, prefix: str, around: tuple[type, ...]) -> None:
+        around = (*around, type(module))
         self.dicts += [module._parameters, module._modules]
         for name, p in module._parameters.items():
             if p is None:
                 self.absent.append((module._parameters, name))
             else:
                 self.names.append(prefix + name)
+                self.kinds.append(around)
                 self.links.append((module._parameters, name))
         for name, m in module._modules.items():
             if m is None:
@@ -153,7 +158,7 @@ class Route:
             else:
                 self.inner.append((module._modules, name))
                 self.known.append(m)
-                self.visit(m, f"{prefix}{name}.")
+                self.visit(m, f"{prefix}{name}.", around)
 
     def holds(self, module: object) -> bool:
         """Whether the module still is what it was: the same modules inside, parameters of the same names."""
@@ -212,6 +217,17 @@ def route(module: object) -> Route:
     if found is None or not found.holds(module):
         found = _routes[module] = Route(module)
     return found
+
+
+def places(module: object, called: Callable[[str], str]) -> dict[str, tuple[Place, ...]]:
+    """All places of each parameter of a module, by the name of the first, as `named_parameters` has them;
+    `called` says what names are to be.
+    """
+    way = route(module)
+    found: dict[int, list[Place]] = {}
+    for name, kinds, p in zip(way.names, way.kinds, way.found, strict=True):
+        found.setdefault(id(p), []).append(Place(KeyPath(called(name)), kinds))
+    return {str(several[0].path): tuple(several) for several in found.values()}
 
 
 def parameters(module: object, node: object, names: list[str]) -> list[Any] | None:

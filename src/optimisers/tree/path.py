@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex, overload
 
-from optimisers.errors import NoMatch
-
 
 class Attr(str):
     """A key that is read as an attribute; equal to the plain string."""
@@ -141,32 +139,6 @@ def compiled(pattern: str) -> "re.Pattern[str]":
     return re.compile(text)
 
 
-def first_matches(patterns: Iterable[str], places: Sequence[Sequence[KeyPath]]) -> list[str]:
-    """For each array, given by its places, the first pattern that matches one of them.
-
-    Raises NoMatch for an array that no pattern matches, for a pattern that matches nothing, and for one that
-    others before it leave nothing.
-    """
-    known = list(patterns)
-    found = [[g for g in known if any(matches(g, path) for path in paths)] for paths in places]
-    for fitting, paths in zip(found, places, strict=True):
-        if not fitting:
-            raise NoMatch(
-                f"no rule for {paths[0].code()}; the globs are {', '.join(map(repr, known))}; "
-                f'add "**" for the rest, with None as its rule to train nothing there'
-            )
-    chosen = [fitting[0] for fitting in found]
-    used, won = set[str]().union(*found), {*chosen, "**"}
-    for glob in known:
-        if glob not in used:
-            raise NoMatch(f"{glob!r} matches no parameter; {offered(glob, [paths[0] for paths in places])}")
-        if glob not in won:
-            raise NoMatch(
-                f"{glob!r} takes no parameter, since globs before it match all that it does; put it first"
-            )
-    return chosen
-
-
 def offered(pattern: object, paths: Sequence[KeyPath]) -> str:
     """The paths that there are, and a pattern that matches some where the given one matches none."""
     there = f"there are {listed(paths)}"
@@ -185,6 +157,15 @@ def offered(pattern: object, paths: Sequence[KeyPath]) -> str:
     return there
 
 
-def listed(paths: Iterable[KeyPath], most: int = 6) -> str:
+def gathered(paths: Iterable[object]) -> list[str]:
+    """Paths as text; those that differ in numbers alone are one glob with a count: `layers.*.w (12)`."""
+    alike: dict[str, list[str]] = {}
+    for path in map(str, paths):
+        glob = ".".join(re.sub(r"\d+$", "*", key) for key in path.split("."))
+        alike.setdefault(glob, []).append(path)
+    return [f"{glob} ({len(ps)})" if len(ps) > 1 else ps[0] for glob, ps in alike.items()]
+
+
+def listed(paths: Iterable[object], most: int = 6) -> str:
     names = [str(p) or "the array itself" for p in paths]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -80,7 +80,8 @@ class _Survey:
         self.refuse_overlaps()
         for tie in self.ties:
             self.refuse_tie(tie)
-        return Layout(root, [p[0] for p in self.places], self.places, self.floats), self.arrays
+        shapes = [tuple(x.shape) for x in self.arrays]
+        return Layout(root, [p[0] for p in self.places], self.places, self.floats, shapes), self.arrays
 
     def visit(self, obj: object, path: KeyPath, *, listed: bool) -> Node:
         if registry.isarray(obj):
