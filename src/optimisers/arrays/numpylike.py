@@ -27,7 +27,7 @@ class NumpyLike(Library[HostArray, Dtype], Protocol):
         return x.dtype.kind in "biufc" or self.is_inexact(x)
 
     def type_name(self, dtype: Dtype) -> str:
-        return dtype.name if dtype.isnative else f"byte-swapped {dtype.name}"
+        return _name(dtype)
 
     def memory(self, x: HostArray) -> tuple[int, int, tuple[tuple[int, int], ...]]:
         return self.address(x), x.itemsize, axes_in_memory(x.shape, x.strides)
@@ -199,3 +199,9 @@ def operations(xp: Any) -> dict[str, Callable[..., Any]]:
 def _least(x: HostArray) -> float:
     """The least normal number of the type of the arithmetic."""
     return float(np.finfo(np.result_type(x.dtype, np.float32)).tiny)
+
+
+@functools.cache
+def _name(dtype: Dtype) -> str:
+    """The name of an element type, which NumPy puts together anew each time."""
+    return dtype.name if dtype.isnative else f"byte-swapped {dtype.name}"

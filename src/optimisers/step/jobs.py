@@ -185,6 +185,6 @@ class Steps:
         found: dict[int, Any] = {}
         for step in self.steps:
             if step.new:
-                leaves = step.job.subset.leaves
-                found.update((int(leaves[i]), x) for i, x in step.new.items())
+                leaf = step.job.subset.leaves.tolist().__getitem__
+                found.update(zip(map(leaf, step.new), step.new.values(), strict=True))
         return found
