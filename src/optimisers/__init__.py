@@ -97,6 +97,7 @@ from optimisers.schedules import (
     Linear,
     OneCycle,
     Polynomial,
+    Scaled,
     Schedule,
     Step,
     WarmupStableDecay,
@@ -113,6 +114,7 @@ from optimisers.state.edit import (
     with_hyperparameters,
 )
 from optimisers.state.leaf import Branch, Leaf, State
+from optimisers.step.layers import layer_decay
 from optimisers.step.update import setup, update, update_
 from optimisers.tree.children import register
 from optimisers.tree.path import KeyPath
@@ -234,6 +236,7 @@ __all__ = [
     "SGD",
     "SGDP",
     "SWA",
+    "Scaled",
     "Schedule",
     "ScheduleFree",
     "Selector",
@@ -284,6 +287,7 @@ __all__ = [
     "hyperparameters",
     "isnumeric",
     "kernel",
+    "layer_decay",
     "load_state_dict",
     "matrices",
     "maximum",

@@ -360,6 +360,29 @@ class Join(Schedule):
         _rising(self, self.boundaries)
 
 
+class Scaled(Schedule):
+    """factor times another schedule, which may be any function of the clock: `layer_decay` makes it of rates.
+
+    Optax: `scale_by_learning_rate` behind another. torch: `LambdaLR` over a schedule.
+    """
+
+    schedule: Callable[[Any], Any]
+    factor: float = 1.0
+
+    def __call__(self, clock: float) -> Any:
+        return self.factor * self.schedule(clock)
+
+    def __post_init__(self) -> None:
+        Value.__post_init__(self)
+        _refuse_schedule(_name(self, "factor"), self.factor)
+
+    def check(self) -> None:
+        if not callable(self.schedule) or isinstance(self.schedule, type):
+            raise BadSetting(
+                f"{_name(self, 'schedule')} is {self.schedule!r}; it takes a schedule, such as Constant(0.1)"
+            )
+
+
 # -- pieces of curves ----------------------------------------------------------------------------------------
 
 

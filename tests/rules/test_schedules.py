@@ -21,6 +21,7 @@ from optimisers.schedules import (
     Linear,
     OneCycle,
     Polynomial,
+    Scaled,
     Schedule,
     Step,
     WarmupStableDecay,
@@ -266,6 +267,7 @@ TABLE: list[tuple[Schedule, int | None, float, list[float]]] = [
     (OneCycle(0.1, 80), 80, 0.1 / 25e4, [0.1, 80, 0.3, 25, 1e4]),
     (InverseSqrt(0.1, 10, 0.01), None, 0, [0.1, 10, 0.01]),
     (WarmupStableDecay(0.1, 100, 0, 30), 100, 0.0, [0.1, 100, 0, 30, 0, 0, 1]),
+    (Scaled(Linear(0.1, 0.02, 50), 0.5), 50, 0.01, [0.1, 0.02, 50, 0.5]),
     (
         Join((Linear(0, 0.1, 10), Exponential(0.1, 2.0), Cosine(0.1, 30)), (10, 20)),
         50,
@@ -407,6 +409,7 @@ def test_a_schedule_of_symbols_passes_its_checks() -> None:
         OneCycle(s, s, s, s, s),
         InverseSqrt(s, s, s),
         WarmupStableDecay(s, s, s, s, s, s, s),
+        Scaled(Constant(s), s),
         Join((Constant(s), Constant(s)), (s,)),
     ):
         assert all(n is s for n in numbers(schedule))

@@ -6,18 +6,21 @@ from typing import Any
 from optimisers.errors import BadState
 from optimisers.rule import Rule
 from optimisers.settings import takes
+from optimisers.step.layers import LayerDecay
 from optimisers.tree.layout import Layout
 from optimisers.tree.path import KeyPath
 from optimisers.tree.selectors import first_picks
 
-Rules = Rule | Mapping[Any, Rule | None] | Callable[[KeyPath, Any], Rule | None]
+Rules = Rule | Mapping[Any, Rule | None] | Callable[[KeyPath, Any], Rule | None] | LayerDecay
 """One rule for all arrays, or one by glob or selector, or what a function of path and array says; None trains
-nothing.
+nothing. Or any of these with rates by depth.
 """
 
 
 def choose(rule: Any, layout: Layout, arrays: Sequence[Any]) -> list[Any]:
     """The rule of each leaf."""
+    if isinstance(rule, LayerDecay):
+        return rule.slowed(choose(rule.rule, layout, arrays), layout.parameters)
     if isinstance(rule, Mapping):
         chosen = list(rule.values())
         return [chosen[k] for k in first_picks(list(rule), layout.parameters)]

@@ -25,9 +25,10 @@ from optimisers.settings import (
 )
 from optimisers.settings import parts as parts_of_value
 from optimisers.spellings import ELSEWHERE
+from optimisers.step.layers import LayerDecay
 from optimisers.torch.classes import BESIDE_A_RULE, chained, muon_scale, plain
 from optimisers.tree.layout import Parameter, Place, Told
-from optimisers.tree.path import KeyPath
+from optimisers.tree.path import named_path
 from optimisers.tree.selectors import first_picks, selector
 
 TORCH_NAMES = {
@@ -274,15 +275,54 @@ def by_key(rules: Mapping[Any, Any], named: list[Any], told: Told) -> tuple[list
     return [{"params": found} for found in taken], list(rules.values())
 
 
+def by_depth(
+    decayed: LayerDecay, settings: Mapping[str, Any], named: list[Any], known: Told
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """(groups, their rules): one for each rule at each depth of a module. The settings are those of the rules
+    before their rates fall.
+    """
+    if not all(isinstance(pair, tuple) for pair in named):
+        raise BadState("layer_decay takes a module or named parameters: write model.named_parameters()")
+    rules = rules_of(decayed, settings)
+    parameters = [described(name, p, known) for name, p in named]
+    chosen = [list(rules.values())[k] for k in first_picks(list(rules), parameters)]
+    slowed = decayed.slowed(chosen, parameters)
+    members: dict[int, list[Any]] = {}
+    for pair, rule in zip(named, slowed, strict=True):
+        members.setdefault(id(rule), []).append(pair)
+    by_id = {id(rule): rule for rule in slowed}
+    return [{"params": found} for found in members.values()], [by_id[n] for n in members]
+
+
+def rules_of(decayed: LayerDecay, settings: Mapping[str, Any]) -> dict[Any, Any]:
+    """The rules by key whose rates fall with depth, with those settings that each of them takes."""
+    rules = dict(decayed.rule) if isinstance(decayed.rule, Mapping) else {"**": decayed.rule}
+    found: dict[Any, Any] = {}
+    for key, rule in rules.items():
+        if rule is not None and not isinstance(rule, Rule):
+            raise BadState(
+                f"TorchOptimizer was given layer_decay({rule!r}); it takes a rule, such as AdamW()"
+            )
+        takes = {} if rule is None else meanings_of(rule)
+        own = {k: v for k, v in settings.items() if k in takes or k not in ASKING}
+        found[key] = None if rule is None else told(rule, own, "TorchOptimizer")
+    return found
+
+
 def described(name: str, p: Any, told: Told) -> Parameter:
     """What is known of a named parameter."""
-    return Parameter(told.get(name, (Place(KeyPath(name), ()),)), tuple(p.shape))
+    return Parameter(told.get(name, (Place(named_path(name), ()),)), tuple(p.shape))
 
 
 def matching(rules: Mapping[Any, Any], given: Mapping[str, Any]) -> Any:
     """The rule of the key that takes all parameters of a group, each first; that of the last key where there
-    is none.
+    is none. Raises BadState where there are no keys.
     """
+    if not rules:
+        raise BadState(
+            "a group that is added where rates fall with depth needs its rule: write "
+            "add_param_group({'params': ..., 'rule': opt.AdamW(1e-4)})"
+        )
     params = given["params"]
     listed = [params] if isinstance(params, torch.Tensor) else list(params)
     names = given.get("param_names") or [""] * len(listed)

@@ -17,10 +17,20 @@ from optimisers.errors import BadSetting, BadState, TreeMismatch, UnknownField
 from optimisers.rule import Rule
 from optimisers.settings import is_schedule, numbers
 from optimisers.state.leaf import handle
+from optimisers.step.layers import LayerDecay
 from optimisers.step.update import takes_scaling, update_listed
 from optimisers.torch.classes import HOW, plain
 from optimisers.torch.convert import as_ours
-from optimisers.torch.groups import ASKING, by_key, matching, meanings_of, require_dense, told
+from optimisers.torch.groups import (
+    ASKING,
+    by_depth,
+    by_key,
+    matching,
+    meanings_of,
+    require_dense,
+    rules_of,
+    told,
+)
 from optimisers.torch.keeping import Keeper, plain_entries
 from optimisers.torch.loading import arranged, bare_name, misfit, names_of_others, saved_groups
 from optimisers.torch.param_group import ParamGroup
@@ -41,8 +51,8 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     `params` is a module, or what every optimiser of torch takes: parameters, (name, parameter) pairs, or
     dicts of groups. `rule` is a rule, or for a module or named parameters a dict whose keys are globs over
-    names and selectors, where the first that picks a parameter wins; None trains nothing there. `settings`
-    adjust the rule: `lr=3e-4`.
+    names and selectors, where the first that picks a parameter wins; None trains nothing there; or
+    `layer_decay(rule)`. `settings` adjust the rule: `lr=3e-4`.
 
     Every hyper-parameter of the rule stands in the groups by its name, `eta` as `lr`; `beta`, `epsilon`,
     `lam` and the `rho` of Momentum and Nesterov also as `betas`, `eps`, `weight_decay` and `momentum`.
@@ -83,6 +93,10 @@ class TorchOptimizer(torch.optim.Optimizer):
             params, self._given = by_key(rule, list(params), self._keeper.told)
             self._globs = dict(rule)
             self._refuse_strange(settings, [r for r in rule.values() if r is not None])
+        elif isinstance(rule, LayerDecay):
+            self._refuse_strange(settings, [r for r in rules_of(rule, {}).values() if r is not None])
+            params, self._given = by_depth(rule, settings, list(params), self._keeper.told)
+            self._globs, self._common = {}, {}
         elif isinstance(rule, Rule):
             self._refuse_strange(settings, [rule])
             self._rule = told(rule, settings, "TorchOptimizer")

@@ -9,26 +9,20 @@ from typing import Any, final
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from optimisers.errors import BadSetting
-from optimisers.settings import Value
+from optimisers.schedules import Scaled
 
 ABSOLUTE = ("max_lr", "swa_lr")
 """Keys that stand in a group before a scheduler starts which sets rates of its own."""
 
 
 @final
-class Scaled(Value):
+class Governed(Scaled):
     """A schedule times the factor that a scheduler of torch has set."""
 
-    schedule: Any
-    factor: float = 1.0
 
-    def __call__(self, clock: Any) -> Any:
-        return self.factor * self.schedule(clock)
-
-
-def scaled(schedule: Any, factor: float) -> Scaled:
-    """A schedule with a factor in place of the one it may have."""
-    return Scaled(schedule.schedule if isinstance(schedule, Scaled) else schedule, factor)
+def scaled(schedule: Any, factor: float) -> Governed:
+    """A schedule with a factor in place of the one that a scheduler may have set."""
+    return Governed(schedule.schedule if isinstance(schedule, Governed) else schedule, factor)
 
 
 def marks(step: object) -> bool:

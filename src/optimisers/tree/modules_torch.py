@@ -20,7 +20,7 @@ from optimisers.arrays.torch import value_and_grad as of_tensors
 from optimisers.errors import BadState
 from optimisers.tree.children import Container
 from optimisers.tree.layout import Place
-from optimisers.tree.path import Attr, KeyPath
+from optimisers.tree.path import Attr, named_path
 
 
 def container_of(kind: type) -> Container | None:
@@ -226,7 +226,7 @@ def places(module: object, called: Callable[[str], str]) -> dict[str, tuple[Plac
     way = route(module)
     found: dict[int, list[Place]] = {}
     for name, kinds, p in zip(way.names, way.kinds, way.found, strict=True):
-        found.setdefault(id(p), []).append(Place(KeyPath(called(name)), kinds))
+        found.setdefault(id(p), []).append(Place(named_path(called(name)), kinds))
     return {str(several[0].path): tuple(several) for several in found.values()}
 
 

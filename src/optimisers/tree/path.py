@@ -107,6 +107,11 @@ class KeyPath(Sequence[Any]):
         return True
 
 
+def named_path(name: str) -> KeyPath:
+    """The path that a dotted name stands for, as torch names parameters: `blocks.0.weight`."""
+    return KeyPath(*(int(key) if key.isdigit() else Attr(key) for key in name.split(".")))
+
+
 def step(here: Any, key: Any) -> Any:
     """The child of `here` under `key`: an item, or an attribute where there are no items."""
     return getattr(here, key) if named(here, key) else here[key]
@@ -159,11 +164,23 @@ def offered(pattern: object, paths: Sequence[KeyPath]) -> str:
 
 def gathered(paths: Iterable[object]) -> list[str]:
     """Paths as text; those that differ in numbers alone are one glob with a count: `layers.*.w (12)`."""
-    alike: dict[str, list[str]] = {}
-    for path in map(str, paths):
-        glob = ".".join(re.sub(r"\d+$", "*", key) for key in path.split("."))
-        alike.setdefault(glob, []).append(path)
-    return [f"{glob} ({len(ps)})" if len(ps) > 1 else ps[0] for glob, ps in alike.items()]
+    alike: dict[str, list[list[str]]] = {}
+    for path in paths:
+        keys = str(path).split(".")
+        alike.setdefault(".".join(map(_unnumbered, keys)), []).append(keys)
+    return [
+        ".".join(map(_common, zip(*ps, strict=True))) + f" ({len(ps)})" * (len(ps) > 1)
+        for ps in alike.values()
+    ]
+
+
+def _unnumbered(key: str) -> str:
+    return re.sub(r"\d+$", "*", key)
+
+
+def _common(keys: tuple[str, ...]) -> str:
+    """The keys at one place of several paths as one key."""
+    return keys[0] if len(set(keys)) == 1 else _unnumbered(keys[0])
 
 
 def listed(paths: Iterable[object], most: int = 6) -> str:
