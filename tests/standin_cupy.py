@@ -227,6 +227,8 @@ OPERATORS = {
     "truediv": "divide",
     "pow": "power",
     "and": "bitwise_and",
+    "xor": "bitwise_xor",
+    "rshift": "right_shift",
     "lt": "less",
     "le": "less_equal",
     "gt": "greater",
@@ -413,7 +415,9 @@ def part(name: str) -> Callable[..., Any]:
 WHOLE = ("matmul", "reshape", "where", "real", "imag", "sum", "max", "min", "transpose", "call")
 """Words that are no function of single elements alone."""
 
-WORDS = sorted({n for n in OPERATIONS if n not in WHOLE and hasattr(np, n)} | {"bitwise_and"})
+BITWISE = ("bitwise_and", "bitwise_xor", "right_shift")
+
+WORDS = sorted({n for n in OPERATIONS if n not in WHOLE and hasattr(np, n)} | set(BITWISE))
 
 FUNCTIONS: dict[str, Any] = {
     **{name: elementwise(name) for name in WORDS},
@@ -426,6 +430,7 @@ FUNCTIONS: dict[str, Any] = {
     "iscomplexobj": lambda x: x.dtype.kind == "c",
     "size": lambda x: x.size,
     "asanyarray": asarray,
+    "arange": lambda n, dtype: wrapped(np.arange(n, dtype=dtype)),
     "asnumpy": lambda a: a.get(),
     "where": where,
     "array": array,

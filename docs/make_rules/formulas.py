@@ -20,6 +20,7 @@ from docs.make_rules.letters import (
     LETTERS,
     POWER,
     PRODUCT,
+    RANDOM,
     REDUCTIONS,
     SUM,
     bars,
@@ -160,6 +161,8 @@ class Printer:
         out = [self._equation(name, e, guards_of.get(name, [])) for name, e in named if name != "t"]
         done = {name for name, _ in named}
         out += [self._equation(name, e, guards, own=False) for name, e, guards in outputs if name not in done]
+        kinds = dict.fromkeys(dict(e.options)["kind"] for e in order(roots) if e.op == "random")
+        out += [rf"{name} &\sim {law}" for name, law in (RANDOM[kind] for kind in kinds)]
         return out + [rf"&\text{{needs }} {self.text(c, 0)}" for c in checks]
 
     def _outputs(self) -> list[tuple[str, Expr, list[Expr]]]:
@@ -200,7 +203,7 @@ class Printer:
         for e in nodes:
             inner = (1 if id(a) in self.names else weights[id(a)] for a in e.args if a.args)
             weights[id(e)] = 1 + sum(inner) if e.args else 0
-            if not e.args or id(e) in self.names or e.op in THROUGH:
+            if not e.args or id(e) in self.names or e.op in (*THROUGH, "random"):
                 continue
             name = self._called(e, weights[id(e)], shared=uses[id(e)] > 1)
             if name is None:
@@ -259,6 +262,8 @@ class Printer:
             return self._number(e)
         if e.op in GIVEN:
             return GIVEN[e.op], ATOM
+        if e.op == "random":
+            return RANDOM[dict(e.options)["kind"]][0], ATOM
         if e.op in ("add", "subtract"):
             return self._sum(e), SUM
         if e.op in ("multiply", "divide", "negative"):

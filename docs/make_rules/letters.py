@@ -51,6 +51,13 @@ COMPARISONS = {
     "logical_and": r"\land",
     "logical_or": r"\lor",
 }
+RANDOM = {
+    "normal": (r"\xi_t", r"\mathcal{N}(0, 1)"),
+    "uniform": ("u_t", r"\mathcal{U}(0, 1)"),
+    "rademacher": ("z_t", r"\mathcal{U}\{-1, 1\}"),
+}
+"""Kind of random numbers -> their letter, and how they are distributed."""
+
 GIVEN = {"clock": r"\text{clock}", "size": "N", "loss": "f_t"}
 """What a step is given beside arrays and settings."""
 

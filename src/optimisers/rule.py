@@ -123,7 +123,7 @@ def stepped(rule: Rule, state: object, x: Any, dx: Any, more: tuple[Any, ...] = 
         )
     now = at_clock.get()
     resolved = rule if now is None else now(rule)
-    token = asking.set(type(rule))
+    token = asking.set(rule)
     try:
         with one_step() as rates:
             known = len(rates)
@@ -174,9 +174,9 @@ def rate_before(rule: Rule) -> Any:
     return rates[-1]
 
 
-asking: contextvars.ContextVar[type | None] = contextvars.ContextVar("asking", default=None)
-"""The type of the rule that is being applied: a total is summed over the leaves whose rules of this type ask
-for it.
+asking: contextvars.ContextVar[Rule | None] = contextvars.ContextVar("asking", default=None)
+"""The rule that is being applied: a total is summed over the leaves whose rules of its type ask for it, and
+each rule has random numbers of its own.
 """
 
 

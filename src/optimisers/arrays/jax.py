@@ -10,6 +10,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from optimisers.arrays import philox
+from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.norms import norm2
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape
 from optimisers.errors import BadSetting
@@ -90,6 +92,19 @@ def _real_number(x: Array | Scalar) -> Any:
     return x if x.dtype in (jnp.float32, jnp.float64) else x.astype(float)
 
 
+def _random_word(
+    like: Array | jax.ShapeDtypeStruct, seed: Any, step: Any, first: Any, last: Any, **which: int
+) -> Array:
+    """Random bits for every element of an array, as whole numbers."""
+    shape = like.shape or (1,)
+    low = jnp.zeros(shape, jnp.uint32)
+    for axis, stride in enumerate(contiguous_strides(shape)):
+        low += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
+    seed, step, first, last = (jnp.asarray(v).astype(jnp.uint32) for v in (seed, step, first, last))
+    found = philox.word((low, jnp.zeros((), jnp.uint32)), seed, step, (first, last), np.uint32, **which)
+    return found.reshape(like.shape)
+
+
 def _extreme(reduce: Callable[..., Any], empty: float) -> Callable[..., Any]:
     def reduced(x: Array | Scalar, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Any:
         if axis is None and not keepdims and jnp.size(x) == 0:
@@ -147,6 +162,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "to_float16": _to_float16,
     "to_bfloat16": _to_bfloat16,
     "to_float32": _to_float32,
+    "random_word": _random_word,
     "sum": jnp.sum,
     "max": _extreme(jnp.max, -math.inf),
     "min": _extreme(jnp.min, math.inf),

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from optimisers.arrays import philox
 from optimisers.arrays.layout import axes_in_memory, permutation
 from optimisers.arrays.norms import norm2
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape, Strides
@@ -119,6 +120,16 @@ def _there_and_back(dtype: Any, xp: ModuleType, x: HostArray) -> Any:
     return x.astype(dtype).astype(x.dtype if x.dtype.kind == "f" else np.float64)
 
 
+def _random_word(xp: Any, like: HostArray, seed: Any, step: Any, first: Any, last: Any, **which: int) -> Any:
+    """Random bits for every element of an array, as whole numbers."""
+    at = xp.arange(like.size, dtype=np.uint64)
+    low, high = (at & np.uint64(philox.MASK)).astype(np.uint32), (at >> np.uint64(32)).astype(np.uint32)
+    given = (xp.asarray(v).reshape(1).astype(np.uint32) for v in (seed, step, first, last))
+    seed, step, first, last = given
+    found = philox.word((low, high), seed, step, (first, last), np.uint32, **which)
+    return found.reshape(like.shape)
+
+
 def _sum(xp: ModuleType, x: HostArray, axis: Axis = None, keepdims: bool = False) -> Any:
     """Whole sums are taken in float64 at least, as the fused kernels take them."""
     if axis is None and not keepdims:
@@ -185,6 +196,7 @@ def operations(xp: Any) -> dict[str, Callable[..., Any]]:
         "to_float16": functools.partial(_there_and_back, np.float16, xp),
         "to_bfloat16": functools.partial(_to_bfloat16, xp),
         "to_float32": functools.partial(_there_and_back, np.float32, xp),
+        "random_word": functools.partial(_random_word, xp),
         "sum": functools.partial(_sum, xp),
         "max": _extreme(xp, "max", -np.inf),
         "min": _extreme(xp, "min", np.inf),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from optimisers.arrays import philox
 from optimisers.arrays.norms import norm2
 from optimisers.arrays.protocol import Scalar
 
@@ -85,6 +86,32 @@ def _there_and_back(dtype: torch.dtype) -> Callable[[Any], Tensor]:
     return operation
 
 
+def _random_word(like: Tensor, seed: Any, step: Any, first: Any, last: Any, **which: int) -> Tensor:
+    """Random bits for every element of an array, as whole numbers; each part of one that is distributed has
+    those of its place in the whole.
+    """
+    at = torch.arange(like.numel(), device=like.device).reshape(like.shape)
+    if shared := getattr(like, "placements", None):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        mesh = like.device_mesh  # pyright: ignore[reportAttributeAccessIssue] it is a DTensor
+        whole = distribute_tensor(at, mesh, shared, src_data_rank=None)
+        found = _random_word_of(whole.to_local(), seed, step, first, last, **which)
+        return DTensor.from_local(
+            found, mesh, shared, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+    return _random_word_of(at, seed, step, first, last, **which)
+
+
+def _random_word_of(at: Tensor, seed: Any, step: Any, first: Any, last: Any, **which: int) -> Tensor:
+    """The same for elements by their number."""
+    seed, step, first, last = (
+        torch.as_tensor(v, device=at.device).to(torch.int64) for v in (seed, step, first, last)
+    )
+    element = at & philox.MASK, at >> 32
+    return philox.word(element, seed, step, (first, last), int, **which)
+
+
 def _where(condition: Tensor | bool, a: Tensor | Scalar, b: Tensor | Scalar) -> Any:
     if not isinstance(condition, Tensor):
         return a if condition else b
@@ -153,6 +180,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "to_float16": _there_and_back(torch.float16),
     "to_bfloat16": _there_and_back(torch.bfloat16),
     "to_float32": _there_and_back(torch.float32),
+    "random_word": _random_word,
     "sum": _sum,
     "max": _extreme(torch.amax, -math.inf),
     "min": _extreme(torch.amin, math.inf),

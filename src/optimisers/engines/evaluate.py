@@ -28,7 +28,8 @@ def evaluate(
     """The values of the roots and of all below them, by id, with arithmetic in the type `wide`.
 
     `given` has the array of a `load`, as it lies in memory, and the number of a `column`; `found` has values
-    that are known already, and gets the new ones.
+    that are known already, and gets the new ones. `operation` gives the functions; that of random words
+    knows how many elements they are for.
     """
     found = {} if found is None else found
     apply: Callable[[str], Callable[..., Any]] = operation or library.operations.__getitem__
@@ -49,6 +50,8 @@ def evaluate(
                 found[id(e)] = convert(args[0], types[e.type])
             case "spread" | "store":
                 found[id(e)] = args[0]
+            case "random_word":
+                found[id(e)] = convert(apply(e.op)(*args, **dict(e.options)), types["real"])
             case "call":
                 found[id(e)] = apply("call")(dict(e.options)["function"], *args)
             case op:

@@ -13,9 +13,9 @@ from optimisers.engines.checks import checked_gradient, checked_x, local_shape
 from optimisers.engines.evaluate import evaluate
 from optimisers.engines.memory import NOTHING, Spans, looked
 from optimisers.engines.task import Engine, Holds, Members, Step
-from optimisers.errors import TraceError
+from optimisers.errors import BadState, TraceError
 from optimisers.graph.expr import Expr
-from optimisers.graph.passes import Outputs, is_input, number_of, outputs, reduce_pass
+from optimisers.graph.passes import Outputs, draws, is_input, number_of, outputs, reduce_pass
 from optimisers.state.buffers import Loose
 
 NAME = "interpret"
@@ -67,6 +67,8 @@ class Values:
         function = self.library.operations[name]
         if name == "call":
             return function
+        if name == "random_word":
+            return functools.partial(function, self.step.xs[self.leaf])
 
         def computed(*args: Any, **options: Any) -> Any:
             try:
@@ -99,6 +101,11 @@ def begin(step: Step) -> None:
     leaves = range(step.leaves)
     if step.job.traced:
         step.shapes = [local_shape(step, i) for i in leaves]
+        if draws(step.program) and list(step.shapes) != list(step.job.subset.places.shapes):
+            raise BadState(
+                f"{type(step.job.group.rule).__name__} draws random numbers, inside a map over shards, where "
+                "none of them knows its place in the whole; take the step outside it, in jax.jit alone"
+            )
     xs = [checked_x(step, i) for i in leaves]
     step.grads = tuple([checked_gradient(step, order, i) for i in leaves] for order in range(len(step.grads)))
     step.xs = xs

@@ -9,6 +9,7 @@ from optimisers.engines.checks import checked_x
 from optimisers.engines.memory import Spans, looked
 from optimisers.engines.task import Engine, Step
 from optimisers.errors import TreeMismatch
+from optimisers.graph.passes import draws
 from optimisers.rule import Rule
 from optimisers.settings import parts
 from optimisers.state.buffers import Loose, Pack
@@ -23,7 +24,7 @@ def by_rows(rule: Rule) -> bool:
 def allowed(group: Group) -> bool:
     """The same for the rule of a group; remembered by the group."""
     if group.memo.by_rows is None:
-        group.memo.by_rows = by_rows(group.rule)
+        group.memo.by_rows = by_rows(group.rule) and not draws(group.program)
     return group.memo.by_rows
 
 

@@ -15,9 +15,10 @@ from optimisers.engines.memory import Known, Spans, merged
 from optimisers.engines.totals import Totals, on_host
 from optimisers.errors import BadState, DomainError, TraceError
 from optimisers.graph.expr import Expr
-from optimisers.graph.passes import Pass, stages
+from optimisers.graph.passes import Pass, draws, stages
 from optimisers.graph.scalars import Scalars, Table, counters
 from optimisers.graph.trace import Program, total_join
+from optimisers.ops.random import number_of_leaf
 from optimisers.state.buffers import Indices, Pack
 from optimisers.state.group import Group
 from optimisers.state.memo import Subset
@@ -322,10 +323,20 @@ def picked(packs: tuple[Pack, ...], subset: Subset) -> tuple[Pack, ...]:
 def _scalars(step: Step) -> Scalars:
     """The scalars of a step: on the host, or with the operations of who traces them."""
     table = step.job.table
+    names = _names(step) if draws(step.program) else None
     if not step.job.traced:
-        return Scalars(table.values, step.row, step.sizes, table.clock, host)
+        return Scalars(table.values, step.row, step.sizes, table.clock, host, names)
     values = step.library.on_device(table.values, step.kind.device)
-    return Scalars(values, step.row, step.sizes, table.clock, step.library)
+    return Scalars(values, step.row, step.sizes, table.clock, step.library, names)
+
+
+def _names(step: Step) -> Indices:
+    """The number of each leaf in two halves, by which it has random numbers of its own."""
+    subset = step.job.subset
+    if subset.names is None:
+        found = [number_of_leaf(step.job.paths[i]) for i in subset.leaves.tolist()]
+        subset.names = np.array(found, np.int64).reshape(-1, 2).T
+    return subset.names
 
 
 def refuse(holds: Any, values: list[Any], message: str, paths: Sequence[str]) -> None:

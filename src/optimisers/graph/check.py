@@ -20,6 +20,7 @@ _ARGUMENTS = {
     **dict.fromkeys(("less", "less_equal", "greater", "greater_equal", "equal", "not_equal"), 2),
     **dict.fromkeys(("logical_and", "logical_or", "matmul", "join_bits"), 2),
     "where": 3,
+    "random_word": 4,
 }
 """How many arguments a node has; 1 unless it stands here."""
 
@@ -68,7 +69,7 @@ def _domain_fault(e: Expr) -> str | None:
         wrong = {"array": "free", "free": "array", "scalar": "scalar"}[e.domain]
         return f"a {wrong} value stored as {e.domain}" if wrong in domains else None
     family = OPERATIONS[e.op].family if e.op in OPERATIONS else "elementwise"
-    faults = {"shape": _shape_fault, "reduce": _reduction_fault}
+    faults = {"shape": _shape_fault, "reduce": _reduction_fault, "random": _random_fault}
     return faults.get(family, _elements_fault)(e, domains)
 
 
@@ -84,6 +85,10 @@ def _reduction_fault(e: Expr, domains: set[str]) -> str | None:
     if e.domain == "free" or (e.domain == "scalar" and domains != {"scalar"}):
         return None
     return f"{e.op} gives a scalar of an array"
+
+
+def _random_fault(e: Expr, domains: set[str]) -> str | None:
+    return None if e.domain == "array" and domains == {"scalar"} else f"{e.op} is an array of scalars"
 
 
 def _elements_fault(e: Expr, domains: set[str]) -> str | None:

@@ -4,8 +4,9 @@ Grammar. A node is `op(arguments)`:
 
     number i      hyper-parameter or counter i of a leaf            clock        updates finished so far
     input name    an array: x, dx, dx2, ..., s0, s1, ...            const value  written in the rule
-    size          how many elements x has
+    size          how many elements x has                           leaf i       half i of a leaf's number
     <operation>   one of `OPERATIONS` (sum, max and min of a whole array give a scalar)
+    random        random numbers of a kind, one an element of x, of (seed, step, leaf 0, leaf 1)
     total         the sum of a scalar over the leaves stepped together
 
 Domain: `scalar` (one number a leaf), `array` (one number an element of x), or `free` (an array of another
@@ -116,4 +117,4 @@ def show(e: Expr, depth: int = 6) -> str:
     inner = [show(a, depth - 1) for a in e.args]
     if e.op in INFIX and len(inner) == 2:
         return f"({inner[0]} {INFIX[e.op]} {inner[1]})"
-    return f"{e.op}({', '.join(inner)})"
+    return f"{dict(e.options).get('kind', e.op)}({', '.join(inner)})"

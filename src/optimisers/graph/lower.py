@@ -10,6 +10,7 @@ arithmetic, float32 or float64, and complex for the complex type that is made of
                   as a condition that holds
     spread (v)    a value of another shape, broadcast to the shape of x
     store name (v)  v, rounded to what lies in the array
+    random_word   random bits for each element of x, of four scalars
     <operation>   one of `OPERATIONS`, its arguments of the types that it takes; real and complex numbers may
                   stand together
 
@@ -18,9 +19,11 @@ arithmetic, float32 or float64, and complex for the complex type that is made of
 
 from optimisers.errors import TraceError
 from optimisers.graph.expr import Expr, cuts, order
+from optimisers.graph.symbol import Symbol
 from optimisers.ops.dispatch import OPERATIONS
+from optimisers.ops.random import of_words
 
-LEAVES = frozenset({"load", "column", "const", "number", "clock", "size", "known"})
+LEAVES = frozenset({"load", "column", "const", "number", "clock", "size", "leaf", "known"})
 """What is given to a graph."""
 
 _THROUGH = frozenset({"transpose", "reshape", "identity", "scheduled"})
@@ -84,7 +87,7 @@ class Lowering:
         return self.scalars[id(e)][1]
 
     def _scalar(self, e: Expr) -> Expr:
-        if e.op in ("number", "clock", "size", "const"):
+        if e.op in ("number", "clock", "size", "leaf", "const"):
             return e
         if cuts(e) or e.op in ("total", "loss"):
             return Expr("known", type=e.type, value=e)
@@ -143,8 +146,21 @@ class Lowering:
             return e
         if e.op == "input":
             return Expr("load", domain=e.domain, type=e.type, value=e.value, shape=e.shape_)
+        if e.op == "random":
+            return self._operand(_of_words(e), e.type, e.domain)
         args = tuple(self._operand(a, wanted(e, i), e.domain) for i, a in enumerate(e.args))
         return Expr(e.op, args, domain=e.domain, type=e.type, options=e.options, shape=e.shape_)
+
+
+def _of_words(e: Expr) -> Symbol:
+    """Random numbers, said with random words."""
+    options = dict(e.options)
+
+    def word(which: int, bits: int) -> Symbol:
+        chosen = (("bits", bits), ("draw", options["draw"]), ("which", which))
+        return Symbol("random_word", e.args, domain="array", options=chosen, shape=e.shape_)
+
+    return of_words(options["kind"], word, whole=e.type == "complex")
 
 
 def _cast(e: Expr, want: str) -> Expr:

@@ -65,6 +65,12 @@ class Outputs:
 
 
 @kept
+def draws(program: Program) -> bool:
+    """Whether a step needs random numbers."""
+    return any(e.op == "random" for e in order(program.roots, guards=True))
+
+
+@kept
 def outputs(program: Program, holds: tuple[bool, ...] | None) -> Outputs:
     """The arrays that a step stores where condition i of the program holds or not; what does not run is left
     out. With None the conditions stay in the graph.

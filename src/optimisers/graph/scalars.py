@@ -22,11 +22,13 @@ class Scalars:
     """The values of scalar nodes for leaves that share a program.
 
     `numbers` is the table (rows, numbers), `clock` that of each row, `row` the row of each leaf, `sizes` its
-    number of elements.
+    number of elements, `names` its number in two halves, for random numbers.
     """
 
-    def __init__(self, numbers: Any, row: Any, sizes: Any, clock: Any, library: Any = host) -> None:
-        self.numbers, self.row, self.sizes, self.clock = numbers, row, sizes, clock
+    def __init__(
+        self, numbers: Any, row: Any, sizes: Any, clock: Any, library: Any = host, names: Any = None
+    ) -> None:
+        self.numbers, self.row, self.sizes, self.clock, self.names = numbers, row, sizes, clock, names
         self.library = library
         self.values: dict[int, Any] = {}
         self.of_leaf: dict[int, bool] = {}
@@ -76,6 +78,8 @@ class Scalars:
             value = self.library.constant(self.clock, self.numbers)
         elif e.op == "size":
             value, leafy = self.library.constant(self.sizes, self.numbers), True
+        elif e.op == "leaf":
+            value, leafy = self.library.constant(self.names[e.value], self.numbers), True
         elif e.op == "scheduled":
             value = self.values[id(e.args[0])]
             if e.options:
@@ -144,7 +148,7 @@ def below(e: Expr) -> tuple[Expr, ...]:
 @kept
 def is_plain(e: Expr) -> bool:
     """Whether a scalar node is made of numbers of a rule and the clock alone."""
-    return not any(cuts(n) or n.op in ("size", "total", "loss") or is_called(n) for n in below(e))
+    return not any(cuts(n) or n.op in ("size", "leaf", "total", "loss") or is_called(n) for n in below(e))
 
 
 def is_called(e: Expr) -> bool:

@@ -14,7 +14,8 @@ from optimisers.errors import TraceError
 from optimisers.graph.expr import Expr, Guard, Options, show
 from optimisers.ops.dispatch import OPERATIONS, dispatch
 from optimisers.ops.primitives import ROUNDINGS
-from optimisers.rule import asking
+from optimisers.ops.random import DRAWS
+from optimisers.rule import Rule, asking
 
 
 class Trace:
@@ -30,7 +31,12 @@ class Trace:
         """The loss of the step, where the rule asks for it."""
         self.totals: dict[str, int] = {}
         """How many totals each type of rule has asked for."""
+        self.drawing: list[Rule | None] = []
+        """The rules that have drawn random numbers, in their order."""
 
+
+MOST_DRAWING = 256 // DRAWS
+"""How many rules of a chain may draw random numbers."""
 
 _current: contextvars.ContextVar[Trace | None] = contextvars.ContextVar("trace", default=None)
 
@@ -188,8 +194,8 @@ class Symbol(Expr):
     def __total__(s: "Symbol", p: int) -> Any:
         if s.domain != "scalar":
             raise TraceError("total() was given an array; it takes a scalar: total(sum(...))")
-        trace, rule = current(), asking.get()
-        name = f"{rule.__module__}.{rule.__qualname__}" if rule else ""
+        trace, rule = current(), type(asking.get())
+        name = f"{rule.__module__}.{rule.__qualname__}"
         count = trace.totals[name] = trace.totals.get(name, 0) + 1
         return make(
             "total", (s,), options=(("of", f"{name} {count}"), ("join", "norm2" if p == 2 else "sum"))
@@ -210,6 +216,25 @@ class Symbol(Expr):
     @staticmethod
     def __clock__() -> "Symbol":
         return current().clocks.now()
+
+    @staticmethod
+    def __random__(kind: str, x: "Symbol", seed: Any, draw: int) -> "Symbol":
+        """Random numbers in the shape of `x`; each rule of a chain has its own, whatever the seeds are."""
+        seed = lift(seed)
+        if x.domain != "array" or seed.domain != "scalar" or seed.type == "complex":
+            raise TraceError(f"{kind}(x, seed) takes an array in the shape of the parameters and a number")
+        trace, rule = current(), asking.get()
+        place = next((i for i, known in enumerate(trace.drawing) if known is rule), len(trace.drawing))
+        if place == len(trace.drawing):
+            trace.drawing.append(rule)
+        if place >= MOST_DRAWING:
+            raise TraceError(f"more than {MOST_DRAWING} rules of a chain draw random numbers")
+        args = (seed, trace.clocks.now(), Symbol("leaf", value=0), Symbol("leaf", value=1))
+        options = (("draw", place * DRAWS + draw), ("kind", kind))
+        whole = kind == "normal" and x.type == "complex"
+        made = make("random", args, domain="array", type="complex" if whole else "real", options=options)
+        made.shape_ = x.shape_
+        return made
 
     @staticmethod
     def __loss__() -> "Symbol":

@@ -62,6 +62,7 @@ from optimisers.ops.primitives import (
     transpose,
     where,
 )
+from optimisers.ops.random import normal, rademacher, uniform
 from optimisers.ops.state import (
     copy,
     full_like,
@@ -128,9 +129,11 @@ __all__ = [
     "negative",
     "norm",
     "norm2",
+    "normal",
     "not_equal",
     "ones_like",
     "power",
+    "rademacher",
     "real",
     "real_zeros_like",
     "reshape",
@@ -145,6 +148,7 @@ __all__ = [
     "transpose",
     "typed_zeros_like",
     "under",
+    "uniform",
     "when",
     "where",
     "zeros_like",

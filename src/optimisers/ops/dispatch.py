@@ -16,8 +16,8 @@ class Primitive:
 
     name: str
     family: str
-    """`elementwise`; `reduce` (to one number, or along an axis); `shape` (free in its shape: closes a
-    phase).
+    """`elementwise`; `random` (for each element, of scalars alone); `reduce` (to one number, or along an
+    axis); `shape` (free in its shape: closes a phase).
     """
     gives: str
     """`same` as the arguments, `real`, `bool`, or `branch`: the type of its arguments after the first."""

@@ -230,6 +230,23 @@ def to_float32(x: Operand) -> Any:
     """x as it comes back from an array of float32."""
 
 
+@primitive("random", gives="real")
+def random_word(
+    x: Operand,
+    seed: Operand,
+    step: Operand,
+    first: Operand,
+    last: Operand,
+    *,
+    draw: int,
+    which: int,
+    bits: int,
+) -> Any:
+    """Random bits for every element of `x` as whole numbers in [0, 2^bits), by `arrays.philox`; `first` and
+    `last` are the number of the array. In a lowered graph it takes the four scalars alone.
+    """
+
+
 # -- reductions: of a whole array to one number (these stay fused), or along an axis -------------------------
 
 

@@ -22,6 +22,8 @@ class Subset:
     places: Places
     slots: tuple[Places, ...]
     """Where the arrays of each slot lie, for these members."""
+    names: Indices | None = None
+    """The number of each leaf, by its path, in two halves; found when a rule first draws random numbers."""
     tables: object = None
     """What the engine of the group keeps for them."""
     spans: object = None

@@ -26,10 +26,11 @@ from optimisers.engines.stacks import Stacks, Take, Workspace
 from optimisers.engines.task import Holds, Members, Step
 from optimisers.errors import BadState, TreeMismatch
 from optimisers.graph.expr import Expr
-from optimisers.graph.passes import Pass, is_input, number_of, outputs, reduce_pass, store_pass
+from optimisers.graph.passes import Pass, draws, is_input, number_of, outputs, reduce_pass, store_pass
 from optimisers.graph.plan import operations
 from optimisers.graph.recipe import Shape
 from optimisers.state.buffers import Indices, Pack
+from optimisers.state.group import Group
 
 # -- the arrays of a step ------------------------------------------------------------------------------------
 
@@ -187,6 +188,16 @@ def addresses_of(packs: Sequence[Pack], step: Step) -> list[Indices]:
     """Where the state arrays of a step lie, slot by slot, of the packs of its whole group."""
     members = step.job.subset.members
     return [p.addresses if members is None else p.addresses[members] for p in packs]
+
+
+OUT_OF_ORDER = "random numbers for arrays whose elements do not lie in order"
+
+
+def in_order(group: Group) -> bool:
+    """Whether elements lie in the order of their numbers, where a step has random ones."""
+    places = group.places
+    laid = zip(places.shapes, places.strides, strict=True)
+    return not draws(group.program) or all(contiguous_strides(s) == t for s, t in laid)
 
 
 # -- passes --------------------------------------------------------------------------------------------------

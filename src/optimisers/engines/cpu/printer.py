@@ -72,7 +72,7 @@ REAL: dict[str, Callable[..., str]] = {
     "sqrt": _real("math.sqrt({0})"),
     "exp": _real("math.exp({0})"),
     "expm1": _real("math.expm1({0})"),
-    "log": _real("math.log({0})"),
+    "log": _real("logarithm({0})"),
     "log1p": _real("math.log1p({0})"),
     "sin": _real("math.sin({0})"),
     "cos": _real("math.cos({0})"),
@@ -213,9 +213,15 @@ class Maths:
             return f"complex_of({', '.join(halves)})"
         return str(e.value) if e.type == "bool" else self.literal(repr(float(e.value)))
 
+    def random(self, e: Expr) -> str:
+        """Random bits of the element at hand."""
+        raise Unprintable(e.op)
+
     def word(self, e: Expr) -> str:
         """What a node computes."""
         args, types = [self.atom(a) for a in e.args], [a.type for a in e.args]
+        if e.op == "random_word":
+            return self.random(e)
         if e.op == "cast":
             return self.casts[types[0], e.type].format(*args, real=self.real)
         if "complex" in types:
@@ -255,6 +261,8 @@ class Printer(Maths):
                 lines.append(f"load_{self.names_of(a)} = loader{given}")
             if a in self.stored.values():
                 lines.append(f"store_{self.names_of(a)} = storer{given}")
+        for e in random_in(p):
+            lines.append(f'{named(e)} = random_word({", ".join(chosen(e))}, "{self.real}")')
         fast = ["contract", "afn", "nsz", *(["reassoc"] if p.reductions else [])]
         lines += [
             "",
@@ -367,6 +375,9 @@ class Printer(Maths):
                 lines.append(f"{self.names[id(e)]} = {text}")
         return lines
 
+    def random(self, e: Expr) -> str:
+        return f"{named(e)}({', '.join([*map(self.atom, e.args), 'first + i'])})"
+
     def load(self, array: str, at: str, index: str = "i") -> str:
         """An element of an array, in the type of the arithmetic."""
         return f"load_{self.names_of(array)}({at}, {index})"
@@ -400,6 +411,22 @@ class Printer(Maths):
             self.store(self.stored[slot], at[self.stored[slot]], self.atom(e.args[0]))
             for slot, e in self.p.stores
         ]
+
+
+def random_in(p: Pass) -> list[Expr]:
+    """The nodes of a pass that are random bits."""
+    return [e for e in p.body if e.op == "random_word"]
+
+
+def chosen(e: Expr) -> list[str]:
+    """Which random bits a node is: draw, which of four words, how many bits."""
+    options = dict(e.options)
+    return [str(options[name]) for name in ("draw", "which", "bits")]
+
+
+def named(e: Expr) -> str:
+    """What a kernel calls the function that gives random bits."""
+    return f"random_{'_'.join(chosen(e))}"
 
 
 def columns(p: Pass, *, inplace: bool) -> list[str]:
@@ -458,12 +485,13 @@ def source(
 
     def written(labels: dict[str, str]) -> str:
         about, body = Printer(p, kinds, arithmetic, labels, inplace=inplace).text(title)
+        random = f"from optimisers.engines.cpu.random import random_word  # {support_hash('cpu/random.py')}\n"
         return (
             f"{about}import math\n\nimport numpy\nfrom numba import njit\n"
             "from numpy import complex64, complex128, float32, float64\n\n"
             "from optimisers.engines.cpu.intrinsics import (\n    claim, complex_of, high_bits, join_bits, "
-            "loader, low_bits, rank_max, rank_min, refit,\n    select, square, storer, "
-            "to_bfloat16, to_float16, to_float32, unrank,\n)\n"
+            "loader, logarithm, low_bits, rank_max, rank_min,\n    refit, select, square, storer, "
+            f"to_bfloat16, to_float16, to_float32, unrank,\n)\n{random if random_in(p) else ''}"
             f"\n# intrinsics {support_hash('cpu/intrinsics.py')}\n{body}"
         )
 

@@ -19,7 +19,7 @@ from optimisers.engines.cpu import threads
 from optimisers.engines.task import Engine, Holds, Members, Step
 from optimisers.graph.expr import Expr
 from optimisers.graph.memo import kept
-from optimisers.graph.passes import Pass
+from optimisers.graph.passes import Pass, draws
 from optimisers.graph.trace import Program
 from optimisers.state.buffers import Indices
 from optimisers.state.group import Group
@@ -39,6 +39,8 @@ def refusal(group: Group) -> str:
         return "unpacked state"
     if kind.device != "cpu":
         return f"arrays on {kind.device}"
+    if not addressed.in_order(group):
+        return addressed.OUT_OF_ORDER
     return unprintable(group.program, kind.library.type_name(kind.dtype))
 
 
@@ -65,7 +67,8 @@ def sources(program: Program, p: Pass, kinds: dict[str, str], dtype: str, *, inp
 
 def begin(step: Step) -> None:
     """Find where the arrays lie."""
-    addressed.begin(step, CHUNK, byrow.rank_of, functools.partial(byrow.take, step, launch_over))
+    ranked = None if draws(step.program) else byrow.rank_of  # elements of a row do not know their number
+    addressed.begin(step, CHUNK, ranked, functools.partial(byrow.take, step, launch_over))
 
 
 def reduce(step: Step, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:

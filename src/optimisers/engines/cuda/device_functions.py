@@ -166,6 +166,34 @@ def low_bits(x):
     return tl.where(x != x, 0.0, (x.to(tl.int32, bitcast=True) - _rounded_bits(x)).to(tl.float32))
 
 
+# -- random bits: `arrays.philox` --------------------------------------------------------------------------
+
+
+@triton.jit
+def random_word(seed, step, first, last, at, DRAW: tl.constexpr, WHICH: tl.constexpr, BITS: tl.constexpr):
+    """The first bits of one of the four words of an element, as a whole number of 32 bits without sign."""
+    a, b = (at & 0xFFFFFFFF).to(tl.uint32), (at >> 32).to(tl.uint32)
+    c = a * 0 + step.to(tl.int64).to(tl.uint32)
+    d = a * 0 + (last.to(tl.int64) + (DRAW << 24)).to(tl.uint32)
+    k, m = a * 0 + seed.to(tl.int64).to(tl.uint32), a * 0 + first.to(tl.int64).to(tl.uint32)
+    by, by2 = tl.full([], 0xD2511F53, tl.uint32), tl.full([], 0xCD9E8D57, tl.uint32)
+    more, more2 = tl.full([], 0x9E3779B9, tl.uint32), tl.full([], 0xBB67AE85, tl.uint32)
+    for _ in tl.static_range(10):  # pyright: ignore[reportGeneralTypeIssues] unrolled
+        high, low = tl.umulhi(a, by), a * by
+        high2, low2 = tl.umulhi(c, by2), c * by2
+        a, b, c, d = high2 ^ b ^ k, low2, high ^ d ^ m, low
+        k, m = k + more, m + more2
+    if WHICH == 0:
+        found = a
+    elif WHICH == 1:
+        found = b
+    elif WHICH == 2:
+        found = c
+    else:
+        found = d
+    return found >> (32 - BITS)
+
+
 # -- reductions ----------------------------------------------------------------------------------------------
 
 

@@ -17,8 +17,10 @@ from optimisers.engines.cpu.printer import (
     Maths,
     Printer,
     Unprintable,
+    chosen,
     fitting,
     indented,
+    random_in,
     support_hash,
 )
 from optimisers.graph.check import check
@@ -67,7 +69,17 @@ IDENTITY = {"sum": "0", "norm2": "0", "max": "-inf", "min": "inf"}
 CALLED = (
     *("arctan", "bfloat16_of", "cos", "divide", "exp", "expm1", "high_bits", "join_bits", "larger", "live"),
     *("load", "log", "log1p", "low_bits", "max_over", "min_over", "power", "root", "sin", "smaller", "store"),
-    *("refit", "scale_of", "sum_over", "tanh", "to_bfloat16", "to_float16", "to_float32", "widened"),
+    *(
+        "random_word",
+        "refit",
+        "scale_of",
+        "sum_over",
+        "tanh",
+        "to_bfloat16",
+        "to_float16",
+        "to_float32",
+        "widened",
+    ),
 )
 """What kernels call beside Triton's own words."""
 
@@ -111,6 +123,10 @@ class _Kernel(_Written, Printer):
             text = f"divide({text}, scale.to(tl.{kind}))"
         return text if kind == self.real else self.cast(text, self.real)
 
+    def random(self, e: Expr) -> str:
+        given = [*map(self.atom, e.args), "first + i", *chosen(e)]
+        return self.cast(f"random_word({', '.join(given)})", self.real)
+
     def store(self, array: str, at: str, value: str) -> str:
         kind = self.kinds[array]
         kept = ROUNDED.get(kind, f"({{0}}).to(tl.{kind})").format(value)
@@ -124,6 +140,7 @@ class _Kernel(_Written, Printer):
         width, totals = len(self.p.scalars), self.totals()
         of_leaf = self.of_leaf([f"tl.load(table + {width} * h + {j})" for j in range(width)])
         given = [*(line.split(" = ")[0] for line in of_leaf), *self.if_scaled("scale")]
+        given += ["first"] if random_in(self.p) else []
         head = [f"{self.names_of(a)}: {self.kinds[a]}" for a in self.arrays]
         return _module(
             f"{title}\n\nAddresses, in order: {', '.join(head)}.",

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from optimisers.engines.cuda import printer
@@ -172,7 +173,7 @@ class DeviceScalars:
             if id(e) in seen or e.op == "const":
                 continue
             seen.add(id(e))
-            if id(e) in self.partials:
+            if self.is_vector(e):
                 vectors.append(e)
                 inputs.append((e, f"vector {len(vectors) - 1}"))
             elif id(e) in self.totals:
@@ -195,8 +196,14 @@ class DeviceScalars:
         )
         return loaded(text), tuple(near), tuple(vectors), tuple(totals)
 
+    def is_vector(self, e: Expr) -> bool:
+        """Whether the device has a value for each leaf."""
+        return id(e) in self.partials or (e.op == "leaf" and self.capturable)
+
     def gathered(self, e: Expr) -> Any:
-        """A reduction of every leaf, from those of its chunks."""
+        """A reduction of every leaf, from those of its chunks; or what is known of the leaf beforehand."""
+        if e.op == "leaf":
+            return self.scratch.kept(("leaf", e.value), lambda: self.sent(self.near.names[e.value]))
         known = self.partials[id(e)]
         if not isinstance(known, Partial):
             return known
@@ -205,6 +212,12 @@ class DeviceScalars:
         given = known.values, begin, out
         launched(self.step, support().gather, self.step.leaves, given, OP=known.op, BLOCK=1024, **EXACT)
         return out
+
+    def sent(self, values: Indices) -> Any:
+        """Numbers of the host that do not change, on the device."""
+        memory = lasting((len(values),), torch.float64, self.device)
+        memory.copy_(torch.from_numpy(values.astype(np.float64)))
+        return memory
 
     def fixed(self, name: str, values: Indices) -> Any:
         """A vector of the host on the device; it goes over when it changes."""

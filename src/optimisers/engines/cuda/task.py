@@ -56,6 +56,8 @@ def refusal(group: Group) -> str:
     dtype = kind.library.type_name(kind.dtype)
     if dtype not in kernels.ARITHMETIC or "complex" in dtype:
         return f"element type {dtype}"
+    if not addressed.in_order(group):
+        return addressed.OUT_OF_ORDER
     return _missing() or printable(group.program, dtype, printed) or ""
 
 

@@ -389,8 +389,10 @@ def _of_unit(
     start = 0
     for part in parts:
         inputs = {name: _part(name, held[name], unit, part, start, own, at, len(at) > 1) for name in held}
-        pieces.append(_pass(p, wide, inputs, table[rows[part[0]]]))
-        start += sum(math.prod(shapes[k]) for k in part)
+        size = sum(math.prod(shapes[k]) for k in part)
+        shape = (size,) if len(at) > 1 else shapes[part[0]]
+        pieces.append(_pass(p, wide, inputs, table[rows[part[0]]], shape))
+        start += size
     if len(pieces) == 1:
         return pieces[0]
     return {name: jnp.concatenate([piece[name] for piece in pieces]) for name, _ in p.stores}
@@ -432,7 +434,7 @@ def _reduced(
                 for name in names
             }
             start += size
-            values = _values(p, wide, inputs, table[int(row[i])])
+            values = _values(p, wide, inputs, table[int(row[i])], every[i])
             for out, r, term in zip(found, p.reductions, p.terms, strict=True):
                 out.append(jnp.asarray(library.operations[r.op](values[id(term)]), kind))
     return [jnp.stack([jnp.stack(column) for column in found])]
@@ -462,14 +464,14 @@ def _part(
     return held[unit] if len(part) == len(at) else held[unit][start : start + length]
 
 
-def _pass(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any) -> dict[str, Any]:
+def _pass(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     """The values that a pass stores, in the type of the arithmetic."""
-    values = _values(p, wide, inputs, scalars)
+    values = _values(p, wide, inputs, scalars, shape)
     return {name: values[id(e)] for name, e in p.stores}
 
 
-def _values(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any) -> Values:
-    """The value of every node of a pass, from its inputs and its row of scalars."""
+def _values(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any, shape: tuple[int, ...]) -> Values:
+    """The value of every node of a pass, from its inputs, of this shape, and its row of scalars."""
     real = library.real_of(wide)
     column = {id(e): scalars[j] for j, e in enumerate(p.scalars)}
     spread = [e for e in p.body if e.op == "spread"]
@@ -477,5 +479,11 @@ def _values(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any) -> Values:
     def given(e: Expr) -> Any:
         return inputs[e.value] if e.op == "load" else column[id(e.value)].astype(real)
 
+    def operation(name: str) -> Callable[..., Any]:
+        function = library.operations[name]
+        if name != "random_word":
+            return function
+        return functools.partial(function, jax.ShapeDtypeStruct(shape, real))
+
     found = {id(e): inputs[f"f{j}"] for j, e in enumerate(spread)}
-    return evaluate([*p.terms, *(e for _, e in p.stores)], given, library, wide, found)
+    return evaluate([*p.terms, *(e for _, e in p.stores)], given, library, wide, found, operation)
