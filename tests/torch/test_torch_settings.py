@@ -108,12 +108,17 @@ def test_a_rule_without_a_rate_has_no_decay_that_follows_it() -> None:
         ("differentiable", True, opt.Adam(), "write optimisers.update"),
         ("capturable", True, opt.Adam(), r"write TorchOptimizer\(params, rule, capturable=True\)"),
         ("momentum", 0.9, opt.Adam(), "it has lr, beta, betas, epsilon, eps"),
+        ("momentum", 0.9, opt.RMSProp(), "take .*TorchRMSProp"),
+        ("alpha", 0.9, opt.Momentum(), "it has lr, rho, momentum"),
+        ("ns_steps", 3, opt.Muon(), r"take Muon\(steps="),
+        ("adjust_lr_fn", "match_rms_adamw", opt.Muon(), r"take Muon\(scale="),
+        ("beta2_decay", -0.5, opt.Adam(), r"take TorchAdafactor\(decay="),
     ],
 )
 def test_what_the_rule_does_not_say_is_refused_with_what_to_write(
     key: str, value: Any, rule: opt.Rule, says: str
 ) -> None:
-    with pytest.raises(opt.BadSetting, match=rf"group 0 sets {key}={value}.*{says}"):
+    with pytest.raises(opt.BadSetting, match=rf"group 0 sets {key}={value!r}.*{says}"):
         moved(rule, **{key: value})
 
 
@@ -125,6 +130,8 @@ def test_what_the_rule_does_not_say_is_refused_with_what_to_write(
         (opt.TorchAMSGrad(), {"amsgrad": True}),
         (opt.SGD(0.1, 0.9, nesterov=True), {"nesterov": True, "dampening": 0}),
         (opt.RMSProp(centred=True), {"centered": True}),
+        (opt.RMSProp(), {"momentum": 0, "alpha": 0.9}),
+        (opt.TorchAdafactor(), {"beta2_decay": -0.8, "d": 1.0, "maximize": False}),
         (opt.AdamW(), {"decoupled_weight_decay": True}),
     ],
     ids=repr,
@@ -141,6 +148,7 @@ def test_what_the_rule_says_already_is_taken(rule: opt.Rule, settings: dict[str,
         (opt.SGD(0.1, 0.9), {"lr": 0.1, "momentum": 0.9, "dampening": 0.0}),
         (opt.RMSProp(), {"alpha": 0.9, "eps": 1e-8}),
         (opt.TorchRMSProp(), {"alpha": 0.99, "momentum": 0.9}),
+        (opt.TorchAdafactor(0.1, -0.5, 2.0), {"lr": 0.1, "beta2_decay": -0.5, "d": 2.0}),
         (opt.TorchNAdam(), {"momentum_decay": 0.004}),
         (opt.TorchAdaGrad(decay=0.1), {"lr_decay": 0.1}),
         (opt.Rprop(0.02), {"lr": 0.02, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50.0)}),

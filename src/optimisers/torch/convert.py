@@ -8,38 +8,16 @@ import torch
 from optimisers.errors import TreeMismatch
 from optimisers.nest import flatten
 from optimisers.rule import Rule
+from optimisers.rules.adaptive import AdaDelta
 from optimisers.rules.descent import Momentum, Nesterov
+from optimisers.rules.matrix import Muon
 from optimisers.settings import adjustable, parts
 from optimisers.torch.classes import BESIDE_A_RULE, HOW, of_other_tools, plain
+from optimisers.torch.entries import TORCH_STATE, entry_name
 from optimisers.torch.groups import defaults_of, has_schedule, told, torch_names
-from optimisers.torch.loading import entry_name
 
-ARRAYS = {
-    "exp_avg": "m",
-    "exp_avg_sq": "v",
-    "max_exp_avg_sq": "most",
-    "exp_inf": "u",
-    "square_avg": "q",
-    "grad_avg": "mean",
-    "acc_delta": "d",
-    "sum": "sum",
-    "prev": "g",
-    "step_size": "eta",
-    "ax": "average",
-    "eta": "rate",
-    "mu_product": "product",
-    "momentum_buffer": "v",
-    "variance": "v",
-    "row_var": "rows",
-    "col_var": "columns",
-}
-"""What torch keeps of a parameter -> the state of a rule here."""
-
-OF_ADADELTA = {"square_avg": "a"}
-"""What has another name in a rule that keeps steps too."""
-
-OF_MUON = {"momentum_buffer": "m"}
-"""The same where the momentum is a mean."""
+ARRAYS = {there: here for names in TORCH_STATE.values() for there, here in names.items()}
+"""What torch keeps of a parameter -> the state of a rule here; of two rules that differ, the later."""
 
 COUNTERS = ("step", "mu")
 """What torch keeps of a parameter beside arrays."""
@@ -115,7 +93,8 @@ def _entry(saved: Mapping[str, Any], group: Mapping[str, Any], rule: Rule) -> di
 
 def _arrays(saved: Mapping[str, Any], group: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
     """The arrays of a parameter by the names here, where momenta hold the rate."""
-    names = ARRAYS | (OF_ADADELTA if "acc_delta" in saved else OF_MUON if "ns_steps" in group else {})
+    of_adadelta, of_muon = "acc_delta" in saved, "ns_steps" in group
+    names = ARRAYS | (TORCH_STATE[AdaDelta] if of_adadelta else TORCH_STATE[Muon] if of_muon else {})
     found = {names.get(name, name): value for name, value in saved.items()}
     if "momentum_buffer" in saved:
         for sign in [SIGNS[type(part)] for part in parts(rule) if type(part) in SIGNS]:

@@ -57,6 +57,7 @@ OWN_NAMES: dict[type, dict[str, str]] = {
 
 FLAGS = {
     "amsgrad": "take TorchAMSGrad",
+    "momentum": "take SGD(eta, rho), or TorchRMSProp(eta, rho, mu)",
     "nesterov": "take SGD(eta, rho, nesterov=True)",
     "centered": "take RMSProp(centred=True)",
     "decoupled_weight_decay": "take AdamW, or DecoupledDecay(lam, couple=True) behind the rule",
@@ -117,19 +118,27 @@ def known(rule: Rule, name: str) -> bool:
     return field_of(rule, name) in adjustable(rule)
 
 
+def of_wrapper(group: Mapping[str, Any]) -> frozenset[str]:
+    """Keys of a group that belong to a wrapper around the optimiser, though a rule may have a setting of that
+    name: the radius `rho` of sharpness-aware minimisation, which stands beside `adaptive`.
+    """
+    return frozenset({"rho"} if "adaptive" in group else ())
+
+
 def told(rule: Rule, given: Mapping[str, Any], where: str) -> Rule:
     """The rule with the settings of a group; those of other tools are left alone.
 
     A `weight_decay`, which every class of torch has, is added where the rule lacks it: behind the rule, times
-    its rate. Raises BadSetting for what torch knows and this rule does not.
+    its rate. Raises BadSetting for what torch knows and this rule does not, and for two names of one setting
+    with different values.
     """
-    given = {name: plain(value) for name, value in given.items()}
+    given = {name: plain(value) for name, value in given.items() if name not in of_wrapper(given)}
     changes: dict[str, Any] = {}
     for name, value in given.items():
         if field_of(rule, name) == "eta" and any(isinstance(part, Rprop) for part in parts_of_value(rule)):
             rule = within(rule, Rprop, lambda part, eta=value: remade(part, eta=eta))
         elif known(rule, name):
-            changes[field_of(rule, name)] = value
+            put(changes, field_of(rule, name), name, value, where)
         elif name == "weight_decay" and not nothing(value):
             rule = _decaying(rule, value, where)
         elif name == "weight_decay" and value is not None and "lam" in adjustable(rule):
@@ -210,7 +219,7 @@ def meanings_of(rule: Rule) -> dict[str, str]:
         for field, there in torch_names(part).items():
             if field in own:
                 found.setdefault(there, field)
-    others = {key: name for key, name in ELSEWHERE.items() if name in own and key != "weight_decay"}
+    others = {key: name for key in ELSEWHERE if (name := elsewhere(rule, key)) in own}
     return others | found | own
 
 
@@ -222,7 +231,16 @@ def field_of(rule: Rule, name: str) -> str:
         for field, there in torch_names(part).items():
             if there == name:
                 return field
-    return name if name == "weight_decay" else ELSEWHERE.get(name, name)
+    return elsewhere(rule, name)
+
+
+def elsewhere(rule: Rule, key: str) -> str:
+    """The field that a key means in other packages; the key itself where torch means another thing by it for
+    this rule: `momentum` of RMSprop is not the `rho` of RMSProp, which torch calls alpha.
+    """
+    field = ELSEWHERE.get(key, key)
+    otherwise = any(OWN_NAMES.get(type(part), {}).get(field, key) != key for part in parts_of_value(rule))
+    return key if otherwise or key == "weight_decay" else field
 
 
 def within(rule: Any, kind: type, change: Callable[[Any], Any]) -> Any:
@@ -246,6 +264,16 @@ def followed(rule: Rule, other: Rule) -> Rule:
     if rule.whole and isinstance(wrapped, Rule):
         return remade(rule, rule=followed(wrapped, other))
     return chained(rule, other)
+
+
+def put(found: dict[str, Any], field: str, key: str, value: Any, where: str) -> None:
+    """Note the new value of a field; raises BadSetting where another name of it was given another."""
+    if field in found and found[field] != value:
+        raise BadSetting(
+            f"{where} sets {field} to {found[field]!r} and, by its name {key}, to {value!r}; write one of "
+            "them"
+        )
+    found[field] = value
 
 
 def nothing(value: Any) -> bool:

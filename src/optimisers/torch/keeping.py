@@ -17,9 +17,10 @@ from optimisers.graph.clocks import UPDATES
 from optimisers.rule import Rule
 from optimisers.settings import adjusted, numbers
 from optimisers.step.update import store_of
+from optimisers.torch.entries import Entries
 from optimisers.torch.loading import adopt, misfit
 from optimisers.torch.param_group import ParamGroup
-from optimisers.torch.published import Entries, Published
+from optimisers.torch.published import Published
 from optimisers.tree.layout import Told, joined
 from optimisers.tree.walk import survey
 
@@ -225,6 +226,7 @@ class Keeper:
 
     def take(self, held: Published, found: Mapping[Any, Mapping[str, Any]], state: Any) -> None:
         """Take over entries of parameters, and publish them; raises TreeMismatch for what does not fit."""
+        found = {p: held.place(p)[0].renamed(entries) for p, entries in found.items()}
         for p, entries in found.items():
             if _alike(entries, self.fitting.get(p)):
                 continue

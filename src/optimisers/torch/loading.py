@@ -13,7 +13,8 @@ from optimisers.errors import TreeMismatch
 from optimisers.nest import flatten
 from optimisers.settings import fill
 from optimisers.state.group import started
-from optimisers.torch.published import Block, Published, entry_name
+from optimisers.torch.entries import entry_name
+from optimisers.torch.published import Block, Published
 from optimisers.tree.path import KeyPath
 
 MARKS = ("settings", "frozen")
@@ -251,5 +252,6 @@ def _mark(held: Published, saved: Mapping[Any, Mapping[str, Any]]) -> None:
 def names_of_others(held: Published) -> list[str]:
     """The entries that other tools keep beside those of the rules."""
     known = {name for block in held.blocks for name in block.names}
-    state = held.state.values()
-    return sorted({key for entries in state if isinstance(entries, Mapping) for key in entries} - known)
+    state = [held.state.get(p) for p in held.leaf_of]
+    found = {key for entries in state if isinstance(entries, Mapping) for key in entries}
+    return sorted(found - known, key=str)

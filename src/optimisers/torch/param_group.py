@@ -16,7 +16,17 @@ from optimisers.rule import Rule
 from optimisers.settings import adjusted, fields, is_schedule
 from optimisers.settings import parts as parts_of_value
 from optimisers.torch.classes import plain
-from optimisers.torch.groups import ASKING, at, defaults_of, meanings_of, nothing, refuse, told
+from optimisers.torch.groups import (
+    ASKING,
+    at,
+    defaults_of,
+    meanings_of,
+    nothing,
+    of_wrapper,
+    put,
+    refuse,
+    told,
+)
 from optimisers.torch.rates import refuse_absolute, scaled, scheduler_of
 
 
@@ -47,14 +57,16 @@ class ParamGroup:
         self.moving: list[tuple[str, Any, int]] = []
         if rule is not None:
             group.pop("eta", None)
+            foreign = of_wrapper(group)
             for key, value in defaults_of(rule).items():
-                if key != "lr" or not self.scaling:
+                if key not in foreign and (key != "lr" or not self.scaling):
                     self.put(key, value)
             group.setdefault("lr", 1.0)
             self.show_lent()
-            self.meanings = meanings = meanings_of(rule)
+            meanings = {key: field for key, field in meanings_of(rule).items() if key not in foreign}
+            self.meanings = meanings
             self.watched = {key: meanings[key] for key in group if key in meanings}
-            self.constant = [key for key in group if key not in meanings and key in ASKING]
+            self.constant = [key for key in group if key not in {*meanings, *foreign} and key in ASKING]
             self.moving = _moving(rule)
             if self.rate is not None:
                 group.setdefault("initial_lr", 1.0)
@@ -245,10 +257,10 @@ class ParamGroup:
             if key in seen and value == seen[key]:
                 continue
             if key in meanings:
-                _put(found, meanings[key], key, self._meant(meanings[key], value, where), where)
+                put(found, meanings[key], key, self._meant(meanings[key], value, where), where)
             elif key == self.lent:
                 if value and "momentum" in meanings:
-                    _put(found, meanings["momentum"], key, value[0], where)
+                    put(found, meanings["momentum"], key, value[0], where)
             else:
                 self._refuse(rule, key, value, where)
         if not found:
@@ -295,13 +307,3 @@ def _moving(rule: Rule) -> list[tuple[str, Any, int]]:
             if kind is not None:
                 found.setdefault(name, (name, getattr(part, name), n))
     return [entry for entry in found.values() if is_schedule(entry[1])]
-
-
-def _put(found: dict[str, Any], field: str, key: str, value: Any, where: str) -> None:
-    """Note the new value of a field; raises BadSetting where another name of it was given another."""
-    if field in found and found[field] != value:
-        raise BadSetting(
-            f"{where} sets {field} to {found[field]!r} and, by its name {key}, to {value!r}; write one of "
-            "them"
-        )
-    found[field] = value

@@ -6,7 +6,7 @@ parameter; and what others have written there.
 
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any, Self, final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -19,61 +19,8 @@ from optimisers.state.buffers import Loose, Pack
 from optimisers.state.group import Group
 from optimisers.state.store import Store
 from optimisers.state.table import DeviceTable
+from optimisers.torch.entries import Entries, aliases, entry_name
 from optimisers.tree.layout import Layout
-
-
-class Entries(dict[str, Any]):
-    """What `state` has of one parameter: a dict that notes when an entry of it is exchanged."""
-
-    __slots__ = ("notes",)
-
-    def __init__(self, held: Mapping[str, Any], notes: "list[Entries]") -> None:
-        dict.__init__(self, held)
-        self.notes = notes
-
-    def fill(self, held: Iterable[tuple[str, Any]]) -> None:
-        """Put in entries, and note nothing."""
-        dict.update(self, held)
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self.notes.append(self)
-        dict.__setitem__(self, key, value)
-
-    def __delitem__(self, key: str) -> None:
-        self.notes.append(self)
-        dict.__delitem__(self, key)
-
-    def __ior__(self, other: Any) -> Self:
-        self.update(other)
-        return self
-
-    def pop(self, *args: Any) -> Any:
-        self.notes.append(self)
-        return dict.pop(self, *args)
-
-    def popitem(self) -> Any:
-        self.notes.append(self)
-        return dict.popitem(self)
-
-    def clear(self) -> None:
-        self.notes.append(self)
-        dict.clear(self)
-
-    def update(self, *args: Any, **more: Any) -> None:
-        self.notes.append(self)
-        dict.update(self, *args, **more)
-
-    def setdefault(self, key: str, default: Any = None) -> Any:
-        self.notes.append(self)
-        return dict.setdefault(self, key, default)
-
-    def __reduce__(self) -> Any:
-        return dict, (dict(self),)
-
-
-def entry_name(path: tuple[Any, ...]) -> str:
-    """Where in the state of a rule something stands, as torch's loaders take it."""
-    return ".".join(map(str, path)) or "state"
 
 
 @final
@@ -89,6 +36,8 @@ class Block:
         counters = [name for name, value in entries if not isinstance(value, torch.Tensor)]
         self.own = [name for name, _ in entries]
         """The names of what the rule keeps."""
+        self.aliases = aliases(group.rule_of(0), [path for path, _ in flatten(program.template)])
+        """Torch's names for it."""
         self.progress = ["step", *steps]
         self.slots = dict(zip(arrays, group.slots, strict=True))
         self.columns = dict(zip([*counters, *steps], range(program.hypers, len(program.names)), strict=True))
@@ -106,6 +55,11 @@ class Block:
     def names(self) -> list[str]:
         """The names of all entries."""
         return [*self.progress, *self.own]
+
+    def renamed(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """Entries of a parameter, by our names where they have those of torch."""
+        names = {there: own for there, own in self.aliases.items() if own not in found}
+        return {names.get(key, key): value for key, value in found.items()}
 
     def _counters(self) -> dict[str, list[Any]]:
         """The clock and every counter as tensors: those of a device where they lie, others as parts of one
@@ -244,6 +198,7 @@ class Published:
                 held = state.get(p)
                 if type(held) is not Entries or held.notes is not self.notes:
                     held = state[p] = Entries(held or {}, self.notes)
+                held.aliases = block.aliases
                 held.fill(zip(names, values, strict=True))
         self.keys, self.values = list(state), list(state.values())
         self.notes.clear()
