@@ -97,25 +97,14 @@ class ToyLibrary(Library[Toy, np.dtype[Any]]):
     def is_array_type(self, kind: type) -> bool:
         return issubclass(kind, Toy)
 
-    def is_inexact(self, x: Toy) -> bool:
-        return x.dtype.kind in "fc"
-
     def type_name(self, dtype: np.dtype[Any]) -> str:
         return dtype.name
 
-    def arithmetic(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
-        return np.dtype(np.float32) if dtype.itemsize < 4 else dtype
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return np.dtype(name)
 
-    def promoted(self, dtype: np.dtype[Any], others: list[str]) -> np.dtype[Any]:
-        wide = np.result_type(dtype, *(n for n in others if n.startswith(("float", "complex"))))
-        return wide if dtype.kind == "c" else self.real_of(wide)
-
-    def real_of(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
-        return np.zeros(0, dtype).real.dtype
-
-    def full_like(self, x: Toy, value: Scalar, *, real: bool = False, dtype: Any = None) -> Toy:
-        kind = self.arithmetic(x.dtype) if dtype is None else np.dtype(dtype)
-        return Toy(np.full(x.shape, value, self.real_of(kind) if real else kind))
+    def full_like(self, x: Toy, value: Scalar, dtype: Any) -> Toy:
+        return Toy(np.full(x.shape, value, dtype))
 
     def copied(self, x: Toy, dtype: Any) -> Toy:
         return Toy(x.held.astype(dtype))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from optimisers.errors import NoMatch
+from optimisers.ops.state import copy
 from optimisers.state.edit import present
 from optimisers.state.leaf import Branch, Leaf, parts
 from optimisers.state.select import leaves_of
@@ -48,7 +49,7 @@ def _averages(store: Store, node: Node, xs: Sequence[Any], leaves: Sequence[int]
         group, i = store.where(leaf)
         library, x = group.kind.library, at[leaf]
         rule = present(group, i, group.rule_of(i))
-        value = rule.evaluate(group.state_of(i), library.widened(x))
+        value = rule.evaluate(group.state_of(i), copy(x))
         if value is not None:
             new[leaf] = library.like(x, library.copied(value, group.kind.dtype))
     if not new:

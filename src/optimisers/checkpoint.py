@@ -136,7 +136,7 @@ def _taken(group: Group, name: str, value: Any, was: Any) -> Any:
     library = group.kind.library
     ours = registry.library_of(type(value)) is library
     found = value if ours else _host(value)
-    if registry.library(found).is_complex(found) and not library.is_complex(was):
+    if registry.iscomplex(found) and not registry.iscomplex(was):
         raise TreeMismatch(f"{name!r} is complex; this state takes real numbers")
     if ours:
         return library.copied(value, was.dtype)

@@ -1,8 +1,10 @@
 """A model as one vector, and back; and its arrays as a list."""
 
+import math
 from typing import Any
 
 from optimisers.arrays import registry
+from optimisers.arrays.types import is_number
 from optimisers.errors import BadState, TreeMismatch
 from optimisers.rule import Rule
 from optimisers.state.leaf import Branch, Leaf
@@ -27,7 +29,7 @@ class Restructure:
         self._like = [(tuple(x.shape), x.dtype) for x in arrays]
         ends = [0]
         for x in arrays:
-            ends.append(ends[-1] + registry.library(x).size(x))
+            ends.append(ends[-1] + math.prod(x.shape))
         self._ends = ends
         self._runs = runs(self._like, ends)
         self._library = registry.library(*arrays) if arrays else None
@@ -72,7 +74,7 @@ class Restructure:
 
 
 def _numbers(x: Any) -> bool:
-    return registry.library(x).is_numbers(x)
+    return is_number(registry.type_name(x))
 
 
 def runs(like: list[tuple[Any, Any]], ends: list[int]) -> list[tuple[slice, int, Any, Any]]:

@@ -1,5 +1,6 @@
 """What is the state of one array made of? Tuples, NamedTuples, dicts and lists, of arrays and numbers."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -110,7 +111,7 @@ def copied(state: object, old: object, name: str) -> Any:
             at = "".join(f".{p}" if isinstance(p, str) else f"[{p}]" for p in path)
             if value.shape != was.shape:
                 raise BadState(f"{name}{at} has shape {tuple(value.shape)}; it takes {tuple(was.shape)}")
-            if registry.library(value).is_complex(value) and not registry.library(was).is_complex(was):
+            if registry.iscomplex(value) and not registry.iscomplex(was):
                 raise BadState(f"{name}{at} is complex; it takes real numbers")
             new.append(registry.library(was).copied(value, was.dtype))
         else:
@@ -135,8 +136,8 @@ def short(state: Any) -> str:
     """A state on one line, its arrays abbreviated."""
     if registry.isarray(state):
         library = registry.library(state)
-        if library.size(state) > 6 or library.is_loose(state):
-            return f"{library.dtype_name(state)}{list(state.shape)}"
+        if math.prod(state.shape) > 6 or library.is_loose(state):
+            return f"{library.type_name(state.dtype)}{list(state.shape)}"
         return np.array2string(seen(state), precision=4, separator=", ").replace("\n", "")
     inner = entries(state)
     if isinstance(state, tuple) and hasattr(state, "_fields"):

@@ -46,7 +46,7 @@ def test_the_conversion_of_these_tests_loses_nothing() -> None:
         a = np.array([[1.5, -2.25], [0.0, 3e-5]]).astype(dtype_of(dtype))
 
         assert bits(array(tensor(a))) == bits(a)
-        assert library.dtype_name(tensor(a)) == dtype
+        assert library.type_name(tensor(a).dtype) == dtype
 
 
 # -- every rule ----------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_double_precision_walks_the_golden_path(
         wanted = array_of(wanted, row["dtype"])  # noqa: PLW2901 the file has lists
         np.testing.assert_allclose(x, wanted, rtol=tolerance, atol=tolerance, err_msg=f"after step {n + 1}")
 
-    assert library.dtype_name(x) == row["dtype"]
+    assert library.type_name(x.dtype) == row["dtype"]
 
 
 @pytest.mark.parametrize("row", PRESENT, ids=title_of)
@@ -586,7 +586,7 @@ def test_the_compiled_look_sees_what_python_sees(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("found", [True, False])
 def test_steps_are_the_same_without_the_compiled_look(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not found:
-        public = addresses.Road(None, addresses.torch_addresses, "asked for")
+        public = addresses.Road(None, public.torch_addresses, "asked for")
         monkeypatch.setitem(addresses._roads, ("torch", "cpu"), public)
     model = {n: lay(two(shape)[0]) for n, (shape, lay, e) in LAYOUTS.items() if e == "numba"}
     state = opt.setup(RULE, model, engine="numba")

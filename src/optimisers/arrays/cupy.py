@@ -111,18 +111,6 @@ class CupyLibrary(NumpyLike):
 
     # -- memory ---------------------------------------------------------------------------------------------
 
-    def bounds(self, x: HostArray) -> tuple[int, int]:
-        reach = [(n - 1) * s for n, s in zip(x.shape, x.strides, strict=True)] if x.size else []
-        low = self.address(x) + sum(r for r in reach if r < 0)
-        high = self.address(x) + sum(r for r in reach if r > 0)
-        return low, high + (x.itemsize if x.size else 0)
-
-    def shares(self, x: object, others: list[HostArray]) -> bool:
-        if not _is_ours(x):
-            return False
-        low, high = self.bounds(x)
-        return any(a < high and low < b for a, b in map(self.bounds, others))
-
     def address(self, x: HostArray) -> int:
         start: Any = x.data
         return start.ptr
@@ -164,12 +152,9 @@ class CupyLibrary(NumpyLike):
     # -- making arrays --------------------------------------------------------------------------------------
 
     @there
-    def full_like(
-        self, x: HostArray, value: Scalar, *, real: bool = False, dtype: Dtype | str | None = None
-    ) -> HostArray:
+    def full_like(self, x: HostArray, value: Scalar, dtype: Dtype | str) -> HostArray:
         """One number in the shape of `x`, which is kept once: the array is a broadcast view."""
-        dtype = self.arithmetic(x.dtype) if dtype is None else np.dtype(dtype)
-        return _spread(cp.full((), value, self.real_of(dtype) if real else dtype), x.shape)
+        return _spread(cp.full((), value, np.dtype(dtype)), x.shape)
 
     @there
     def copied(self, x: HostArray, dtype: Dtype | str) -> HostArray:
@@ -223,14 +208,11 @@ class CupyLibrary(NumpyLike):
     def duplicate(self, x: object) -> Any:
         return x.copy() if _is_ours(x) else x
 
-    def rounded(self, old: HostArray, value: HostArray | Scalar) -> HostArray:
-        return self.stored(old, value, inplace=False)
-
     @there
-    def stored(self, x: HostArray, value: HostArray | Scalar, *, inplace: bool) -> HostArray:
-        target = x if inplace and self.is_writable(x) else cp.empty_like(x)
-        self.assign(target, value)
-        return target
+    def rounded(self, old: HostArray, value: HostArray | Scalar) -> HostArray:
+        new = cp.empty_like(old)
+        self.assign(new, value)
+        return new
 
     # -- scalars --------------------------------------------------------------------------------------------
 

@@ -188,14 +188,11 @@ class JaxLibrary(Library[Array, Dtype]):
     def is_array_type(self, kind: type) -> bool:
         return issubclass(kind, jax.Array | jax.ShapeDtypeStruct) or kind.__name__.endswith("Tracer")
 
-    def is_inexact(self, x: Array) -> bool:
-        return jnp.issubdtype(x.dtype, jnp.inexact) and jnp.dtype(x.dtype).itemsize > 1
-
-    def is_numbers(self, x: Array) -> bool:
-        return jnp.issubdtype(x.dtype, jnp.number) or jnp.issubdtype(x.dtype, jnp.bool_)
-
     def type_name(self, dtype: Dtype) -> str:
-        return jnp.dtype(dtype).name
+        return dtype.name if hasattr(dtype, "name") else jnp.dtype(dtype).name
+
+    def dtype(self, name: str) -> Dtype:
+        return jnp.dtype(jax.dtypes.canonicalize_dtype(name))
 
     def is_traced(self, x: object) -> bool:
         return isinstance(x, Tracer)
@@ -223,39 +220,21 @@ class JaxLibrary(Library[Array, Dtype]):
 
     # -- memory ---------------------------------------------------------------------------------------------
 
-    def same_array(self, a: Array, b: Array) -> bool:
-        """Whether two arrays may be taken for one: those that hold the same. In a transform nobody can see
-        it, and what `setup` saw counts.
-        """
+    def holds_same(self, a: Array, b: Array) -> bool:
+        """In a transform nobody can see it, and what `setup` saw counts."""
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
         return (
             self.is_traced(a)
             or self.is_traced(b)
-            or bool(jnp.array_equal(a, b, equal_nan=self.is_inexact(a)))
+            or bool(jnp.array_equal(a, b, equal_nan=jnp.issubdtype(a.dtype, jnp.inexact)))
         )
 
     # -- making arrays --------------------------------------------------------------------------------------
 
-    def arithmetic(self, dtype: Dtype) -> Dtype:
-        return jnp.dtype(jnp.float32) if jnp.dtype(dtype).itemsize < 4 else jnp.dtype(dtype)
-
-    def promoted(self, dtype: Dtype, others: list[str]) -> Dtype:
-        wide = jnp.dtype(dtype)
-        for name in others:
-            if name.startswith(("float", "complex")):
-                wide = jnp.promote_types(wide, jax.dtypes.canonicalize_dtype(name))
-        return wide if jnp.issubdtype(dtype, jnp.complexfloating) else self.real_of(wide)
-
-    def real_of(self, dtype: Dtype) -> Dtype:
-        return jnp.dtype({"complex64": "float32", "complex128": "float64"}.get(self.type_name(dtype), dtype))
-
-    def full_like(
-        self, x: Array, value: Scalar, *, real: bool = False, dtype: Dtype | str | None = None
-    ) -> Array:
+    def full_like(self, x: Array, value: Scalar, dtype: Dtype | str) -> Array:
         """An array like `x`, on its devices, shared out as it is."""
-        kind = self.arithmetic(x.dtype) if dtype is None else _allowed(dtype)
-        kind = self.real_of(kind) if real else kind
+        kind = _allowed(dtype)
         if isinstance(x, jax.ShapeDtypeStruct):
             return self.stand_in(x.shape, kind)
         return jnp.full_like(x, value, dtype=kind)
@@ -277,14 +256,14 @@ class JaxLibrary(Library[Array, Dtype]):
 
     def flattened(self, arrays: list[Array]) -> Array:
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays):
-            return self.stand_in((sum(map(self.size, arrays)),), jnp.result_type(*(x.dtype for x in arrays)))
+            return self.stand_in((sum(x.size for x in arrays),), jnp.result_type(*(x.dtype for x in arrays)))
         return jnp.concatenate([jnp.ravel(x) for x in arrays]) if arrays else jnp.zeros(0, bool)
 
     def pieces(self, flat: Array, runs: list[Run], *, copy: bool) -> list[Array]:
         out: list[Array] = []
         for place, count, shape, dtype in runs:
             part = flat[place]
-            if self.is_complex(part) and not jnp.issubdtype(dtype, jnp.complexfloating):
+            if jnp.iscomplexobj(part) and not jnp.issubdtype(dtype, jnp.complexfloating):
                 part = jnp.real(part)
             part = part.astype(dtype).reshape(count, *shape)
             out.extend(part[i] for i in range(count))

@@ -30,12 +30,6 @@ class NumpyLibrary(NumpyLike):
 
     # -- memory ---------------------------------------------------------------------------------------------
 
-    def bounds(self, x: HostArray) -> tuple[int, int]:
-        return np.lib.array_utils.byte_bounds(x) if x.size else (self.address(x), self.address(x))
-
-    def shares(self, x: object, others: list[HostArray]) -> bool:
-        return isinstance(x, np.ndarray) and any(np.may_share_memory(x, other) for other in others)
-
     def address(self, x: HostArray) -> int:
         return x.__array_interface__["data"][0]
 
@@ -77,14 +71,10 @@ class NumpyLibrary(NumpyLike):
 
     # -- making arrays --------------------------------------------------------------------------------------
 
-    def full_like(
-        self, x: HostArray, value: Scalar, *, real: bool = False, dtype: Dtype | str | None = None
-    ) -> HostArray:
-        kind = self.arithmetic(x.dtype) if dtype is None else np.dtype(dtype)
-        kind = self.real_of(kind) if real else kind
-        return (
-            np.zeros_like(x, kind, subok=False) if value == 0 else np.full_like(x, value, kind, subok=False)
-        )
+    def full_like(self, x: HostArray, value: Scalar, dtype: Dtype | str) -> HostArray:
+        if value == 0:
+            return np.zeros_like(x, dtype, subok=False)
+        return np.full_like(x, value, dtype, subok=False)
 
     def copied(self, x: HostArray, dtype: Dtype | str) -> HostArray:
         return np.array(x, dtype, order="K")
@@ -134,11 +124,6 @@ class NumpyLibrary(NumpyLike):
         if not x.flags.writeable:
             new.flags.writeable = False
         return new
-
-    def stored(self, x: HostArray, value: HostArray | Scalar, *, inplace: bool) -> HostArray:
-        target = x if inplace and self.is_writable(x) else np.empty_like(x)
-        np.copyto(target, value, casting="unsafe")
-        return target if target is x else self.like(x, target)
 
     # -- scalars --------------------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from optimisers.arrays import philox
-from optimisers.arrays.layout import axes_in_memory, permutation
 from optimisers.arrays.norms import norm2
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape, Strides
 
@@ -21,17 +20,11 @@ class NumpyLike(Library[HostArray, Dtype], Protocol):
     here.
     """
 
-    def is_inexact(self, x: HostArray) -> bool:
-        return x.dtype.kind in "fc" or x.dtype.name == "bfloat16"
-
-    def is_numbers(self, x: HostArray) -> bool:
-        return x.dtype.kind in "biufc" or self.is_inexact(x)
-
     def type_name(self, dtype: Dtype) -> str:
         return _name(dtype)
 
-    def memory(self, x: HostArray) -> tuple[int, int, tuple[tuple[int, int], ...]]:
-        return self.address(x), x.itemsize, axes_in_memory(x.shape, x.strides)
+    def dtype(self, name: str) -> Dtype:
+        return np.dtype(name)
 
     def layout(self, x: HostArray) -> tuple[Shape, Strides]:
         return x.shape, x.strides
@@ -39,24 +32,8 @@ class NumpyLike(Library[HostArray, Dtype], Protocol):
     def is_contiguous(self, x: HostArray) -> bool:
         return x.flags.c_contiguous
 
-    def same_array(self, a: HostArray, b: HostArray) -> bool:
-        return self.memory(a) == self.memory(b) and a.shape == b.shape and self.axes_between(a, b) is None
-
-    def axes_between(self, first: HostArray, other: HostArray) -> tuple[int, ...] | None:
-        return permutation(first.shape, first.strides, other.shape, other.strides)
-
     def permuted(self, x: HostArray, axes: tuple[int, ...]) -> HostArray:
         return x.transpose(axes)
-
-    def arithmetic(self, dtype: Dtype) -> Dtype:
-        return np.dtype(np.float32) if dtype.itemsize < 4 else dtype.newbyteorder("=")
-
-    def promoted(self, dtype: Dtype, others: list[str]) -> Dtype:
-        wide = np.result_type(dtype, *(np.dtype(n) for n in others if n.startswith(("float", "complex"))))
-        return wide if dtype.kind == "c" else self.real_of(wide)
-
-    def real_of(self, dtype: Dtype) -> Dtype:
-        return np.real(np.empty(0, dtype)).dtype
 
     def pieces(self, flat: HostArray, runs: list[Run], *, copy: bool) -> list[HostArray]:
         out: list[HostArray] = []

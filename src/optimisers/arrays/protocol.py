@@ -6,7 +6,6 @@ for arrays of which nothing is known but shape and type: no address, no transfor
 shared. Functions take arrays of the library alone, unless a parameter says otherwise.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -106,19 +105,15 @@ class Library(Protocol[A, D]):
         """Whether a type is one of arrays of this library."""
 
     @abstractmethod
-    def is_inexact(self, x: A) -> bool:
-        """Whether the elements are floating point or complex numbers of at least two bytes."""
-
-    @abstractmethod
     def type_name(self, dtype: D) -> str:
         """The name of an element type, as NumPy or ml_dtypes calls it."""
 
-    def is_trainable(self, x: A) -> bool:
-        """Whether an array can be trained and does not itself say that it should not be."""
-        return self.is_inexact(x)
+    @abstractmethod
+    def dtype(self, name: str) -> D:
+        """The element type of a name; the widest that there is where one is switched off."""
 
-    def is_numbers(self, x: A) -> bool:
-        """Whether the elements are numbers or truth values at all."""
+    def is_trainable(self, x: A) -> bool:
+        """Whether an array does not itself say that it should not be trained."""
         return True
 
     def is_writable(self, x: A) -> bool:
@@ -161,31 +156,13 @@ class Library(Protocol[A, D]):
 
     # -- memory: asked of arrays that are not loose, but for the first five ---------------------------------
 
-    def memory(self, x: A) -> Any:
-        """What is equal for an array and its transposed views: by default the array itself."""
-        return id(x)
-
-    def bounds(self, x: A) -> tuple[int, int]:
-        """The first address of the elements, and the first behind them; (0, 0) where none is known."""
-        return 0, 0
-
-    def shares(self, x: object, others: list[A]) -> bool:
-        """Whether anything, `x`, may lie in the memory of one of the others."""
-        return any(x is other for other in others)
-
-    def same_array(self, a: A, b: A) -> bool:
-        """Whether two arrays are one: views of the same elements in the same order."""
+    def holds_same(self, a: A, b: A) -> bool:
+        """Whether two arrays that cannot be written may be taken for one: they hold the same numbers."""
         return a is b
-
-    def axes_between(self, first: A, other: A) -> tuple[int, ...] | None:
-        """The permutation of the axes of `first` that lays it out like `other`, for two views of one memory;
-        None if they are equal.
-        """
-        return None
 
     def address(self, x: A) -> int:
         """Where the first element lies."""
-        return self.bounds(x)[0]
+        raise _lacking(self.name, "address")
 
     def layout(self, x: A) -> tuple[Shape, Strides]:
         """(shape, strides in bytes), were it contiguous memory."""
@@ -230,24 +207,8 @@ class Library(Protocol[A, D]):
     # -- making arrays --------------------------------------------------------------------------------------
 
     @abstractmethod
-    def arithmetic(self, dtype: D) -> D:
-        """The type in which the maths is done: that of the parameter, but float32 at least."""
-
-    @abstractmethod
-    def promoted(self, dtype: D, others: list[str]) -> D:
-        """The type to which this one and floating point types of these names promote, real or complex as it
-        is.
-        """
-
-    @abstractmethod
-    def real_of(self, dtype: D) -> D:
-        """The type of the real part."""
-
-    @abstractmethod
-    def full_like(self, x: A, value: Scalar, *, real: bool = False, dtype: D | str | None = None) -> A:
-        """One number in the shape of `x`, in a type (a name will do), by default that of the arithmetic; in
-        the real one beside it if `real`.
-        """
+    def full_like(self, x: A, value: Scalar, dtype: D | str) -> A:
+        """One number in the shape of `x`, in this type (a name will do)."""
 
     @abstractmethod
     def copied(self, x: A, dtype: D | str) -> A:
@@ -461,21 +422,3 @@ class Library(Protocol[A, D]):
 
     operations: Mapping[str, Callable[..., Any]]
     """The functions of `optimisers.ops` by their names."""
-
-    # -- said with these, for all libraries -----------------------------------------------------------------
-
-    def size(self, x: A) -> int:
-        """The number of elements."""
-        return math.prod(x.shape)
-
-    def dtype_name(self, x: A) -> str:
-        """The name of the type of the elements."""
-        return self.type_name(x.dtype)
-
-    def is_complex(self, x: A) -> bool:
-        """Whether the elements are complex numbers."""
-        return "complex" in self.dtype_name(x)
-
-    def widened(self, x: A) -> A:
-        """A copy in the type of the arithmetic, laid out like `x`."""
-        return self.copied(x, self.arithmetic(x.dtype))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from optimisers.arrays.protocol import Array, Library
+from optimisers.arrays.types import is_complex, is_inexact
 from optimisers.errors import BadSetting
 
 
@@ -291,13 +292,23 @@ def isnumeric(x: object) -> bool:
     Arrays of integers and bools, Python numbers and everything else are not.
     """
     found = library_of(type(x))
-    return found is not None and found.is_inexact(cast("Array", x))
+    return found is not None and is_inexact(found.type_name(cast("Array", x).dtype))
 
 
 def istrainable(x: object) -> bool:
     """Whether `x` is an array that can be trained and does not say that it should not be."""
     found = library_of(type(x))
-    return found is not None and found.is_trainable(cast("Array", x))
+    return found is not None and isnumeric(x) and found.is_trainable(cast("Array", x))
+
+
+def type_name(x: Array) -> str:
+    """The name of the type of the elements of an array."""
+    return library(x).type_name(x.dtype)
+
+
+def iscomplex(x: Array) -> bool:
+    """Whether the elements of an array are complex numbers."""
+    return is_complex(type_name(x))
 
 
 def maywrite(x: object) -> bool:

@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch._C import _functorch as functorch
 
-from optimisers.arrays.layout import contiguous_strides, permutation
+from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape, Strides
 from optimisers.arrays.torch_operations import OPERATIONS, lift
 
@@ -63,15 +63,15 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
     def is_array_type(self, kind: type) -> bool:
         return issubclass(kind, Tensor)
 
-    def is_inexact(self, x: Tensor) -> bool:
-        return x.dtype.is_complex or (x.dtype.is_floating_point and x.dtype.itemsize > 1)
-
     def is_trainable(self, x: Tensor) -> bool:
-        """A parameter says itself whether it wants to be trained; any other tensor of inexact numbers is."""
-        return self.is_inexact(x) and (x.requires_grad or not isinstance(x, torch.nn.Parameter))
+        """A parameter says itself whether it wants to be trained."""
+        return x.requires_grad or not isinstance(x, torch.nn.Parameter)
 
     def type_name(self, dtype: torch.dtype) -> str:
         return str(dtype).removeprefix("torch.")
+
+    def dtype(self, name: str) -> torch.dtype:
+        return getattr(torch, name)
 
     def is_writable(self, x: Tensor) -> bool:
         if x.is_inference() and not torch.is_inference_mode_enabled():
@@ -120,32 +120,6 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
 
     # -- memory ---------------------------------------------------------------------------------------------
 
-    def memory(self, x: Tensor) -> Any:
-        if self.is_loose(x):
-            return ("object", id(x))
-        axes = sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1)
-        return str(x.device), x.data_ptr(), x.itemsize, tuple(axes)
-
-    def bounds(self, x: Tensor) -> tuple[int, int]:
-        if self.is_loose(x):
-            return 0, 0
-        last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-        return x.data_ptr(), x.data_ptr() + (last + 1) * x.itemsize if x.numel() else x.data_ptr()
-
-    def shares(self, x: object, others: list[Tensor]) -> bool:
-        if not isinstance(x, Tensor) or self.is_loose(x):
-            return any(x is other for other in others)
-        low, high = self.bounds(x)
-        return any(a < high and low < b for a, b in map(self.bounds, others))
-
-    def same_array(self, a: Tensor, b: Tensor) -> bool:
-        return self.memory(a) == self.memory(b) and a.shape == b.shape and self.axes_between(a, b) is None
-
-    def axes_between(self, first: Tensor, other: Tensor) -> tuple[int, ...] | None:
-        if first is other:
-            return None
-        return permutation(tuple(first.shape), first.stride(), tuple(other.shape), other.stride())
-
     def address(self, x: Tensor) -> int:
         return x.data_ptr()
 
@@ -191,28 +165,12 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
 
     # -- making arrays --------------------------------------------------------------------------------------
 
-    def arithmetic(self, dtype: torch.dtype) -> torch.dtype:
-        return {torch.complex32: torch.complex64}.get(dtype, torch.float32 if dtype.itemsize < 4 else dtype)
-
-    def promoted(self, dtype: torch.dtype, others: list[str]) -> torch.dtype:
-        wide = dtype
-        for name in others:
-            if name.startswith(("float", "complex")):
-                wide = torch.promote_types(wide, getattr(torch, name))
-        return wide if dtype.is_complex else wide.to_real()
-
-    def real_of(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype.to_real()
-
-    def full_like(
-        self, x: Tensor, value: Scalar, *, real: bool = False, dtype: torch.dtype | str | None = None
-    ) -> Tensor:
+    def full_like(self, x: Tensor, value: Scalar, dtype: torch.dtype | str) -> Tensor:
         """One number in the shape of `x`: for plain tensors it is kept once, as an expanded tensor."""
-        dtype = self.arithmetic(x.dtype) if dtype is None else of_name(dtype)
-        dtype = self.real_of(dtype) if real else dtype
+        kind = of_name(dtype)
         if self.is_loose(x):
-            return torch.full_like(x.detach(), value, dtype=dtype)
-        return torch.full((), value, dtype=dtype, device=x.device).expand(x.shape)
+            return torch.full_like(x.detach(), value, dtype=kind)
+        return torch.full((), value, dtype=kind, device=x.device).expand(x.shape)
 
     def copied(self, x: Tensor, dtype: torch.dtype | str) -> Tensor:
         return (x if self.is_traced(x) else x.detach()).to(of_name(dtype), copy=True)

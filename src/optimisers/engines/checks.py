@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimisers.arrays import registry
+from optimisers.arrays.types import is_number
 from optimisers.errors import TreeMismatch
 
 if TYPE_CHECKING:
@@ -63,9 +64,9 @@ def checked_gradient(step: "Step", order: int, leaf: int) -> Any:
     dx = library.dense(dx)
     if isinstance(dx, np.ma.MaskedArray):
         raise TreeMismatch(f"{name} is masked; write filled(0), or None for no step")
-    if not library.is_numbers(dx):
+    if not is_number(registry.type_name(dx)):
         raise TreeMismatch(f"{name} has elements of type {dx.dtype}; it takes numbers")
-    if library.is_complex(dx) and not library.is_complex(step.xs[leaf]):
+    if registry.iscomplex(dx) and not registry.iscomplex(step.xs[leaf]):
         raise TreeMismatch(f"{name} is complex for real parameters; take its real part")
     return dx
 

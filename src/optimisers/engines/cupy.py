@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays.cupy import ON_DEVICE, cp, library
+from optimisers.arrays.memory import bounds
+from optimisers.arrays.types import promoted, real_of
 from optimisers.engines import interpret
 from optimisers.engines.evaluate import evaluate
 from optimisers.engines.interpret import input_of
@@ -89,7 +91,7 @@ def evaluated(p: Pass, wide: Any, arrays: Sequence[Any], scalars: Sequence[Any])
 
     def operation(name: str) -> Callable[..., Any]:
         if name in ROUNDINGS:
-            return lambda x: x.astype(name.removeprefix("to_")).astype(library.real_of(wide))
+            return lambda x: x.astype(name.removeprefix("to_")).astype(real_of(library, wide))
         return FUSED[name]
 
     found = evaluate(roots, given, library, wide, operation=operation, cast=copied)
@@ -168,7 +170,7 @@ def reduce(step: Step, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any] 
     p = reduce_pass(step.program, level, wanted)
     if p is None or len(p.reductions) != sum(wanted) or not p.loads or not takes(step, p):
         return None
-    wide = library.promoted(step.wide, ["float64"]) if p.exact else step.wide
+    wide = promoted(library, step.wide, ["float64"]) if p.exact else step.wide
     kernel, scalars = reducing(p, wide), columns(step, p, wide)
     found: list[list[Any]] = []
     for leaf in range(step.leaves):
@@ -190,7 +192,7 @@ def takes(step: Step, p: Pass) -> bool:
 
 def columns(step: Step, p: Pass, wide: Any) -> list[Any]:
     """The scalars of a pass, each for all leaves, in the type of the arithmetic."""
-    real = library.real_of(wide)
+    real = real_of(library, wide)
     return [
         library.number(step.scalars.of_leaves(e), wide if e.type == "complex" else real) for e in p.scalars
     ]
@@ -239,7 +241,7 @@ def separate(step: Step, begin: Indices, end: Indices) -> None:
         for k, name in enumerate(c.p.loads):
             if name.startswith("s") or c.arrays[k] is c.x:
                 continue
-            low, high = library.bounds(c.arrays[k])
+            low, high = bounds(c.arrays[k])
             before = int(np.searchsorted(begin, high)) - 1
             if low < high and before >= 0 and end[before] > low:
                 c.arrays[k] = library.duplicate(c.arrays[k])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays.protocol import Library
+from optimisers.arrays.types import real_of
 from optimisers.graph.expr import Expr, order
 
 Values = dict[int, Any]
@@ -33,7 +34,7 @@ def evaluate(
     """
     found = {} if found is None else found
     apply: Callable[[str], Callable[..., Any]] = operation or library.operations.__getitem__
-    types = {"bool": np.dtype(bool), "real": library.real_of(wide), "complex": wide}
+    types = {"bool": np.dtype(bool), "real": real_of(library, wide), "complex": wide}
     convert: Callable[[Any, Any], Any] = cast or library.cast
     for e in order(roots, found):
         args = [found[id(a)] for a in e.args]

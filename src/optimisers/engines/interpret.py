@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import registry
+from optimisers.arrays.memory import shares
+from optimisers.arrays.types import promoted, real_of
 from optimisers.engines.checks import checked_gradient, checked_x, local_shape
 from optimisers.engines.evaluate import evaluate
 from optimisers.engines.memory import NOTHING, Spans, looked
@@ -28,7 +30,7 @@ class Values:
         self.step, self.scalars, self.leaf = step, step.scalars, leaf
         self.library = step.library
         self.wide = step.wide if wide is None else wide
-        self.real = self.library.real_of(self.wide)
+        self.real = real_of(self.library, self.wide)
         self.found: dict[int, Any] = {}
         self.seen: list[Any] = []
 
@@ -39,7 +41,7 @@ class Values:
     def own(self, name: str, e: Expr, kind: str, domain: str = "array") -> Any:
         """What is stored, in memory of its own: that is done after other arrays have been written."""
         value = self.value(self.step.program.lowering.store(name, e, kind, domain))
-        if e.domain == "scalar" or self.step.job.traced or not self.library.shares(value, self.seen):
+        if e.domain == "scalar" or self.step.job.traced or not shares(value, self.seen):
             return value
         return self.library.duplicate(value)
 
@@ -116,7 +118,7 @@ def reduce(step: Step, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
     chosen = [r for r, w in zip(step.stages[level].reductions, wanted, strict=True) if w]
     found: dict[Expr, list[Any]] = {r: [] for r in chosen}
     p, library = reduce_pass(step.program, level, wanted), step.library
-    exact = library.promoted(step.wide, ["float64"]) if p is not None and p.exact else None
+    exact = promoted(library, step.wide, ["float64"]) if p is not None and p.exact else None
     for leaf in range(step.leaves):
         arrays, others = Values(step, leaf, exact), Values(step, leaf)
         for r in chosen:

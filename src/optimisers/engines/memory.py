@@ -7,6 +7,7 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
+from optimisers.arrays.memory import bounds
 from optimisers.errors import TreeMismatch
 from optimisers.state.buffers import Indices, Loose, Pack
 from optimisers.state.memo import Subset
@@ -67,10 +68,10 @@ def looked(library: Any, xs: Sequence[Any], slots: Sequence[Pack], subset: Subse
     nothing has moved.
     """
     state = [b for p in slots if not isinstance(p, Loose) for b in p.buffers]
-    bounds = [library.bounds(a) for a in (*xs, *state)]
+    ends = [bounds(a) for a in (*xs, *state)]
     owner = np.array([*range(len(xs)), *([-1] * len(state))], np.int64)
-    pieces = np.array(bounds, np.int64).reshape(-1, 2)
-    strides = [tuple(library.layout(x)[1]) if b[0] < b[1] else () for x, b in zip(xs, bounds, strict=False)]
+    pieces = np.array(ends, np.int64).reshape(-1, 2)
+    strides = [tuple(library.layout(x)[1]) if b[0] < b[1] else () for x, b in zip(xs, ends, strict=False)]
     found = Spans.of(pieces[:, 0], pieces[:, 1], owner, strides)
     if not (isinstance(subset.spans, Spans) and subset.spans.same(found)):
         subset.spans = found

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays.layout import contiguous_strides
+from optimisers.arrays.types import real_of
 from optimisers.engines.task import Step
 from optimisers.engines.workspace import Batch, Bucket, Found, Workspace
 from optimisers.errors import TraceError
@@ -53,7 +54,7 @@ class Stacks:
         self.step, self.scalars, self.workspace = step, step.scalars, workspace
         self.fill, self.given, self.take = fill, given, take
         self.library, self.wide = step.library, step.wide
-        self.real = self.library.real_of(self.wide)
+        self.real = real_of(self.library, self.wide)
         self.found: dict[int, list[Found]] = {}
         self.sums: dict[int, Any] = {}
         self.known: dict[tuple[int, int], Any] = {}

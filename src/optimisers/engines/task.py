@@ -11,6 +11,7 @@ import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.arrays.numpy import library as host
+from optimisers.arrays.types import arithmetic, promoted
 from optimisers.engines.memory import Known, Spans, merged
 from optimisers.engines.totals import Totals, on_host
 from optimisers.errors import BadState, DomainError, TraceError
@@ -183,7 +184,7 @@ class Step:
         memo = self.job.group.memo
         if memo.wide is None:
             kinds = [s.dtype for s in self.program.slots]
-            memo.wide = self.library.promoted(self.library.arithmetic(self.kind.dtype), kinds)
+            memo.wide = promoted(self.library, arithmetic(self.library, self.kind.dtype), kinds)
         return memo.wide
 
     def code(self, leaf: int, root: str) -> str:

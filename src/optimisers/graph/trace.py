@@ -102,7 +102,7 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
 
     Raises TraceError, saying what the rule did, if it cannot be traced.
     """
-    dtype, shape = registry.library(x).dtype_name(x), tuple(x.shape)
+    dtype, shape = registry.type_name(x), tuple(x.shape)
     kind = _kind(dtype)
     with tracing() as notes:
         paths = [path for path, _ in walk(rule)]
@@ -240,7 +240,7 @@ def _state_symbols(
     symbols: list[Symbol] = []
     for path, value in flatten(state):
         if registry.isarray(value):
-            dtype = registry.library(value).dtype_name(value)
+            dtype = registry.type_name(value)
             kind = "complex" if "complex" in dtype else "real"
             same = tuple(value.shape) == shape
             slot = Slot(f"s{len(slots)}", path, dtype, kind, None if same else tuple(value.shape))

@@ -1,5 +1,6 @@
 """What else may a rule say? What is written with the primitive operations, and computed as they are."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ def clip(x: Operand, low: Operand, high: Operand) -> Any:
 def is_complex(x: Operand) -> bool:
     """Whether an array, or a symbol that stands for one, has complex elements."""
     one: Any = x
-    return one.type == "complex" if hasattr(type(x), "__operation__") else registry.library(x).is_complex(one)
+    return one.type == "complex" if hasattr(type(x), "__operation__") else registry.iscomplex(one)
 
 
 def by_parts(function: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...]:
@@ -56,7 +57,7 @@ def by_parts(function: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[An
 def size_of(x: Operand) -> Any:
     """The number of elements; a symbol in a trace."""
     one: Any = x
-    return one.size if hasattr(type(x), "__operation__") else registry.library(one).size(one)
+    return one.size if hasattr(type(x), "__operation__") else math.prod(one.shape)
 
 
 def mean(x: Operand) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from optimisers.arrays import registry
 from optimisers.arrays.protocol import Array, Operand
+from optimisers.arrays.types import arithmetic, real_of
 from optimisers.errors import TraceError
 from optimisers.ops.derived import is_complex
 from optimisers.ops.primitives import abs, log, minimum, random_word, sqrt, where
@@ -68,11 +69,12 @@ def drawn(kind: str, x: Any, seed: Operand, draw: int, step: Operand | None, lea
             raise TraceError(f"a rule says no step and no leaf; write {kind}(x, seed)")
         return write(kind, x, seed, draw)
     first, last = number_of_leaf(leaf)
-    real = registry.library(x).real_of(registry.library(x).arithmetic(x.dtype))
+    library = registry.library(x)
+    real = real_of(library, arithmetic(library, x.dtype))
 
     def word(which: int, bits: int) -> Any:
         found = random_word(x, seed, step or 0, first, last, draw=draw, which=which, bits=bits)
-        return registry.library(x).cast(found, real)
+        return library.cast(found, real)
 
     return of_words(kind, word, whole=is_complex(x))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from optimisers.arrays import registry
 from optimisers.arrays.protocol import Array, Scalar
+from optimisers.arrays.types import arithmetic, real_of
 from optimisers.ops.dispatch import dispatch
 from optimisers.ops.primitives import ROUNDINGS
 
@@ -27,18 +28,24 @@ def ones_like(x: Array) -> Any:
 def full_like(x: Array, value: Scalar) -> Any:
     """An array in the shape of `x` filled with `value`, in the type of the arithmetic (see `zeros_like`)."""
     write = getattr(type(x), "__full_like__", None)
-    return registry.library(x).full_like(x, value) if write is None else write(x, value)
+    if write is not None:
+        return write(x, value)
+    library = registry.library(x)
+    return library.full_like(x, value, arithmetic(library, x.dtype))
 
 
 def typed_zeros_like(x: Array, dtype: str) -> Any:
     """Zeros in the shape and layout of `x`, in a type of their own."""
-    return registry.library(x).full_like(x, 0, dtype=dtype)
+    return registry.library(x).full_like(x, 0, dtype)
 
 
 def real_zeros_like(x: Array) -> Any:
     """Real zeros in the shape of `x`, also for complex `x`: for state such as a mean of |dx|^2."""
     write = getattr(type(x), "__full_like__", None)
-    return registry.library(x).full_like(x, 0, real=True) if write is None else write(x, 0)
+    if write is not None:
+        return write(x, 0)
+    library = registry.library(x)
+    return library.full_like(x, 0, real_of(library, arithmetic(library, x.dtype)))
 
 
 def copy(x: Array, dtype: str | None = None) -> Any:
@@ -48,7 +55,7 @@ def copy(x: Array, dtype: str | None = None) -> Any:
     if hasattr(type(x), "__operation__"):
         return x if dtype is None else rounded(x, dtype)
     library = registry.library(x)
-    return library.widened(x) if dtype is None else library.copied(x, dtype)
+    return library.copied(x, arithmetic(library, x.dtype) if dtype is None else dtype)
 
 
 def rounded(x: Array, dtype: str) -> Any:
@@ -69,4 +76,4 @@ def resolution(x: Array) -> float:
 def _type_of(x: Array) -> str:
     """The name of the type in which `x` is stored."""
     read = getattr(type(x), "__stored_type__", None)
-    return registry.library(x).dtype_name(x) if read is None else read(x)
+    return registry.type_name(x) if read is None else read(x)

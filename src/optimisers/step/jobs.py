@@ -40,9 +40,9 @@ def by_orders(
 
 def _conjugated(g: Any) -> Any:
     """The conjugate of a complex gradient; anything else as it is."""
-    if not registry.isarray(g) or not (library := registry.library(g)).is_complex(g):
+    if not registry.isarray(g) or not registry.iscomplex(g):
         return g
-    return library.operations["conj"](g)
+    return registry.library(g).operations["conj"](g)
 
 
 class Steps:

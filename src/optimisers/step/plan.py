@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import registry
+from optimisers.arrays.memory import same_array
 from optimisers.engines.memory import Known
 from optimisers.errors import TreeMismatch
+from optimisers.ops.state import copy
 from optimisers.state.buffers import Indices
 from optimisers.state.store import Store
 from optimisers.tree.layout import Layout, Node
@@ -121,7 +123,7 @@ def _still_tied(first: Any, other: Any, places: list[KeyPath]) -> None:
     if first is other:
         return
     library = registry.library(first)
-    if registry.library_of(type(other)) is not library or not library.same_array(first, other):
+    if registry.library_of(type(other)) is not library or not same_array(first, other):
         names = " and ".join(p.code() for p in places)
         raise TreeMismatch(
             f"{names} were one array at `setup` and are not now; tie them again, or call `setup` again"
@@ -157,4 +159,4 @@ def _sum_of_places(grads: Sequence[tuple[Any, Any]], paths: list[KeyPath]) -> An
     if len(found) <= 1:
         return found[0] if found else None
     add = registry.library(found[0]).operations["add"]  # which knows on which device
-    return functools.reduce(add, (registry.library(g).widened(g) for g in found))
+    return functools.reduce(add, map(copy, found))

@@ -3,6 +3,7 @@ together.
 """
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
@@ -152,7 +153,7 @@ def store_of(
 def _refuse_cut(layout: Layout, shapes: Sequence[Shape | None], arrays: Sequence[Any]) -> None:
     """Raise BadSetting for arrays on several devices whose state would have to be gathered into a vector."""
     for path, kind, x in zip(layout.paths, shapes, arrays, strict=True):
-        if kind is not None and kind.library.size(x) < LARGE and kind.library.is_cut(x):
+        if kind is not None and math.prod(x.shape) < LARGE and kind.library.is_cut(x):
             raise BadSetting(
                 f"packed=True puts the state of small arrays into shared vectors, and {path.code()} is cut "
                 "into parts on several devices; leave packed out, or replicate it"

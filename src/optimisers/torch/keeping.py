@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from optimisers.arrays.torch import library as tensors
+from optimisers.arrays import registry
 from optimisers.errors import BadState, TreeMismatch
 from optimisers.graph.clocks import UPDATES
 from optimisers.rule import Rule
@@ -177,7 +177,7 @@ class Keeper:
 
     def _make(self, chosen: dict[str, Any], group_of: Mapping[Any, ParamGroup], state: Any) -> None:
         """Make the state of parameters, and put it behind that of the others."""
-        layout, arrays = survey(chosen, trained=tensors.is_inexact)
+        layout, arrays = survey(chosen, trained=registry.isnumeric)
         layout.told = self.told
         order = list(zip(layout.root.leaves, chosen.values(), strict=True))
         rules = {leaf: self._rule_of(p, group_of[p]) for leaf, p in reversed(order)}
@@ -324,9 +324,9 @@ def _wants(p: Any) -> bool:
 
 def _may_be_stepped(p: Any, names: Mapping[Any, str]) -> bool:
     """Whether a tensor has numbers that can be stepped; raises BadState for others that have a gradient."""
-    if not tensors.is_inexact(p) and p.grad is not None:
+    if not registry.isnumeric(p) and p.grad is not None:
         raise BadState(
             f"{names[p]!r} has a gradient and cannot be stepped: it is a tensor of {p.dtype}; keep it in a "
             "wider type"
         )
-    return tensors.is_inexact(p)
+    return registry.isnumeric(p)

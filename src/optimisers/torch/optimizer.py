@@ -13,6 +13,7 @@ import torch
 
 from optimisers.arrays import registry
 from optimisers.arrays.torch import library as tensors
+from optimisers.arrays.types import arithmetic
 from optimisers.errors import BadSetting, BadState, TreeMismatch, UnknownField
 from optimisers.rule import Rule
 from optimisers.settings import is_schedule, numbers
@@ -284,7 +285,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         if scale is None:
             return None, grads
         share = 1 / scale.item()
-        wide = [None if g is None else g.to(tensors.arithmetic(g.dtype)) * share for g in grads]
+        wide = [None if g is None else g.to(arithmetic(tensors, g.dtype)) * share for g in grads]
         return None, wide
 
     # -- the state as a tree --

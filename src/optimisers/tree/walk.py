@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import registry
+from optimisers.arrays.memory import axes_between, bounds, memory_of, same_array
 from optimisers.errors import BadSetting, NoMatch, TreeMismatch
 from optimisers.tree.children import Container, container
 from optimisers.tree.layout import EMPTY, FROZEN, Layout, Node, fetcher, leaf_paths, picker
@@ -179,7 +180,7 @@ class _Survey:
                 f"of {first.dtype}; train one of them"
             )
         self.places[number].append(path)
-        return Node(leaf=number, axes=library.axes_between(first, x), leaves=(number,), again=True)
+        return Node(leaf=number, axes=axes_between(first, x), leaves=(number,), again=True)
 
     def identity(self, x: Any, path: KeyPath) -> Any:
         """What places of one array share: memory, or where arrays cannot be written a declared tie."""
@@ -187,7 +188,7 @@ class _Survey:
         if library.immutable:
             declared = (n for n, tie in enumerate(self.ties) if any(matches(name, path) for name in tie))
             return "tie", next(declared, -1 - len(self.arrays))
-        return ("empty", id(x)) if library.size(x) == 0 else (library.name, library.memory(x))
+        return ("empty", id(x)) if 0 in x.shape else memory_of(x)
 
     def writable(self, node: Node) -> bool:
         """Whether all arrays below a node could be written."""
@@ -196,14 +197,14 @@ class _Survey:
     @staticmethod
     def refuse_other(first: Any, x: Any, there: KeyPath, path: KeyPath) -> None:
         """Raise TreeMismatch where two places that were declared to be one array cannot be."""
-        both, library = f"{there.code()} and {path.code()}", registry.library(x)
+        both = f"{there.code()} and {path.code()}"
         if (first.shape, first.dtype) != (x.shape, x.dtype):
             raise TreeMismatch(
                 f"{both} are tied, and hold arrays of {first.dtype}, {tuple(first.shape)} and of {x.dtype}, "
                 f"{tuple(x.shape)}; ties take arrays of one shape and type"
             )
         seen = all(hasattr(a, "__array__") for a in (first, x))
-        if seen and not library.same_array(first, x):
+        if seen and not same_array(first, x):
             raise TreeMismatch(
                 f"{both} are tied, and hold different numbers; put one array at both places first"
             )
@@ -263,7 +264,7 @@ class _Survey:
 
     def refuse_overlaps(self) -> None:
         """Two parameters that share elements, but are not the same array, would be stepped twice."""
-        spans = [(*registry.library(x).bounds(x), i) for i, x in enumerate(self.arrays)]
+        spans = [(*bounds(x), i) for i, x in enumerate(self.arrays)]
         spans = [span for span in spans if span[0] < span[1]]
         spans.sort()
         end, last = 0, -1
@@ -288,7 +289,7 @@ def _layout_only(x: Any) -> Any:
     library = registry.library(x)
     shape, strides = library.layout(x)
     kind = f"|V{x.dtype.itemsize}"
-    about = {"data": (library.bounds(x)[0], True), "shape": shape, "strides": strides, "typestr": kind}
+    about = {"data": (library.address(x), True), "shape": shape, "strides": strides, "typestr": kind}
     return np.asarray(SimpleNamespace(__array_interface__={**about, "version": 3}))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.arrays.layout import contiguous_strides
+from optimisers.arrays.memory import bounds
 from optimisers.engines.addressed.chunks import Chunks, Scratch
 from optimisers.engines.addressed.pointers import Form, is_fake, lacks_memory
 from optimisers.engines.checks import checked_gradient, checked_x
@@ -421,7 +422,7 @@ def spans(step: Step) -> Spans:
     strides: list[Any] = []
     for i, (new, old) in enumerate(zip(arrays.x, step.xs, strict=True)):
         if new is not old:  # a copy: what counts is where the original lies
-            low[i], high[i] = step.library.bounds(old)
+            low[i], high[i] = bounds(old)
             strides.append((i, step.library.layout(old)[1]))
     owner = np.concatenate([np.arange(step.leaves), np.full(len(buffers), -1)])
     begin, end = np.concatenate([low, state_at]), np.concatenate([high, state_at + state_size])

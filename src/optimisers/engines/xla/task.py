@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimisers.arrays.jax import library
+from optimisers.arrays.types import real_of
 from optimisers.engines import interpret
 from optimisers.engines.addressed import text
 from optimisers.engines.cpu import task as numba
@@ -472,7 +473,7 @@ def _pass(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any, shape: tuple
 
 def _values(p: Pass, wide: Any, inputs: dict[str, Any], scalars: Any, shape: tuple[int, ...]) -> Values:
     """The value of every node of a pass, from its inputs, of this shape, and its row of scalars."""
-    real = library.real_of(wide)
+    real = real_of(library, wide)
     column = {id(e): scalars[j] for j, e in enumerate(p.scalars)}
     spread = [e for e in p.body if e.op == "spread"]
 

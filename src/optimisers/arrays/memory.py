@@ -1,0 +1,62 @@
+"""Which arrays share memory? Said with the address and the layout that their library answers."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from optimisers.arrays.layout import axes_in_memory, permutation
+from optimisers.arrays.protocol import Array
+from optimisers.arrays.registry import library, library_of
+
+
+def memory_of(x: Array) -> tuple[object, ...]:
+    """What is equal for an array and its transposed views; the object itself where it is no plain memory."""
+    own = library(x)
+    if own.is_loose(x):
+        return ("object", id(x))
+    return own.name, own.device(x), own.address(x), x.dtype.itemsize, axes_in_memory(*own.layout(x))
+
+
+def bounds(x: Array) -> tuple[int, int]:
+    """The first address of the elements, and the first behind them; (0, 0) where it is no plain memory."""
+    own = library(x)
+    if own.is_loose(x):
+        return 0, 0
+    start, (shape, strides) = own.address(x), own.layout(x)
+    if own.is_contiguous(x):
+        return start, start + math.prod(shape) * x.dtype.itemsize
+    if 0 in shape:
+        return start, start
+    reach = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
+    last = sum(r for r in reach if r > 0)
+    return start + sum(reach) - last, start + last + x.dtype.itemsize
+
+
+def shares(x: object, others: Sequence[Any]) -> bool:
+    """Whether a value may lie in the memory of one of some arrays; a number does not."""
+    if isinstance(x, np.ndarray):
+        return any(np.may_share_memory(x, other) for other in others)  # ten times as fast as by its address
+    own = library_of(type(x))
+    if own is None or own.is_loose(cast("Array", x)):
+        return any(x is other for other in others)
+    low, high = bounds(cast("Array", x))
+    return any(a < high and low < b for a, b in map(bounds, others))
+
+
+def axes_between(first: Array, other: Array) -> tuple[int, ...] | None:
+    """The permutation of the axes of `first` that lays it out like `other`, for two views of one memory; None
+    if they are equal.
+    """
+    own = library(first)
+    return None if first is other else permutation(*own.layout(first), *own.layout(other))
+
+
+def same_array(a: Array, b: Array) -> bool:
+    """Whether two arrays are one: views of the same elements in the same order, or where arrays cannot be
+    written the same numbers.
+    """
+    if library(a).immutable:
+        return library(a).holds_same(a, b)
+    return memory_of(a) == memory_of(b) and a.shape == b.shape and axes_between(a, b) is None
