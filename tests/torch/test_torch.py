@@ -16,6 +16,7 @@ import optimisers as opt
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.torch import library
 from optimisers.engines.addressed import pointers as addresses
+from optimisers.engines.addressed import public
 from tests.goldens import PRESENT, REDUCING, array_of, names_of, rule_of, title_of
 from tests.table import DTYPES, TABLE, Row, dtype_of
 from tests.tensors import array, misaligned, number_of, tensor, turned, with_gaps
@@ -586,8 +587,8 @@ def test_the_compiled_look_sees_what_python_sees(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("found", [True, False])
 def test_steps_are_the_same_without_the_compiled_look(found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not found:
-        public = addresses.Road(None, public.torch_addresses, "asked for")
-        monkeypatch.setitem(addresses._roads, ("torch", "cpu"), public)
+        road = addresses.Road(None, public.torch_addresses, "asked for")
+        monkeypatch.setitem(addresses._roads, ("torch", "cpu"), road)
     model = {n: lay(two(shape)[0]) for n, (shape, lay, e) in LAYOUTS.items() if e == "numba"}
     state = opt.setup(RULE, model, engine="numba")
     _, new = opt.update_(state, model, {n: two(LAYOUTS[n][0])[1] for n in model})
