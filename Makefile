@@ -5,7 +5,7 @@ RUN := XDG_CACHE_HOME="$(CURDIR)/.cache" MPLCONFIGDIR="$(CURDIR)/.cache/matplotl
 
 .PHONY: demo test quick check bench docs clean
 
-demo: .venv/demo.stamp ## train a digit classifier with four rules; writes demo.png
+demo: .venv/demo.stamp ## let four rules race on a digit classifier; writes demo.png
 	$(RUN) -m optimisers demo
 
 test: check ## the linter, the type checker and every test, a process for each core

@@ -40,6 +40,7 @@ from optimisers.flat import Restructure, destructure, trainable, trainables
 from optimisers.grads import gradients, value_and_grad
 from optimisers.names import meant
 from optimisers.ops import abs2, copy, ema, maximum, minimum, norm, sign, sqrt, total, when, where, zeros_like
+from optimisers.race import Race, race
 from optimisers.rule import Pair, Rule, Setting, setting, static
 from optimisers.rules.adam import (
     AdaBelief,
@@ -230,6 +231,7 @@ __all__ = [
     "QHM",
     "RAdam",
     "RMSProp",
+    "Race",
     "Restructure",
     "Rprop",
     "Rule",
@@ -295,6 +297,7 @@ __all__ = [
     "minimum",
     "norm",
     "ops",
+    "race",
     "register",
     "register_backend",
     "set_num_threads",

@@ -73,7 +73,7 @@ def sentence(of: object) -> str:
 
 
 def demo() -> int:
-    """Train a classifier of handwritten digits under four rules; writes demo.png."""
+    """Let four rules race on a classifier of handwritten digits; writes demo.png."""
     try:
         run = importlib.import_module("optimisers.demo").run
     except ModuleNotFoundError as error:

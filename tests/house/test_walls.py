@@ -26,6 +26,8 @@ FLOORS = (
     ("engines",),
     ("step",),
     ("flat", "averaged", "checkpoint", "explain", "grads", "names", "torch", "jax"),
+    ("training", "curves"),
+    ("race",),
     ("__init__",),
     ("demo",),
     ("__main__",),

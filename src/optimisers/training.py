@@ -1,0 +1,223 @@
+"""How is a copy of a model trained under a rule, in each library? For comparisons, not for use."""
+
+import contextlib
+import copy
+import functools
+import importlib
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, final
+
+import numpy as np
+
+from optimisers.arrays import registry
+from optimisers.averaged import averaged
+from optimisers.errors import BadSetting, NoMatch
+from optimisers.grads import value_and_grad as of_tensors
+from optimisers.rule import Rule
+from optimisers.schedules import Join, Schedule
+from optimisers.settings import Value, adjusted, inner, is_schedule, parts, replaced, settings
+from optimisers.step.update import setup, update, update_
+from optimisers.tree.walk import survey
+
+Loss = Callable[[Any, Any], Any]
+Gradient = Callable[[Loss], Callable[[Any, Any], tuple[Any, Any]]]
+
+# -- rates ---------------------------------------------------------------------------------------------------
+
+LEVELS = ("eta", "start", "end")
+"""Fields of our schedules that are rates."""
+
+
+@final
+class Times(Value):
+    """Another schedule times a number."""
+
+    schedule: Any
+    factor: float = 1.0
+
+    def __call__(self, clock: float) -> Any:
+        return self.factor * self.schedule(clock)
+
+    def __repr__(self) -> str:
+        return f"lambda t: {self.factor:g} * ({self.schedule!r})(t)"
+
+
+def rated(rule: Any, factor: Any) -> Any:
+    """A rule, or a dict of them, with its rate times a number: of rules in a row that of the first one that
+    has a rate, for their rates multiply. A rule without a rate stays as it is.
+    """
+    if isinstance(rule, Mapping):
+        return {key: rated(each, factor) for key, each in rule.items()}
+    old = next((part for part in parts(rule) if "eta" in vars(part)), None)
+    if old is None:
+        return rule
+    new = replaced(old, {"eta": _times(old.eta, factor)})  # pyright: ignore[reportAttributeAccessIssue] it has one
+    new.__post_init__()
+    return _exchanged(rule, old, new)
+
+
+def _exchanged(value: Value, old: Value, new: Value) -> Value:
+    """A rule with another part in the place of one."""
+    if value is old:
+        return new
+    changes = {name: inner(held, lambda v: _exchanged(v, old, new)) for name, held in settings(value)}
+    result = replaced(value, changes)
+    result.__post_init__()
+    return result
+
+
+def _times(rate: Any, factor: Any) -> Any:
+    """A rate times a number; of a schedule of ours the levels."""
+    if not is_schedule(rate):
+        new = rate * factor
+        return float(f"{new:.12g}") if isinstance(new, float) else new  # 0.009, not 0.009000000000000001
+    if isinstance(rate, Join):
+        return Join(tuple(_times(each, factor) for each in rate.schedules), rate.boundaries)
+    if isinstance(rate, Schedule):
+        return adjusted(rate, {name: getattr(rate, name) * factor for name in LEVELS if name in vars(rate)})
+    return Times(rate, factor)
+
+
+def is_one_number(rule: Any) -> bool:
+    """Whether the rates of a rule, or of a dict of them, are numbers."""
+    rules = rule.values() if isinstance(rule, Mapping) else (rule,)
+    every = [part for each in rules if isinstance(each, Rule) for part in parts(each)]
+    return not any(is_schedule(vars(part).get("eta")) for part in every)
+
+
+# -- trainings -----------------------------------------------------------------------------------------------
+
+
+Stepped = Callable[[], object]
+"""What is called after each step."""
+
+Trained = tuple[list[list[float]], Callable[[int], Any]]
+"""(losses of each training, number of a training -> the model to evaluate)."""
+
+
+class Run(NamedTuple):
+    """Trainings that run together: one for each of these factors of the rate."""
+
+    factors: Sequence[float]
+    train: Callable[
+        [Any, Iterable[Any], Callable[[], object]], tuple[list[list[float]], Callable[[int], Any]]
+    ]
+    """(model, batches, what to call after each step) -> (losses of each, number -> the model to evaluate)."""
+
+
+class Trainer(NamedTuple):
+    """How models of a library are trained."""
+
+    runs: Callable[[Any, Sequence[float]], list[Run]]
+    """(rule, factors of its rate) -> the trainings."""
+    seed: Callable[[int], None]
+    """Start the random numbers of the library, if it has any of its own."""
+
+
+def guarded() -> contextlib.AbstractContextManager[object]:
+    """Puts the random numbers of PyTorch back at the end, where it is loaded."""
+    torch: Any = sys.modules.get("torch")
+    return contextlib.nullcontext() if torch is None else torch.random.fork_rng()
+
+
+def trainer(model: Any, loss: Loss, gradient: Gradient | None) -> Trainer:
+    """How models of this kind are trained; `gradient` makes (loss, gradients) of a loss, unless the library
+    does.
+    """
+    _, arrays = survey(model)
+    name = registry.library(*arrays).name if arrays else "numpy"
+    if name == "jax":
+        jax: Any = importlib.import_module("jax")
+        both = (gradient or jax.value_and_grad)(loss)
+        return Trainer(functools.partial(_runs_of_jax, jax, both), _nothing)
+    if name == "torch":
+        torch: Any = importlib.import_module("torch")
+        both = gradient(loss) if gradient else lambda x, batch: of_tensors(loss, x, batch)
+        return Trainer(functools.partial(_runs, both), torch.manual_seed)
+    return Trainer(functools.partial(_runs, gradient(loss) if gradient else loss), _nothing)
+
+
+def _nothing(_seed: int) -> None:
+    """There are no random numbers to start."""
+
+
+def evaluated(state: Any, model: Any) -> Any:
+    """The model with the parameters that its rules evaluate with."""
+    try:
+        return averaged(state, model)
+    except NoMatch:
+        return model
+
+
+def _runs(both: Callable[..., Any], rule: Any, factors: Sequence[float]) -> list[Run]:
+    """One training after the other, in place."""
+
+    def train(factor: float, model: Any, batches: Iterable[Any], stepped: Stepped) -> Trained:
+        model = copy.deepcopy(model)
+        state, losses = setup(rated(rule, factor), model), list[float]()
+        for batch in batches:
+            with np.errstate(over="ignore", invalid="ignore"):  # a loss that grows without end is an answer
+                value, grads = _pair(both(model, batch))
+            losses.append(float(value))
+            if not math.isfinite(losses[-1]):
+                break
+            state, model = update_(state, model, grads, loss=losses[-1])
+            stepped()
+        return [losses], lambda _: evaluated(state, model)
+
+    return [Run([factor], functools.partial(train, factor)) for factor in factors]
+
+
+def _pair(found: Any) -> tuple[Any, Any]:
+    """(loss, gradients); raises BadSetting for anything else."""
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise BadSetting(
+            f"loss(model, batch) gave {type(found).__name__}; for these arrays it gives (loss, gradients), "
+            "or race is told value_and_grad="
+        )
+    return found
+
+
+def _runs_of_jax(jax: Any, both: Callable[..., Any], rule: Any, factors: Sequence[float]) -> list[Run]:
+    """All rates of a rule in one vmapped step; those of schedules one after the other."""
+
+    def step(state: Any, model: Any, batch: Any) -> Any:
+        value, grads = both(model, batch)
+        return value, *update(state, model, grads, loss=value)
+
+    def train(together: Sequence[float], model: Any, batches: Iterable[Any], stepped: Stepped) -> Trained:
+        if len(together) == 1:
+            states, models, stepping = setup(rated(rule, together[0]), model), model, jax.jit(step)
+        else:
+            states, models = jax.vmap(lambda f: (setup(rated(rule, f), model), model))(
+                jax.numpy.asarray(together)
+            )
+            stepping = jax.jit(jax.vmap(step, in_axes=(0, 0, None)))
+        values: list[Any] = []
+        for batch in batches:
+            value, states, models = stepping(states, models, batch)
+            values.append(jax.numpy.reshape(value, (len(together),)))
+            stepped()
+        losses = [list(map(float, each)) for each in zip(*map(_listed, values), strict=True)]
+
+        def model_of(k: int) -> Any:
+            if len(together) == 1:
+                return evaluated(states, models)
+            return evaluated(*jax.tree.map(lambda a: a[k], (states, models)))
+
+        return [_until_finite(each) for each in losses], model_of
+
+    each = [factors] if is_one_number(rule) else [[factor] for factor in factors]
+    return [Run(together, functools.partial(train, together)) for together in each]
+
+
+def _listed(values: Any) -> list[float]:
+    return values.tolist()
+
+
+def _until_finite(losses: list[float]) -> list[float]:
+    """The losses up to the first that is no finite number."""
+    return list(itertools.takewhile(math.isfinite, losses))
