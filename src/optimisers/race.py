@@ -144,8 +144,8 @@ class Race:
 def race(
     rules: Mapping[str, Rules] | Sequence[Rule],
     loss: Callable[[Any, Any], Any],
-    model: Any,
-    batches: Any,
+    model: object,
+    batches: object,
     *,
     rates: Sequence[float] = RATES,
     seeds: Sequence[int] = (0, 1, 2),
@@ -202,7 +202,7 @@ def race(
 # -- what is given -------------------------------------------------------------------------------------------
 
 
-def _named(rules: Any) -> dict[str, Rules]:
+def _named(rules: object) -> dict[str, Rules]:
     """The rules by name."""
     named: dict[str, Rules] = {}
     if isinstance(rules, Mapping):
@@ -238,12 +238,12 @@ MAKERS = (types.FunctionType, types.MethodType, functools.partial, type)
 """What is no model itself, though models may be called."""
 
 
-def _made(model: Any, seed: int) -> Any:
+def _made(model: object, seed: int) -> Any:
     """The model to begin with: itself, or what a function makes of the seed."""
     return model(seed) if isinstance(model, MAKERS) else model
 
 
-def _steps(batches: Any, steps: int | None) -> int:
+def _steps(batches: object, steps: int | None) -> int:
     """How many steps each training takes."""
     given: Any = batches
     if isinstance(batches, Iterator) or not (callable(batches) or hasattr(batches, "__iter__")):
@@ -259,7 +259,7 @@ def _steps(batches: Any, steps: int | None) -> int:
     return count
 
 
-def _batches(batches: Any, seed: int) -> Iterator[Any]:
+def _batches(batches: object, seed: int) -> Iterator[Any]:
     """Batches without end: the same for every rule and rate."""
     rng = np.random.default_rng(seed)
     while True:

@@ -45,14 +45,14 @@ class Times(Value):
         return f"lambda t: {self.factor:g} * ({self.schedule!r})(t)"
 
 
-def rated(rule: Any, factor: Any) -> Any:
+def rated(rule: object, factor: float) -> Any:
     """A rule, or a dict of them, with its rate times a number: of rules in a row that of the first one that
     has a rate, for their rates multiply. A rule without a rate stays as it is.
     """
     if isinstance(rule, Mapping):
         return {key: rated(each, factor) for key, each in rule.items()}
     old = next((part for part in parts(rule) if "eta" in vars(part)), None)
-    if old is None:
+    if old is None or not isinstance(rule, Value):
         return rule
     new = replaced(old, {"eta": _times(old.eta, factor)})  # pyright: ignore[reportAttributeAccessIssue] it has one
     new.__post_init__()
@@ -69,7 +69,7 @@ def _exchanged(value: Value, old: Value, new: Value) -> Value:
     return result
 
 
-def _times(rate: Any, factor: Any) -> Any:
+def _times(rate: Any, factor: float) -> Any:
     """A rate times a number; of a schedule of ours the levels."""
     if not is_schedule(rate):
         new = rate * factor
@@ -81,7 +81,7 @@ def _times(rate: Any, factor: Any) -> Any:
     return Times(rate, factor)
 
 
-def is_one_number(rule: Any) -> bool:
+def is_one_number(rule: object) -> bool:
     """Whether the rates of a rule, or of a dict of them, are numbers."""
     rules = rule.values() if isinstance(rule, Mapping) else (rule,)
     every = [part for each in rules if isinstance(each, Rule) for part in parts(each)]
@@ -123,7 +123,7 @@ def guarded() -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if torch is None else torch.random.fork_rng()
 
 
-def trainer(model: Any, loss: Loss, gradient: Gradient | None) -> Trainer:
+def trainer(model: object, loss: Loss, gradient: Gradient | None) -> Trainer:
     """How models of this kind are trained; `gradient` makes (loss, gradients) of a loss, unless the library
     does.
     """
@@ -144,7 +144,7 @@ def _nothing(_seed: int) -> None:
     """There are no random numbers to start."""
 
 
-def evaluated(state: Any, model: Any) -> Any:
+def evaluated(state: object, model: object) -> Any:
     """The model with the parameters that its rules evaluate with."""
     try:
         return averaged(state, model)
@@ -152,10 +152,10 @@ def evaluated(state: Any, model: Any) -> Any:
         return model
 
 
-def _runs(both: Callable[..., Any], rule: Any, factors: Sequence[float]) -> list[Run]:
+def _runs(both: Callable[..., Any], rule: object, factors: Sequence[float]) -> list[Run]:
     """One training after the other, in place."""
 
-    def train(factor: float, model: Any, batches: Iterable[Any], stepped: Stepped) -> Trained:
+    def train(factor: float, model: object, batches: Iterable[Any], stepped: Stepped) -> Trained:
         model = copy.deepcopy(model)
         state, losses = setup(rated(rule, factor), model), list[float]()
         for batch in batches:
@@ -171,7 +171,7 @@ def _runs(both: Callable[..., Any], rule: Any, factors: Sequence[float]) -> list
     return [Run([factor], functools.partial(train, factor)) for factor in factors]
 
 
-def _pair(found: Any) -> tuple[Any, Any]:
+def _pair(found: object) -> tuple[Any, Any]:
     """(loss, gradients); raises BadSetting for anything else."""
     if not isinstance(found, tuple) or len(found) != 2:
         raise BadSetting(
@@ -181,14 +181,14 @@ def _pair(found: Any) -> tuple[Any, Any]:
     return found
 
 
-def _runs_of_jax(jax: Any, both: Callable[..., Any], rule: Any, factors: Sequence[float]) -> list[Run]:
+def _runs_of_jax(jax: Any, both: Callable[..., Any], rule: object, factors: Sequence[float]) -> list[Run]:
     """All rates of a rule in one vmapped step; those of schedules one after the other."""
 
-    def step(state: Any, model: Any, batch: Any) -> Any:
+    def step(state: object, model: object, batch: object) -> Any:
         value, grads = both(model, batch)
         return value, *update(state, model, grads, loss=value)
 
-    def train(together: Sequence[float], model: Any, batches: Iterable[Any], stepped: Stepped) -> Trained:
+    def train(together: Sequence[float], model: object, batches: Iterable[Any], stepped: Stepped) -> Trained:
         if len(together) == 1:
             states, models, stepping = setup(rated(rule, together[0]), model), model, jax.jit(step)
         else:
