@@ -28,6 +28,7 @@ def state_dict(state: object) -> dict[str, Any]:
     them: `load_state_dict` takes the names into a state that `setup` has made with the same rules.
     """
     store = parts(state)[0]
+    store.refuse_lent("state_dict")
     found: dict[str, Any] = {}
     for leaf in leaves_of(state):
         group, i = store.where(leaf)

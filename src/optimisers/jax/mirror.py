@@ -10,7 +10,7 @@ NNX. Whoever looks at it, or adjusts or freezes it, opens it.
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -92,6 +92,18 @@ def kinds_of(structure: Structure) -> tuple[Kind, ...]:
 # -- the state -----------------------------------------------------------------------------------------------
 
 
+def flat_dict(tree: object) -> tuple[dict[str, Any], Any]:
+    """(the arrays of a pytree by their path, its form); those of NumPy are taken for arrays of JAX."""
+    found, form = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_of(keys): jnp.asarray(x) if isinstance(x, np.ndarray) else x for keys, x in found}, form
+
+
+def path_of(keys: Any) -> str:
+    """A path as our globs read it; the wrapper of a variable of Flax does not count."""
+    text = jax.tree_util.keystr(keys, simple=True, separator=".")
+    return text.removesuffix(".value") or "params"
+
+
 class Mirrored(Branch):
     """A state that stands in Optax's form in pytrees."""
 
@@ -106,6 +118,11 @@ class Mirrored(Branch):
             object.__setattr__(self, "_about", held.about())
             object.__setattr__(self, "_held", held.store())
         return object.__getattribute__(self, "_held")
+
+    def flattened(self, params: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Any]]:
+        """(the parameters as their paths name them here, what makes the pytree of such a dict)."""
+        found, form = flat_dict(params)
+        return found, lambda new: jax.tree.unflatten(form, list(new.values()))
 
     def __reduce__(self) -> Any:
         return mirrored, (self._store, self._node, self._path, about_of(self))
