@@ -47,7 +47,7 @@ class Kind:
 
     groups: tuple[int, ...]
     rows: tuple[int, ...]
-    """Histories of each group."""
+    """Rows of scalars of each group."""
     settings: tuple[str, ...]
     numbers: tuple[str, ...]
 
@@ -253,7 +253,7 @@ def children_of(store: Store, given: Sequence[Any], place: Sequence[int], values
 
 
 def _scalars(store: Store, kind: Kind, told: Any) -> dict[str, Any]:
-    """The scalars of a kind by name: single numbers where it has one history, else vectors."""
+    """The scalars of a kind by name: single numbers where it has one row, else vectors."""
     tables = [store.groups[g].table.to_traced(arrays).arrays() for g in kind.groups]
     values, clock = tables[0] if len(tables) == 1 else (jnp.concatenate(t) for t in zip(*tables, strict=True))
     if sum(kind.rows) == 1:

@@ -209,8 +209,7 @@ class Store:
             self.frozen = mask
             for group, members, _ in self.found(leaves):
                 if group.table.traced:
-                    # Their histories part at the next step. A structure that a compiler knows parts now, and
-                    # once.
+                    # They part at the next step. A structure that a compiler knows parts now, and once.
                     group.table = group.table.split(members)
         self.changed()
 
