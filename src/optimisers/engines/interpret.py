@@ -60,7 +60,7 @@ class Values:
         """A scalar as the kernels see it: rounded once to the type of the arithmetic."""
         value = self.scalars.of_leaves(column.value)[self.leaf]
         dtype = self.wide if column.type == "complex" else self.real
-        if registry.library_of(type(value)) is self.library and self.step.blind:
+        if registry.library_of(type(value)) is self.library and self.step.abstract:
             return self.library.cast(value, dtype)
         return self.library.number(value, dtype)
 

@@ -134,8 +134,8 @@ class Step:
             )
         self.program = group.program_for(len(job.grads))
         self.stages = stages(self.program)
-        self.blind = job.traced or kind.capturable
-        """Whether no value may be looked at."""
+        self.abstract = job.traced or kind.capturable
+        """Whether scalars are abstract, traced or read when a captured graph runs: none may be looked at."""
         self.xs, self.grads = job.xs, job.grads
         self.shapes, self.sizes = subset.places.shapes, subset.places.sizes
         self.slots, self.out, self.row = group.slots, job.target.slots, job.table.row
@@ -228,7 +228,7 @@ class Step:
         """Whether a reduction counts for any leaf: under a condition that holds for none, its pass is left
         out.
         """
-        if not reduction.guard or self.blind:
+        if not reduction.guard or self.abstract:
             return True
         return bool(np.all([self.scalars.of_leaves(g) for g in reduction.guard], axis=0).any())
 
@@ -250,7 +250,7 @@ class Step:
         later.
         """
         checks = self.program.checks
-        if not checks or (self.blind and not self.job.traced):
+        if not checks or (self.abstract and not self.job.traced):
             return
         if self.job.traced:
             if (seen := watches.get()) is not None:
@@ -268,7 +268,7 @@ class Step:
     def branches(self) -> list[tuple[Holds, Members]]:
         """The leaves for which the conditions of the program have the same answers, with these."""
         guards = self.program.guards
-        if self.blind:
+        if self.abstract:
             return [(None, None)]
         if not guards:
             return [((), None)]
