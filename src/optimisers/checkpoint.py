@@ -36,7 +36,7 @@ def state_dict(state: object) -> dict[str, Any]:
         for path, value in flatten(group.state_of(i)):
             if not registry.isarray(value):
                 found[_entry(name, path)] = _vector(library, [value]).reshape(())
-            elif kind.loose:
+            elif kind.opaque:
                 found[_entry(name, path)] = library.copied(value, value.dtype)
             else:
                 found[_entry(name, path)] = library.laid_out(value, value.dtype, None, kind.device)

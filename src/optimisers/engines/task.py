@@ -20,7 +20,7 @@ from optimisers.graph.passes import Pass, draws, stages
 from optimisers.graph.scalars import Scalars, Table, counters
 from optimisers.graph.trace import Program, total_join
 from optimisers.ops.random import number_of_leaf
-from optimisers.state.buffers import Indices, Pack
+from optimisers.state.buffers import FlatBuffers, Indices
 from optimisers.state.group import Group
 from optimisers.state.memo import Subset
 from optimisers.state.table import ScalarTable
@@ -316,9 +316,9 @@ class Step:
         return counters(self.scalars.near, self.program.new_counters)
 
 
-def picked(packs: tuple[Pack, ...], subset: Subset) -> tuple[Pack, ...]:
+def picked(slots: tuple[FlatBuffers, ...], subset: Subset) -> tuple[FlatBuffers, ...]:
     """The state arrays of some members."""
-    return tuple(pack.pick(places) for pack, places in zip(packs, subset.slots, strict=True))
+    return tuple(slot.pick(places) for slot, places in zip(slots, subset.slots, strict=True))
 
 
 def _scalars(step: Step) -> Scalars:

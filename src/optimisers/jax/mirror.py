@@ -244,9 +244,9 @@ def children_of(store: Store, given: Sequence[Any], place: Sequence[int], values
     kinds = kinds_of(structure_of(store))
     held: dict[str, dict[int, Any]] = {}
     for group in store.groups:
-        for slot, pack in zip(group.program.slots, group.slots, strict=True):
-            found = held.setdefault(slot_name(slot.path), {})
-            found.update((int(leaf), pack[i]) for i, leaf in enumerate(group.leaves))
+        for spec, slot in zip(group.program.slots, group.slots, strict=True):
+            found = held.setdefault(slot_name(spec.path), {})
+            found.update((int(leaf), slot[i]) for i, leaf in enumerate(group.leaves))
     trees = {name: values([found.get(leaf, Absent()) for leaf in place]) for name, found in held.items()}
     rules = tuple(_scalars(store, kind, told) for kind, told in zip(kinds, given, strict=True))
     return {"arrays": trees, "rules": rules}

@@ -179,8 +179,8 @@ class Store:
         """
         found: list[Any] = []
         for group in self.groups:
-            for pack in group.slots:
-                found.extend(pack.buffers)
+            for slot in group.slots:
+                found.extend(slot.buffers)
             found.extend(group.table.arrays())
         return found
 
@@ -222,8 +222,8 @@ class Store:
                 kinds = [registry.isarray(v) for _, v in flatten(group.program.template)]
                 flat = [[v for _, v in flatten(values[w])] for w in which]
                 arrays = [list(itertools.compress(f, kinds)) for f in flat]
-                for j, pack in enumerate(group.slots):
-                    pack.put_many(members, [a[j] for a in arrays])
+                for j, slot in enumerate(group.slots):
+                    slot.put_many(members, [a[j] for a in arrays])
                 counters = [list(itertools.compress(f, map(operator.not_, kinds))) for f in flat]
                 if group.types:
                     group.table = group.table.assign_counters(members, counters).merge_equal()

@@ -46,7 +46,7 @@ LIBRARIES = ("torch", "cupy")
 def refusal(group: Group) -> str:
     """Why this engine does not take a group; empty if it does."""
     kind = group.kind
-    if group.loose or kind.loose:
+    if group.opaque or kind.opaque:
         return "unpacked state"
     if kind.name not in LIBRARIES:
         return f"arrays of {kind.name}"
