@@ -7,6 +7,7 @@ Kernels for CUDA run on the CPU here, by Triton's interpreter, unless somebody s
 once, when it is imported.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -45,6 +46,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = set(map(id, kept))
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
     items[:] = [item for item in items if id(item) in chosen]
+
+
+def pytest_collection_finish() -> None:
+    """What frameworks and collected tests have made stays: nobody need look through it for what is gone."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """What ends with the process is told of leaks otherwise."""
+    gc.unfreeze()
 
 
 @pytest.fixture

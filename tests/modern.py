@@ -50,13 +50,13 @@ def walked(
         return dict(zip(names, (face.array(np.array(v, dtype)) for v in values), strict=True))
 
     model = tree(case["x0"])
-    state = opt.setup(rule, model)
+    state, step = opt.setup(rule, model), face.step()
     further = hessians(case)
     xs: list[list[Any]] = []
     evaluated: list[list[Any]] = []
     losses = case.get("inputs", {}).get("losses", [None] * len(further))
     for grads, more, loss in zip(case["grads"], further, losses, strict=True):
-        state, model = opt.update(state, model, tree(grads), *map(tree, more), loss=loss)
+        state, model = step(state, model, tree(grads), *map(tree, more), loss=loss)
         xs.append([face.numpy(model[n]) for n in names])
         if "eval_xs" in case:
             shown = opt.averaged(state, model)
@@ -79,10 +79,15 @@ def hessians(case: Mapping[str, Any]) -> list[list[Any]]:
 
 
 class Face:
-    """How arrays enter a library and come back."""
+    """How arrays enter a library and come back, and what steps them: under JAX inside a `jit` of its own."""
 
-    def __init__(self, array: Callable[[Any], Any], numpy: Callable[[Any], Any]) -> None:
-        self.array, self.numpy = array, numpy
+    def __init__(
+        self,
+        array: Callable[[Any], Any],
+        numpy: Callable[[Any], Any],
+        step: Callable[[], Callable[..., Any]] = lambda: opt.update,
+    ) -> None:
+        self.array, self.numpy, self.step = array, numpy, step
 
 
 def _torch(a: Any) -> Any:
@@ -97,10 +102,16 @@ def _jax(a: Any) -> Any:
     return jnp.asarray(a)
 
 
+def _jitted() -> Any:
+    import jax
+
+    return jax.jit(opt.update)
+
+
 FACES = {
     "numpy": Face(np.array, np.array),
     "torch": Face(_torch, lambda x: x.detach().numpy().copy()),
-    "jax": Face(_jax, np.asarray),
+    "jax": Face(_jax, np.asarray, _jitted),
 }
 
 

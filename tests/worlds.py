@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import optimisers as opt
 from optimisers.state.leaf import parts
 from optimisers.step.update import update_listed
-from tests.table import Row, numbers
+from tests.table import DTYPES, TABLE, Row, numbers
 
 ENGINES = ("interpret", "numba")
 
@@ -196,6 +197,42 @@ def _param(world: World) -> Any:
 def worlds(*chosen: World) -> Any:
     """A test is run in each of these worlds."""
     return pytest.mark.parametrize("world", [_param(w) for w in chosen])
+
+
+def by_engine(chosen: list[World]) -> list[list[World]]:
+    """The worlds of each engine: they differ in the kind of step."""
+    found: dict[tuple[Any, ...], list[World]] = {}
+    for world in chosen:
+        found.setdefault((world.library, world.engine, world.capturable), []).append(world)
+    return list(found.values())
+
+
+def worlds_with(name: str, values: dict[str, Any], *turns: list[World]) -> Any:
+    """A test is run for every value and each list of worlds, which take turns. Where a list holds one engine
+    and two kinds of steps, each value meets each engine, and by one or the other each kind of step.
+    """
+    cases = []
+    for (i, taking), (j, (title, value)) in itertools.product(enumerate(turns), enumerate(values.items())):
+        world = _param(taking[(i + j) % len(taking)])
+        cases.append(pytest.param(*world.values, value, id=f"{world.id}-{title}", marks=world.marks))
+    return pytest.mark.parametrize(("world", name), cases)
+
+
+def rows_by_turns(*engines: str | None) -> Any:
+    """Every row by each engine: in single precision, and in one other type that it takes, by turns. What a
+    rule computes is one graph, whatever the type; types differ in how values are read, computed and written,
+    and each is met by many rows.
+    """
+    cases = []
+    for (i, row), (j, engine) in itertools.product(enumerate(TABLE), enumerate(engines)):
+        others = [dtype for dtype in DTYPES if row.takes(dtype) and dtype != row.single]
+        chosen = {row.single, *others[(i + 2 * j) % len(others) :][:1]} if others else {row.single}
+        chosen |= {"complex64"} if row.name in COMPLEX_PAIRS else set()
+        cases += [
+            pytest.param(row, dtype, engine, id=f"{row.name}-{dtype}-{engine or 'fastest'}")
+            for dtype in sorted(chosen)
+        ]
+    return pytest.mark.parametrize(("row", "dtype", "engine"), cases)
 
 
 Story = Callable[[World], tuple[Any, Any]]

@@ -22,7 +22,17 @@ from optimisers.arrays.protocol import Library
 from optimisers.ops.dispatch import OPERATIONS
 from tests import standin_cupy as standin
 from tests.table import DTYPES, TABLE, Row, RowMoments, RowScaled, dtype_of
-from tests.worlds import COMPLEX_PAIRS, arrays_of, bits, close, gradients_of, leaves, numbers_in, trained
+from tests.worlds import (
+    COMPLEX_PAIRS,
+    arrays_of,
+    bits,
+    close,
+    gradients_of,
+    leaves,
+    numbers_in,
+    rows_by_turns,
+    trained,
+)
 
 ENGINES = ("interpret", None)
 STEPS = (opt.update, opt.update_)
@@ -153,16 +163,7 @@ def of_numpy(name: str, dtype: str) -> Any:
     return trained(row.rule, arrays_of(row, dtype), gradients_of(row, dtype, 4), opt.update_, "interpret")
 
 
-@pytest.mark.parametrize(
-    ("row", "dtype"),
-    [
-        pytest.param(row, dtype, id=f"{row.name}-{dtype}")
-        for row in TABLE
-        for dtype in DTYPES
-        if row.takes(dtype)
-    ],
-)
-@both_engines
+@rows_by_turns("interpret", None)
 def test_arrays_of_cupy_are_stepped_as_arrays_of_numpy_are(row: Row, dtype: str, engine: str | None) -> None:
     wanted_state, wanted = of_numpy(row.name, dtype)
     for step in STEPS if f"{row.name}-{dtype}" in PAIRS else STEPS[1:]:
@@ -471,8 +472,13 @@ def test_numba_is_refused_and_gradients_are_not_kept() -> None:
 # -- Triton, where it is installed ---------------------------------------------------------------------------
 
 
-@both_updates
-@pytest.mark.parametrize("row", [r for r in TABLE if r.takes("float32")], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    ("row", "step"),
+    [
+        pytest.param(row, STEPS[i % 2], id=f"{row.name}-{STEPS[i % 2].__name__}")
+        for i, row in enumerate(r for r in TABLE if r.takes("float32"))
+    ],
+)
 def test_triton_steps_arrays_of_cupy_where_it_reaches_them(
     row: Row, step: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

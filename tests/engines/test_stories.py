@@ -14,22 +14,43 @@ import pytest
 
 import optimisers as opt
 from tests.table import dtype_of, numbers
-from tests.worlds import RULES, SCHEDULES, WORLDS, World, leaves, plain_model, same_story, with_none, worlds
+from tests.worlds import (
+    RULES,
+    SCHEDULES,
+    WORLDS,
+    World,
+    by_engine,
+    leaves,
+    plain_model,
+    same_story,
+    with_none,
+    worlds,
+    worlds_with,
+)
 
 everywhere = worlds(*WORLDS)
 where_arrays_are_written = worlds(*(w for w in WORLDS if w.writable))
 on_the_host = worlds(*(w for w in WORLDS if not w.capturable))
-in_place = worlds(*(w for w in WORLDS if w.step is opt.update_))
+IN_PLACE = [w for w in WORLDS if w.step is opt.update_]
 """For stories that take both kinds of steps."""
 
-some_rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+HALVES = [dict([*RULES.items()][n::2]) for n in range(2)]
+"""Of the rules: every set of leaves that step together is a program that XLA compiles, so there each of two
+stories about such sets is told of one half.
+"""
+
+
+def told_of(half: int) -> Callable[[Any], Any]:
+    """Every rule in every world, and under JAX those of one half."""
+    host = worlds_with("rule", RULES, *by_engine([w for w in WORLDS if w.library != "jax"]))
+    traced = worlds_with("rule", HALVES[half], *by_engine([w for w in WORLDS if w.library == "jax"]))
+    return pytest.mark.parametrize(host.args[0], [*host.args[1], *traced.args[1]])
 
 
 # -- gaps and edits ------------------------------------------------------------------------------------------
 
 
-@everywhere
-@some_rules
+@told_of(0)
 def test_leaves_without_gradient_take_no_step(world: World, rule: opt.Rule) -> None:
     """Their rows of scalars part from the others, and the branches of a rule come to differ by leaf."""
 
@@ -43,8 +64,7 @@ def test_leaves_without_gradient_take_no_step(world: World, rule: opt.Rule) -> N
     same_story(story, world)
 
 
-@everywhere
-@some_rules
+@told_of(1)
 def test_frozen_leaves_take_no_step(world: World, rule: opt.Rule) -> None:
     def story(world: World) -> Any:
         model = world.model()
@@ -118,8 +138,7 @@ def test_a_rule_of_another_structure_moves_a_leaf_to_another_group(world: World)
     same_story(story, world)
 
 
-@everywhere
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@worlds_with("schedule", SCHEDULES, *by_engine(WORLDS))
 def test_a_setting_may_follow_the_clock(world: World, schedule: Any) -> None:
     def story(world: World) -> Any:
         model = world.model()
@@ -178,10 +197,9 @@ def test_tied_leaves_are_stepped_once(world: World) -> None:
     same_story(story, world)
 
 
-@everywhere
-@pytest.mark.parametrize(
-    ("dtype", "gradient"),
-    [
+TYPES = {
+    f"{dtype}-{gradient}": (dtype, gradient)
+    for dtype, gradient in (
         ("bfloat16", "float32"),
         ("float16", "float32"),
         ("bfloat16", "float16"),
@@ -191,9 +209,15 @@ def test_tied_leaves_are_stepped_once(world: World) -> None:
         ("float64", "bfloat16"),
         ("float32", "int64"),
         ("float32", "uint8"),
-    ],
-)
-def test_gradients_may_be_of_another_type(world: World, dtype: str, gradient: str) -> None:
+    )
+}
+"""Types of parameters and of their gradients."""
+
+
+@worlds_with("types", TYPES, *by_engine(WORLDS))
+def test_gradients_may_be_of_another_type(world: World, types: tuple[str, str]) -> None:
+    dtype, gradient = types
+
     def story(world: World) -> Any:
         model = world.model(dtype)
         state = world.setup(opt.Chain(opt.ClipNorm(0.5), opt.AdamW(0.1)), model)
@@ -225,8 +249,7 @@ def test_gradients_of_one_model_may_be_of_several_types(world: World) -> None:
 # -- gradients that are parameters or state ------------------------------------------------------------------
 
 
-@where_arrays_are_written
-@some_rules
+@worlds_with("rule", RULES, *by_engine([w for w in WORLDS if w.writable]))
 def test_parameters_may_be_each_others_gradients(world: World, rule: opt.Rule) -> None:
     def story(world: World) -> Any:
         line = world.put(np.arange(1.0, 9.0))
@@ -322,15 +345,24 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@in_place
-@some_rules
-@pytest.mark.parametrize("kind", COPIES)
-def test_a_copy_of_a_state_goes_its_own_way(world: World, rule: opt.Rule, kind: str) -> None:
+@worlds_with(
+    "copied",
+    {
+        f"{name}-{kind}": (rule, COPIES[kind])
+        for i, (name, rule) in enumerate(RULES.items())
+        for kind in ("pickled", ("deep", "shallow")[i % 2])
+    },
+    *by_engine(IN_PLACE),
+)
+def test_a_copy_of_a_state_goes_its_own_way(
+    world: World, copied: tuple[opt.Rule, Callable[[Any], Any]]
+) -> None:
+    rule, copy_of = copied
     with world.open():
         model = world.model()
         state = world.setup(rule, model)
         state, model = world.step(state, model, world.model(seed=1))
-        other, twin = COPIES[kind](state), world.put({k: world.get(x) for k, x in model.items()})
+        other, twin = copy_of(state), world.put({k: world.get(x) for k, x in model.items()})
 
         assert world.snapshot(other, twin) == world.snapshot(state, model)
 
@@ -347,8 +379,7 @@ def test_a_copy_of_a_state_goes_its_own_way(world: World, rule: opt.Rule, kind: 
         assert world.snapshot(other, twin) == world.snapshot(state, model)
 
 
-@in_place
-@some_rules
+@worlds_with("rule", RULES, *by_engine(IN_PLACE))
 def test_an_old_state_may_be_stepped_again(world: World, rule: opt.Rule) -> None:
     with world.open():
         model, grads = world.model(), [world.model(seed=n) for n in range(1, 5)]

@@ -5,13 +5,13 @@ same kernels, they are NumPy's. So what they compute is tested there, and that t
 """
 
 import functools
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +26,7 @@ from optimisers.engines.cuda import launch
 from optimisers.engines.cuda import printer as triton_kernels
 from optimisers.engines.cuda import task as engine
 from optimisers.state.group import Shape, grouped, started
-from tests.table import REAL, TABLE, Row
-from tests.table import name as of_row
+from tests.table import TABLE, Row
 
 ARCHITECTURES = (80, 90)
 """Compute capabilities: A100 and H100."""
@@ -35,8 +34,6 @@ ARCHITECTURES = (80, 90)
 WORKERS = 2
 
 THREADS = 32 * launch.OPTIONS["num_warps"]
-
-every_row = pytest.mark.parametrize("row", TABLE, ids=of_row)
 
 POINTERS = {
     **dict.fromkeys(("chunks", "addresses", "aligned", "row", "sizes", "begin"), "*i64"),
@@ -54,6 +51,9 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     options: dict[str, Any]
     clock: str = "*fp64"
+    loads: int = 0
+    stores: int = 0
+    """How many accesses of 16 bytes it takes a pass to read, and to write, all its arrays."""
 
     @property
     def key(self) -> str:
@@ -73,41 +73,33 @@ from optimisers.engines.cuda import device_functions
 
 assert not device_functions.INTERPRETED
 found = []
-for key, text, constants, options, pointers, architectures in json.load(sys.stdin):
+for key, text, constants, options, pointers, architecture in json.load(sys.stdin):
     kernel = getattr(device_functions, text, None) if text.isidentifier() else cache.load(text).kernel
     kinds = {n: pointers.get(n.rstrip("0123456789"), "i32") for n in kernel.arg_names}
     kinds = {n: "constexpr" if n in constants else kind for n, kind in kinds.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if kinds[n][0] == "*"}
-    for architecture in architectures:
-        log = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(log):
-                source = ASTSource(kernel, kinds, constexprs=constants, attrs=aligned)
-                made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-            found.append((key, architecture, made.asm["ptx"], log.getvalue()))
-        except Exception as error:
-            found.append((key, architecture, "", f"{type(error).__name__}: {error}"))
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(log):
+            source = ASTSource(kernel, kinds, constexprs=constants, attrs=aligned)
+            made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        found.append((key, architecture, made.asm["ptx"], log.getvalue()))
+    except Exception as error:
+        found.append((key, architecture, "", f"{type(error).__name__}: {error}"))
 json.dump(found, sys.stdout)
 """
 
 
-def compile_all(cases: list[Case], where: Path) -> dict[Any, Any]:
+def compile_all(cases: list[tuple[Case, int]], where: Path) -> dict[Any, Any]:
     """(kernel, architecture) -> (assembly, what the assembler said), by some processes at once."""
-    unique = list({case.key: case for case in cases}.values())
+    unique = list({(case.key, architecture): (case, architecture) for case, architecture in cases}.values())
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(where), "TRITON_DUMP_PTXAS_LOG": "1"}
 
     def work(n: int) -> list[Any]:
         items = [
-            (
-                c.key,
-                c.text,
-                c.constants,
-                c.options,
-                POINTERS | {"clock": c.clock},
-                ARCHITECTURES,
-            )
-            for c in unique[n::WORKERS]
+            (c.key, c.text, c.constants, c.options, POINTERS | {"clock": c.clock}, architecture)
+            for c, architecture in unique[n::WORKERS]
         ]
         ended = subprocess.run(
             [sys.executable, "-c", WORKER],
@@ -141,18 +133,10 @@ def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return constants, {k: v for k, v in options.items() if k not in constants}
 
 
-class PassCase(NamedTuple):
-    """The kernel of one pass, and how many accesses of 16 bytes it takes to read and write all its arrays."""
-
-    case: Case
-    loads: int
-    stores: int
-
-
 @functools.cache
 def passes_of(
     row: Row, dtype: str, gradient: str, *, inplace: bool = True, scaled: bool = False
-) -> list[PassCase]:
+) -> list[Case]:
     """The passes of a row."""
     found = []
     program = group_of(row, dtype).program
@@ -170,35 +154,61 @@ def passes_of(
             for kinds in (read, written)
         )
         loads *= 2 if any(r.op == "norm2" for r in p.reductions) else 1  # there is a second look
-        found.append(
-            PassCase(
-                Case(title, text, *split(launch.options_of(kernels.BYTES[dtype]))),
-                loads,
-                stores,
-            )
-        )
+        constants, options = split(launch.options_of(kernels.BYTES[dtype]))
+        found.append(Case(title, text, constants, options, loads=loads, stores=stores))
     return found
 
 
-SINGLE = ("float32", "bfloat16")
-"""Element types for which every row is compiled."""
+class Way(NamedTuple):
+    """How the passes of some rows are compiled, and for which devices."""
 
-THOROUGH = ("AdamW", "Chain-accumulate-clip-AdamW", "Chain-global-AdamW", "MixedPrecision")
-"""Rows that are compiled in every way: for all types, float32 gradients of bfloat16 parameters, new arrays,
-and gradients that were scaled.
-"""
+    dtype: str
+    gradient: str
+    architectures: tuple[int, ...]
+    inplace: bool = True
+    scaled: bool = False
+    names: tuple[str, ...] = ("AdamW", "Chain-accumulate-clip-AdamW", "Chain-global-AdamW", "MixedPrecision")
+    """The rows; of every row where there are none."""
+
+    def passes(self) -> list[Case]:
+        """All that differ in kind."""
+        rows = (row for row in TABLE if row.takes(self.dtype) and (not self.names or row.name in self.names))
+        options = {"inplace": self.inplace, "scaled": self.scaled}
+        return differing([x for row in rows for x in passes_of(row, self.dtype, self.gradient, **options)])
 
 
-def of_passes(row: Row) -> Iterator[PassCase]:
-    """All passes of a row that are compiled here."""
-    for dtype in REAL if row.name in THOROUGH else SINGLE:
-        if row.takes(dtype):
-            yield from passes_of(row, dtype, dtype)
-    if row.name in THOROUGH:
-        yield from passes_of(row, "bfloat16", "float32")
-        yield from passes_of(row, row.single, row.single, inplace=False)
-        yield from passes_of(row, row.single, row.single, scaled=True)
-        yield from passes_of(row, "bfloat16", "bfloat16", scaled=True)
+WAYS = {
+    "float32": Way("float32", "float32", ARCHITECTURES, names=()),
+    "bfloat16": Way("bfloat16", "bfloat16", ARCHITECTURES, names=()),
+    "float16": Way("float16", "float16", (80,)),
+    "float64": Way("float64", "float64", (90,)),
+    "gradients of another type": Way("bfloat16", "float32", (80,)),
+    "anew": Way("float32", "float32", (90,), inplace=False),
+    "scaled": Way("float32", "float32", (80,), scaled=True),
+    "scaled bfloat16": Way("bfloat16", "bfloat16", (90,), scaled=True),
+}
+
+
+def differing(cases: list[Case]) -> list[Case]:
+    """Those of some kernels that show a statement which no larger one has, under whatever names and with
+    whatever numbers: what one row computes between reading and writing is printed as for all others.
+    """
+    seen: set[tuple[str, str]] = set()
+    kept = []
+    for case in sorted(cases, key=lambda case: -len(case.text)):
+        shown = {(form, case.clock) for form in forms(case.text)}
+        if shown - seen:
+            kept.append(case)
+        seen |= shown
+    return kept
+
+
+def forms(text: str) -> set[str]:
+    """The statements of a kernel, their names and numbers left out."""
+    lines = (line.strip() for line in text.rpartition('"""\n')[2].splitlines())
+    stated = (line for line in lines if not line.startswith(("block(", "def ")))
+    numbered = (re.sub(r"\b\d+(\.\d+)?(e-?\d+)?\b", "0", line) for line in stated)
+    return {re.sub(r"(?<!\.)\b(?!tl\b)[a-z]\w*\b(?!\()", "_", line) for line in numbered}
 
 
 @functools.cache
@@ -225,6 +235,10 @@ def scalars_of(row: Row) -> list[Case]:
     ]
 
 
+def differing_scalars() -> list[Case]:
+    return differing([case for row in TABLE for case in scalars_of(row)])
+
+
 BY_HAND = [
     *(
         Case(f"gather {op}", "gather", {"OP": op, "BLOCK": 1024}, launch.EXACT)
@@ -248,9 +262,10 @@ FOLLOWING = Row(
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """All kernels of this file."""
-    cases = [found.case for row in TABLE for found in of_passes(row)]
-    cases += [case for row in (*TABLE, FOLLOWING) for case in scalars_of(row)]
-    return compile_all([*cases, *BY_HAND], tmp_path_factory.mktemp("triton"))
+    cases = [(case, n) for way in WAYS.values() for case in way.passes() for n in way.architectures]
+    by_hand_or_for_scalars = [*BY_HAND, *differing_scalars(), *scalars_of(FOLLOWING)]
+    cases += [(case, n) for case in by_hand_or_for_scalars for n in ARCHITECTURES]
+    return compile_all(cases, tmp_path_factory.mktemp("triton"))
 
 
 # -- what they do --------------------------------------------------------------------------------------------
@@ -290,35 +305,45 @@ def test_accesses_are_counted_by_their_width() -> None:
 
 
 @pytest.mark.slow
-@every_row
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_passes_of_a_rule_read_and_write_16_bytes_at_once(
-    row: Row, architecture: int, compiled: dict[Any, Any]
-) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_passes_read_and_write_16_bytes_at_once(way: str, compiled: dict[Any, Any]) -> None:
     """Whole blocks of aligned leaves, every array once; and never more than an element where a leaf is not
     aligned, or where a block ends early.
     """
-    for case, loads, stores in of_passes(row):
+    found = WAYS[way].passes()
+
+    assert {bool(x.stores) for x in found} == {True, False}
+    for case, architecture in itertools.product(found, WAYS[way].architectures):
         ptx = refuse_spills(case, architecture, compiled)
         read, written = accesses(ptx, "ld"), accesses(ptx, "st")
 
         assert sum(read.values()) == len(re.findall(r"\bld\.global", ptx)), case.title
         assert sum(written.values()) == len(re.findall(r"\bst\.global", ptx)), case.title
-        assert {size: n for size, n in read.items() if size > 8} == ({16: loads} if loads else {}), case.title
-        assert {size: n for size, n in written.items() if size > 8} == ({16: stores} if stores else {}), (
-            case.title
-        )
+        assert {size: n for size, n in read.items() if size > 8} == (
+            {16: case.loads} if case.loads else {}
+        ), case.title
+        assert {size: n for size, n in written.items() if size > 8} == (
+            {16: case.stores} if case.stores else {}
+        ), case.title
         assert ".v2.b32" not in ptx, case.title
 
 
 @pytest.mark.slow
-@every_row
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_scalars_of_a_rule_stay_in_registers(
-    row: Row, architecture: int, compiled: dict[Any, Any]
-) -> None:
-    for case in scalars_of(row):
+def test_scalars_stay_in_registers(architecture: int, compiled: dict[Any, Any]) -> None:
+    for case in differing_scalars():
         refuse_spills(case, architecture, compiled)
+
+
+def test_kernels_differ_by_their_statements() -> None:
+    def case(*lines: str) -> Case:
+        return Case("", '"""What it does.\n"""\n' + "\n".join(lines), {}, {})
+
+    largest = case("    t0 = c1 * x", "    t1 = larger(t0, 2.5)", "    store(at_x, i, n, t1, full)")
+    alike = case("    t4 = c3 * dx", "    t5 = larger(t4, 1e-08)")
+    smaller, other_type = case("    t0 = smaller(c1, x)"), case("    t0 = (x).to(tl.float32)")
+
+    assert differing([smaller, alike, other_type, largest]) == [largest, other_type, smaller]
 
 
 @pytest.mark.slow

@@ -109,7 +109,6 @@ RESTORED = (
 from pathlib import Path
 import orbax.checkpoint as ocp
 
-folder, into = Path(sys.argv[1]), Path(sys.argv[2])
 rule = opt.Chain(opt.ClipGlobalNorm(1.0), opt.AdamW(0.1, lam=0.1))
 tx = opt.as_optax(rule)
 many = jax.device_count() > 1
@@ -119,16 +118,17 @@ else:
     params = {k: jnp.asarray(np.asarray(x)) for k, x in placed(jax.make_mesh((1, 1), ("a", "b"))).items()}
 empty = {"params": params, "native": opt.setup(rule, params), "optax": tx.init(params)}
 with ocp.StandardCheckpointer() as files:
-    held = files.restore(folder, empty) if folder.name != "none" else empty
-    new = dict(held)
-    new["native"], new["params"] = jax.jit(opt.update)(held["native"], held["params"], params)
-    _, new["optax"] = tx.update(params, held["optax"], held["params"])
-    if many:
-        assert all(len(x.devices()) == 8 for x in jax.tree.leaves((new["native"], new["params"])))
-    files.save(into, new)
-    files.wait_until_finished()
-total = sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(new["params"]))
-print(float(total), int(optax.tree.get(new["optax"], "count")))
+    for folder, into in zip(map(Path, sys.argv[1:]), map(Path, sys.argv[2:])):
+        held = files.restore(folder, empty) if folder.name != "none" else empty
+        new = dict(held)
+        new["native"], new["params"] = jax.jit(opt.update)(held["native"], held["params"], params)
+        _, new["optax"] = tx.update(params, held["optax"], held["params"])
+        if many:
+            assert all(len(x.devices()) == 8 for x in jax.tree.leaves((new["native"], new["params"])))
+        files.save(into, new)
+        files.wait_until_finished()
+        total = sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(new["params"]))
+        print(float(total), int(optax.tree.get(new["optax"], "count")))
 """
 )
 
@@ -160,16 +160,16 @@ def test_arrays_on_different_devices_are_stepped_each_on_its_own() -> None:
 
 def test_a_state_is_restored_from_one_device_to_eight_and_back(tmp_path: Path) -> None:
     """The same three steps, wherever they are made."""
-    names = [str(tmp_path / name) for name in ("none", "first", "second", "third")]
-    moved = [said(RESTORED, names[i], names[i + 1], devices=d) for i, d in enumerate((1, 8, 1))]
-    stayed, at = list[str](), str(tmp_path / "none")
-    for i in range(3):
-        into = str(tmp_path / f"alone{i}")
-        stayed.append(said(RESTORED, at, into, devices=1))
-        at = into
-    totals = [[float(line.split()[0]) for line in lines] for lines in (moved, stayed)]
+    moved = [str(tmp_path / name) for name in ("none", "first", "second", "third")]
+    stayed = [*moved[:2], *(str(tmp_path / name) for name in ("second alone", "third alone"))]
+    first = said(RESTORED, *moved[:2], devices=1)
+    told = [
+        [first, said(RESTORED, *moved[1:3], devices=8), said(RESTORED, *moved[2:], devices=1)],
+        [first, *said(RESTORED, *stayed[1:], devices=1).splitlines()],
+    ]
+    totals = [[float(line.split()[0]) for line in lines] for lines in told]
     assert totals[0] == pytest.approx(totals[1], rel=1e-5)
-    assert [line.split()[1] for line in moved] == ["1", "2", "3"]
+    assert [line.split()[1] for line in told[0]] == ["1", "2", "3"]
 
 
 # -- many in one ---------------------------------------------------------------------------------------------

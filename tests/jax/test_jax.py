@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from jax import lax
 
 import optimisers as opt
-from optimisers.arrays.jax import library
 from optimisers.jax import pytree as pytrees
 from optimisers.state.leaf import parts
 from optimisers.state.structure import structure_of
@@ -134,6 +133,16 @@ def of_numpy(rule: Any, model: Any, gradients: Any) -> Any:
 HALVES = ("AdamW", "Lion", "ClipGlobalNorm", "MixedPrecision")
 """Rows that are tried in float16 and bfloat16 too."""
 
+WIDE = (
+    *HALVES,
+    "Chain-accumulate-clip-AdamW",
+    "SkipNonFinite",
+    "EMA",
+    "MixedPrecision-double",
+    "LongestSeen",
+)
+"""Rows whose steps keep their form in float64 too; the loops of the golden paths show it of every rule."""
+
 ROWS_AND_DTYPES = [
     (row, dtype)
     for row in TABLE
@@ -208,29 +217,6 @@ def golden(row: dict[str, Any], dtype: Any) -> tuple[Any, Any, Any]:
     return jnp.asarray(x), jnp.asarray(gradients), array_of(row["path"], row["dtype"])
 
 
-BY_BOTH = [
-    (row, step) for row in PRESENT for step in STEPS if row["dtype"] == "float64" or step is opt.update_
-]
-
-
-@pytest.mark.parametrize(
-    ("row", "step"),
-    [pytest.param(row, step, id=f"{title_of(row)}-{step.__name__}") for row, step in BY_BOTH],
-)
-@pytest.mark.usefixtures("x64")
-def test_double_precision_walks_the_golden_path(row: dict[str, Any], step: Callable[..., Any]) -> None:
-    tolerance = 1e-10 if REDUCING & set(names_of(row)) else 1e-12
-    x, gradients, wanted = golden(row, row["dtype"])
-    state = opt.setup(rule_of(row), x)
-    for n, g in enumerate(gradients):
-        state, x = step(state, x, g)
-        np.testing.assert_allclose(
-            x, wanted[n], rtol=tolerance, atol=tolerance, err_msg=f"after step {n + 1}"
-        )
-
-    assert library.type_name(x.dtype) == row["dtype"]
-
-
 @pytest.mark.parametrize("row", REAL_ROWS, ids=title_of)
 @pytest.mark.usefixtures("x64")
 def test_a_jitted_loop_walks_the_golden_path(row: dict[str, Any]) -> None:
@@ -238,16 +224,6 @@ def test_a_jitted_loop_walks_the_golden_path(row: dict[str, Any]) -> None:
     x, gradients, wanted = golden(row, row["dtype"])
     got = walked(opt.setup(rule_of(row), x), x, gradients)
     np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("row", REAL_ROWS, ids=title_of)
-def test_single_precision_stays_beside_the_golden_path(row: dict[str, Any]) -> None:
-    x, gradients, wanted = golden(row, "float32")
-    got = walked(opt.setup(rule_of(row), x), x, gradients)
-
-    assert got.dtype == x.dtype
-    for n, exact in enumerate(wanted):
-        assert np.abs(got[n] - exact).max() <= 1e-5 * np.abs(exact).max(), f"after step {n + 1}"
 
 
 def test_float32_beside_switched_on_64_bits_stays_float32() -> None:
@@ -581,7 +557,8 @@ def test_explain_tells_what_a_step_of_jax_costs() -> None:
         pytest.param(row, dtype, id=f"{row.name}-{dtype}")
         for row in TABLE
         for dtype in ("bfloat16", "float32", "float64", "complex64")
-        if row.takes(dtype) and (dtype == row.single or row.name in HALVES or dtype == "float64")
+        if row.takes(dtype)
+        and (dtype == row.single or row.name in HALVES or (dtype == "float64" and row.name in WIDE))
     ],
 )
 def test_a_step_keeps_the_form_and_the_types_of_state_and_model(row: Row, dtype: str) -> None:
@@ -1024,47 +1001,6 @@ def test_gradients_through_ten_steps_agree_with_central_differences(held: Held) 
         ends = [loss_of_numpy(held.rule, {name: float(value) + s * width}) for s in (1, -1)]
         wanted = (ends[0] - ends[1]) / (2 * width)
         np.testing.assert_allclose(got[name], wanted, rtol=2e-4, atol=1e-6, err_msg=name)
-
-
-NO_SLOPE = {f"ClipNorm-{p}" for p in ("minusinf", "minus3", "minus1", "0.5", "1.5", "3")}
-"""Rows with roots that have no agreed slope at 0."""
-
-SMOOTH = [
-    row
-    for row in TABLE
-    if row.takes("float32") and "float64" not in repr(row.rule) and not row.matrix
-    if row.name not in NO_SLOPE and not row.name.startswith(("Chain-", "EMA-", "SkipNonFinite-"))
-    if row.name
-    not in (
-        "AdamW-apart",
-        "ClipNorm-0",
-        "Nesterov",
-        "AdamW",
-        "SignDecay",
-        "ClipGrad",
-        "EverySecond",
-        "Averaged",
-        "WeightDecay",
-        "DecayDescent",
-        "DictMomentum",
-    )
-]
-
-
-@pytest.mark.parametrize("row", SMOOTH, ids=lambda r: r.name)
-def test_every_gradient_is_finite_where_the_gradient_of_the_loss_is_zero(row: Row) -> None:
-    """With respect to the settings, to the parameters and to the gradients."""
-    x = jnp.asarray([0.5, -1.0])
-    state = opt.setup(row.rule, x)
-
-    def after(h: Any, x: Any, g: Any) -> Any:
-        return jnp.sum(opt.update(opt.with_hyperparameters(state, h), x, g)[1])
-
-    found = jax.jit(jax.grad(after, argnums=(0, 1, 2)))(opt.hyperparameters(state), x, jnp.zeros(2))
-
-    assert [name for name, v in found[0].items() if not np.isfinite(v).all()] == []
-    assert np.isfinite(found[1]).all()
-    assert np.isfinite(found[2]).all()
 
 
 def test_hyperparameters_are_arrays_by_name_and_go_back() -> None:

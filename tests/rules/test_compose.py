@@ -1,5 +1,6 @@
 """Rules made of rules: masters, averages, skipped steps, decay beside the step, gradients of second order."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -564,8 +565,6 @@ def test_adjust_reaches_the_average_and_the_rule_that_it_wraps() -> None:
 
 # -- SkipNonFinite -------------------------------------------------------------------------------------------
 
-BAD = pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
-
 
 def several() -> dict[str, Any]:
     """A model of several groups: three types and three rules."""
@@ -594,10 +593,15 @@ def inner_numbers(state: Any) -> list[Any]:
     return [below(state[k].state.inner) for k in "abcde"]
 
 
-@BAD
-@pytest.mark.parametrize("where", "abcde")
-@both_engines
-@both_updates
+@pytest.mark.parametrize(
+    ("bad", "where", "engine", "step"),
+    [
+        pytest.param(bad, where, *way, id=f"{bad}-{where}-{way[0]}-{way[1].__name__}")
+        for i, bad in enumerate((np.nan, np.inf, -np.inf))
+        for j, where in enumerate("abcde")
+        for way in [[*itertools.product(ENGINES, (opt.update, opt.update_))][(i + j) % 4]]
+    ],
+)
 def test_one_bad_element_anywhere_stops_every_leaf(bad: float, where: str, engine: str, step: Step) -> None:
     model, good = several(), several()
     state = opt.setup(SKIPPING, model, engine=engine)

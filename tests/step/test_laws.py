@@ -58,15 +58,6 @@ ROWS_AND_DTYPES = pytest.mark.parametrize(
         if row.takes(dtype)
     ],
 )
-DOUBLE = pytest.mark.parametrize(
-    ("row", "dtype"),
-    [
-        pytest.param(row, dtype, id=f"{row.name}-{dtype}")
-        for row in TABLE
-        for dtype in ("float64", "complex128")
-        if row.takes(dtype)
-    ],
-)
 DOUBLE_BY_BOTH = pytest.mark.parametrize(
     ("row", "dtype", "step"),
     [
@@ -120,32 +111,21 @@ def sums_over_all(row: Row) -> bool:
 
 @DOUBLE_BY_BOTH
 @both_engines
-def test_the_new_value_is_x_minus_what_apply_returns(
+def test_the_new_value_is_x_minus_what_apply_returns_and_the_state_what_it_returned(
     row: Row, dtype: str, engine: str, step: Callable[..., Any]
 ) -> None:
     model, gradients = arrays_of(row, dtype), gradients_of(row, dtype)
     if sums_over_all(row):  # alone, so that its total is its own sum
         model, gradients = model[:1], [g[:1] for g in gradients]
-    _, got = trained(row.rule, model, gradients, step, engine)
+    state, got = trained(row.rule, model, gradients, step, engine)
     for i, x in enumerate(model):
         with np.errstate(all="ignore"):
-            wanted, _ = directly(row.rule, x, [g[i] for g in gradients])
+            wanted, kept = directly(row.rule, x, [g[i] for g in gradients])
         np.testing.assert_allclose(got[i], wanted, rtol=1e-11, atol=1e-12)
 
-
-@DOUBLE
-@both_engines
-def test_the_state_of_a_leaf_is_what_apply_returned(row: Row, dtype: str, engine: str) -> None:
-    model, gradients = arrays_of(row, dtype)[:1], [g[:1] for g in gradients_of(row, dtype, 4)]
-    state, _ = trained(row.rule, model, gradients, opt.update_, engine)
-    with np.errstate(all="ignore"):
-        _, wanted = directly(row.rule, model[0], [g[0] for g in gradients])
-    got, expected = numbers_in(state[0].state), numbers_in(wanted)
-
-    assert len(got) == len(expected)
-    assert type(state[0].state) is type(wanted)
-    for a, b in zip(got, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+        assert type(state[i].state) is type(kept)
+        for a, b in zip(numbers_in(state[i].state), numbers_in(kept), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
 
 
 @every_row
@@ -559,15 +539,6 @@ def test_a_tie_that_was_cut_is_noticed() -> None:
 
 
 # -- 4. dtype follows the parameter --------------------------------------------------------------------------
-
-
-@ROWS_AND_DTYPES
-@both_engines
-def test_every_rule_keeps_the_dtype_of_the_parameters(row: Row, dtype: str, engine: str) -> None:
-    model = arrays_of(row, dtype)
-    _, model = trained(row.rule, model, gradients_of(row, dtype, 3), opt.update_, engine)
-
-    assert {x.dtype for x in model} == {dtype_of(dtype)}
 
 
 WIDE = {"float16": "float32", "bfloat16": "float32"}
@@ -1286,35 +1257,26 @@ def test_a_model_without_parameters_is_pointed_out() -> None:
 
 
 @ROWS_AND_DTYPES
-def test_the_fused_engine_agrees_with_the_interpreter(row: Row, dtype: str) -> None:
+def test_the_fused_engine_agrees_with_the_interpreter_and_both_keep_the_dtype(row: Row, dtype: str) -> None:
     model, gradients = arrays_of(row, dtype), gradients_of(row, dtype, 3)
     _, interpreted = trained(row.rule, model, gradients, opt.update_, "interpret")
     state, got = trained(row.rule, model, gradients, opt.update_)
 
     assert {g.engine for g in opt.explain(state).groups} == {row.engine_for(dtype)}
     assert [close(a, b, dtype) for a, b in zip(got, interpreted, strict=True)] == [True] * len(model)
+    assert {x.dtype for x in (*got, *interpreted)} == {dtype_of(dtype)}
 
 
 @PAIRS
 @both_engines
-def test_update_equals_update_in_place_exactly(row: Row, dtype: str, engine: str) -> None:
+def test_update_equals_update_in_place_and_a_second_run_exactly(row: Row, dtype: str, engine: str) -> None:
     model, gradients = arrays_of(row, dtype), gradients_of(row, dtype)
-    pure_state, pure = trained(row.rule, model, gradients, opt.update, engine)
     state, inplace = trained(row.rule, model, gradients, opt.update_, engine)
+    for step in (opt.update, opt.update_):
+        other, again = trained(row.rule, model, gradients, step, engine)
 
-    assert [bits(x) for x in pure] == [bits(x) for x in inplace]
-    assert snapshot(pure_state) == snapshot(state)
-
-
-@every_row
-@both_engines
-def test_the_same_run_twice_is_bit_identical(row: Row, engine: str) -> None:
-    model, gradients = arrays_of(row, row.single), gradients_of(row, row.single)
-    first = trained(row.rule, model, gradients, opt.update_, engine)
-    second = trained(row.rule, model, gradients, opt.update_, engine)
-
-    assert [bits(x) for x in first[1]] == [bits(x) for x in second[1]]
-    assert snapshot(first[0]) == snapshot(second[0])
+        assert [bits(x) for x in again] == [bits(x) for x in inplace]
+        assert snapshot(other) == snapshot(state)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "complex64"])

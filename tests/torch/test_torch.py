@@ -17,26 +17,25 @@ from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.torch import library
 from optimisers.engines.addressed import pointers as addresses
 from optimisers.engines.addressed import public
-from tests.goldens import PRESENT, REDUCING, array_of, names_of, rule_of, title_of
 from tests.table import DTYPES, TABLE, Row, dtype_of
 from tests.tensors import array, misaligned, number_of, tensor, turned, with_gaps
-from tests.worlds import COMPLEX_PAIRS, arrays_of, bits, close, gradients_of, leaves, numbers_in, trained
+from tests.worlds import (
+    COMPLEX_PAIRS,
+    arrays_of,
+    bits,
+    close,
+    gradients_of,
+    leaves,
+    numbers_in,
+    rows_by_turns,
+    trained,
+)
 
 ENGINES = ("interpret", "numba")
 STEPS = (opt.update, opt.update_)
 
 both_engines = pytest.mark.parametrize("engine", ENGINES)
 both_updates = pytest.mark.parametrize("step", STEPS, ids=lambda f: f.__name__)
-
-ROWS_AND_DTYPES = pytest.mark.parametrize(
-    ("row", "dtype"),
-    [
-        pytest.param(row, dtype, id=f"{row.name}-{dtype}")
-        for row in TABLE
-        for dtype in DTYPES
-        if row.takes(dtype)
-    ],
-)
 
 
 # -- from NumPy and back -------------------------------------------------------------------------------------
@@ -69,8 +68,7 @@ def of_torch(row: Row, dtype: str, engine: str | None, step: Callable[..., Any])
     return trained(row.rule, model, gradients, step, engine)
 
 
-@ROWS_AND_DTYPES
-@pytest.mark.parametrize("engine", ["interpret", None], ids=["interpret", "fused"])
+@rows_by_turns("interpret", None)
 def test_tensors_are_stepped_as_arrays_of_numpy_are(row: Row, dtype: str, engine: str | None) -> None:
     """Parameters and state: to the last bit by the kernels, which both share."""
     wanted_state, wanted = of_numpy(row.name, dtype, engine)
@@ -90,36 +88,6 @@ def test_tensors_are_stepped_as_arrays_of_numpy_are(row: Row, dtype: str, engine
             for a, b in zip(numbers_in(leaf.state), numbers_in(other.state), strict=True):
                 assert number_of(a).dtype == np.asarray(b).dtype
                 assert close(number_of(a), b, "float32" if str(dtype) in ("float16", "bfloat16") else dtype)
-
-
-@pytest.mark.parametrize("row", PRESENT, ids=title_of)
-@both_engines
-@both_updates
-def test_double_precision_walks_the_golden_path(
-    row: dict[str, Any], engine: str, step: Callable[..., Any]
-) -> None:
-    tolerance = 1e-10 if REDUCING & set(names_of(row)) else 1e-12
-    x = tensor(array_of(row["x"], row["dtype"]))
-    state = opt.setup(rule_of(row), x, engine=engine)
-    for n, (gradient, wanted) in enumerate(zip(row["gradients"], row["path"], strict=True)):
-        state, x = step(state, x, tensor(array_of(gradient, row["dtype"])))
-        wanted = array_of(wanted, row["dtype"])  # noqa: PLW2901 the file has lists
-        np.testing.assert_allclose(x, wanted, rtol=tolerance, atol=tolerance, err_msg=f"after step {n + 1}")
-
-    assert library.type_name(x.dtype) == row["dtype"]
-
-
-@pytest.mark.parametrize("row", PRESENT, ids=title_of)
-@both_engines
-def test_single_precision_stays_beside_the_golden_path(row: dict[str, Any], engine: str) -> None:
-    single = "complex64" if row["dtype"] == "complex128" else "float32"
-    x = tensor(array_of(row["x"], row["dtype"]).astype(single))
-    state = opt.setup(rule_of(row), x, engine=engine)
-    for gradient, wanted in zip(row["gradients"], row["path"], strict=True):
-        state, x = opt.update_(state, x, tensor(array_of(gradient, row["dtype"]).astype(single)))
-        exact = array_of(wanted, row["dtype"])
-
-        assert np.abs(array(x) - exact).max() <= 1e-5 * np.abs(exact).max()
 
 
 @both_engines
@@ -215,10 +183,16 @@ def by_hand(x: torch.Tensor, g: torch.Tensor, steps: int) -> Any:
     return y
 
 
-@every_layout
-@pytest.mark.parametrize("of_gradient", ["contiguous", "turned", "with gaps", "misaligned"])
-@both_engines
-@both_updates
+@pytest.mark.parametrize(
+    ("what", "of_gradient", "engine", "step"),
+    [
+        pytest.param(what, of_gradient, engine, step, id=f"{what}-{of_gradient}-{engine}-{step.__name__}")
+        for i, what in enumerate(LAYOUTS)
+        for j, of_gradient in enumerate(("contiguous", "turned", "with gaps", "misaligned"))
+        for k, engine in enumerate(ENGINES)
+        for step in [STEPS[(i + j + k) % 2]]
+    ],
+)
 def test_tensors_of_every_layout_take_the_step(
     what: str, of_gradient: str, engine: str, step: Callable[..., Any]
 ) -> None:
