@@ -11,10 +11,10 @@ import optimisers as opt
 from optimisers.ops.dispatch import OPERATIONS, dispatch
 from tests.table import dtype_of
 
-ELEMENTWISE = sorted(name for name, word in OPERATIONS.items() if word.family == "elementwise")
+ELEMENTWISE = sorted(name for name, op in OPERATIONS.items() if op.family == "elementwise")
 
 
-REDUCE = sorted(name for name, word in OPERATIONS.items() if word.family == "reduce")
+REDUCE = sorted(name for name, op in OPERATIONS.items() if op.family == "reduce")
 
 
 def reduced(name: str, values: Any) -> float:
@@ -26,15 +26,15 @@ def reduced(name: str, values: Any) -> float:
 
 
 CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
-    "one": lambda word, x, _: word(x),
-    "two": lambda word, x, y: word(x, y),
-    "power": lambda word, x, y: word(x, y),
-    "condition": lambda word, x, _: word(x > 0),
-    "conditions": lambda word, x, y: word(x > 0, y < 1),
-    "choice": lambda word, x, y: word(x < y, x, y),
-    "halves": lambda word, x, _: word(opt.ops.high_bits(x), opt.ops.low_bits(x)),
+    "one": lambda f, x, _: f(x),
+    "two": lambda f, x, y: f(x, y),
+    "power": lambda f, x, y: f(x, y),
+    "condition": lambda f, x, _: f(x > 0),
+    "conditions": lambda f, x, y: f(x > 0, y < 1),
+    "choice": lambda f, x, y: f(x < y, x, y),
+    "halves": lambda f, x, _: f(opt.ops.high_bits(x), opt.ops.low_bits(x)),
 }
-CALLS["choice of complex"] = lambda word, x, y: word(opt.ops.real(x) < opt.ops.imag(y), x, y)
+CALLS["choice of complex"] = lambda f, x, y: f(opt.ops.real(x) < opt.ops.imag(y), x, y)
 
 ARGUMENTS: dict[str, str] = {
     **dict.fromkeys(("add", "subtract", "multiply", "divide", "maximum", "minimum"), "two"),
@@ -52,7 +52,7 @@ ARGUMENTS: dict[str, str] = {
         ("floor", "ceil", "sign", "abs", "abs2", "real", "imag", "conj", "isfinite", "isnan"), "one"
     ),
 }
-"""Word -> what it is called with."""
+"""Operation -> what it is called with."""
 
 
 COMPLEX = frozenset(
@@ -75,56 +75,56 @@ COMPLEX = frozenset(
         "isnan",
     ]
 )
-"""Words that kernels know of complex numbers."""
+"""Operations that kernels know of complex numbers."""
 
 
 OF_FLOAT32 = frozenset({"join_bits", "high_bits", "low_bits"})
-"""Words on the bits of a float32, which is the arithmetic of float16, bfloat16 and float32 alone."""
+"""Operations on the bits of a float32, which is the arithmetic of float16, bfloat16 and float32 alone."""
 
 
 ULPS = {"power": 16, "exp": 8, "expm1": 8, "log": 8, "log1p": 8, "sin": 8, "cos": 8, "tanh": 8, "arctan": 8}
-"""Units in the last place that the libraries of two engines may differ by; 2 for any other word."""
+"""Units in the last place that the libraries of two engines may differ by; 2 for any other operation."""
 
 
-def word_of(name: str) -> Callable[..., Any]:
+def function_of(name: str) -> Callable[..., Any]:
     return lambda *args: dispatch(name, args, {})
 
 
-class Says(opt.Rule):
-    """Keeps what some words make of x and dx, and steps nowhere."""
+class Computes(opt.Rule):
+    """Keeps what some operations make of x and dx, and steps nowhere."""
 
-    words: tuple[str, ...] = opt.static(())
+    names: tuple[str, ...] = opt.static(())
     complex: bool = opt.static(False)
 
     def init(self, x: Any) -> Any:
         kept = {
             w: opt.zeros_like if OPERATIONS[w].gives in ("same", "branch") else opt.ops.real_zeros_like
-            for w in self.words
+            for w in self.names
         }
         return {w: like(x) for w, like in kept.items()}
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        return {w: self.say(w, x, dx) for w in self.words}, None
+        return {w: self.compute(w, x, dx) for w in self.names}, None
 
-    def say(self, word: str, x: Any, dx: Any) -> Any:
-        call = CALLS["choice of complex" if word == "where" and self.complex else ARGUMENTS[word]]
-        made = call(word_of(word), x, dx)
-        return opt.where(made, 1, 0) if OPERATIONS[word].gives == "bool" else made
+    def compute(self, name: str, x: Any, dx: Any) -> Any:
+        call = CALLS["choice of complex" if name == "where" and self.complex else ARGUMENTS[name]]
+        made = call(function_of(name), x, dx)
+        return opt.where(made, 1, 0) if OPERATIONS[name].gives == "bool" else made
 
 
 class Reduces(opt.Rule):
     """Keeps a reduction of dx as a number."""
 
-    word: str = opt.static("")
+    name: str = opt.static("")
 
     def init(self, x: Any) -> Any:
         return (0.0,)
 
     def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        return (word_of(self.word)(dx),), None
+        return (function_of(self.name)(dx),), None
 
 
-def said(rule: opt.Rule, x: Any, dx: Any, engine: str | None) -> Any:
+def computed(rule: opt.Rule, x: Any, dx: Any, engine: str | None) -> Any:
     state = opt.setup(rule, x, engine=engine)
     state, _ = opt.update_(state, x, dx)
     return state.state
@@ -187,8 +187,8 @@ def agree(got: Any, wanted: Any, ulps: int) -> None:
 REAL_TYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-def words_of(dtype: str) -> tuple[str, ...]:
-    """The words that kernels know of this type."""
+def known_of(dtype: str) -> tuple[str, ...]:
+    """The operations that kernels know of this type."""
     if dtype.startswith("complex"):
         return tuple(sorted(COMPLEX))
     return tuple(w for w in ELEMENTWISE if dtype != "float64" or w not in OF_FLOAT32)

@@ -241,8 +241,8 @@ OPERATORS = {
 
 def give_operators(kind: type) -> None:
     """Give a class the operators, said with the functions of this module."""
-    for name, word in OPERATORS.items():
-        function = FUNCTIONS[word]
+    for name, operation in OPERATORS.items():
+        function = FUNCTIONS[operation]
         setattr(kind, f"__{name}__", function)
         setattr(kind, f"__r{name}__", lambda a, b, f=function: f(b, a))
     kind.__neg__ = FUNCTIONS["negative"]
@@ -340,13 +340,13 @@ def fuse(*, kernel_name: str) -> Callable[[Callable[..., Any]], Fusion]:
 def elementwise(name: str) -> Callable[..., Any]:
     function = getattr(np, name)
 
-    def word(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         if fusing:
             given = [fused_operand(a) for a in args]
             return Var(np.asarray(function(*(v._value for v in given))), max(v.ndim for v in given))
         return wrapped(function(*map(unwrapped, args)))
 
-    return word
+    return run
 
 
 def where(condition: Any, x: Any, y: Any) -> Any:
@@ -360,13 +360,13 @@ def of_array(name: str) -> Callable[..., Any]:
     """A function that takes an array of CuPy's first, and options that are numbers."""
     function = getattr(np, name)
 
-    def word(a: Any, *args: Any, **options: Any) -> Any:
+    def run(a: Any, *args: Any, **options: Any) -> Any:
         assert not fusing
         if not isinstance(a, ndarray):
             raise TypeError(f"Unsupported type {type(a)}")
         return wrapped(function(unwrapped(a), *args, **options))
 
-    return word
+    return run
 
 
 def array(a: Any, dtype: Any = None) -> ndarray:
@@ -403,13 +403,13 @@ def matmul(a: ndarray, b: ndarray) -> ndarray:
 
 
 def part(name: str) -> Callable[..., Any]:
-    def word(x: Any) -> Any:
+    def run(x: Any) -> Any:
         if fusing:
             x = fused_operand(x)
             return Var(getattr(x._value, name), x.ndim)
         return getattr(x if isinstance(x, ndarray) else array(x), name)
 
-    return word
+    return run
 
 
 WHOLE = ("matmul", "reshape", "where", "real", "imag", "sum", "max", "min", "transpose", "call")
@@ -417,10 +417,10 @@ WHOLE = ("matmul", "reshape", "where", "real", "imag", "sum", "max", "min", "tra
 
 BITWISE = ("bitwise_and", "bitwise_xor", "right_shift")
 
-WORDS = sorted({n for n in OPERATIONS if n not in WHOLE and hasattr(np, n)} | set(BITWISE))
+ELEMENTWISE = sorted({n for n in OPERATIONS if n not in WHOLE and hasattr(np, n)} | set(BITWISE))
 
 FUNCTIONS: dict[str, Any] = {
-    **{name: elementwise(name) for name in WORDS},
+    **{name: elementwise(name) for name in ELEMENTWISE},
     **{
         name: of_array(name)
         for name in ("sum", "max", "min", "swapaxes", "reshape", "empty_like", "broadcast_to")

@@ -11,7 +11,7 @@ from optimisers.arrays.registry import (
     public_names,
     register_backend,
 )
-from optimisers.averaged import averaged
+from optimisers.averaged import averaged, averaged_
 from optimisers.checkpoint import load_state_dict, state_dict
 from optimisers.compose.accumulate import AccumGrad
 from optimisers.compose.average import EMA
@@ -274,6 +274,7 @@ __all__ = [
     "adjust",
     "adjust_",
     "averaged",
+    "averaged_",
     "by_path",
     "by_type",
     "copy",

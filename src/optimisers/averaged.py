@@ -1,17 +1,22 @@
-"""The model with the parameters that its rule would evaluate with."""
+"""The parameters that a rule would evaluate with: in a model of their own, or for a while in the model."""
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import functools
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, NamedTuple
 
-from optimisers.errors import NoMatch
+from optimisers.arrays import registry
+from optimisers.engines.signals import held
+from optimisers.errors import BadState, NoMatch
 from optimisers.ops.state import copy
 from optimisers.state.edit import present
 from optimisers.state.leaf import Branch, Leaf, parts
 from optimisers.state.select import leaves_of
 from optimisers.state.store import Store
-from optimisers.tree.gather import gather
+from optimisers.tree.gather import gather, model_children
 from optimisers.tree.layout import Node
-from optimisers.tree.rebuild import rebuild
+from optimisers.tree.path import KeyPath
+from optimisers.tree.rebuild import rebuild, rebuilt
 from optimisers.tree.walk import survey
 
 
@@ -20,32 +25,99 @@ def averaged(state: object, model: object = None) -> Any:
     Lookahead, ...) what its `evaluate(state, x)` gives; the model stays as it was.
 
     For a `TorchOptimizer` the model may be a module that has its parameters, or be left out: then the
-    averages come in a dict by name. Parameters whose rule keeps none are shared with the model. Raises
-    NoMatch if no rule does.
+    averages come in a dict by name. For a state of `as_optax` it is the pytree of parameters. What is no
+    parameter, and parameters whose rule keeps no average, are shared with the model. Raises NoMatch if no
+    rule does.
     """
-    given = None if isinstance(state, Leaf | Branch) else getattr(state, "parameters", None)
-    if given is None:
-        store, node, path = parts(state)
-        return rebuild(node, model, _averages(store, node, gather(node, model, path), leaves_of(state)))
-    tree: Any = getattr(state, "tree", state)
+    trained = _trained(state, model)
+    new = _averages(trained)
+    if model is None or trained.holder is model:
+        return rebuild(trained.node, model if model is not None else trained.holder, new)
+    if trained.back is not None:
+        return trained.back(rebuild(trained.node, trained.holder, new))
+    node, leaf_of = _within(trained, model)
+    return rebuild(node, model, {i: new[leaf] for i, leaf in leaf_of.items() if leaf in new})
+
+
+@contextlib.contextmanager
+def averaged_(state: object, model: object = None) -> Generator[Any, None, None]:
+    """For the time of a block the parameters themselves hold what `averaged` gives: evaluate inside, and save
+    the model. Behind it they are what they were, bit for bit, also after an exception.
+
+    `with averaged_(optimizer):`, or `with averaged_(state, model):`.
+
+    Only parameters are written, at every place of a tie; the mode of a module, train or eval, is yours. Of
+    the model that is given, buffers and variables that are no parameters are put back behind the block too:
+    so statistics of batches may be worked out anew inside, by `torch.optim.swa_utils.update_bn(batches,
+    module)`. With a `TorchOptimizer` the model may be left out, or be a module with some of its parameters,
+    which alone are then written. `as` gives the model.
+
+    For arrays of NumPy, PyTorch and CuPy, and modules of Flax NNX. Raises BadState for arrays that cannot be
+    written, such as those of JAX elsewhere: there `averaged(state, model)` is the way. Inside, a step,
+    another average and whatever saves the state raise BadState: the parameters are not those that they belong
+    to. Raises NoMatch if no rule keeps an average.
+    """
+    trained = _trained(state, model)
+    new, old = _averages(trained), trained.arrays()
+    node: Node | None = trained.node
+    if model is None or trained.back is not None:
+        node = None
+    elif trained.holder is not model:
+        node, leaf_of = _within(trained, model)
+        new = {leaf: new[leaf] for leaf in leaf_of.values() if leaf in new}
+    enter = _writes(trained, old, new)
+    before = {i: registry.library(old[i]).duplicate(old[i]) for i in new}
+    leave = [*_writes(trained, old, before), *([] if node is None else _beside(node, model))]
+    end = trained.store.lend()
+    try:
+        with held():
+            _run(enter)
+        yield model
+    finally:
+        try:
+            with held():
+                _run(leave)
+        finally:
+            end()
+
+
+class _Trained(NamedTuple):
+    """The parameters of a state, and where they are."""
+
+    store: Store
+    node: Node
+    path: KeyPath
+    leaves: list[int]
+    holder: Any
+    """The model, or a dict of its parameters."""
+    back: Callable[[Mapping[str, Any]], Any] | None = None
+    """What makes the model of such a dict, where nothing else of it is to be looked for."""
+
+    def arrays(self) -> dict[int, Any]:
+        """The array at the first place of each leaf."""
+        xs = gather(self.node, self.holder, self.path)
+        return dict(zip(reversed(self.node.leaves), reversed(xs), strict=True))
+
+
+def _trained(state: object, model: object) -> _Trained:
+    """The parameters of a state, whatever it is that has one."""
+    optimizer = not isinstance(state, Leaf | Branch) and hasattr(state, "parameters")
+    tree = getattr(state, "tree", state) if optimizer else state
     store, node, path = parts(tree)
-    new = _averages(store, node, gather(node, given, path), leaves_of(tree))
-    if model is None:
-        return rebuild(node, given, new)
-    of_parameter = {id(x): leaf for leaf, x in zip(node.leaves, gather(node, given, path), strict=True)}
-    layout, arrays = survey(model)
-    mine = {i: of_parameter.get(id(x), -1) for i, x in enumerate(arrays)}
-    found = {i: new[leaf] for i, leaf in mine.items() if leaf in new}
-    if not found:
-        raise NoMatch("the model has no parameter of this optimiser; give the module that it trains")
-    return rebuild(layout.root, model, found)
+    store.refuse_lent("averaged")
+    leaves, holder, back = leaves_of(tree), model, None
+    if optimizer:
+        holder = getattr(state, "parameters")  # noqa: B009 of whatever class
+    elif (flattened := getattr(type(tree), "flattened", None)) is not None:
+        holder, back = flattened(tree, model)
+    return _Trained(store, node, path, leaves, holder, back)
 
 
-def _averages(store: Store, node: Node, xs: Sequence[Any], leaves: Sequence[int]) -> dict[int, Any]:
+def _averages(trained: _Trained) -> dict[int, Any]:
     """The parameters to evaluate with, of each leaf whose rule keeps such."""
-    at = dict(zip(reversed(node.leaves), reversed(xs), strict=True))
+    store, at = trained.store, trained.arrays()
     new: dict[int, Any] = {}
-    for leaf in leaves:
+    for leaf in trained.leaves:
         group, i = store.where(leaf)
         library, x = group.kind.library, at[leaf]
         rule = present(group, i, group.rule_of(i))
@@ -55,3 +127,52 @@ def _averages(store: Store, node: Node, xs: Sequence[Any], leaves: Sequence[int]
     if not new:
         raise NoMatch("no rule here keeps an average; write setup(EMA(rule), model)")
     return new
+
+
+def _within(trained: _Trained, model: object) -> tuple[Node, dict[int, int]]:
+    """(the walk over a model, the leaf of each of its arrays) where it has parameters of an optimiser."""
+    leaf_of = {id(x): leaf for leaf, x in trained.arrays().items()}
+    layout, arrays = survey(model)
+    found = {i: leaf_of[id(x)] for i, x in enumerate(arrays) if id(x) in leaf_of}
+    if not found:
+        raise NoMatch("the model has no parameter of this optimiser; give the module that it trains")
+    return layout.root, found
+
+
+def _writes(trained: _Trained, old: Mapping[int, Any], new: Mapping[int, Any]) -> list[Callable[[], Any]]:
+    """What writes new values into the parameters; raises BadState, naming it, for one that cannot be
+    written.
+    """
+    fixed = {i: value for i, value in new.items() if registry.library(old[i]).immutable}
+    made, writes = rebuilt(trained.node, trained.holder, fixed) if fixed else (trained.holder, [])
+    stuck = [*fixed] if made is not trained.holder or (fixed and trained.back is not None) else []
+    stuck += [i for i in new if i not in fixed and not registry.library(old[i]).is_writable(old[i])]
+    if stuck:
+        name, library = trained.store.layout.paths[stuck[0]].code(), registry.library(old[stuck[0]]).name
+        raise BadState(
+            f"{name} is an array of {library} that averaged_ cannot write; write averaged(state, model), "
+            "which makes a model of its own"
+        )
+    return [
+        *(
+            functools.partial(registry.library(old[i]).assign, old[i], value)
+            for i, value in new.items()
+            if i not in fixed
+        ),
+        *writes,
+    ]
+
+
+def _beside(node: Node, model: Any) -> list[Callable[[], Any]]:
+    """What puts back buffers, and variables that are no parameters, of the modules in a model."""
+    if node.ways is None:
+        return []
+    if node.ways.beside is not None:
+        return [node.ways.beside(model)]
+    below = [_beside(child, value) for _, child, value in model_children(node, model, KeyPath(), "setup")]
+    return [put_back for found in below for put_back in found]
+
+
+def _run(calls: list[Callable[[], Any]]) -> None:
+    for call in calls:
+        call()

@@ -28,6 +28,7 @@ def state_dict(state: object) -> dict[str, Any]:
     them: `load_state_dict` takes the names into a state that `setup` has made with the same rules.
     """
     store = parts(state)[0]
+    store.refuse_lent("state_dict")
     found: dict[str, Any] = {}
     for leaf in leaves_of(state):
         group, i = store.where(leaf)
@@ -35,7 +36,7 @@ def state_dict(state: object) -> dict[str, Any]:
         for path, value in flatten(group.state_of(i)):
             if not registry.isarray(value):
                 found[_entry(name, path)] = _vector(library, [value]).reshape(())
-            elif kind.loose:
+            elif kind.opaque:
                 found[_entry(name, path)] = library.copied(value, value.dtype)
             else:
                 found[_entry(name, path)] = library.laid_out(value, value.dtype, None, kind.device)

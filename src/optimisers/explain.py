@@ -37,8 +37,8 @@ class GroupCost:
     bytes_per_parameter: int
     """What a step moves: every array read and every array written, in every pass."""
     state_bytes: int
-    histories: int
-    """How many different rows of scalars the leaves have."""
+    rows: int
+    """How many rows of scalars the leaves have: those whose scalars were always equal share one."""
     addresses: str
     """How kernels find the arrays; empty where none do."""
     plan: Plan
@@ -81,8 +81,8 @@ class Explanation:
         for g in self.groups:
             lines.append(
                 f"{g.rule}\n  {g.leaves} array{'s' * (g.leaves != 1)} of {g.dtype}, {g.parameters:,} "
-                f"parameters, state {g.state_bytes / 1e6:,.1f} MB, {g.histories} "
-                f"row{'s' * (g.histories != 1)} of scalars"
+                f"parameters, state {g.state_bytes / 1e6:,.1f} MB, {g.rows} "
+                f"row{'s' * (g.rows != 1)} of scalars"
             )
             why = f" ({g.reason})" if g.reason else ""
             lines.append(
@@ -145,7 +145,7 @@ def _cost(store: Store, group: Group, members: Any) -> GroupCost:
         passes=plan.passes,
         bytes_per_parameter=plan.bytes,
         state_bytes=sum(int(p.places.sizes[members].sum()) * p.dtype.itemsize for p in group.slots),
-        histories=rows,
+        rows=rows,
         addresses=str(pointers.road(group.kind.name, group.kind.device) or "") if not choice.reason else "",
         plan=plan,
         trained=_rules(store, group, members),

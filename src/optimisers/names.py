@@ -35,6 +35,7 @@ ELSEWHERE = {
     "clip_grad_value_": "opt.Chain(opt.ClipGrad(), rule)",
     "no_grad": "opt.update_, which writes past autograd",
     "step": "opt.update(state, model, grads)",
+    "update_bn": "torch.optim.swa_utils.update_bn inside `with opt.averaged_(optimizer, module)`",
     "zero_grad": "opt.update(state, model, grads): gradients are arguments",
     # Optax
     "MultiSteps": "opt.AccumGrad",

@@ -136,7 +136,7 @@ def short(state: Any) -> str:
     """A state on one line, its arrays abbreviated."""
     if registry.isarray(state):
         library = registry.library(state)
-        if math.prod(state.shape) > 6 or library.is_loose(state):
+        if math.prod(state.shape) > 6 or library.is_opaque(state):
             return f"{library.type_name(state.dtype)}{list(state.shape)}"
         return np.array2string(seen(state), precision=4, separator=", ").replace("\n", "")
     inner = entries(state)

@@ -1,4 +1,4 @@
-"""The fused engine against NumPy: word by word, bit by bit, and for arrays of every kind."""
+"""The fused engine against NumPy: operation by operation, bit by bit, and for arrays of every kind."""
 
 import copy
 import functools
@@ -27,11 +27,11 @@ from tests.operations import (
     ELEMENTWISE,
     OF_FLOAT32,
     REDUCE,
+    Computes,
     Reduces,
-    Says,
     agree,
     complex_pairs,
-    said,
+    computed,
     samples,
 )
 from tests.table import DTYPES, TABLE, Row, dtype_of
@@ -102,11 +102,11 @@ def test_explain_counts_the_bytes_that_a_step_moves(rule: opt.Rule, dtype: str, 
     assert group.bytes_per_parameter == cost
 
 
-# -- words, one by one ---------------------------------------------------------------------------------------
+# -- operations, one by one ----------------------------------------------------------------------------------
 
 
 NUMPY_ONLY = frozenset(["power", "sqrt", "exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "arctan"])
-"""Words of complex numbers that NumPy knows and kernels do not."""
+"""Operations of complex numbers that NumPy knows and kernels do not."""
 
 
 SEEN = ("negative", "equal", "not_equal", "where", "abs", "real", "imag", "isfinite", "isnan")
@@ -114,13 +114,13 @@ SEEN = ("negative", "equal", "not_equal", "where", "abs", "real", "imag", "isfin
 
 @functools.cache
 def all_seen(engine: str) -> dict[str, Any]:
-    """What the words that do no arithmetic make of infinities and NaN in either part."""
+    """What the operations that do no arithmetic make of infinities and NaN in either part."""
     parts = np.array([0.0, 1.0, -2.0, math.inf, -math.inf, math.nan])
     x = (parts[:, None] + 1j * np.array([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])).ravel()
     x.imag = np.tile(parts, 6)
     y = np.roll(x, 7)
     y[::3] = x[::3]
-    return said(Says(SEEN, complex=True), x, y, engine)
+    return computed(Computes(SEEN, complex=True), x, y, engine)
 
 
 @pytest.mark.parametrize("name", SEEN)
@@ -137,16 +137,16 @@ def test_every_elementwise_word_of_complex_numbers_is_accounted_for() -> None:
     assert COMPLEX | NUMPY_ONLY | OF_FLOAT32 | meaningless | conditions == set(ELEMENTWISE)
     for name in meaningless:
         with pytest.raises(opt.TraceError, match="of complex numbers has no meaning"):
-            opt.setup(Says((name,), complex=True), np.ones(2, complex))
+            opt.setup(Computes((name,), complex=True), np.ones(2, complex))
 
 
 @pytest.mark.parametrize("name", sorted(NUMPY_ONLY))
 def test_what_kernels_do_not_know_of_complex_numbers_goes_to_the_interpreter(name: str) -> None:
     x, y = complex_pairs("complex128")
-    rule = Says((name,), complex=True)
+    rule = Computes((name,), complex=True)
     with np.errstate(all="ignore"):
         wanted = CALLS[ARGUMENTS[name]](getattr(np, name), x, y)
-    np.testing.assert_array_equal(said(rule, x, y, None)[name], wanted)
+    np.testing.assert_array_equal(computed(rule, x, y, None)[name], wanted)
     (group,) = opt.explain(opt.setup(rule, x)).groups
 
     assert group.engine == "interpret"
@@ -156,7 +156,7 @@ def test_what_kernels_do_not_know_of_complex_numbers_goes_to_the_interpreter(nam
 @both_engines
 def test_the_high_half_of_a_float32_is_the_nearest_bfloat16(engine: str) -> None:
     """Or one of the two nearest, and then that which is further from 0."""
-    got = said(Says(("high_bits",)), BITS, BITS, engine)["high_bits"]
+    got = computed(Computes(("high_bits",)), BITS, BITS, engine)["high_bits"]
     bits = BITS.view(np.uint32)
     down = (bits & np.uint32(0xFFFF0000)).view(np.float32)
     most = 2.0**128 - 2.0**120  # above it, the next step counts for as long as the last
@@ -206,7 +206,7 @@ def test_a_reduction_sees_every_element_of_a_long_array(name: str, engine: str) 
         x = np.zeros(n, np.float32)
         x[spot] = value
 
-        assert said(Reduces(name), x, x, engine)[0] == value
+        assert computed(Reduces(name), x, x, engine)[0] == value
 
 
 def test_sums_of_single_precision_are_taken_in_double_precision() -> None:
@@ -214,7 +214,7 @@ def test_sums_of_single_precision_are_taken_in_double_precision() -> None:
     x = np.full(1_000_001, 0.25, np.float32)
     x[0] = 1e8
 
-    assert said(Reduces("sum"), x, x, "numba")[0] == 1e8 + 250_000
+    assert computed(Reduces("sum"), x, x, "numba")[0] == 1e8 + 250_000
 
 
 # -- gradients of every kind ---------------------------------------------------------------------------------

@@ -16,16 +16,16 @@ from tests.operations import (
     REDUCE,
     SUMS,
     ULPS,
+    Computes,
     Reduces,
-    Says,
     Widens,
     agree,
     complex_pairs,
     hard_to_round,
+    known_of,
     pairs,
     reduced,
     same_bits,
-    words_of,
 )
 from tests.table import DTYPES, REAL, dtype_of
 from tests.worlds import WORLDS, World, worlds
@@ -43,7 +43,7 @@ def types_in(world: World) -> tuple[str, ...]:
     return REAL if world.engine == "triton" else DTYPES
 
 
-def said(world: World, rule: opt.Rule, x: Any, dx: Any) -> Any:
+def computed(world: World, rule: opt.Rule, x: Any, dx: Any) -> Any:
     """The state that a rule keeps after one step, as NumPy has it."""
     with world.open(), np.errstate(all="ignore"):
         model = world.put(x)
@@ -55,11 +55,11 @@ def said(world: World, rule: opt.Rule, x: Any, dx: Any) -> Any:
 
 
 @functools.cache
-def all_said(world: World, dtype: str) -> Any:
+def all_computed(world: World, dtype: str) -> Any:
     """What every operation makes of the samples: one kernel says them all."""
     of_complex = dtype.startswith("complex")
     pair = complex_pairs(dtype) if of_complex else pairs(dtype)
-    return said(world, Says(words_of(dtype), of_complex), *pair)
+    return computed(world, Computes(known_of(dtype), of_complex), *pair)
 
 
 def normal(a: Any) -> Any:
@@ -93,8 +93,8 @@ def units(world: World, name: str, dtype: str) -> int:
     ],
 )
 def test_every_operation_gives_what_it_gives_in_numpy(world: World, dtype: str) -> None:
-    all_got, all_wanted = all_said(world, dtype), all_said(PLACES[0], dtype)
-    for name in words_of(dtype):
+    all_got, all_wanted = all_computed(world, dtype), all_computed(PLACES[0], dtype)
+    for name in known_of(dtype):
         got, wanted = all_got[name], all_wanted[name]
         if world.library == "jax":
             x, y = complex_pairs(dtype) if dtype.startswith("complex") else pairs(dtype)
@@ -126,8 +126,8 @@ def test_a_reduction_is_that_of_numpy(world: World, name: str, dtype: str) -> No
 
 @everywhere
 def test_the_two_halves_of_a_float32_are_all_of_it(world: World) -> None:
-    got = said(world, Says(("join_bits", "high_bits", "low_bits")), BITS, BITS)
-    wanted = said(PLACES[0], Says(("high_bits", "low_bits")), BITS, BITS)
+    got = computed(world, Computes(("join_bits", "high_bits", "low_bits")), BITS, BITS)
+    wanted = computed(PLACES[0], Computes(("high_bits", "low_bits")), BITS, BITS)
     there = is_normal(BITS) & ~np.isnan(BITS) if world.library == "jax" else ~np.isnan(BITS)
     np.testing.assert_array_equal(got["join_bits"].view(np.uint32)[there], BITS.view(np.uint32)[there])
     for name, bits in wanted.items():
@@ -140,7 +140,7 @@ def test_the_two_halves_of_a_float32_are_all_of_it(world: World) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_all_65536_halves_are_widened_as_numpy_widens_them(world: World, dtype: str) -> None:
     every = np.arange(1 << 16, dtype=np.uint16).view(dtype_of(dtype))
-    (got,) = said(world, Widens(), np.zeros_like(every), every)
+    (got,) = computed(world, Widens(), np.zeros_like(every), every)
 
     assert got.dtype == np.float32
     same_bits(got, every.astype(np.float32))
@@ -168,6 +168,6 @@ def test_a_library_has_exactly_the_operations_of_the_vocabulary(world: World) ->
 
 
 def test_every_operation_is_compared() -> None:
-    assert set(words_of("float32")) | set(REDUCE) == {
+    assert set(known_of("float32")) | set(REDUCE) == {
         n for n, o in OPERATIONS.items() if o.family in ("elementwise", "reduce")
     }

@@ -72,7 +72,7 @@ def arrays(shapes: Sequence[tuple[int, ...]], dtype: Any, seed: int) -> list[Any
 def slots(state: Any) -> dict[str, list[Any]]:
     (group,) = parts(state)[0].groups
     leaves = range(len(group.leaves))
-    return {f"s{j}": [np.array(pack[k]) for k in leaves] for j, pack in enumerate(group.slots)}
+    return {f"s{j}": [np.array(slot[k]) for k in leaves] for j, slot in enumerate(group.slots)}
 
 
 def steps(rule: opt.Rule, shapes: Sequence[tuple[int, ...]], dtype: Any = "float32", count: int = 1) -> Steps:

@@ -1,4 +1,4 @@
-"""The kernels for CUDA against the interpreter: every rule, every word, and numbers that live on the device.
+"""The kernels for CUDA against the interpreter: every rule and operation, and numbers on the device.
 
 Without a device Triton's interpreter runs them, and NumPy says what NVIDIA's libdevice says on a device; with
 TRITON_INTERPRET=0 they run on the device.
@@ -29,7 +29,7 @@ from optimisers.errors import BadState
 from optimisers.state.leaf import parts
 from optimisers.state.structure import Structure
 from optimisers.step.update import takes_scaling
-from tests import operations as words
+from tests import operations
 from tests.table import REAL, TABLE, LongestSeen, Row, numbers
 from tests.table import name as of_row
 from tests.tensors import array, misaligned, number_of, tensor, turned, with_gaps
@@ -141,7 +141,7 @@ def test_triton_was_imported_after_it_was_decided_who_runs_kernels() -> None:
 
 
 def test_kernels_print_every_word_of_real_numbers() -> None:
-    assert set(printer.WORDS) >= {*words.ELEMENTWISE, *words.REDUCE}
+    assert set(printer.OPERATIONS) >= {*operations.ELEMENTWISE, *operations.REDUCE}
 
 
 @every_row
@@ -349,16 +349,16 @@ def test_a_step_gives_the_same_bits_every_time(dtype: str) -> None:
     assert found[0] == found[1]
 
 
-# -- words, one by one ---------------------------------------------------------------------------------------
+# -- operations, one by one ----------------------------------------------------------------------------------
 
 
-def said(rule: opt.Rule, x: Any, dx: Any) -> Any:
+def computed(rule: opt.Rule, x: Any, dx: Any) -> Any:
     """The state that a rule keeps after one step, as arrays of NumPy."""
-    state = words.said(rule, on_device(x), on_device(dx), "triton")
+    state = operations.computed(rule, on_device(x), on_device(dx), "triton")
     return {k: on_host(v) for k, v in state.items()} if isinstance(state, dict) else state
 
 
-@pytest.mark.parametrize("name", words.REDUCE)
+@pytest.mark.parametrize("name", operations.REDUCE)
 def test_a_reduction_sees_every_element_of_a_long_array(name: str) -> None:
     """The one element that counts stands at a border of blocks or chunks, in one leaf after the other."""
     n = 2 * launch.CHUNK + 77
@@ -368,12 +368,12 @@ def test_a_reduction_sees_every_element_of_a_long_array(name: str) -> None:
     model = [on_device(np.zeros(n, np.float32)) for _ in spots]
     for x, spot in zip(model, spots, strict=True):
         x[spot] = value
-    state, _ = opt.update_(opt.setup(words.Reduces(name), model, engine="triton"), model, model)
+    state, _ = opt.update_(opt.setup(operations.Reduces(name), model, engine="triton"), model, model)
 
     assert [leaf.state[0] for leaf in state] == [value] * len(spots)
 
 
-@pytest.mark.parametrize("name", words.REDUCE)
+@pytest.mark.parametrize("name", operations.REDUCE)
 @pytest.mark.parametrize(
     "special",
     [
@@ -390,8 +390,8 @@ def test_what_is_not_finite_in_one_chunk_counts_for_the_leaf(name: str, special:
     for spot, value in special.items():
         a[spot] = value
     with np.errstate(all="ignore"):
-        wanted = words.reduced(name, a)
-    np.testing.assert_array_equal(said(words.Reduces(name), a, a)[0], wanted)
+        wanted = operations.reduced(name, a)
+    np.testing.assert_array_equal(computed(operations.Reduces(name), a, a)[0], wanted)
 
 
 def test_sums_of_single_precision_are_taken_in_double_precision() -> None:
@@ -399,17 +399,17 @@ def test_sums_of_single_precision_are_taken_in_double_precision() -> None:
     x = np.full(20_001, 0.25, np.float32)
     x[0] = 1e8
 
-    assert said(words.Reduces("sum"), x, x)[0] == 1e8 + 5_000
+    assert computed(operations.Reduces("sum"), x, x)[0] == 1e8 + 5_000
 
 
 @pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 1000])
-@pytest.mark.parametrize("name", words.REDUCE)
+@pytest.mark.parametrize("name", operations.REDUCE)
 def test_the_chunks_of_a_leaf_are_gathered_whatever_their_number(name: str, count: int) -> None:
     values = np.random.default_rng(count).standard_normal(count + 7)
     begin, out = np.array([0, 3, 3 + count, count + 7]), on_device(np.zeros(3))
     device_functions.gather[(3,)](on_device(values), on_device(begin), out, OP=name, BLOCK=128, num_warps=4)
     pieces = [values[:3], values[3 : 3 + count], values[3 + count :]]
-    wanted = [words.reduced(name, p) for p in pieces]
+    wanted = [operations.reduced(name, p) for p in pieces]
     np.testing.assert_allclose(on_host(out), wanted, rtol=1e-13)
 
 
@@ -418,7 +418,7 @@ def test_the_chunks_of_a_leaf_are_gathered_whatever_their_number(name: str, coun
 def test_all_chunks_are_added_up_whatever_their_number(name: str, count: int) -> None:
     values, out = np.random.default_rng(count).uniform(0, 1, count + 5), on_device(np.zeros(1))
     device_functions.add_up[(1,)](on_device(values), count, out, OP=name, BLOCK=1024, num_warps=8)
-    np.testing.assert_allclose(on_host(out), words.reduced(name, values[:count]), rtol=1e-12)
+    np.testing.assert_allclose(on_host(out), operations.reduced(name, values[:count]), rtol=1e-12)
 
 
 @pytest.mark.parametrize(

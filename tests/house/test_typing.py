@@ -45,6 +45,8 @@ opt.setup({"**.b": opt.Descent(1), "**": None}, model)
 opt.setup({opt.vectors: opt.Adam(), opt.matrices & ~opt.by_path("a"): None, "**": opt.Descent()}, model)
 assert_type(opt.hidden_matrices | "head.**", opt.Selector)
 opt.freeze_(state, opt.by_type(Net))
+with opt.averaged_(state, model) as evaluated:
+    print(evaluated)
 opt.setup(opt.layer_decay({opt.vectors: opt.Adam(), "**": None}, 0.75, layer=lambda path: len(path)), model)
 opt.setup(lambda path, x: opt.Adam() if len(path) else None, model)
 Mine(0.1)

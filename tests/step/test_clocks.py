@@ -46,7 +46,7 @@ def test_two_halves_in_turn_run_their_schedules_as_if_alone(engine: str) -> None
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_one_leaf_at_a_time_meets_again_in_one_history(engine: str) -> None:
+def test_one_leaf_at_a_time_meets_again_in_one_row(engine: str) -> None:
     model = model_of("a", "b", "c")
     state = opt.setup(opt.Adam(rising), model, engine=engine)
     whole = model_of("a", "b", "c")

@@ -102,7 +102,7 @@ class CupyLibrary(NumpyLike):
     def is_writable(self, x: HostArray) -> bool:
         return not overlaps_itself(x.shape, x.strides)
 
-    def is_loose(self, x: HostArray) -> bool:
+    def is_opaque(self, x: HostArray) -> bool:
         return False
 
     def device(self, x: HostArray) -> str:

@@ -14,7 +14,7 @@ from optimisers.arrays.registry import library, library_of
 def memory_of(x: Array) -> tuple[object, ...]:
     """What is equal for an array and its transposed views; the object itself where it is no plain memory."""
     own = library(x)
-    if own.is_loose(x):
+    if own.is_opaque(x):
         return ("object", id(x))
     return own.name, own.device(x), own.address(x), x.dtype.itemsize, axes_in_memory(*own.layout(x))
 
@@ -22,7 +22,7 @@ def memory_of(x: Array) -> tuple[object, ...]:
 def bounds(x: Array) -> tuple[int, int]:
     """The first address of the elements, and the first behind them; (0, 0) where it is no plain memory."""
     own = library(x)
-    if own.is_loose(x):
+    if own.is_opaque(x):
         return 0, 0
     start, (shape, strides) = own.address(x), own.layout(x)
     if own.is_contiguous(x):
@@ -39,7 +39,7 @@ def shares(x: object, others: Sequence[Any]) -> bool:
     if isinstance(x, np.ndarray):
         return any(np.may_share_memory(x, other) for other in others)  # ten times as fast as by its address
     own = library_of(type(x))
-    if own is None or own.is_loose(cast("Array", x)):
+    if own is None or own.is_opaque(cast("Array", x)):
         return any(x is other for other in others)
     low, high = bounds(cast("Array", x))
     return any(a < high and low < b for a, b in map(bounds, others))

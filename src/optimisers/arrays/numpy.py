@@ -25,7 +25,7 @@ class NumpyLibrary(NumpyLike):
     def is_writable(self, x: HostArray) -> bool:
         return x.flags.writeable and not overlaps_itself(x.shape, x.strides)
 
-    def is_loose(self, x: HostArray) -> bool:
+    def is_opaque(self, x: HostArray) -> bool:
         return False
 
     # -- memory ---------------------------------------------------------------------------------------------

@@ -120,8 +120,8 @@ class Library(Protocol[A, D]):
         """Whether `update_` may write into an array; one with two elements in one place it may not."""
         return not self.immutable
 
-    def is_loose(self, x: A) -> bool:
-        """Whether state for this array is kept in arrays of its kind: it is no plain memory."""
+    def is_opaque(self, x: A) -> bool:
+        """Whether this array is no plain memory: its state is kept in separate arrays of its kind."""
         return True
 
     def is_traced(self, x: object) -> bool:
@@ -154,7 +154,7 @@ class Library(Protocol[A, D]):
         """Where the elements are; arrays of different devices are stepped apart."""
         return "cpu"
 
-    # -- memory: asked of arrays that are not loose, but for the first five ---------------------------------
+    # -- memory: asked of arrays that are not opaque -----------------------------------------------
 
     def holds_same(self, a: A, b: A) -> bool:
         """Whether two arrays that cannot be written may be taken for one: they hold the same numbers."""

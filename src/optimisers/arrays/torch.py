@@ -78,7 +78,7 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
             return False
         return x.numel() == 0 or not any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
 
-    def is_loose(self, x: Tensor) -> bool:
+    def is_opaque(self, x: Tensor) -> bool:
         return (
             type(x) not in PLAIN
             or x.layout is not torch.strided
@@ -130,10 +130,10 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
         return x.is_contiguous()
 
     def is_dense_memory(self, x: Tensor, where: str, *, write: bool) -> bool:
-        return not self.is_loose(x) and self.device(x) == where and x.data_ptr() % x.itemsize == 0
+        return not self.is_opaque(x) and self.device(x) == where and x.data_ptr() % x.itemsize == 0
 
     def dense_strides(self, x: Tensor) -> tuple[int, ...]:
-        if self.is_loose(x) or x.is_contiguous():
+        if self.is_opaque(x) or x.is_contiguous():
             return contiguous_strides(tuple(x.shape))
         return tuple(torch.empty_like(x, device="meta", memory_format=torch.preserve_format).stride())
 
@@ -168,7 +168,7 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
     def full_like(self, x: Tensor, value: Scalar, dtype: torch.dtype | str) -> Tensor:
         """One number in the shape of `x`: for plain tensors it is kept once, as an expanded tensor."""
         kind = of_name(dtype)
-        if self.is_loose(x):
+        if self.is_opaque(x):
             return torch.full_like(x.detach(), value, dtype=kind)
         return torch.full((), value, dtype=kind, device=x.device).expand(x.shape)
 

@@ -252,9 +252,9 @@ def store(step: Step, calls: list[Call]) -> None:
     for c in calls:
         c.launch()
         stored = {name for name, _ in c.p.stores}
-        for slot, pack, old in zip(step.program.slots, step.out, step.slots, strict=True):
-            if slot.name not in stored and pack is not old:
-                pack.put(c.leaf, old[c.leaf])
+        for spec, slot, old in zip(step.program.slots, step.out, step.slots, strict=True):
+            if spec.name not in stored and slot is not old:
+                slot.put(c.leaf, old[c.leaf])
 
 
 ENGINE = Engine(NAME, refusal, begin, reduce, prepare, interpret.spans, separate, otherwise=interpret.ENGINE)

@@ -18,7 +18,7 @@ from optimisers.engines.task import Engine, Holds, Members, Step
 from optimisers.errors import BadState, TraceError
 from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Outputs, draws, is_input, number_of, outputs, reduce_pass
-from optimisers.state.buffers import Loose
+from optimisers.state.buffers import Separate
 
 NAME = "interpret"
 
@@ -60,7 +60,7 @@ class Values:
         """A scalar as the kernels see it: rounded once to the type of the arithmetic."""
         value = self.scalars.of_leaves(column.value)[self.leaf]
         dtype = self.wide if column.type == "complex" else self.real
-        if registry.library_of(type(value)) is self.library and self.step.blind:
+        if registry.library_of(type(value)) is self.library and self.step.abstract:
             return self.library.cast(value, dtype)
         return self.library.number(value, dtype)
 
@@ -170,11 +170,11 @@ def leaf_outputs(step: Step, leaf: int, out: Outputs) -> tuple[Any, list[Any]]:
 def store(step: Step, new: dict[int, tuple[Any, list[Any]]]) -> None:
     """Write what was computed."""
     for leaf, (x, slots) in new.items():
-        for pack, old, value in zip(step.out, step.slots, slots, strict=True):
+        for slot, old, value in zip(step.out, step.slots, slots, strict=True):
             if value is not None:
-                pack.put(leaf, value)
-            elif pack is not old and not isinstance(pack, Loose):
-                pack.put(leaf, old[leaf])
+                slot.put(leaf, value)
+            elif slot is not old and not isinstance(slot, Separate):
+                slot.put(leaf, old[leaf])
         if x is not None:
             was, library = step.xs[leaf], step.library
             if step.job.inplace:

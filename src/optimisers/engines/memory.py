@@ -9,7 +9,7 @@ import numpy as np
 
 from optimisers.arrays.memory import bounds
 from optimisers.errors import TreeMismatch
-from optimisers.state.buffers import Indices, Loose, Pack
+from optimisers.state.buffers import FlatBuffers, Indices, Separate
 from optimisers.state.memo import Subset
 from optimisers.tree.walk import share_elements
 
@@ -63,11 +63,11 @@ class Known:
     end: Indices = dataclasses.field(default_factory=lambda: NOTHING.end)
 
 
-def looked(library: Any, xs: Sequence[Any], slots: Sequence[Pack], subset: Subset) -> Spans:
+def looked(library: Any, xs: Sequence[Any], slots: Sequence[FlatBuffers], subset: Subset) -> Spans:
     """The memory of these parameters and state arrays, each asked in Python; the very object found last, if
     nothing has moved.
     """
-    state = [b for p in slots if not isinstance(p, Loose) for b in p.buffers]
+    state = [b for p in slots if not isinstance(p, Separate) for b in p.buffers]
     ends = [bounds(a) for a in (*xs, *state)]
     owner = np.array([*range(len(xs)), *([-1] * len(state))], np.int64)
     pieces = np.array(ends, np.int64).reshape(-1, 2)

@@ -28,7 +28,7 @@ _set_handler: Callable[[int, Handler], Handler | int | None] = _calls.signal
 NUMBERS = tuple(sorted(int(s) for s in signal.valid_signals()))
 
 
-class held:  # noqa: N801 used as a word: `with held():`
+class held:  # noqa: N801 read as a keyword: `with held():`
     """Holds back handlers of signals while its block runs; in other threads than the main one, which run no
     handlers, it does nothing.
     """

@@ -12,7 +12,7 @@ from optimisers.errors import TreeMismatch
 from optimisers.graph.passes import draws
 from optimisers.rule import Rule
 from optimisers.settings import parts
-from optimisers.state.buffers import Loose, Pack
+from optimisers.state.buffers import FlatBuffers, Separate
 from optimisers.state.group import Group
 
 
@@ -39,8 +39,8 @@ class Whole:
 
     rows: list[Any]
     """The rows of each leaf."""
-    slots: tuple[Pack, ...]
-    out: tuple[Pack, ...]
+    slots: tuple[FlatBuffers, ...]
+    out: tuple[FlatBuffers, ...]
 
 
 def begin(step: Step) -> None:
@@ -52,8 +52,8 @@ def begin(step: Step) -> None:
     step.work = Whole(rows, step.slots, step.out)
     step.xs, step.grads = xs, ([values for _, values in given],)
     step.shapes = [tuple(x.shape) for x in xs]
-    step.slots = tuple(_picked(pack, rows, step.shapes) for pack in step.slots)
-    step.out = tuple(pack.copy() for pack in step.slots)
+    step.slots = tuple(_picked(slot, rows, step.shapes) for slot in step.slots)
+    step.out = tuple(slot.copy() for slot in step.slots)
     interpret.begin(step)
 
 
@@ -67,11 +67,11 @@ def _checked(step: Step, leaf: int) -> Any:
     return g
 
 
-def _picked(pack: Pack, rows: list[Any], shapes: list[tuple[int, ...]]) -> Loose:
+def _picked(slot: FlatBuffers, rows: list[Any], shapes: list[tuple[int, ...]]) -> Separate:
     """The touched rows of a state array of every leaf."""
-    arrays = [pack.library.taken(pack[i], found) for i, found in enumerate(rows)]
-    places = dataclasses.replace(pack.places, shapes=shapes, number=range(len(shapes)))
-    return Loose(pack.name, pack.dtype, pack.device, places, arrays)
+    arrays = [slot.library.taken(slot[i], found) for i, found in enumerate(rows)]
+    places = dataclasses.replace(slot.places, shapes=shapes, number=range(len(shapes)))
+    return Separate(slot.name, slot.dtype, slot.device, places, arrays)
 
 
 def spans(step: Step) -> Spans:
@@ -84,11 +84,11 @@ def finish(step: Step) -> None:
     """Bring the rows home."""
     whole: Whole = step.work
     library, job = step.library, step.job
-    for new, pack, old in zip(step.out, whole.out, whole.slots, strict=True):
+    for new, slot, old in zip(step.out, whole.out, whole.slots, strict=True):
         for i, rows in enumerate(whole.rows):
-            if pack is not old:
-                pack.put(i, old[i])
-            library.put_rows(pack[i], rows, new[i])
+            if slot is not old:
+                slot.put(i, old[i])
+            library.put_rows(slot[i], rows, new[i])
     touched, step.new = step.new, {}
     for i, (x, rows) in enumerate(zip(job.xs, whole.rows, strict=True)):
         to = x if job.inplace else library.duplicate(x)

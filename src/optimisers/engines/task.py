@@ -20,7 +20,7 @@ from optimisers.graph.passes import Pass, draws, stages
 from optimisers.graph.scalars import Scalars, Table, counters
 from optimisers.graph.trace import Program, total_join
 from optimisers.ops.random import number_of_leaf
-from optimisers.state.buffers import Indices, Pack
+from optimisers.state.buffers import FlatBuffers, Indices
 from optimisers.state.group import Group
 from optimisers.state.memo import Subset
 from optimisers.state.table import ScalarTable
@@ -134,8 +134,8 @@ class Step:
             )
         self.program = group.program_for(len(job.grads))
         self.stages = stages(self.program)
-        self.blind = job.traced or kind.capturable
-        """Whether no value may be looked at."""
+        self.abstract = job.traced or kind.capturable
+        """Whether scalars are abstract, traced or read when a captured graph runs: none may be looked at."""
         self.xs, self.grads = job.xs, job.grads
         self.shapes, self.sizes = subset.places.shapes, subset.places.sizes
         self.slots, self.out, self.row = group.slots, job.target.slots, job.table.row
@@ -228,7 +228,7 @@ class Step:
         """Whether a reduction counts for any leaf: under a condition that holds for none, its pass is left
         out.
         """
-        if not reduction.guard or self.blind:
+        if not reduction.guard or self.abstract:
             return True
         return bool(np.all([self.scalars.of_leaves(g) for g in reduction.guard], axis=0).any())
 
@@ -250,7 +250,7 @@ class Step:
         later.
         """
         checks = self.program.checks
-        if not checks or (self.blind and not self.job.traced):
+        if not checks or (self.abstract and not self.job.traced):
             return
         if self.job.traced:
             if (seen := watches.get()) is not None:
@@ -268,7 +268,7 @@ class Step:
     def branches(self) -> list[tuple[Holds, Members]]:
         """The leaves for which the conditions of the program have the same answers, with these."""
         guards = self.program.guards
-        if self.blind:
+        if self.abstract:
             return [(None, None)]
         if not guards:
             return [((), None)]
@@ -316,9 +316,9 @@ class Step:
         return counters(self.scalars.near, self.program.new_counters)
 
 
-def picked(packs: tuple[Pack, ...], subset: Subset) -> tuple[Pack, ...]:
+def picked(slots: tuple[FlatBuffers, ...], subset: Subset) -> tuple[FlatBuffers, ...]:
     """The state arrays of some members."""
-    return tuple(pack.pick(places) for pack, places in zip(packs, subset.slots, strict=True))
+    return tuple(slot.pick(places) for slot, places in zip(slots, subset.slots, strict=True))
 
 
 def _scalars(step: Step) -> Scalars:

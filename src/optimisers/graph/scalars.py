@@ -120,8 +120,8 @@ class Scalars:
         return (self.library.columns(found, rows) if found else self.numbers[:, :0]), row
 
     def table(self, scalars: tuple[Expr, ...]) -> tuple[Table, Any]:
-        """(values, row of each leaf): the scalar table of a pass, one column a node; a row a history or a
-        leaf.
+        """(values, row of each leaf): the scalar table of a pass, one column a node; a row for
+        leaves whose scalars are equal, or for each.
         """
         self.ahead(scalars)
         known = self.values

@@ -10,7 +10,7 @@ NNX. Whoever looks at it, or adjusts or freezes it, opens it.
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,7 +47,7 @@ class Kind:
 
     groups: tuple[int, ...]
     rows: tuple[int, ...]
-    """Histories of each group."""
+    """Rows of scalars of each group."""
     settings: tuple[str, ...]
     numbers: tuple[str, ...]
 
@@ -92,6 +92,18 @@ def kinds_of(structure: Structure) -> tuple[Kind, ...]:
 # -- the state -----------------------------------------------------------------------------------------------
 
 
+def flat_dict(tree: object) -> tuple[dict[str, Any], Any]:
+    """(the arrays of a pytree by their path, its form); those of NumPy are taken for arrays of JAX."""
+    found, form = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_of(keys): jnp.asarray(x) if isinstance(x, np.ndarray) else x for keys, x in found}, form
+
+
+def path_of(keys: Any) -> str:
+    """A path as our globs read it; the wrapper of a variable of Flax does not count."""
+    text = jax.tree_util.keystr(keys, simple=True, separator=".")
+    return text.removesuffix(".value") or "params"
+
+
 class Mirrored(Branch):
     """A state that stands in Optax's form in pytrees."""
 
@@ -106,6 +118,11 @@ class Mirrored(Branch):
             object.__setattr__(self, "_about", held.about())
             object.__setattr__(self, "_held", held.store())
         return object.__getattribute__(self, "_held")
+
+    def flattened(self, params: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Any]]:
+        """(the parameters as their paths name them here, what makes the pytree of such a dict)."""
+        found, form = flat_dict(params)
+        return found, lambda new: jax.tree.unflatten(form, list(new.values()))
 
     def __reduce__(self) -> Any:
         return mirrored, (self._store, self._node, self._path, about_of(self))
@@ -227,16 +244,16 @@ def children_of(store: Store, given: Sequence[Any], place: Sequence[int], values
     kinds = kinds_of(structure_of(store))
     held: dict[str, dict[int, Any]] = {}
     for group in store.groups:
-        for slot, pack in zip(group.program.slots, group.slots, strict=True):
-            found = held.setdefault(slot_name(slot.path), {})
-            found.update((int(leaf), pack[i]) for i, leaf in enumerate(group.leaves))
+        for spec, slot in zip(group.program.slots, group.slots, strict=True):
+            found = held.setdefault(slot_name(spec.path), {})
+            found.update((int(leaf), slot[i]) for i, leaf in enumerate(group.leaves))
     trees = {name: values([found.get(leaf, Absent()) for leaf in place]) for name, found in held.items()}
     rules = tuple(_scalars(store, kind, told) for kind, told in zip(kinds, given, strict=True))
     return {"arrays": trees, "rules": rules}
 
 
 def _scalars(store: Store, kind: Kind, told: Any) -> dict[str, Any]:
-    """The scalars of a kind by name: single numbers where it has one history, else vectors."""
+    """The scalars of a kind by name: single numbers where it has one row, else vectors."""
     tables = [store.groups[g].table.to_traced(arrays).arrays() for g in kind.groups]
     values, clock = tables[0] if len(tables) == 1 else (jnp.concatenate(t) for t in zip(*tables, strict=True))
     if sum(kind.rows) == 1:

@@ -24,6 +24,7 @@ from optimisers.jax.mirror import (
     Static,
     about_of,
     children_of,
+    flat_dict,
     is_absent,
     kinds_of,
     known,
@@ -77,7 +78,7 @@ def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransform
 
     def init(params: Any) -> Any:
         known()
-        named, form = _named(params)
+        named, form = flat_dict(params)
         if not named:
             return _without_parameters(rule, form)
         layout, found = survey(named)
@@ -102,7 +103,7 @@ def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransform
                 f"a state of as_optax was wanted and a {type(state).__name__} came; write tx.init(params)"
             )
         known()
-        slopes, form = _named(updates)
+        slopes, form = flat_dict(updates)
         if not reflection_of(state).static.place:
             return updates, _counted(state)
         state = _with_settings_of(rule, state)
@@ -118,12 +119,6 @@ def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransform
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _named(tree: object) -> tuple[dict[str, Any], Any]:
-    """(the arrays of a pytree by their path, its form); those of NumPy are taken for arrays of JAX."""
-    found, form = jax.tree_util.tree_flatten_with_path(tree)
-    return {_path(keys): jnp.asarray(x) if isinstance(x, np.ndarray) else x for keys, x in found}, form
-
-
 def _told(params: object) -> Told:
     """The places of the arrays of a pytree, by their path; none where it is no model."""
     try:
@@ -133,16 +128,10 @@ def _told(params: object) -> Told:
     return {str(p.places[0].path) or "params": p.places for p in layout.parameters}
 
 
-def _path(keys: Any) -> str:
-    """A path as our globs read it; the wrapper of a variable of Flax does not count."""
-    text = jax.tree_util.keystr(keys, simple=True, separator=".")
-    return text.removesuffix(".value") or "params"
-
-
 def _parameters(store: Store, node: Node, params: Any) -> list[Any]:
     """The parameters of each leaf; zeros where they were not given, and no rule reads them."""
     if params is not None:
-        return gather(node, _named(params)[0], KeyPath())
+        return gather(node, flat_dict(params)[0], KeyPath())
     if any(reads_parameters(g.program) for g in store.groups):
         raise BadState("as_optax(rule) needs the parameters; write tx.update(grads, state, params)")
     kinds = [store.shapes[leaf] for leaf in node.leaves]

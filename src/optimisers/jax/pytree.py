@@ -22,7 +22,7 @@ from optimisers.engines.task import refuse, watches
 from optimisers.errors import BadState, TreeMismatch, UnknownField
 from optimisers.graph.memo import kept
 from optimisers.settings import parts
-from optimisers.state.buffers import Bundled
+from optimisers.state.buffers import Bucketed
 from optimisers.state.leaf import Branch, Leaf, opened
 from optimisers.state.store import Store
 from optimisers.state.structure import Pending, Structure, structure_of
@@ -60,23 +60,23 @@ def _names(structure: Structure) -> list[Any]:
     if structure.names is None:
         store, found = structure.store, list[Any]()
         for g, group in enumerate(store.groups):
-            for slot, pack in zip(group.program.slots, group.slots, strict=True):
-                at = ".".join(map(str, slot.path))
-                found += [f"{name}:{at}" for name in _buffer_names(store, group, pack)]
+            for spec, slot in zip(group.program.slots, group.slots, strict=True):
+                at = ".".join(map(str, spec.path))
+                found += [f"{name}:{at}" for name in _buffer_names(store, group, slot)]
             found += [f"numbers:{g}", f"clock:{g}"]
         structure.names = [jax.tree_util.DictKey(name) for name in found]
     return structure.names
 
 
-def _buffer_names(store: Store, group: Any, pack: Any) -> list[str]:
-    """The path of the first array in every buffer of a pack."""
+def _buffer_names(store: Store, group: Any, slot: Any) -> list[str]:
+    """The path of the first array in every buffer of a slot."""
     paths = [str(store.layout.paths[leaf]) for leaf in group.leaves]
-    if not isinstance(pack, Bundled):
+    if not isinstance(slot, Bucketed):
         return paths
     first: dict[int, str] = {}
-    for path, b in zip(paths, pack.places.buffer.tolist(), strict=True):
+    for path, b in zip(paths, slot.places.buffer.tolist(), strict=True):
         first.setdefault(b, path)
-    many = np.bincount(pack.places.buffer)
+    many = np.bincount(slot.places.buffer)
     return [f"{path}..." if n > 1 else path for path, n in zip(first.values(), many, strict=True)]
 
 
@@ -147,10 +147,10 @@ def _by_name(structure: Structure, children: Any) -> Any:
     """(name, array) for everything in a state: arrays by path, settings and counters by their name."""
     store = structure.filled(children)
     for g, group in enumerate(store.groups):
-        for slot, pack in zip(group.program.slots, group.slots, strict=True):
-            at = ".".join(k for k in slot.path if isinstance(k, str)) or "state"
+        for spec, slot in zip(group.program.slots, group.slots, strict=True):
+            at = ".".join(k for k in spec.path if isinstance(k, str)) or "state"
             for i, leaf in enumerate(group.leaves):
-                yield f"{store.layout.paths[leaf]}:{at}", pack[i]
+                yield f"{store.layout.paths[leaf]}:{at}", slot[i]
         for j, name in enumerate(group.program.names):
             kind = "setting" if j < group.program.hypers else "number"
             yield f"{kind}:{g}:{name}", group.table.values[:, j]
@@ -162,9 +162,9 @@ def _from_names(structure: Structure, children: Any, found: dict[str, Any]) -> l
     store = structure.filled(children)
     saved = iter([(found[name], own) for name, own in _by_name(structure, children)])
     for group in store.groups:
-        for pack in group.slots:
+        for slot in group.slots:
             for i in range(len(group.leaves)):
-                pack.put(i, jnp.asarray(next(saved)[0]))
+                slot.put(i, jnp.asarray(next(saved)[0]))
         columns = [next(saved) for _ in group.program.names]
         values = [jnp.asarray(own if new is None else new) for new, own in columns]
         whole = jnp.stack(values, 1) if values else group.table.values

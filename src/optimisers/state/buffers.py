@@ -20,8 +20,8 @@ LARGE = 1 << 15
 ALIGNED = 16
 """Arrays in a shared buffer start at multiples of this many elements."""
 
-BUNDLE = 16
-"""Small arrays in one bundle: XLA compiles longer concatenations slowly, and runs shorter ones slowly."""
+BUCKET = 16
+"""Small arrays in one bucket: XLA compiles longer concatenations slowly, and runs shorter ones slowly."""
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -39,7 +39,7 @@ class Places:
     lengths: list[int]
     """Elements of each buffer."""
     number: Indices
-    """Which of all arrays of the pack each is."""
+    """Which of all arrays of the slot each is."""
 
     @classmethod
     def of(cls, shapes: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...]]) -> "Places":
@@ -60,8 +60,8 @@ class Places:
         )
 
     @classmethod
-    def bundled(cls, shapes: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...]]) -> "Places":
-        """Small arrays in bundles of `BUNDLE` neighbours without gaps, large ones each in its own buffer."""
+    def bucketed(cls, shapes: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...]]) -> "Places":
+        """Small arrays in buckets of `BUCKET` neighbours without gaps, large ones each in its own buffer."""
         sizes = np.array([int(np.prod(s)) for s in shapes], np.int64)
         buffer, offset = np.zeros(len(sizes), np.int64), np.zeros(len(sizes), np.int64)
         lengths: list[int] = []
@@ -69,7 +69,7 @@ class Places:
         for i, n in enumerate(sizes.tolist()):
             if n >= LARGE or not room:
                 lengths.append(0)
-            room = 0 if n >= LARGE else BUNDLE - 1 if not room else room - 1
+            room = 0 if n >= LARGE else BUCKET - 1 if not room else room - 1
             buffer[i], offset[i] = len(lengths) - 1, lengths[-1]
             lengths[-1] += n
         return cls(list(shapes), list(strides), sizes, buffer, offset, lengths, np.arange(len(sizes)))
@@ -89,7 +89,7 @@ class Places:
 
 
 @dataclasses.dataclass(eq=False)
-class Pack:
+class FlatBuffers:
     """The arrays of one slot of the state, one for each leaf of a group, side by side in buffers."""
 
     name: str
@@ -104,7 +104,7 @@ class Pack:
         return registry.named(self.name)
 
     @classmethod
-    def zeros(cls, library: Any, dtype: Any, device: str, places: Places) -> "Pack":
+    def zeros(cls, library: Any, dtype: Any, device: str, places: Places) -> "FlatBuffers":
         return cls(
             library.name, dtype, device, places, [library.zeros(n, dtype, device) for n in places.lengths]
         )
@@ -118,24 +118,24 @@ class Pack:
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k != "addresses"}
 
-    def empty(self) -> "Pack":
+    def empty(self) -> "FlatBuffers":
         """Buffers of the same form, not yet written."""
         fresh = [self.library.empty(n, self.dtype, self.device) for n in self.places.lengths]
-        return Pack(self.name, self.dtype, self.device, self.places, fresh)
+        return FlatBuffers(self.name, self.dtype, self.device, self.places, fresh)
 
-    def copy(self) -> "Pack":
+    def copy(self) -> "FlatBuffers":
         new = self.empty()
         for target, source in zip(new.buffers, self.buffers, strict=True):
             self.library.assign(target, source)
         return new
 
-    def pick(self, places: Places) -> "Pack":
+    def pick(self, places: Places) -> "FlatBuffers":
         """The arrays at some of the places; they share the buffers."""
-        return Pack(self.name, self.dtype, self.device, places, self.buffers)
+        return FlatBuffers(self.name, self.dtype, self.device, places, self.buffers)
 
-    def loosened(self) -> "Loose":
+    def separated(self) -> "Separate":
         """The same arrays, each on its own; they are read, not written."""
-        return Loose(self.name, self.dtype, self.device, self.places, list(self))
+        return Separate(self.name, self.dtype, self.device, self.places, list(self))
 
     def put(self, i: int, value: Any) -> None:
         """Write an array, rounding once to the type of the slot."""
@@ -159,24 +159,24 @@ class Pack:
         return (view(self.buffers[b], offset, shape, strides) for b, offset, shape, strides in where)
 
 
-class Loose(Pack):
-    """The arrays of one slot of the state where no address can be written: each stands for itself, and is
+class Separate(FlatBuffers):
+    """The arrays of one slot of the state where no address can be written: separate ones, which are
     replaced.
 
     So are the arrays of libraries that know no writing, distributed ones, and those that somebody
     differentiates.
     """
 
-    def empty(self) -> "Loose":
+    def empty(self) -> "Separate":
         return self.copy()
 
-    def copy(self) -> "Loose":
-        return Loose(self.name, self.dtype, self.device, self.places, list(self.buffers))
+    def copy(self) -> "Separate":
+        return Separate(self.name, self.dtype, self.device, self.places, list(self.buffers))
 
-    def pick(self, places: Places) -> "Loose":
-        return Loose(self.name, self.dtype, self.device, places, self.buffers)
+    def pick(self, places: Places) -> "Separate":
+        return Separate(self.name, self.dtype, self.device, places, self.buffers)
 
-    def loosened(self) -> "Loose":
+    def separated(self) -> "Separate":
         return self.copy()
 
     def put(self, i: int, value: Any) -> None:
@@ -194,21 +194,21 @@ class Loose(Pack):
         return (self[i] for i in range(len(self)))
 
 
-class Bundled(Loose):
-    """Loose arrays, of which small ones share a vector: a step of a thousand has fewer to hand over."""
+class Bucketed(Separate):
+    """Separate arrays, of which small ones share a vector: a step of a thousand has fewer to hand over."""
 
     @classmethod
-    def of(cls, library: Any, device: str, places: Places, arrays: list[Any]) -> "Bundled":
-        """A pack of these arrays."""
+    def of(cls, library: Any, device: str, places: Places, arrays: list[Any]) -> "Bucketed":
+        """A slot of these arrays."""
         return cls(library.name, arrays[0].dtype, device, places, places_filled(library, places, arrays))
 
-    def copy(self) -> "Bundled":
-        return Bundled(self.name, self.dtype, self.device, self.places, list(self.buffers))
+    def copy(self) -> "Bucketed":
+        return Bucketed(self.name, self.dtype, self.device, self.places, list(self.buffers))
 
-    def pick(self, places: Places) -> "Bundled":
-        return Bundled(self.name, self.dtype, self.device, places, self.buffers)
+    def pick(self, places: Places) -> "Bucketed":
+        return Bucketed(self.name, self.dtype, self.device, places, self.buffers)
 
-    def loosened(self) -> "Bundled":
+    def separated(self) -> "Bucketed":
         return self.copy()
 
     def put(self, i: int, value: Any) -> None:
@@ -220,7 +220,7 @@ class Bundled(Loose):
         self.buffers[p.buffer[i]] = new
 
     def put_many(self, members: Indices, values: Sequence[Any]) -> None:
-        """Write several arrays: a bundle is put together once, whatever comes into it."""
+        """Write several arrays: a bucket is put together once, whatever comes into it."""
         given = dict(zip(members.tolist(), values, strict=True))
         for b in np.unique(self.places.buffer[members]).tolist():
             inside = np.flatnonzero(self.places.buffer == b).tolist()
@@ -240,7 +240,7 @@ class Bundled(Loose):
 
 
 def places_filled(library: Any, places: Places, arrays: list[Any]) -> list[Any]:
-    """The buffers that hold these arrays: the array itself where it is alone, else a vector of its bundle."""
+    """The buffers that hold these arrays: the array itself where it is alone, else a vector of its bucket."""
     held: list[list[Any]] = [[] for _ in places.lengths]
     for b, x in zip(places.buffer, arrays, strict=True):
         held[b].append(x)

@@ -130,14 +130,15 @@ def present(group: Group, i: int, rule: Rule | None = None) -> Any:
 
 
 def hyperparameters(state: Any) -> dict[str, Any]:
-    """The hyper-parameters of all rules below `state`, by name: numbers, or vectors, one for each history.
+    """The hyper-parameters of all rules below `state`, by name: numbers, or vectors of one for each
+    row of scalars: leaves that were always adjusted and stepped alike share one.
 
     A name that several rules of a chain have is given with its place, `rules.1.eta`. What is done to these
     numbers may be differentiated: `with_hyperparameters(state, h)` puts them back. Settings that are
     schedules are functions, and not among them.
     """
     found: dict[str, list[Any]] = {}
-    for group, rows in _histories(state):
+    for group, rows in _rows(state):
         for j, name in enumerate(_hyper_names(group)):
             found.setdefault(name, []).append(group.table.column(rows, j))
     joined = {name: _joined(columns) for name, columns in found.items()}
@@ -173,7 +174,7 @@ def with_hyperparameters(state: S, values: dict[str, Any]) -> S:
     return new
 
 
-def _histories(state: Any) -> Iterator[tuple[Any, Any]]:
+def _rows(state: Any) -> Iterator[tuple[Any, Any]]:
     """(group, its rows of scalars) for the leaves below a handle."""
     store = parts(state)[0]
     for group, members, _ in store.found(leaves_of(state)):

@@ -19,7 +19,7 @@ from optimisers.graph.trace import Program, of_changes, trace
 from optimisers.nest import flatten, form, unflatten, values
 from optimisers.rule import Rule, needed
 from optimisers.settings import fill, numbers, skeleton
-from optimisers.state.buffers import Bundled, Indices, Loose, Pack, Places
+from optimisers.state.buffers import Bucketed, FlatBuffers, Indices, Places, Separate
 from optimisers.state.memo import Memo, Subset
 from optimisers.state.table import ScalarTable, as_kind, table_of
 from optimisers.tree.path import KeyPath
@@ -36,8 +36,8 @@ class Shape:
     """Those of its state arrays, in elements."""
     dtype: Any
     device: str
-    loose: bool
-    """Whether its state arrays stand each for itself, since no address of theirs can be written."""
+    opaque: bool
+    """Whether it is no plain memory: its state is kept in separate arrays, which are replaced."""
 
     packed: bool = False
     """Whether small ones of them share a vector all the same, since the user wanted that."""
@@ -55,15 +55,15 @@ class Shape:
         cls, x: Any, engine: str | None = None, *, packed: bool = False, capturable: bool = False
     ) -> "Shape":
         library = registry.library(x)
-        strides, loose = library.dense_strides(x), library.is_loose(x)
-        packed = packed and loose and library.immutable
+        strides, opaque = library.dense_strides(x), library.is_opaque(x)
+        packed = packed and opaque and library.immutable
         return cls(
             library.name,
             tuple(x.shape),
             strides,
             x.dtype,
             library.device(x),
-            loose,
+            opaque,
             packed,
             engine in (None, "numba"),
             capturable,
@@ -76,7 +76,7 @@ class Shape:
     @property
     def key(self) -> Any:
         """What leaves of one group share of it."""
-        return self.dtype, self.name, self.device, self.loose, self.packed, self.capturable
+        return self.dtype, self.name, self.device, self.opaque, self.packed, self.capturable
 
     def stand_in(self) -> Any:
         """An array of this kind that takes no memory, to be looked at only."""
@@ -97,7 +97,7 @@ class Group:
     kind: Shape
     leaves: Indices
     places: Places
-    slots: tuple[Pack, ...]
+    slots: tuple[FlatBuffers, ...]
     types: tuple[type, ...]
     """Python types of the counters, for those who look."""
     table: ScalarTable
@@ -135,8 +135,8 @@ class Group:
         """A group for the state after a step: new arrays, not yet written where the `whole` of it is
         stepped; those of a traced step are replaced, not written.
         """
-        slots = tuple(p.loosened() if traced else p.empty() if whole else p.copy() for p in self.slots)
-        turned = traced and not all(isinstance(p, Loose) for p in self.slots)
+        slots = tuple(p.separated() if traced else p.empty() if whole else p.copy() for p in self.slots)
+        turned = traced and not all(isinstance(p, Separate) for p in self.slots)
         return dataclasses.replace(
             self,
             table=self.table.copy(),
@@ -157,9 +157,9 @@ class Group:
         return self.memo.some_of(members, self.leaves, self.places, self.slots)
 
     @property
-    def loose(self) -> bool:
-        """Whether the arrays of the state stand each for itself."""
-        return any(isinstance(p, Loose) for p in self.slots)
+    def opaque(self) -> bool:
+        """Whether the arrays of the state are separate ones."""
+        return any(isinstance(p, Separate) for p in self.slots)
 
     def program_for(self, gradients: int) -> Program:
         """The program for updates with this many gradients; raises TraceError if the rule needs more."""
@@ -204,7 +204,7 @@ class Group:
         """
         known = self.table.read_counters(i)[: len(self.types)]
         counters = iter([as_kind(t, v) for t, v in zip(self.types, known, strict=True)])
-        arrays = iter([pack.library.seen(pack[i], read_only=self.shared) for pack in self.slots])
+        arrays = iter([slot.library.seen(slot[i], read_only=self.shared) for slot in self.slots])
         leaves = [
             next(arrays) if registry.isarray(v) else next(counters) for _, v in flatten(self.program.template)
         ]
@@ -272,7 +272,7 @@ def _group(items: list[Entry], program: Program, shapes: Sequence[Shape | None])
     first, rule = kinds[0], items[0].rule
     places = Places.of([k.shape for k in kinds], [k.strides for k in kinds])
     columns = zip(*([v for v in values(e.state) if registry.isarray(v)] for e in items), strict=True)
-    packs = [
+    slots = [
         _slot(kinds, places if slot.shape is None else None, list(arrays))
         for slot, arrays in zip(program.slots, columns, strict=True)
     ]
@@ -283,7 +283,7 @@ def _group(items: list[Entry], program: Program, shapes: Sequence[Shape | None])
         kind=first,
         leaves=np.array([e.leaf for e in items], np.int64),
         places=places,
-        slots=tuple(packs),
+        slots=tuple(slots),
         types=tuple(type(v) for v in _counters(items[0].state)),
         table=table_of(
             _rows(items, program),
@@ -297,23 +297,23 @@ def _group(items: list[Entry], program: Program, shapes: Sequence[Shape | None])
     )
 
 
-def _slot(kinds: Sequence[Shape], places: Places | None, arrays: list[Any]) -> Pack:
+def _slot(kinds: Sequence[Shape], places: Places | None, arrays: list[Any]) -> FlatBuffers:
     """One array of the state of each leaf: at the places of the parameters, or, for None, at its own."""
     first, library = kinds[0], kinds[0].library
     if first.packed and places is not None:
-        bundled = Places.bundled([k.shape for k in kinds], [k.strides for k in kinds])
-        return Bundled.of(library, first.device, bundled, arrays)
+        bucketed = Places.bucketed([k.shape for k in kinds], [k.strides for k in kinds])
+        return Bucketed.of(library, first.device, bucketed, arrays)
     there = _places(arrays) if places is None else places
-    if first.loose:
-        return Loose(first.name, arrays[0].dtype, first.device, there, arrays)
-    pack = Pack.zeros(library, arrays[0].dtype, first.device, there)
-    parts = list(pack)
+    if first.opaque:
+        return Separate(first.name, arrays[0].dtype, first.device, there, arrays)
+    slot = FlatBuffers.zeros(library, arrays[0].dtype, first.device, there)
+    parts = list(slot)
     filled = [
         i for i, a in enumerate(arrays) if library.any_set(a)
     ]  # zeros are left as the system gives them
     if filled:
         library.assign_many([parts[i] for i in filled], [arrays[i] for i in filled])
-    return pack
+    return slot
 
 
 def _rows(items: list[Entry], program: Program) -> list[list[Any]]:

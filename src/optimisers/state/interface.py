@@ -14,7 +14,7 @@ class ScalarTable(Protocol):
 
     @property
     def values(self) -> Any:
-        """The scalars, a row for each history."""
+        """The scalars, a row for all leaves whose scalars are equal."""
         ...
 
     @property
@@ -46,7 +46,7 @@ class ScalarTable(Protocol):
         ...
 
     def merge_equal(self) -> "ScalarTable":
-        """The table with one row for equal scalars: what has not parted, or has met again, is one history."""
+        """The table with one row for equal scalars: of what has not parted, or has met again."""
         ...
 
     def read_hypers(self, i: int) -> Any:

@@ -75,7 +75,7 @@ class Leaf:
     def state(self) -> Any:
         group, i = self._store.where(self._leaf)
         library = group.kind.library
-        if group.shared and not (library.guards or library.immutable or group.loose):
+        if group.shared and not (library.guards or library.immutable or group.opaque):
             with self._store.lock:
                 group.owned()  # what is written into a copy would be lost
         return group.state_of(i)

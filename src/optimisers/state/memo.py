@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from optimisers.state.buffers import Indices, Pack, Places
+from optimisers.state.buffers import FlatBuffers, Indices, Places
 
 SUBSETS = 16
 """How many patterns of stepped leaves a group remembers."""
@@ -55,13 +55,15 @@ class Memo:
         subsets = [*self.some.values(), *([] if self.whole is None else [self.whole])]
         return any(s.captured for s in subsets)
 
-    def all_of(self, leaves: Indices, places: Places, slots: tuple[Pack, ...]) -> Subset:
+    def all_of(self, leaves: Indices, places: Places, slots: tuple[FlatBuffers, ...]) -> Subset:
         """The whole of a group."""
         if self.whole is None:
             self.whole = Subset(None, leaves, places, tuple(p.places for p in slots))
         return self.whole
 
-    def some_of(self, members: Indices, leaves: Indices, places: Places, slots: tuple[Pack, ...]) -> Subset:
+    def some_of(
+        self, members: Indices, leaves: Indices, places: Places, slots: tuple[FlatBuffers, ...]
+    ) -> Subset:
         """Some members of a group; the patterns seen last are remembered."""
         key = members.tobytes()
         if key not in self.some:

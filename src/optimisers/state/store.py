@@ -9,11 +9,12 @@ import itertools
 import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 
 from optimisers.arrays import registry
+from optimisers.errors import BadState
 from optimisers.nest import flatten
 from optimisers.rule import Rule
 from optimisers.settings import adjusted, numbers, skeleton
@@ -24,6 +25,16 @@ from optimisers.state.table import ScalarTable
 from optimisers.tree.layout import Layout
 
 Change = Callable[[Rule], Rule]
+
+
+@final
+class Loan:
+    """A while in which the parameters of a state, and of all states made from it then, hold other values."""
+
+    open = True
+
+    def end(self) -> None:
+        self.open = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,6 +69,8 @@ class Store:
     """What `compiled` found last."""
     lock: Any = dataclasses.field(default_factory=threading.RLock)
     """Held while groups or tables are exchanged."""
+    loan: Loan | None = None
+    """The last time that the parameters held other values than those that are trained."""
 
     def __post_init__(self) -> None:
         self.capturable = any(kind is not None and kind.capturable for kind in self.shapes)
@@ -94,6 +107,19 @@ class Store:
             found.append((self.groups[g], self.index_of[wanted[which]], which))
         return found
 
+    def lend(self) -> Callable[[], None]:
+        """Let the parameters hold other values until what comes back is called."""
+        self.loan = Loan()
+        return self.loan.end
+
+    def refuse_lent(self, what: str) -> None:
+        """Raise BadState while the parameters hold other values than those that are trained."""
+        if self.loan is not None and self.loan.open:
+            raise BadState(
+                f"{what} was called inside averaged_, where parameters hold their averages; call it behind "
+                "the block"
+            )
+
     # -- copies --
 
     def fork(self) -> "Store":
@@ -124,8 +150,9 @@ class Store:
         self.changed()
 
     def __getstate__(self) -> dict[str, Any]:
+        self.refuse_lent("pickle")
         fresh = {"handles": {}, "plans": {}, "retired": [], "programs": {}} | dict.fromkeys(
-            ("known", "compiled", "structure")
+            ("known", "compiled", "structure", "loan")
         )
         return {k: v for k, v in vars(self).items() if k != "lock"} | fresh
 
@@ -152,8 +179,8 @@ class Store:
         """
         found: list[Any] = []
         for group in self.groups:
-            for pack in group.slots:
-                found.extend(pack.buffers)
+            for slot in group.slots:
+                found.extend(slot.buffers)
             found.extend(group.table.arrays())
         return found
 
@@ -182,8 +209,7 @@ class Store:
             self.frozen = mask
             for group, members, _ in self.found(leaves):
                 if group.table.traced:
-                    # Their histories part at the next step. A structure that a compiler knows parts now, and
-                    # once.
+                    # They part at the next step. A structure that a compiler knows parts now, and once.
                     group.table = group.table.split(members)
         self.changed()
 
@@ -196,8 +222,8 @@ class Store:
                 kinds = [registry.isarray(v) for _, v in flatten(group.program.template)]
                 flat = [[v for _, v in flatten(values[w])] for w in which]
                 arrays = [list(itertools.compress(f, kinds)) for f in flat]
-                for j, pack in enumerate(group.slots):
-                    pack.put_many(members, [a[j] for a in arrays])
+                for j, slot in enumerate(group.slots):
+                    slot.put_many(members, [a[j] for a in arrays])
                 counters = [list(itertools.compress(f, map(operator.not_, kinds))) for f in flat]
                 if group.types:
                     group.table = group.table.assign_counters(members, counters).merge_equal()

@@ -10,7 +10,7 @@ from typing import Any
 from optimisers.arrays import registry
 from optimisers.errors import BadState
 from optimisers.settings import skeleton
-from optimisers.state.buffers import Bundled, Loose, Pack
+from optimisers.state.buffers import Bucketed, FlatBuffers, Separate
 from optimisers.state.group import Group
 from optimisers.state.store import Store
 
@@ -95,7 +95,7 @@ def token_of(store: Store) -> tuple[Any, ...]:
     """What the structure of a store depends on."""
     return (
         store.frozen.tobytes(),
-        *((id(g.program), g.table.row.tobytes(), g.loose) for g in store.groups),
+        *((id(g.program), g.table.row.tobytes(), g.opaque) for g in store.groups),
     )
 
 
@@ -182,12 +182,12 @@ def _shapes_of(group: Group) -> list[tuple[int, ...]]:
     return [*(s for p in group.slots for s in _buffer_shapes(p)), (rows, len(group.program.names)), (rows,)]
 
 
-def _buffer_shapes(pack: Pack) -> list[tuple[int, ...]]:
-    p = pack.places
-    if isinstance(pack, Loose) and not isinstance(pack, Bundled):
+def _buffer_shapes(slot: FlatBuffers) -> list[tuple[int, ...]]:
+    p = slot.places
+    if isinstance(slot, Separate) and not isinstance(slot, Bucketed):
         return list(p.shapes)
     shapes: list[tuple[int, ...]] = [(n,) for n in p.lengths]
-    if isinstance(pack, Bundled):
+    if isinstance(slot, Bucketed):
         for i, b in enumerate(p.buffer.tolist()):
             if p.lengths[b] == p.sizes[i]:
                 shapes[b] = p.shapes[i]
@@ -199,10 +199,10 @@ def _hollow(group: Group) -> Group:
     return dataclasses.replace(group, slots=slots, table=group.table.filled(None, None))
 
 
-def _buffers(pack: Pack) -> int:
-    """How many buffers a pack has."""
-    loose = isinstance(pack, Loose) and not isinstance(pack, Bundled)
-    return len(pack.places.shapes) if loose else len(pack.places.lengths)
+def _buffers(slot: FlatBuffers) -> int:
+    """How many buffers a slot has."""
+    separate = isinstance(slot, Separate) and not isinstance(slot, Bucketed)
+    return len(slot.places.shapes) if separate else len(slot.places.lengths)
 
 
 def _slots_key(group: Group) -> Any:

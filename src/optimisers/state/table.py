@@ -1,4 +1,4 @@
-"""The scalar table of a group: hyper-parameters, then counters, in a row for each history, and its clock.
+"""The scalar table of a group: hyper-parameters, then counters, in rows, and the clock of each row.
 
 Leaves that were always stepped together share a row; one that is adjusted, frozen or skipped gets its own,
 copied when they part. The clock of a row counts the updates that covered its leaves. There are three forms
@@ -418,7 +418,7 @@ def table_of(
     """
     row = np.arange(len(rows))
     if library.immutable and not apart and not captured:
-        kept, row = _histories(rows, clocks)
+        kept, row = _distinct(rows, clocks)
         rows, clocks = [rows[i] for i in kept], [clocks[i] for i in kept]
     if (tracer := tracer_of([*rows, clocks])) is not None:
         if captured:
@@ -433,8 +433,8 @@ def table_of(
     return host.to_traced(library) if library.immutable else host.merge_equal()
 
 
-def _histories(rows: Sequence[Sequence[Any]], clocks: Sequence[Any]) -> tuple[list[int], Indices]:
-    """(the first leaf of every history, the history of each leaf): those of one rule have the same numbers,
+def _distinct(rows: Sequence[Sequence[Any]], clocks: Sequence[Any]) -> tuple[list[int], Indices]:
+    """(the first leaf of every row, the row of each leaf): those of one rule have the same numbers,
     or the same arrays, whatever is traced and whatever the values are.
     """
     known: dict[Any, int] = {}

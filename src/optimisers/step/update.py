@@ -217,7 +217,7 @@ def update(state: S, model: M, grads: object = _MISSING, *more: object, loss: ob
     own = getattr(type(state), "stepped", None)
     if own is not None:
         return own(state, model, _given(grads, "update"), loss=loss)
-    store, node, path = _opened(state, model)
+    store, node, path = _opened(state, model, "update")
     xs, orders = walked(node, path, model, (_given(grads, "update"), *more))
     successor, new = stepped(store, node, path, xs, orders, loss)
     return handle(successor, node, path), rebuild(node, model, new)
@@ -274,7 +274,7 @@ def update_(state: S, model: M, grads: object = _MISSING, *more: object, loss: o
     own = getattr(type(state), "stepped_", None)
     if own is not None:
         return own(state, model, _given(grads, "update_"), loss=loss)
-    store, node, path = _opened(state, model)
+    store, node, path = _opened(state, model, "update_")
     xs, orders = walked(node, path, model, (_given(grads, "update_"), *more))
     if any(g.kind.library.immutable for g in store.groups):
         successor, new = stepped(store, node, path, xs, orders, loss)
@@ -334,10 +334,11 @@ def _untrained(state: Any) -> bool:
     return isinstance(state, tuple) and not state
 
 
-def _opened(state: Any, model: Any) -> tuple[Store, Node, KeyPath]:
+def _opened(state: Any, model: Any, name: str) -> tuple[Store, Node, KeyPath]:
     if isinstance(model, Leaf | Branch):
         raise BadState("the second argument is a state; the order is update(state, model, grads)")
     store, node, path = parts(state)
+    store.refuse_lent(name)
     kind = store.shapes[node.leaf] if node.leaf >= 0 and len(store.layout.places[node.leaf]) > 1 else None
     if kind is not None and registry.isarray(model):
         library = registry.library(model)

@@ -144,8 +144,8 @@ def step(
     first = [node.leaves.index(leaf) for leaf in range(len(old.shapes))]
     out = [changed[i] if i in changed else xs[n].clone() for i, n in enumerate(first)]
     for before, group in zip(old.groups, new.groups, strict=True):
-        for pack, was in zip(group.slots, before.slots, strict=True):
-            out += [b.clone() if b is a else b for b, a in zip(pack.buffers, was.buffers, strict=True)]
+        for slot, was in zip(group.slots, before.slots, strict=True):
+            out += [b.clone() if b is a else b for b, a in zip(slot.buffers, was.buffers, strict=True)]
         table = group.table
         out += [tensors.table(np.asarray(a)[table.row]) for a in table.arrays()]
     return out

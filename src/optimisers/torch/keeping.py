@@ -246,8 +246,14 @@ class Keeper:
         kept.
         """
         if self.held is not None:
+            self.refuse_lent("a change of groups or state")
             self.note()
             self.forget()
+
+    def refuse_lent(self, what: str) -> None:
+        """Raise BadState while the parameters hold other values than those that are trained."""
+        if self.held is not None:
+            self.held.store.refuse_lent(what)
 
     def note(self) -> None:
         """Note what was frozen or adjusted in the tree, for one that is made anew or elsewhere."""

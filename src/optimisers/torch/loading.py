@@ -161,13 +161,13 @@ def misfit(block: Block, i: int, name: str, found: Any, others: Collection[str] 
     for key in (*block.progress, *block.columns):
         if key in found and (reason := _no_number(found[key], whole=key in block.progress)):
             return f"{key!r} of {name!r} {reason}"
-    for key, pack in block.slots.items():
-        if reason := _no_array(found[key], pack):
+    for key, slot in block.slots.items():
+        if reason := _no_array(found[key], slot):
             return f"{key!r} of {name!r} {reason}"
-        if tuple(found[key].shape) != pack.places.shapes[i]:
+        if tuple(found[key].shape) != slot.places.shapes[i]:
             return (
                 f"{key!r} of {name!r} has shape {tuple(found[key].shape)}; the parameter takes "
-                f"{pack.places.shapes[i]}"
+                f"{slot.places.shapes[i]}"
             )
     return ""
 
@@ -190,13 +190,13 @@ def _no_number(value: Any, *, whole: bool) -> str:
     return f"is {value!r}; it takes a number of steps" if whole and value < 0 else ""
 
 
-def _no_array(value: Any, pack: Any) -> str:
+def _no_array(value: Any, slot: Any) -> str:
     """Why an entry is no array of a slot."""
     if not isinstance(value, torch.Tensor):
         return f"is a {type(value).__name__}; it takes a tensor"
-    if value.is_complex() and not pack.dtype.is_complex:
+    if value.is_complex() and not slot.dtype.is_complex:
         return "is complex; it takes real numbers"
-    if not (value.is_complex() or value.is_floating_point()) and pack.dtype.is_floating_point:
+    if not (value.is_complex() or value.is_floating_point()) and slot.dtype.is_floating_point:
         return f"is a tensor of {value.dtype}; it takes floating point numbers"
     return ""
 
@@ -225,8 +225,8 @@ def adopt(held: Published, saved: Mapping[Any, Mapping[str, Any]]) -> None:
 def _adopt(block: Block, members: Any, found: Sequence[Mapping[str, Any]]) -> None:
     """Take over the entries of some members of a group."""
     block.group.owned()
-    for key, pack in block.slots.items():
-        pack.put_many(members, [each[key] for each in found])
+    for key, slot in block.slots.items():
+        slot.put_many(members, [each[key] for each in found])
     clock = [float(each.get("step", 0)) for each in found]
     numbers = [
         [step, *(float(each[name]) if name in each else step for name in block.columns)]

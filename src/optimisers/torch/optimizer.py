@@ -251,6 +251,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         held, xs = keeper.held, keeper.trained
         if held is None:
             return loss
+        keeper.refuse_lent("step")
         grads = [p.grad for p in xs]
         if closure is None and untouched and _asks_for_state_only(self.param_groups, grads):
             return loss
@@ -314,6 +315,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         """The state of all parameters by number, and the groups, as torch saves them; where other tools keep
         entries in `state`, "others" has their names.
         """
+        self._keeper.refuse_lent("state_dict")
         if self.state:
             self._follow()
         with contextlib.suppress(BadSetting):  # what no rule takes is saved as it stands
@@ -352,6 +354,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         names or groups, or of another rule, and BadSetting for settings that the rules do not have; then
         nothing has changed. With `strict=False` what fits is taken, and a warning says what did not.
         """
+        self._keeper.refuse_lent("load_state_dict")
         before, left = vars(self).copy(), list[str]()
         before["_keeper"] = copy.copy(self._keeper)
         arrange = self.register_load_state_dict_pre_hook(
@@ -409,6 +412,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         return not reason
 
     def __getstate__(self) -> dict[str, Any]:
+        self._keeper.refuse_lent("pickle")
         self._keeper.note()
         kept = ("_keeper", "_rule", "_globs", "_given", "_common", "_incoming")
         return super().__getstate__() | {name: getattr(self, name) for name in kept}

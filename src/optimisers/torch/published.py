@@ -15,7 +15,7 @@ from optimisers.arrays.layout import contiguous_strides
 from optimisers.engines.addressed.pointers import Form
 from optimisers.errors import TreeMismatch
 from optimisers.nest import flatten
-from optimisers.state.buffers import Loose, Pack
+from optimisers.state.buffers import FlatBuffers, Separate
 from optimisers.state.group import Group
 from optimisers.state.store import Store
 from optimisers.state.table import DeviceTable
@@ -41,8 +41,8 @@ class Block:
         self.progress = ["step", *steps]
         self.slots = dict(zip(arrays, group.slots, strict=True))
         self.columns = dict(zip([*counters, *steps], range(program.hypers, len(program.names)), strict=True))
-        self.arrays = {name: list(pack) for name, pack in self.slots.items()}
-        self.forms = {name: _form(pack) for name, pack in self.slots.items()}
+        self.arrays = {name: list(slot) for name, slot in self.slots.items()}
+        self.forms = {name: _form(slot) for name, slot in self.slots.items()}
         self.clock = np.zeros(0, np.float32)
         """What is shown of the clocks: in float32, as torch has its steps."""
         self.numbers = np.zeros((0, 0))
@@ -123,13 +123,13 @@ class Block:
         for name, form in self.forms.items():
             if form is None:
                 continue
-            pack, arrays = self.slots[name], self.arrays[name]
+            slot, arrays = self.slots[name], self.arrays[name]
             at, misfit = np.empty(len(arrays), np.int64), np.empty(len(arrays), np.int64)
-            at, misfit = form.addresses(arrays, pack.dtype, at, misfit, write=True, name=name)
-            other = at != pack.addresses
+            at, misfit = form.addresses(arrays, slot.dtype, at, misfit, write=True, name=name)
+            other = at != slot.addresses
             if len(misfit) or other.any():
                 other[misfit] = True
-                full = np.flatnonzero(other & (pack.places.sizes > 0))
+                full = np.flatnonzero(other & (slot.places.sizes > 0))
                 found += [(name, i) for i in full.tolist()]
         return found
 
@@ -138,23 +138,23 @@ class Block:
 
         Raises TreeMismatch for another shape.
         """
-        pack, tensor = self.slots[name], self.arrays[name][i]
-        if tuple(tensor.shape) != pack.places.shapes[i]:
+        slot, tensor = self.slots[name], self.arrays[name][i]
+        if tuple(tensor.shape) != slot.places.shapes[i]:
             raise TreeMismatch(
                 f"{name!r} in optimizer.state was given memory of shape {tuple(tensor.shape)}; it takes "
-                f"{pack.places.shapes[i]}: put a new tensor into the dict of its parameter"
+                f"{slot.places.shapes[i]}: put a new tensor into the dict of its parameter"
             )
-        self.slots[name].library.assign(pack[i], tensor)
-        tensor.data = pack[i]
+        self.slots[name].library.assign(slot[i], tensor)
+        tensor.data = slot[i]
 
 
-def _form(pack: Pack) -> Form | None:
-    """How the arrays of a pack lie, to be looked at; None where each stands for itself."""
-    if isinstance(pack, Loose):
+def _form(slot: FlatBuffers) -> Form | None:
+    """How the arrays of a slot lie, to be looked at; None where they are separate."""
+    if isinstance(slot, Separate):
         return None
-    p = pack.places
+    p = slot.places
     flat = [contiguous_strides(shape) == tuple(laid) for shape, laid in zip(p.shapes, p.strides, strict=True)]
-    return Form(pack.name, pack.device, p.shapes, p.strides, flat)
+    return Form(slot.name, slot.device, p.shapes, p.strides, flat)
 
 
 @final
@@ -258,12 +258,12 @@ class Published:
             return
         for block in self.blocks:
             block.refresh()
-            if block.group.loose:
+            if block.group.opaque:
                 self.replace(block)
 
     def replace(self, block: Block) -> None:
-        """Show arrays that stand each for itself, and are replaced by a step."""
-        block.arrays = {name: list(pack) for name, pack in block.slots.items()}
+        """Show separate arrays, which a step replaces."""
+        block.arrays = {name: list(slot) for name, slot in block.slots.items()}
         for p in self.leaf_of:
             mine, i = self.place(p)
             if mine is block:

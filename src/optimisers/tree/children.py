@@ -39,6 +39,10 @@ class Container:
     """Told all (old, new) containers of a rebuilt model, to replace what else they hold of each other."""
     partial: bool = False
     """Whether gradients in such a container may lack children, where there is no step."""
+    beside: Callable[[Any], Callable[[], None]] | None = None
+    """Notes what such a container has beside parameters that a call of it may change; what comes back puts it
+    back.
+    """
     value_and_grad: Callable[..., Any] | None = None
     """Value and gradients of a loss: of (loss, container, arguments, has_aux)."""
 

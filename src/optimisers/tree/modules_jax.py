@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -86,8 +86,20 @@ def _write(obj: Any, changes: dict[Any, Any]) -> Any:
     return obj
 
 
+def _beside(obj: object) -> Callable[[], None]:
+    """Puts back the variables of a module that are no parameters as they are now."""
+    nnx = sys.modules["flax"].nnx
+    found = [(v, v[...]) for _, v in nnx.iter_graph(obj) if is_variable(v) and not isinstance(v, nnx.Param)]
+
+    def put_back() -> None:
+        for v, before in found:
+            v[...] = before
+
+    return put_back
+
+
 PYTREE = Container(_keys, _read, _rebuild, direct=False)
-OBJECT = Container(_keys, _read, _rebuild, direct=False, shared=True)
+OBJECT = Container(_keys, _read, _rebuild, direct=False, shared=True, beside=_beside)
 OTHERS = PYTREE
 STATE = Container(_keys, _read, _rebuild, direct=False, partial=True)
 PARAMETER = Container(_keys, _read, _rebuild, direct=False, shared=True, bare=True, write=_write)

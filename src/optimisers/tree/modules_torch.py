@@ -246,6 +246,23 @@ def gradients(module: object) -> dict[str, Any]:
     return {way.names[i]: found[i].grad for i in way.first}
 
 
+def beside(module: object) -> Callable[[], None]:
+    """Puts back the buffers of a module as they are now."""
+    found = [
+        (m._buffers, name, b, b.clone())
+        for m in (module.modules() if isinstance(module, nn.Module) else ())
+        for name, b in m._buffers.items()
+        if b is not None
+    ]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for held, name, b, before in found:
+                held[name] = b.copy_(before)
+
+    return put_back
+
+
 class _Loss(nn.Module):
     """A loss of a module, as a module."""
 
@@ -293,5 +310,6 @@ MODULE = Container(
     relink=_relink,
     gather=parameters,
     gradients=gradients,
+    beside=beside,
     value_and_grad=value_and_grad,
 )

@@ -197,10 +197,10 @@ def _first(stacks: Stacks, e: Expr, bucket: Bucket, flat: Any, lines: Lines) -> 
     blocks = -(-rows // BLOCK)
     options = {"axis": 1, "keepdims": bool(dict(e.options).get("keepdims"))}
     first = lines.places[lines.block[lines.first[bucket.leaves]]]
-    word = stacks.library.operations[e.op]
+    operation = stacks.library.operations[e.op]
     strides = (columns, 1)
     if n == 1 or (np.diff(first) == blocks * columns).all():
         parts = stacks.library.view(flat, int(first[0]), (n, blocks, columns), (blocks * columns, *strides))
-        return word(parts, **options)
+        return operation(parts, **options)
     views = [stacks.library.view(flat, int(f), (1, blocks, columns), (0, *strides)) for f in first]
-    return stacks.library.joined([word(v, **options) for v in views])
+    return stacks.library.joined([operation(v, **options) for v in views])

@@ -162,7 +162,7 @@ def _chosen(library: str, device: str) -> tuple[Road, bool]:
 
 def lacks_memory(x: Any) -> bool:
     """Whether a plain tensor reaches beyond its storage, which was freed or shrunk behind it."""
-    if getattr(x, "untyped_storage", None) is None or registry.library(x).is_loose(x) or not x.numel():
+    if getattr(x, "untyped_storage", None) is None or registry.library(x).is_opaque(x) or not x.numel():
         return False
     last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     return (x.storage_offset() + last + 1) * x.itemsize > x.untyped_storage().nbytes()
@@ -170,4 +170,4 @@ def lacks_memory(x: Any) -> bool:
 
 def is_fake(x: Any) -> bool:
     """Whether a mode of PyTorch gave something without memory where a plain tensor was asked for."""
-    return hasattr(x, "untyped_storage") and registry.library(x).is_loose(x)
+    return hasattr(x, "untyped_storage") and registry.library(x).is_opaque(x)

@@ -30,7 +30,7 @@ from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Pass, draws, is_input, number_of, outputs, reduce_pass, store_pass
 from optimisers.graph.plan import operations
 from optimisers.graph.recipe import Shape
-from optimisers.state.buffers import Indices, Pack
+from optimisers.state.buffers import FlatBuffers, Indices
 from optimisers.state.group import Group
 
 # -- the arrays of a step ------------------------------------------------------------------------------------
@@ -185,10 +185,10 @@ def chunks_of(step: Step, members: Members) -> Chunks:
     return tables.remembered("chunks", members, lambda: Chunks(step.sizes[members], tables.chunks.chunk))
 
 
-def addresses_of(packs: Sequence[Pack], step: Step) -> list[Indices]:
-    """Where the state arrays of a step lie, slot by slot, of the packs of its whole group."""
+def addresses_of(slots: Sequence[FlatBuffers], step: Step) -> list[Indices]:
+    """Where the state arrays of a step lie, slot by slot, of the slots of its whole group."""
     members = step.job.subset.members
-    return [p.addresses if members is None else p.addresses[members] for p in packs]
+    return [p.addresses if members is None else p.addresses[members] for p in slots]
 
 
 OUT_OF_ORDER = "random numbers for arrays whose elements do not lie in order"
@@ -310,14 +310,14 @@ def prepared(step: Step, holds: Holds, members: Members, launch: Callable[..., N
     what = operations(step.program, None, holds, arrays.ran, arrays.tables.rank)
     if what is not None:
         stacks_of(step, launch).run(what, members)
-    for j, (slot, e, pack) in enumerate(zip(step.program.slots, out.slots, step.slots, strict=True)):
-        if slot.shape is not None and not is_input(e, slot.name):
+    for j, (spec, e, slot) in enumerate(zip(step.program.slots, out.slots, step.slots, strict=True)):
+        if spec.shape is not None and not is_input(e, spec.name):
             for k in every(step, members):
                 if e.domain == "free" and e.op != "input":
                     value = stacks_of(step, launch).value(e, k)
                 else:
                     value = step.library.duplicate(Values(step, k).get(e))
-                other.append((j, k, step.fitting(value, pack.places.shapes[k], k, "a state")))
+                other.append((j, k, step.fitting(value, slot.places.shapes[k], k, "a state")))
     return Last(p, members, other)
 
 
@@ -341,10 +341,10 @@ def store(step: Step, last: Last, launch: Callable[..., None]) -> None:
 
 def _keep(step: Step, stored: set[str], members: Members) -> None:
     """Carry over the state that this step leaves as it was."""
-    for j, (pack, old) in enumerate(zip(step.out, step.slots, strict=True)):
+    for j, (slot, old) in enumerate(zip(step.out, step.slots, strict=True)):
         if f"s{j}" not in stored:
             for k in every(step, members):
-                pack.put(k, old[k])
+                slot.put(k, old[k])
 
 
 def _targets(step: Step, members: Members) -> Indices:
@@ -405,8 +405,8 @@ def separate(step: Step, begin: Indices, end: Indices) -> None:
 def spans(step: Step) -> Spans:
     """The memory of parameters and state; the very object found last, while all stays where it is."""
     arrays: Arrays = step.work
-    packs = step.job.group.slots
-    where = [p.addresses for p in packs]
+    slots = step.job.group.slots
+    where = [p.addresses for p in slots]
     known = arrays.tables.written
     if (
         known is not None
@@ -415,7 +415,7 @@ def spans(step: Step) -> Spans:
         and all(map(operator.is_, known.state_at, where))
     ):
         return known.spans
-    buffers = [b for p in packs for b in p.buffers]
+    buffers = [b for p in slots for b in p.buffers]
     state_at = np.array([step.library.address(b) for b in buffers], np.int64)
     state_size = np.array([b.nbytes for b in buffers], np.int64)
     low, high = arrays.x_at.copy(), arrays.x_at + step.sizes * step.kind.dtype.itemsize

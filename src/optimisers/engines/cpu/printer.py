@@ -102,7 +102,7 @@ REAL: dict[str, Callable[..., str]] = {
     "max": _real("max({0}, rank_max({1}))"),
     "min": _real("min({0}, rank_min({1}))"),
 }
-"""Words on real numbers. The reductions at the end take the value so far first."""
+"""Operations on real numbers. The reductions at the end take the value so far first."""
 
 
 _SIZE = "math.hypot({0}.real, {0}.imag)"
@@ -178,7 +178,7 @@ def indented(lines: Iterable[str], levels: int = 1) -> list[str]:
 class Maths:
     """Lowered nodes as text; a kernel language says how it writes operations and numbers."""
 
-    words: ClassVar[dict[str, Callable[..., str]]] = REAL
+    operations: ClassVar[dict[str, Callable[..., str]]] = REAL
     casts: ClassVar[dict[tuple[str, str], str]] = CASTS
 
     def __init__(self, arithmetic: str) -> None:
@@ -217,7 +217,7 @@ class Maths:
         """Random bits of the element at hand."""
         raise Unprintable(e.op)
 
-    def word(self, e: Expr) -> str:
+    def operation(self, e: Expr) -> str:
         """What a node computes."""
         args, types = [self.atom(a) for a in e.args], [a.type for a in e.args]
         if e.op == "random_word":
@@ -228,9 +228,9 @@ class Maths:
             if (e.op, *types) not in COMPLEX:
                 raise Unprintable(f"{e.op} of complex numbers")
             return COMPLEX[e.op, *types].format(*args)
-        if e.op not in self.words:
+        if e.op not in self.operations:
             raise Unprintable(e.op)
-        return self.words[e.op](*args)
+        return self.operations[e.op](*args)
 
 
 class Printer(Maths):
@@ -273,8 +273,8 @@ class Printer(Maths):
         ]
         last = ", partial" if p.reductions else ""
         lines.append(f"def kernel(counter, spans, chunks, addresses, table, row{last}):")
-        for word, name, value in (("sign", "one", 1), ("imag", "zero", 0)):
-            if any(e.op == word for e in p.body):
+        for op, name, value in (("sign", "one", 1), ("imag", "zero", 0)):
+            if any(e.op == op for e in p.body):
                 lines.append(f"    {name} = {self.real}({value})")
         lines += [
             "    while True:",
@@ -346,7 +346,7 @@ class Printer(Maths):
         value = self.atom(term)
         if op == "norm2" and term.type == "complex":
             return f"{total} + float64({COMPLEX['abs2', 'complex'].format(value)})"
-        return self.words[op](total, value)
+        return self.operations[op](total, value)
 
     def totals(self) -> dict[str, str]:
         """The name of each reduction, with what it is."""
@@ -370,7 +370,7 @@ class Printer(Maths):
                 self.names[id(e)] = f"c{j}"
                 lines.append(f"c{j} = {self.cast(value, self.real)}")
             elif e.domain == "scalar":
-                text = self.word(e)
+                text = self.operation(e)
                 self.names[id(e)] = self.new_name()
                 lines.append(f"{self.names[id(e)]} = {text}")
         return lines
@@ -399,7 +399,7 @@ class Printer(Maths):
                 text = self.load(array, at[array], "0" if array in self.narrow else "i")
                 spread += 1
             else:
-                text = self.word(e)
+                text = self.operation(e)
                 name = self.new_name()
             self.names[id(e)] = name
             lines.append(f"{name} = {text}")

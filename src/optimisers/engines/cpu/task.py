@@ -35,7 +35,7 @@ def refusal(group: Group) -> str:
     kind = group.kind
     if kind.name not in LOOKS:
         return f"arrays of {kind.name}"
-    if group.loose or kind.loose:
+    if group.opaque or kind.opaque:
         return "unpacked state"
     if kind.device != "cpu":
         return f"arrays on {kind.device}"

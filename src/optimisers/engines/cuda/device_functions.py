@@ -1,4 +1,4 @@
-"""What the text of Triton kernels calls: loads and stores, precise words, and reductions over one block.
+"""What the text of Triton kernels calls: loads and stores, precise functions, and reductions over one block.
 
 Under TRITON_INTERPRET=1, which must be set before Triton is imported, the same kernels run on the CPU, by
 NumPy: there the functions of NVIDIA's libdevice are NumPy's own.
@@ -21,7 +21,7 @@ imported.
 """
 
 
-def _word(name: str, on_host: Callable[..., Any]) -> Any:
+def _precise(name: str, on_host: Callable[..., Any]) -> Any:
     """A function of libdevice, precise to a unit or two in the last place."""
     if not INTERPRETED:
         from triton.language.extra import libdevice
@@ -29,23 +29,23 @@ def _word(name: str, on_host: Callable[..., Any]) -> Any:
         return getattr(libdevice, name)
     from triton.runtime.interpreter import TensorHandle
 
-    def word(*args: Any) -> Any:
+    def function(*args: Any) -> Any:
         found = on_host(*(a.handle.data for a in args))
         like = max(args, key=lambda a: len(a.shape))
         return tl.core.tensor(TensorHandle(found.astype(like.handle.data.dtype), like.dtype), like.type)
 
-    return word
+    return function
 
 
-exp = _word("exp", np.exp)
-expm1 = _word("expm1", np.expm1)
-log = _word("log", np.log)
-log1p = _word("log1p", np.log1p)
-sin = _word("sin", np.sin)
-cos = _word("cos", np.cos)
-tanh = _word("tanh", np.tanh)
-arctan = _word("atan", np.arctan)
-power = _word("pow", np.power)
+exp = _precise("exp", np.exp)
+expm1 = _precise("expm1", np.expm1)
+log = _precise("log", np.log)
+log1p = _precise("log1p", np.log1p)
+sin = _precise("sin", np.sin)
+cos = _precise("cos", np.cos)
+tanh = _precise("tanh", np.tanh)
+arctan = _precise("atan", np.arctan)
+power = _precise("pow", np.power)
 
 
 # -- arrays --------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def to_float32(x):
     return x.to(tl.float32).to(x.dtype)
 
 
-# -- precise words -------------------------------------------------------------------------------------------
+# -- precise functions ---------------------------------------------------------------------------------------
 
 
 @triton.jit

@@ -46,11 +46,11 @@ FUNCTIONS = {
     "max": "larger",
     "min": "smaller",
 }
-"""Words that kernels say by calling a function."""
+"""Operations that kernels write as calls of a function."""
 
-WORDS: dict[str, Callable[..., str]] = {
+OPERATIONS: dict[str, Callable[..., str]] = {
     **REAL,
-    **{word: _called(function) for word, function in FUNCTIONS.items()},
+    **{op: _called(function) for op, function in FUNCTIONS.items()},
     "logical_not": "({0} == 0)".format,
     "sign": "tl.where({0} > 0, 1, tl.where({0} < 0, -1, {0}))".format,
     "maximum": "tl.where({0} > {1}, {0}, tl.where({0} == {0}, {1}, {0}))".format,
@@ -58,8 +58,8 @@ WORDS: dict[str, Callable[..., str]] = {
     "sum": "{0} + {1}".format,
     "norm2": "{0} + {1} * {1}".format,
 }
-"""Words on real numbers, where Triton does not write them as Python does. The reductions at the end take the
-value so far first.
+"""Operations on real numbers, where Triton does not write them as Python does. The reductions at the end take
+the value so far first.
 """
 
 IDENTITY = {"sum": "0", "norm2": "0", "max": "-inf", "min": "inf"}
@@ -81,7 +81,7 @@ CALLED = (
         "widened",
     ),
 )
-"""What kernels call beside Triton's own words."""
+"""What kernels call beside Triton's own functions."""
 
 
 WIDENED = {"bfloat16": "widened({0})"}
@@ -93,9 +93,9 @@ ROUNDED["int16"] = "({0}).to(tl.float32).to(tl.int16)"
 
 
 class _Written(Maths):
-    """Maths in the words of Triton."""
+    """Maths in the language of Triton."""
 
-    words: ClassVar[dict[str, Callable[..., str]]] = WORDS
+    operations: ClassVar[dict[str, Callable[..., str]]] = OPERATIONS
     casts: ClassVar[dict[tuple[str, str], str]] = {
         ("bool", "real"): "({0}).to(tl.{real})",
         ("real", "bool"): "{0} != 0",
@@ -224,7 +224,7 @@ class _Kernel(_Written, Printer):
     def partial(self, j: int, total: str, op: str) -> str:
         """The line that keeps a reduction of a chunk."""
         over = "sum" if op == "norm2" else op
-        value = self.words[over](f"{over}_over({total})", f"{over}_over(rest_{total})")
+        value = self.operations[over](f"{over}_over({total})", f"{over}_over(rest_{total})")
         value = f"root({value}) / by_{total}" if op == "norm2" else value
         return f"tl.store(partial + {j} * tl.num_programs(0) + c, {value})"
 
@@ -254,7 +254,7 @@ class _Kernel(_Written, Printer):
             value = self.cast(self.atom(term), "float64")
             value = f"{value} * by_{total}" if op == "norm2" else value
             lines.append(f'{total}_next = live({value}, i, n, float("{IDENTITY[op]}"), full)')
-            lines.append(f"{total} = {self.words[op](total, f'{total}_next')}")
+            lines.append(f"{total} = {self.operations[op](total, f'{total}_next')}")
         return lines
 
 
@@ -303,7 +303,7 @@ class _Scalars(_Written):
                 continue
             if e.type == "complex":
                 raise Unprintable("a complex number beside the arrays")
-            text = given[id(e)] if id(e) in given else self.word(e)
+            text = given[id(e)] if id(e) in given else self.operation(e)
             self.names[id(e)] = self.new_name()
             lines.append(
                 f"{self.names[id(e)]} = {text} != 0"

@@ -46,7 +46,7 @@ LIBRARIES = ("torch", "cupy")
 def refusal(group: Group) -> str:
     """Why this engine does not take a group; empty if it does."""
     kind = group.kind
-    if group.loose or kind.loose:
+    if group.opaque or kind.opaque:
         return "unpacked state"
     if kind.name not in LIBRARIES:
         return f"arrays of {kind.name}"
@@ -145,7 +145,7 @@ def launch(
     """
     scalars = scalars_of(step)
     far = scalars.far(p.scalars)
-    counters = step.program.new_counters if step.blind and not (p.reductions or p.fills) else ()
+    counters = step.program.new_counters if step.abstract and not (p.reductions or p.fills) else ()
     with on(step.library, scalars.device):
         on_device, table, row = None, None, step.row
         if far or counters:
@@ -209,7 +209,7 @@ def prepare(step: Step, holds: Holds, members: Members) -> Callable[[], None]:
         for e in last.p.free:
             addressed.stacks_of(step, launch).addresses(e)
         compile_pass(step, last.p)
-    if step.blind:
+    if step.abstract:
         scalars = () if last.p is None else last.p.scalars
         scalars_of(step).prepare(scalars, step.program.new_counters)
     return functools.partial(store, step, last)
@@ -229,7 +229,7 @@ def compile_pass(step: Step, p: Pass) -> None:
 
 def store(step: Step, last: addressed.Last) -> None:
     """Launch the last pass; counters of a capturable state are stored even where there is none."""
-    if step.blind and last.p is None:
+    if step.abstract and last.p is None:
         scalars = scalars_of(step)
         with on(step.library, scalars.device):
             scalars.columns((), step.program.new_counters)

@@ -162,7 +162,7 @@ def launch(
     input -> that of the output which takes its place: such an input is written where it lies if its buffer is
     given away, else XLA copies it first. `places` says of every column of the kernel and leaf (the number of
     the buffer, outputs counted after inputs; the byte in it where the leaf begins), `row` has the row of
-    `table` of each leaf, `sizes` its elements. A kernel of `sums` reductions, whose words are `ops`, gives an
+    `table` of each leaf, `sizes` its elements. A kernel of `sums` reductions, which are `ops`, gives an
     array [sums, leaves] after the outputs: in float64 if JAX has it, gathered in a fixed order in float64
     anyway. `helpers` is how many threads help at most; unless given, as many as the elements are worth.
     Raises ValueError for a place that is not there.
@@ -268,7 +268,7 @@ def with_fallback(
 
 @functools.cache
 def _step() -> Any:
-    """The word of JAX's own language that stands for a step with two ways."""
+    """The primitive of JAX that stands for a step with two ways."""
     import jax
     from jax.experimental import jet
     from jax.extend.core import Primitive, jaxpr_as_fun

@@ -1,6 +1,6 @@
 """Steps of JAX: a pass over all leaves as few operations of XLA, or as one call of the CPU kernel in place.
 
-The pass is evaluated bundle by bundle: sixteen small leaves are one vector, large leaves stand alone. On the
+The pass is evaluated bucket by bucket: sixteen small leaves are one vector, large leaves stand alone. On the
 CPU, where Numba and a known interface of XLA are there, the same kernel that serves NumPy and PyTorch runs
 instead, at the addresses of XLA's buffers; other devices, `vmap` and `grad` take the evaluation.
 """
@@ -31,7 +31,7 @@ from optimisers.graph.memo import kept
 from optimisers.graph.passes import Pass, number_of, reduce_pass, store_pass
 from optimisers.graph.plan import Round, filling, operations
 from optimisers.graph.trace import Program
-from optimisers.state.buffers import Bundled, Indices, Loose
+from optimisers.state.buffers import Bucketed, Indices, Separate
 from optimisers.state.group import Group
 
 CALL = 64
@@ -50,7 +50,7 @@ def refusal(group: Group) -> str:
         return numba.unprintable(group.program, name) or "no kernel"
     if not group.kind.kernels:
         return "asked for"
-    if any(library.is_spread(b) for pack in group.slots for b in pack.buffers):
+    if any(library.is_spread(b) for slot in group.slots for b in slot.buffers):
         return "arrays on several devices"
     if jax.default_backend() != "cpu":
         return f"arrays on {jax.default_backend()}"
@@ -80,7 +80,7 @@ def prepare(step: Step, holds: Holds, members: Members) -> Callable[[], None] | 
 
 
 def computed(step: Step, what: Round, part: Bundles, among: Together) -> list[list[Any]]:
-    """The wanted values of a round, of the leaves of some bundles, by shape."""
+    """The wanted values of a round, of the leaves of some buckets, by shape."""
     inputs = range(len(what.inputs))
     new = call_of(step, filling(what, tuple(inputs)), part, among) if inputs else {}
     return among.run(what, [new[f"w{j}"] for j in inputs])
@@ -108,9 +108,9 @@ def _zeros(form: Any) -> Any:
 
 
 def takes(step: Step, p: Pass) -> bool:
-    """Whether a pass can be evaluated element by element on whole bundles of this step."""
+    """Whether a pass can be evaluated element by element on whole buckets of this step."""
     slots = all(s.shape is None for s in step.program.slots)
-    whole = all(_held(pack) == len(pack) for pack in step.slots)
+    whole = all(_held(slot) == len(slot) for slot in step.slots)
     return slots and whole and (not p.free or step.kind.kernels)
 
 
@@ -124,18 +124,18 @@ def calls_kernels(step: Step) -> bool:
 
 
 def units(step: Step) -> Bundles:
-    """The leaves of each bundle, in order."""
-    bundles = [pack for pack in step.slots if isinstance(pack, Bundled)]
-    if not bundles:
+    """The leaves of each bucket, in order."""
+    buckets = [slot for slot in step.slots if isinstance(slot, Bucketed)]
+    if not buckets:
         return [[i] for i in range(step.leaves)]
     found: dict[int, list[int]] = {}
-    for i, b in enumerate(bundles[0].places.buffer.tolist()):
+    for i, b in enumerate(buckets[0].places.buffer.tolist()):
         found.setdefault(b, []).append(i)
     return list(found.values())
 
 
 def call_of(step: Step, p: Pass, part: Bundles, among: Together) -> dict[str, list[Any]]:
-    """The new arrays behind each name, of the leaves of some bundles."""
+    """The new arrays behind each name, of the leaves of some buckets."""
     table, row = step.scalars.near.symbols(p.scalars)
     leaves = among.leaves
     stored = [name for name, _ in p.stores]
@@ -163,8 +163,8 @@ def arrays_of(step: Step, name: str, part: Bundles, among: Together) -> list[Any
         return [step.grads[number_of(name)][i] for i in among.leaves]
     if name.startswith("w"):
         return among.forms()
-    pack = step.slots[number_of(name)]
-    return [pack.buffers[_buffer(pack, unit[0])] for unit in part]
+    slot = step.slots[number_of(name)]
+    return [slot.buffers[_buffer(slot, unit[0])] for unit in part]
 
 
 def store(step: Step, found: list[tuple[Bundles, dict[str, list[Any]]]]) -> None:
@@ -174,9 +174,9 @@ def store(step: Step, found: list[tuple[Bundles, dict[str, list[Any]]]]) -> None
             if name == "x":
                 step.new.update(zip((i for unit in part for i in unit), new, strict=True))
                 continue
-            pack = step.out[number_of(name)]
+            slot = step.out[number_of(name)]
             for unit, a in zip(part, new, strict=True):
-                pack.buffers[_buffer(pack, unit[0])] = a
+                slot.buffers[_buffer(slot, unit[0])] = a
 
 
 def fast(
@@ -225,12 +225,12 @@ def buffers_of(step: Step, base: dict[str, int], part: Bundles, among: Together)
         if name.startswith(("f", "w")):
             found[c] = among.places(first)
             continue
-        pack = step.slots[number_of(name)]
+        slot = step.slots[number_of(name)]
         for u, unit in enumerate(part):
             at = [position[i] for i in unit]
             found[c, at, 0] = first + u
-            if isinstance(pack, Bundled):
-                found[c, at, 1] = pack.places.offset[unit] * pack.dtype.itemsize
+            if isinstance(slot, Bucketed):
+                found[c, at, 1] = slot.places.offset[unit] * slot.dtype.itemsize
     return found
 
 
@@ -290,16 +290,16 @@ def _firsts(counts: dict[str, int]) -> tuple[dict[str, int], int]:
     return first, at
 
 
-def _held(pack: Any) -> int:
-    """How many arrays of a pack may be stepped buffer by buffer: of vectors, all or none."""
-    if isinstance(pack, Bundled):
-        whole = int(sum(pack.places.lengths)) == int(pack.places.sizes.sum())
-        return len(pack) if whole else -1
-    return len(pack) if isinstance(pack, Loose) else -1
+def _held(slot: Any) -> int:
+    """How many arrays of a slot may be stepped buffer by buffer: of vectors, all or none."""
+    if isinstance(slot, Bucketed):
+        whole = int(sum(slot.places.lengths)) == int(slot.places.sizes.sum())
+        return len(slot) if whole else -1
+    return len(slot) if isinstance(slot, Separate) else -1
 
 
-def _buffer(pack: Any, leaf: int) -> int:
-    return int(pack.places.buffer[leaf] if isinstance(pack, Bundled) else pack.places.number[leaf])
+def _buffer(slot: Any, leaf: int) -> int:
+    return int(slot.places.buffer[leaf] if isinstance(slot, Bucketed) else slot.places.number[leaf])
 
 
 def _calls(units: list[list[int]]) -> list[list[list[int]]]:
@@ -454,12 +454,12 @@ def _part(
     start: int,
     shapes: list[Any],
     at: list[int],
-    bundle: bool,
+    bucket: bool,
 ) -> Any:
-    """What a pass reads for some leaves of one bundle: a vector, or the array of the only leaf."""
+    """What a pass reads for some leaves of one bucket: a vector, or the array of the only leaf."""
     if name == "x" or name.startswith(("d", "f")):
-        return jnp.concatenate([held[k].reshape(-1) for k in part]) if bundle else held[part[0]]
-    if not bundle:
+        return jnp.concatenate([held[k].reshape(-1) for k in part]) if bucket else held[part[0]]
+    if not bucket:
         return held[unit]
     length = sum(int(np.prod(shapes[at.index(k)])) for k in part)
     return held[unit] if len(part) == len(at) else held[unit][start : start + length]
