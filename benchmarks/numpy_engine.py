@@ -119,8 +119,8 @@ def candidates(name: str) -> tuple[dict[str, Callable[[], object]], Any]:
 
 
 PIECES = [
-    ("walk: model and gradients", "optimisers.step.update", "gather"),
-    ("walk: model and gradients", "optimisers.step.update", "gather_gradients"),
+    ("walk: model and gradients", "optimisers.step.update", "flatten_up_to"),
+    ("walk: model and gradients", "optimisers.step.update", "gradients_up_to"),
     ("which leaves are stepped", "optimisers.step.update", "_active"),
     ("checks: shapes, types, addresses", "optimisers.engines.addressed.pointers", "Form.addresses"),
     ("checks: gradients in memory that is written", "optimisers.engines.cpu.task", "Fused.separate"),

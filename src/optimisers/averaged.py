@@ -13,11 +13,11 @@ from optimisers.state.edit import present
 from optimisers.state.leaf import Branch, Leaf, parts
 from optimisers.state.select import leaves_of
 from optimisers.state.store import Store
-from optimisers.tree.gather import gather, model_children
+from optimisers.tree.flatten import flatten_model
+from optimisers.tree.flatten_up_to import flatten_up_to, model_children
 from optimisers.tree.layout import Node
 from optimisers.tree.path import KeyPath
 from optimisers.tree.rebuild import rebuild, rebuilt
-from optimisers.tree.walk import survey
 
 
 def averaged(state: object, model: object = None) -> Any:
@@ -95,7 +95,7 @@ class _Trained(NamedTuple):
 
     def arrays(self) -> dict[int, Any]:
         """The array at the first place of each leaf."""
-        xs = gather(self.node, self.holder, self.path)
+        xs = flatten_up_to(self.node, self.holder, self.path)
         return dict(zip(reversed(self.node.leaves), reversed(xs), strict=True))
 
 
@@ -132,7 +132,7 @@ def _averages(trained: _Trained) -> dict[int, Any]:
 def _within(trained: _Trained, model: object) -> tuple[Node, dict[int, int]]:
     """(the walk over a model, the leaf of each of its arrays) where it has parameters of an optimiser."""
     leaf_of = {id(x): leaf for leaf, x in trained.arrays().items()}
-    layout, arrays = survey(model)
+    layout, arrays = flatten_model(model)
     found = {i: leaf_of[id(x)] for i, x in enumerate(arrays) if id(x) in leaf_of}
     if not found:
         raise NoMatch("the model has no parameter of this optimiser; give the module that it trains")

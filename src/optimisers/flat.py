@@ -9,11 +9,11 @@ from optimisers.errors import BadState, TreeMismatch
 from optimisers.rule import Rule
 from optimisers.state.leaf import Branch, Leaf
 from optimisers.tree.children import container
-from optimisers.tree.gather import gather
+from optimisers.tree.flatten import Ties, flatten_model
+from optimisers.tree.flatten_up_to import flatten_up_to
 from optimisers.tree.layout import Layout
 from optimisers.tree.path import KeyPath
 from optimisers.tree.rebuild import rebuild
-from optimisers.tree.walk import Ties, survey
 
 
 class Restructure:
@@ -62,7 +62,7 @@ class Restructure:
 
     def _refuse_other(self, model: object) -> None:
         """Raise TreeMismatch unless another model has arrays of the same shapes at the same places."""
-        found = gather(self._layout.root, model, KeyPath(), "destructure")
+        found = flatten_up_to(self._layout.root, model, KeyPath(), "destructure")
         for leaf, x in zip(self._layout.root.leaves, found, strict=True):
             shape = self._like[leaf][0]
             if not registry.isnumeric(x) or tuple(x.shape) != shape:
@@ -115,7 +115,7 @@ def trainables(model: object, *, path: bool = False, ties: Ties = ()) -> list[An
 def _survey(model: object, name: str, ties: Ties) -> Any:
     if isinstance(model, Leaf | Branch | Rule):
         raise BadState(f"{name} was given a {type(model).__name__}; it takes a model")
-    return survey(model, ties)
+    return flatten_model(model, ties)
 
 
 def trainable(x: object) -> dict[Any, Any]:

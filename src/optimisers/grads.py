@@ -7,10 +7,10 @@ from optimisers.arrays import registry
 from optimisers.errors import BadState
 from optimisers.state.leaf import Branch, Leaf
 from optimisers.tree.children import container
-from optimisers.tree.gather import gather, mirrored
+from optimisers.tree.flatten import flatten_model
+from optimisers.tree.flatten_up_to import flatten_up_to, mirrored
 from optimisers.tree.path import KeyPath
 from optimisers.tree.rebuild import rebuild
-from optimisers.tree.walk import survey
 
 
 def gradients(model: object) -> Any:
@@ -24,14 +24,14 @@ def gradients(model: object) -> Any:
     ways = container(model)
     if ways is not None and ways.gradients is not None:
         return ways.gradients(model)
-    layout, arrays = survey(model)
+    layout, arrays = flatten_model(model)
     library = registry.library(*arrays) if arrays else None
     if library is not None and library.gradient_of is None:
         raise BadState(
             f"arrays of {library.name} keep no gradients; work them out, and give them to update(state, "
             "model, grads)"
         )
-    found = gather(layout.root, model, KeyPath())
+    found = flatten_up_to(layout.root, model, KeyPath())
     return mirrored(
         layout.root, list(map(library.gradient_of, found)) if library and library.gradient_of else []
     )
@@ -49,7 +49,7 @@ def value_and_grad(loss: Callable[..., Any], model: object, *args: object, has_a
     ways = container(model)
     if ways is not None and ways.value_and_grad is not None:
         return ways.value_and_grad(loss, model, args, has_aux)
-    layout, arrays = survey(model)
+    layout, arrays = flatten_model(model)
     library = registry.library(*arrays) if arrays else registry.library(0.0)
     if library.value_and_grad is None:
         raise BadState(

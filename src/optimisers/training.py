@@ -20,7 +20,7 @@ from optimisers.rule import Rule
 from optimisers.schedules import Join, Schedule
 from optimisers.settings import Value, adjusted, inner, is_schedule, parts, replaced, settings
 from optimisers.step.update import setup, update, update_
-from optimisers.tree.walk import survey
+from optimisers.tree.flatten import flatten_model
 
 Loss = Callable[[Any, Any], Any]
 Gradient = Callable[[Loss], Callable[[Any, Any], tuple[Any, Any]]]
@@ -127,7 +127,7 @@ def trainer(model: object, loss: Loss, gradient: Gradient | None) -> Trainer:
     """How models of this kind are trained; `gradient` makes (loss, gradients) of a loss, unless the library
     does.
     """
-    _, arrays = survey(model)
+    _, arrays = flatten_model(model)
     name = registry.library(*arrays).name if arrays else "numpy"
     if name == "jax":
         jax: Any = importlib.import_module("jax")

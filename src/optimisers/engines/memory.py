@@ -11,7 +11,7 @@ from optimisers.arrays.memory import bounds
 from optimisers.errors import TreeMismatch
 from optimisers.state.buffers import FlatBuffers, Indices, Separate
 from optimisers.state.memo import Subset
-from optimisers.tree.walk import share_elements
+from optimisers.tree.flatten import share_elements
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -47,11 +47,11 @@ from optimisers.state.store import Store
 from optimisers.state.structure import structure_of
 from optimisers.step.choose import Rules, choose
 from optimisers.step.update import evaluated, setup
-from optimisers.tree.gather import gather, gather_gradients
+from optimisers.tree.flatten import Ties, flatten_model
+from optimisers.tree.flatten_up_to import flatten_up_to, gradients_up_to
 from optimisers.tree.layout import EMPTY, Layout, Node, Told
 from optimisers.tree.path import KeyPath
 from optimisers.tree.rebuild import rebuild, rebuilt
-from optimisers.tree.walk import Ties, survey
 
 __all__ = ["as_optax", "from_optax"]
 
@@ -81,7 +81,7 @@ def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransform
         named, form = flat_dict(params)
         if not named:
             return _without_parameters(rule, form)
-        layout, found = survey(named)
+        layout, found = flatten_model(named)
         layout.told = _told(params)
         chosen = dict(zip(map(str, layout.paths), choose(rule, layout, found), strict=True))
         whole = setup(lambda path, _: chosen[str(path)], named, engine="interpret", conjugate=conjugate)
@@ -109,7 +109,7 @@ def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransform
         state = _with_settings_of(rule, state)
         store, node, path = parts(state)
         xs = _parameters(store, node, params)
-        orders = [gather_gradients(node, {k: slopes.get(k) for k in node.keys}, path)]
+        orders = [gradients_up_to(node, {k: slopes.get(k) for k in node.keys}, path)]
         done = stepped(store, node, path, xs, orders, value, changes=True)
         after, new = evaluated(store, node, xs, orders, value, changes=True) if done is None else done
         number = {str(p): leaf for leaf, p in enumerate(store.layout.paths)}
@@ -122,7 +122,7 @@ def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransform
 def _told(params: object) -> Told:
     """The places of the arrays of a pytree, by their path; none where it is no model."""
     try:
-        layout, _ = survey(params)
+        layout, _ = flatten_model(params)
     except TreeMismatch:
         return {}
     return {str(p.places[0].path) or "params": p.places for p in layout.parameters}
@@ -131,7 +131,7 @@ def _told(params: object) -> Told:
 def _parameters(store: Store, node: Node, params: Any) -> list[Any]:
     """The parameters of each leaf; zeros where they were not given, and no rule reads them."""
     if params is not None:
-        return gather(node, flat_dict(params)[0], KeyPath())
+        return flatten_up_to(node, flat_dict(params)[0], KeyPath())
     if any(reads_parameters(g.program) for g in store.groups):
         raise BadState("as_optax(rule) needs the parameters; write tx.update(grads, state, params)")
     kinds = [store.shapes[leaf] for leaf in node.leaves]
@@ -239,7 +239,7 @@ def _without_parameters(rule: Any, form: Any) -> Mirrored:
 
 def _nothing(named: dict[str, Any]) -> Store:
     """The store of parameters of which none is trained."""
-    layout, found = survey(named)
+    layout, found = flatten_model(named)
     return Store(layout, [None] * len(found), [], np.zeros(len(found), bool))
 
 
@@ -287,8 +287,8 @@ class WholeState:
     def _computed(self, model: Any, grads: Any, extra: dict[str, Any]) -> tuple[Any, dict[int, Any]]:
         """(the state of the transformation, the parameters by leaf) after a step."""
         root = self.layout.root
-        xs = _by_leaf(root, gather(root, model, KeyPath()))
-        slopes = _summed(root, gather_gradients(root, grads, KeyPath()))
+        xs = _by_leaf(root, flatten_up_to(root, model, KeyPath()))
+        slopes = _summed(root, gradients_up_to(root, grads, KeyPath()))
         for leaf, g in slopes.items():
             name = self.layout.paths[leaf].code("grads")
             if g is None:
@@ -311,7 +311,7 @@ class WholeState:
             loss = extra["value_fn"]
             extra["value_fn"] = lambda named, **more: loss(whole(named), **more)
         if "grad" in extra:
-            given = _summed(root, gather_gradients(root, extra["grad"], KeyPath()))
+            given = _summed(root, gradients_up_to(root, extra["grad"], KeyPath()))
             extra["grad"] = {names[i]: g for i, g in given.items()}
         found: Any = self.rule.tx.update({names[i]: g for i, g in slopes.items()}, self.inner, old, **extra)
         steps, inner = found
@@ -379,7 +379,7 @@ class from_optax:  # noqa: N801 it is used as a function
 
     def setup(self, model: Any, ties: Ties = ()) -> WholeState:
         """The state for a model."""
-        layout, arrays = survey(model, ties)
+        layout, arrays = flatten_model(model, ties)
         for path, x in zip(layout.paths, arrays, strict=True):
             if registry.library(x).name != "jax":
                 raise BadState(f"{path.code()} is no array of JAX, which is what Optax steps")

@@ -22,11 +22,11 @@ from optimisers.state.leaf import Branch, Leaf, State, handle, parts
 from optimisers.state.store import Store
 from optimisers.step.choose import Rules, choose
 from optimisers.step.jobs import Steps
-from optimisers.tree.gather import gather, gather_gradients
+from optimisers.tree.flatten import Ties, flatten_model
+from optimisers.tree.flatten_up_to import flatten_up_to, gradients_up_to
 from optimisers.tree.layout import Layout, Node
 from optimisers.tree.path import KeyPath
 from optimisers.tree.rebuild import rebuild, rebuilt
-from optimisers.tree.walk import Ties, survey
 
 M = TypeVar("M")
 """The type of a model: a step keeps it."""
@@ -88,7 +88,7 @@ def setup(
     own = None if isinstance(rule, type) else getattr(rule, "setup", None)
     if own is not None:
         return own(model, ties)
-    layout, arrays = survey(model, ties)
+    layout, arrays = flatten_model(model, ties)
     for path, value in layout.floats if arrays else []:
         warnings.warn(
             f"{path.code()} is the number {value}, which does not train; write np.array({value}) to train it",
@@ -225,7 +225,7 @@ def update(state: S, model: M, grads: object = _MISSING, *more: object, loss: ob
 
 def walked(node: Node, path: KeyPath, model: Any, grads: tuple[Any, ...]) -> tuple[Any, list[Any]]:
     """(parameters, gradients of each order) at the places below a node."""
-    return gather(node, model, path), [gather_gradients(node, g, path) for g in grads]
+    return flatten_up_to(node, model, path), [gradients_up_to(node, g, path) for g in grads]
 
 
 def stepped(

@@ -21,8 +21,8 @@ from optimisers.torch.entries import Entries
 from optimisers.torch.loading import adopt, misfit
 from optimisers.torch.param_group import ParamGroup
 from optimisers.torch.published import Published
+from optimisers.tree.flatten import flatten_model
 from optimisers.tree.layout import Told, joined
-from optimisers.tree.walk import survey
 
 GROWTH = 8
 """How many times parameters are put behind others before all are laid out anew."""
@@ -177,7 +177,7 @@ class Keeper:
 
     def _make(self, chosen: dict[str, Any], group_of: Mapping[Any, ParamGroup], state: Any) -> None:
         """Make the state of parameters, and put it behind that of the others."""
-        layout, arrays = survey(chosen, trained=registry.isnumeric)
+        layout, arrays = flatten_model(chosen, trained=registry.isnumeric)
         layout.told = self.told
         order = list(zip(layout.root.leaves, chosen.values(), strict=True))
         rules = {leaf: self._rule_of(p, group_of[p]) for leaf, p in reversed(order)}

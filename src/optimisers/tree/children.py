@@ -23,7 +23,7 @@ class Container:
     """A new container like the old one, with some children replaced."""
     trainable: tuple[str, ...] | None = None
     """The keys that may be trained; None for all."""
-    gather: Callable[[Any, Any, list[str]], list[Any] | None] | None = None
+    parameters: Callable[[Any, Any, list[str]], list[Any] | None] | None = None
     """A faster way to the arrays at all places below: of a container, its node, and their names."""
     gradients: Callable[[Any], dict[str, Any]] | None = None
     """The gradients that the container itself keeps, by name."""

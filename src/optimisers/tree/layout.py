@@ -99,7 +99,7 @@ Told = Mapping[str, tuple[Place, ...]]
 
 @dataclasses.dataclass(eq=False)
 class Layout:
-    """The walk over one model."""
+    """How one model is flattened and rebuilt: what JAX calls a treedef."""
 
     root: Node
     paths: list[KeyPath]

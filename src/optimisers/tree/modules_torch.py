@@ -308,7 +308,7 @@ MODULE = Container(
     _read,
     _rebuild,
     relink=_relink,
-    gather=parameters,
+    parameters=parameters,
     gradients=gradients,
     beside=beside,
     value_and_grad=value_and_grad,

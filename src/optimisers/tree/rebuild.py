@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from optimisers.arrays import registry
-from optimisers.tree.gather import model_children
+from optimisers.tree.flatten_up_to import model_children
 from optimisers.tree.layout import Node
 from optimisers.tree.path import KeyPath
 

@@ -1,5 +1,5 @@
-"""How is a model walked the first time? `survey` makes the layout along which model, state and gradients are
-walked together at every step.
+"""How is a model flattened the first time? Into its arrays and a layout, along which model, state and
+gradients are flattened together at every step.
 
 The same array at several places (the same memory: one object, equal views of it, or transposed views) is one
 leaf with several places. Of arrays that cannot be written, being one object means nothing: any copy loses it.
@@ -26,7 +26,7 @@ Ties = Sequence[tuple[str, ...]]
 """Places that hold one array, by their paths, or by globs that match one path each."""
 
 
-def survey(
+def flatten_model(
     model: object, ties: Ties = (), trained: Callable[[Any], bool] = registry.istrainable
 ) -> tuple[Layout, list[Any]]:
     """The layout of a model, and the array of each leaf: of those that are `trained`.
@@ -35,7 +35,7 @@ def survey(
     parameters that overlap in memory without being the same, and declared ties of arrays that cannot be one;
     NoMatch for a tie that names no place, or several.
     """
-    return _Survey(checked_ties(ties), trained).run(model)
+    return _Flattening(checked_ties(ties), trained).run(model)
 
 
 def checked_ties(ties: Any) -> Ties:
@@ -49,9 +49,9 @@ def checked_ties(ties: Any) -> Ties:
     return [tuple(tie) for tie in found]
 
 
-class _Survey:
-    """The first walk; `ordered` where the array library hands dicts on with sorted keys: one model has
-    one order.
+class _Flattening:
+    """The first walk over a model; `ordered` where the array library hands dicts on with sorted keys: one
+    model has one order.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class _Survey:
             )
         root = self.visit(model, KeyPath(), listed=False)
         if self.arrays and not self.ordered and all(registry.library(x).sorts_dicts for x in self.arrays):
-            return _Survey(self.ties, self.trained, ordered=True).run(model)
+            return _Flattening(self.ties, self.trained, ordered=True).run(model)
         self.refuse_overlaps()
         for tie in self.ties:
             self.refuse_tie(tie)
@@ -91,7 +91,7 @@ class _Survey:
             if registry.isnumeric(obj):
                 return FROZEN
             nested = obj.flat if isinstance(obj, np.ndarray) and obj.dtype == object else ()
-            if any(_Survey().visit(item, path, listed=False).leaves for item in nested):
+            if any(_Flattening().visit(item, path, listed=False).leaves for item in nested):
                 raise TreeMismatch(f"{path.code()} is an array of objects, which hold arrays; make it a list")
             return EMPTY
         ways = container(obj)

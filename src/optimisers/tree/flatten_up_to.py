@@ -1,4 +1,4 @@
-"""How are the arrays of a model, and its gradients, read along a layout?"""
+"""How are a model and its gradients flattened up to the leaves of a layout?"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,22 +10,22 @@ from optimisers.tree.layout import Node, extended
 from optimisers.tree.path import Attr, KeyPath
 
 
-def gather(node: Node, model: object, path: KeyPath, seen: str = "setup") -> Any:
+def flatten_up_to(node: Node, model: object, path: KeyPath, seen: str = "setup") -> Any:
     """The arrays of a model at the places below `node`, in order.
 
     Raises TreeMismatch where the structure is not that which `seen`, the function that made the layout, saw.
     """
     if node.leaf >= 0:
         return [model]
-    if node.ways is not None and node.ways.gather is not None:
-        found = node.ways.gather(model, node, node.names) if type(model) is node.kind else None
+    if node.ways is not None and node.ways.parameters is not None:
+        found = node.ways.parameters(model, node, node.names) if type(model) is node.kind else None
         if found is not None:
             return found
     elif (found := _fetched(node, model)) is not None:
         return found
     out: list[Any] = []
     for key, child, value in model_children(node, model, path, seen):
-        out.extend(gather(child, value, KeyPath(path, key), seen))
+        out.extend(flatten_up_to(child, value, KeyPath(path, key), seen))
     return out
 
 
@@ -51,7 +51,7 @@ def _sized_like(node: Node, obj: Any) -> bool:
 
 def model_children(node: Node, model: object, path: KeyPath, seen: str) -> Iterator[tuple[Any, Node, Any]]:
     """(key, child, value) of the live children of a container; raises TreeMismatch if it is not the one
-    surveyed.
+    flattened.
     """
     if not node.leaves:
         return
@@ -72,7 +72,7 @@ def model_children(node: Node, model: object, path: KeyPath, seen: str) -> Itera
 
 
 def _other_keys(node: Node, keys: tuple[Any, ...], seen: str) -> str:
-    """How the keys of a container differ from those that were surveyed."""
+    """How the keys of a container differ from those that were flattened."""
     if issubclass(node.kind or object, list | tuple) and not isinstance(node.keys[0], Attr):
         return f"{entries(len(keys))}; `{seen}` saw {len(node.keys)}"
     gone = [k for k in node.keys if k not in keys]
@@ -80,7 +80,7 @@ def _other_keys(node: Node, keys: tuple[Any, ...], seen: str) -> str:
     return f"no {gone[0]!r}, which `{seen}` saw" if gone else f"{new[0]!r}, which `{seen}` did not see"
 
 
-def gather_gradients(node: Node, grads: object, path: KeyPath) -> Any:
+def gradients_up_to(node: Node, grads: object, path: KeyPath) -> Any:
     """The gradients at the places below `node`, in order: None where there is no step.
 
     Gradients may stand in any container with the keys of the model. Raises TreeMismatch where they do not
@@ -101,7 +101,7 @@ def gather_gradients(node: Node, grads: object, path: KeyPath) -> Any:
     found = _by_child(node, grads, path)
     out: list[Any] = []
     for key, child in node.live:
-        out.extend(gather_gradients(child, found.get(key), extended(node, path, key)))
+        out.extend(gradients_up_to(child, found.get(key), extended(node, path, key)))
     return out
 
 
