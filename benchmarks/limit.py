@@ -11,7 +11,6 @@ import numpy as np
 
 from optimisers.engines import cache
 from optimisers.engines.addressed.chunks import Chunks
-from optimisers.engines.addressed.pointers import Form
 from optimisers.engines.cpu import threads
 from optimisers.state.leaf import parts
 
@@ -60,26 +59,40 @@ def source(slots: int, kind: str, itemsize: int) -> str:
 
 
 def limit(state: Any, model: dict[str, Any], grads: dict[str, Any]) -> Callable[[], None]:
-    """The limit for one step of a flat dict model whose leaves are one group.
-
-    The tables are made here, once: the limit is that of memory alone. The arrays must outlive the function.
-    """
+    """The limit for one step of a flat dict model whose leaves are one group."""
     (group,) = parts(state)[0].groups
-    kind = np.dtype(group.kind.dtype)
-    places = group.places
-    form = Form("numpy", "cpu", places.shapes, places.strides, [True] * len(places.shapes))
-    n = len(places.shapes)
-    at_and_misfit = np.empty((2, 2, n), np.int64)
-    for arrays, (where, misfit) in zip((model, grads), at_and_misfit, strict=True):
-        form.addresses(list(arrays.values()), kind, where, misfit, write=False)
-    addresses = np.stack([*at_and_misfit[:, 0], *(pack.addresses for pack in group.slots)])
-    chunks = Chunks(places.sizes)
-    kernel = cache.load(source(len(group.slots), kind.name, kind.itemsize)).kernel
+    return _step(model, grads, [pack.addresses for pack in group.slots])
+
+
+def limit_of(model: dict[str, Any], grads: dict[str, Any], slots: list[dict[str, Any]]) -> Callable[[], None]:
+    """The same for arrays of NumPy that are given: `slots` in the place of a state."""
+    held = [*slots]  # they live as long as the step
+    return _step(model, grads, [_addresses(slot) for slot in held], held)
+
+
+def _addresses(arrays: dict[str, Any]) -> Any:
+    return np.array([x.ctypes.data for x in arrays.values()], np.int64)
+
+
+def _step(
+    model: dict[str, Any], grads: dict[str, Any], slots: list[Any], held: object = None
+) -> Callable[[], None]:
+    """A step that only reads and writes. The tables are made here, once: the limit is that of memory."""
+    arrays, dx = ({k: _numpy(x) for k, x in each.items()} for each in (model, grads))
+    kind = next(iter(arrays.values())).dtype
+    sizes = np.array([x.size for x in arrays.values()])
+    addresses = np.stack([_addresses(arrays), _addresses(dx), *slots])
+    chunks = Chunks(sizes)
+    kernel = cache.load(source(len(slots), kind.name, kind.itemsize)).kernel
     counter = np.zeros(1, np.int64)
     at = counter.ctypes.data
 
-    def step() -> None:
+    def step(_held: object = (model, grads, held)) -> None:
         counter[0] = 0
         threads.together(lambda: kernel(at, chunks.spans, chunks.table, addresses), chunks.elements)
 
     return step
+
+
+def _numpy(x: Any) -> Any:
+    return x if isinstance(x, np.ndarray) else x.numpy()
