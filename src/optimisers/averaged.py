@@ -102,6 +102,9 @@ class _Trained(NamedTuple):
 def _trained(state: object, model: object) -> _Trained:
     """The parameters of a state, whatever it is that has one."""
     optimizer = not isinstance(state, Leaf | Branch) and hasattr(state, "parameters")
+    if model is None and not optimizer:
+        parts(state)  # which says what else is wrong
+        raise BadState("the model is missing; write averaged(state, model)")
     tree = getattr(state, "tree", state) if optimizer else state
     store, node, path = parts(tree)
     store.refuse_lent("averaged")
@@ -117,11 +120,13 @@ def _averages(trained: _Trained) -> dict[int, Any]:
     """The parameters to evaluate with, of each leaf whose rule keeps such."""
     store, at = trained.store, trained.arrays()
     new: dict[int, Any] = {}
+    rules: dict[tuple[int, int], Any] = {}
     for leaf in trained.leaves:
         group, i = store.where(leaf)
-        library, x = group.kind.library, at[leaf]
-        rule = present(group, i, group.rule_of(i))
-        value = rule.evaluate(group.state_of(i), copy(x))
+        library, x, row = group.kind.library, at[leaf], (id(group), int(group.table.row[i]))
+        if row not in rules:  # leaves of one row have one rule and one clock
+            rules[row] = present(group, i)
+        value = rules[row].evaluate(group.state_of(i), copy(x))
         if value is not None:
             new[leaf] = library.like(x, library.copied(value, group.kind.dtype))
     if not new:

@@ -1,6 +1,7 @@
 """Selectors: what they pick by shape, type and path, in dicts of rules and in edits, in every library."""
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -361,3 +362,28 @@ def test_a_transformation_of_optax_goes_by_selectors_in_and_out_of_jit(
     }
     assert names == moved
     assert opt.current(opt.freeze(state, where=selector)).keys() == moved
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Pair:
+    """A dataclass that JAX knows."""
+
+    w: Any
+
+
+def test_states_of_models_whose_classes_pickle_does_not_find_are_pickled_without_them() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(2))
+
+    optimizer = opt.TorchOptimizer(Inner(), opt.Adam())
+    again = pickle.loads(pickle.dumps(optimizer.tree))
+    assert again == optimizer.tree
+    with pytest.raises(NoMatch, match="in no module"):
+        opt.freeze(again, opt.by_type(Inner))
+
+    state = opt.as_optax(opt.Adam()).init(Pair(jnp.ones(2)))
+    assert jax.tree.structure(pickle.loads(pickle.dumps(state))) == jax.tree.structure(state)
+    assert opt.freeze(state, opt.by_type(Pair))["w"].frozen

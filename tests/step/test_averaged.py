@@ -329,6 +329,12 @@ def test_where_arrays_cannot_be_written_the_error_names_the_pure_way(
     opt.update(state, now, now)
 
 
+def test_a_state_without_its_model_says_that_it_is_missing() -> None:
+    state = opt.setup(opt.EMA(opt.Descent()), np.ones(2))
+    with pytest.raises(BadState, match=r"the model is missing; write averaged\(state, model\)"):
+        opt.averaged(state)
+
+
 def test_without_an_average_there_is_nothing_to_evaluate() -> None:
     net = network()
     with (

@@ -117,8 +117,15 @@ class Layout:
     def key(self) -> Any:
         """Equal for the layouts of models that are walked alike."""
         typed = any(place.kinds for places in self.told.values() for place in places)
-        told = [(name, *((str(p.path), p.kinds) for p in ps)) for name, ps in self.told.items()]
+        told = [(name, *map(_place_key, places)) for name, places in self.told.items()]
         return (_node_key(self.root), *told) if typed else _node_key(self.root)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the types of a model that was flattened, as its classes may be none that pickle finds; the
+        key remembers them.
+        """
+        kept = {k: v for k, v in vars(self).items() if k not in ("told", "parameters")}
+        return {**kept, "told": {}, "key": self.key}
 
     @functools.cached_property
     def parameters(self) -> list[Parameter]:
@@ -127,6 +134,10 @@ class Layout:
         for leaf, place in places_of(self.root, KeyPath(), ()):
             found[leaf] += self.told.get(str(place.path), (place,))
         return [Parameter(tuple(ps), shape) for ps, shape in zip(found, self.shapes, strict=True)]
+
+
+def _place_key(place: Place) -> Any:
+    return str(place.path), *(f"{kind.__module__}.{kind.__qualname__}" for kind in place.kinds)
 
 
 def _node_key(node: Node) -> Any:
