@@ -19,6 +19,7 @@ from optimisers.settings import (
     adjusted,
     fields,
     inner,
+    is_schedule,
     replaced,
     scheduled,
     settings,
@@ -27,6 +28,7 @@ from optimisers.settings import parts as parts_of_value
 from optimisers.spellings import ELSEWHERE
 from optimisers.step.layers import LayerDecay
 from optimisers.torch.classes import BESIDE_A_RULE, chained, muon_scale, plain
+from optimisers.torch.rates import scaled
 from optimisers.tree.layout import Parameter, Place, Told
 from optimisers.tree.path import named_path
 from optimisers.tree.selectors import first_picks, selector
@@ -125,6 +127,11 @@ def of_wrapper(group: Mapping[str, Any]) -> frozenset[str]:
     return frozenset({"rho"} if "adaptive" in group else ())
 
 
+def follows_schedule(group: Mapping[str, Any]) -> bool:
+    """Whether a group shows a rate that follows a schedule: its `lr` is a factor, beside `eta`, the rate."""
+    return "eta" in group and "lr" in group
+
+
 def told(rule: Rule, given: Mapping[str, Any], where: str) -> Rule:
     """The rule with the settings of a group; those of other tools are left alone.
 
@@ -132,9 +139,9 @@ def told(rule: Rule, given: Mapping[str, Any], where: str) -> Rule:
     its rate. Raises BadSetting for what torch knows and this rule does not, and for two names of one setting
     with different values.
     """
-    given = {name: plain(value) for name, value in given.items() if name not in of_wrapper(given)}
-    changes: dict[str, Any] = {}
-    for name, value in given.items():
+    changes = _factor_of_copy(rule, given)
+    others = of_wrapper(given).union({"lr", "eta"} if changes else ())
+    for name, value in ((name, plain(value)) for name, value in given.items() if name not in others):
         if field_of(rule, name) == "eta" and any(isinstance(part, Rprop) for part in parts_of_value(rule)):
             rule = within(rule, Rprop, lambda part, eta=value: remade(part, eta=eta))
         elif known(rule, name):
@@ -146,6 +153,14 @@ def told(rule: Rule, given: Mapping[str, Any], where: str) -> Rule:
         else:
             refuse(rule, name, value, where)
     return adjusted(rule, changes)
+
+
+def _factor_of_copy(rule: Rule, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The rate of a group that is a copy of one whose rate follows a schedule: it goes on with its factor."""
+    if "eta" not in scheduled(rule) or not follows_schedule(given):
+        return {}
+    etas = [value for part in parts_of_value(rule) for name, value in settings(part) if name == "eta"]
+    return {"eta": scaled(next(eta for eta in etas if is_schedule(eta)), plain(given["lr"]))}
 
 
 def _decaying(rule: Rule, lam: Any, where: str) -> Rule:

@@ -217,6 +217,8 @@ class Keeper:
     def _exchange(self, held: Published, groups: Groups, state: Any) -> None:
         """Take over the entries that others have put into `state`."""
         found = held.exchanged(state)
+        if not held.current:  # a rule was exchanged in the tree
+            held.publish(found)
         if all(held.fits(p) for p in found):
             self.take(held, found, state)
             return
@@ -288,6 +290,8 @@ class Keeper:
             rules = [adjusted(mine.rule, found) for mine, found in edits]
             if held is not None:
                 held.store.adjust_many([(mine.leaves, found) for mine, found in edits if mine.leaves])
+                if not held.current:
+                    held.publish()
             for (mine, found), rule in zip(edits, rules, strict=True):
                 mine.renew(rule, found)
         if held is not None and not self.capturable:

@@ -57,8 +57,9 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     Every hyper-parameter of the rule stands in the groups by its name, `eta` as `lr`; `beta`, `epsilon`,
     `lam` and the `rho` of Momentum and Nesterov also as `betas`, `eps`, `weight_decay` and `momentum`.
-    Whatever of these is changed counts from the next step on, and nothing is compiled for it. `tree` is the
-    state as `setup` gives it, with a Leaf for each name: freeze, thaw and look at it there.
+    Whatever of these is changed counts from the next step on, and nothing is compiled for it. Where the rate
+    follows a schedule, `lr` is a factor on it and `eta` shows the rate. `tree` is the state as `setup` gives
+    it, with a Leaf for each name: freeze, thaw and look at it there.
 
     `capturable=True`, for parameters on one CUDA device, keeps clock and numbers there: a CUDA graph may hold
     the step, and a GradScaler makes it divide and skip without waiting for the device. A graph that is
@@ -139,7 +140,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         super().__setattr__(name, value)
         if name == "step" and marks(value):
             for group in self._keeper.groups:
-                group.scale()
+                group.greet()
 
     @staticmethod
     def _refuse_strange(settings: Mapping[str, Any], rules: list[Rule]) -> None:
@@ -367,6 +368,8 @@ class TorchOptimizer(torch.optim.Optimizer):
             self._follow()
             keeper.include([p for p in keeper.idle if state.get(p)], state)
             keeper.read()
+            for group in keeper.groups:
+                group.warned = False
         except BaseException:
             vars(self).clear()
             vars(self).update(before)
@@ -382,6 +385,8 @@ class TorchOptimizer(torch.optim.Optimizer):
         there.
         """
         self._follow()
+        with contextlib.suppress(BadSetting):  # what no rule takes is loaded over
+            self._keeper.read()
         saved_groups(saved)
         saved = as_ours(saved, [mine.rule for mine in self._keeper.groups])
         groups, state = self.param_groups, saved["state"]

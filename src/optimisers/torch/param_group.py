@@ -5,11 +5,11 @@
 
 import copy
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any, final
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
 
 from optimisers.errors import BadSetting, BadState
 from optimisers.rule import Rule
@@ -20,6 +20,7 @@ from optimisers.torch.groups import (
     ASKING,
     at,
     defaults_of,
+    follows_schedule,
     meanings_of,
     nothing,
     of_wrapper,
@@ -27,7 +28,7 @@ from optimisers.torch.groups import (
     refuse,
     told,
 )
-from optimisers.torch.rates import refuse_absolute, scaled, scheduler_of
+from optimisers.torch.rates import ABSOLUTE, has_scheduler, of_its_own, scaled
 
 
 @final
@@ -36,8 +37,8 @@ class ParamGroup:
 
     leaves: list[int]
     """The leaves of its parameters."""
-    scaling = False
-    """Whether `lr` is a factor that a scheduler of torch sets, and a schedule of ours goes on below it."""
+    warned = False
+    """Whether it was said that `lr` is a factor here, to somebody who is no scheduler."""
     lent = ""
     """What momentum is called in other groups, where it has another name here or there is none: schedulers
     that cycle it look for one key in all groups.
@@ -54,24 +55,31 @@ class ParamGroup:
         self.constant: list[str] = []
         self.meanings: dict[str, str] = {}
         """The field behind every key that the rule takes."""
-        self.moving: list[tuple[str, Any, int]] = []
+        self.moving: list[tuple[str, Any, int]] = [] if rule is None else _moving(rule)
         if rule is not None:
-            group.pop("eta", None)
             foreign = of_wrapper(group)
-            for key, value in defaults_of(rule).items():
-                if key not in foreign and (key != "lr" or not self.scaling):
-                    self.put(key, value)
-            group.setdefault("lr", 1.0)
-            self.show_lent()
+            self._show(defaults_of(rule), foreign)
             meanings = {key: field for key, field in meanings_of(rule).items() if key not in foreign}
             self.meanings = meanings
             self.watched = {key: meanings[key] for key in group if key in meanings}
             self.constant = [key for key in group if key not in {*meanings, *foreign} and key in ASKING]
-            self.moving = _moving(rule)
-            if self.rate is not None:
-                group.setdefault("initial_lr", 1.0)
         self.fetch = _fetcher([*self.watched, *self.constant])
         self.look()
+
+    def _show(self, settings: dict[str, Any], foreign: frozenset[str]) -> None:
+        """Put the settings of the rule into the group; where the rate is a schedule, `lr` is a factor on it
+        and `eta` the rate now.
+        """
+        group, follows = self.group, self.rate is not None
+        factor = group["lr"] if follows_schedule(group) else 1.0
+        group.pop("eta", None)
+        for key, value in settings.items():
+            if key not in foreign:
+                self.put("eta" if key == "lr" and follows else key, value)
+        if follows:
+            self.put("lr", factor)
+        group.setdefault("lr", 1.0)
+        self.show_lent()
 
     @property
     def noted(self) -> dict[str, Any]:
@@ -83,36 +91,38 @@ class ParamGroup:
         """The schedule that the rate follows; None if it does not."""
         return next((value for field, value, _ in self.moving if field == "eta"), None)
 
-    def scale(self) -> None:
-        """Let a scheduler of torch that is being made set a factor on the rate, where that is a schedule.
-
-        Raises BadSetting for one that sets rates of its own.
+    def greet(self) -> None:
+        """Look at a scheduler of torch that is being made; raises BadSetting for one that sets rates of its
+        own, where the rate is a schedule.
         """
-        if self.rate is not None and not self.scaling:
-            shown = self.noted["lr"]
-            refuse_absolute(self.group, shown, self.rate)
-            self.group["lr"], self.scaling = 1.0, True
-            self.look()
+        if self.rate is not None and (plain(self.group["lr"]) != self.noted["lr"] or self._sets_rates()):
+            raise BadSetting(of_its_own("this scheduler", self.rate))
 
-    def _meant(self, field: str, value: Any, where: str) -> Any:
-        """What a number stands for that was written: over a schedule of the rate it is a factor, if it comes
-        from a scheduler of torch, and else the rate from now on.
+    def _sets_rates(self) -> bool:
+        """Whether a scheduler has begun at another number than the factor that stood here, or left its own
+        rates.
+        """
+        began = self.group.get("initial_lr", self.noted["lr"])
+        new = "initial_lr" not in self.known and plain(began) != self.noted["lr"]
+        return new or any(key in self.group for key in ABSOLUTE)
+
+    def _meant(self, key: str, value: Any, where: str) -> Any:
+        """What a number stands for that was written: in `lr`, where the rate is a schedule, a factor on that.
+
+        Raises BadSetting for a scheduler that sets rates of its own.
         """
         schedule = self.rate
-        if field != "eta" or schedule is None or is_schedule(value):
+        if key != "lr" or schedule is None or is_schedule(value):
             return value
-        if not self.scaling:
-            scheduler = scheduler_of(self.group)
-            if scheduler is None:
-                return value
-            if not isinstance(scheduler, LRScheduler):
-                raise BadSetting(
-                    f"{where}: {type(scheduler).__name__} sets the rate, which follows {schedule!r}, and "
-                    "is no scheduler of torch; write a number as eta"
-                )
-            shown = self.noted["lr"]
-            value = value / shown if shown else 1.0
-            self.scaling, self.group["lr"] = True, value
+        if self._sets_rates():
+            raise BadSetting(f"{where}: {of_its_own('a scheduler', schedule)}")
+        if not self.warned and "initial_lr" not in self.known and not has_scheduler(self.group):
+            self.warned = True
+            warnings.warn(
+                f"{where} sets lr to {value!r}, which is a factor on {schedule!r}; for a rate of its own "
+                "write it as the eta of the group",
+                stacklevel=2,
+            )
         return scaled(schedule, value)
 
     def lend(self, key: str) -> None:
@@ -171,7 +181,7 @@ class ParamGroup:
         """Show the present values of schedules."""
         now = {field: at(value, clock(n)) for field, value, n in self.moving}
         for key, field in self.watched.items():
-            if field in now and not (key == "lr" and self.scaling):
+            if field in now and (key != "lr" or self.rate is None):
                 self.put(key, now[field])
         self.seen = tuple(map(plain, self.fetch(self.group)))
 
@@ -188,15 +198,14 @@ class ParamGroup:
 
     def loaded(self, group: dict[str, Any]) -> "ParamGroup":
         """The same group after it was loaded: what is another number there will be found, but for the present
-        value of a schedule, which is no change.
+        value of a schedule, which is no change. A factor on that is.
         """
         new = copy.copy(self)
         moving = {field for field, _, _ in self.moving}
-        new.group = group
+        new.warned = True  # a factor that was saved is meant
+        new.group, new.known = group, self.known | dict.fromkeys({"initial_lr"} & group.keys())
         new.seen = tuple(
-            (None if self.scaling and key == "lr" else plain(group[key]))
-            if self.watched.get(key) in moving
-            else seen
+            plain(group[key]) if key != "lr" and self.watched.get(key) in moving else seen
             for key, seen in zip([*self.watched, *self.constant], self.seen, strict=True)
         )
         return new
@@ -205,9 +214,11 @@ class ParamGroup:
         """The settings of a saved group, each under all of its names; those that it lacks stay as they are if
         that is `lenient`. Raises BadSetting for what the rule does not take.
         """
-        full = dict(saved)
+        full = {key: self.group[key] for key in ("initial_lr",) if key in self.group} | saved
         if self.rule is None:
             return self.settings | full
+        if follows_schedule(full) != (self.rate is not None):
+            self._keep_rate(full, n, lenient=lenient)
         for key, field in self.watched.items():
             if key not in full:
                 named = next((name for name in full if self.meanings.get(name) == field), None)
@@ -217,6 +228,18 @@ class ParamGroup:
         full = {key: self.group[key] for key in self.constant} | full
         adjusted(self.rule, self.loaded(full).edits(n))
         return full
+
+    def _keep_rate(self, full: dict[str, Any], n: int, *, lenient: bool) -> None:
+        """Leave the rate as it is where a saved group has a rate in `lr` and this one a factor on a schedule.
+        Raises BadSetting where it is the other way round, unless that is `lenient`.
+        """
+        if follows_schedule(full) and not lenient:
+            raise BadSetting(
+                f"group {n} of the saved state has lr={full['lr']!r} as a factor on a schedule, and the rate "
+                f"of {self.rule!r} follows none; take the rule with its schedule"
+            )
+        full.pop("eta", None)
+        full |= {key: self.group[key] for key in ("lr", "eta") if key in self.group}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -257,7 +280,7 @@ class ParamGroup:
             if key in seen and value == seen[key]:
                 continue
             if key in meanings:
-                put(found, meanings[key], key, self._meant(meanings[key], value, where), where)
+                put(found, meanings[key], key, self._meant(key, value, where), where)
             elif key == self.lent:
                 if value and "momentum" in meanings:
                     put(found, meanings["momentum"], key, value[0], where)

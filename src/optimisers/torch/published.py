@@ -5,7 +5,7 @@ parameter; and what others have written there.
 # pyright: reportPrivateImportUsage=false
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, final
 
 import numpy as np
@@ -169,11 +169,13 @@ class Published:
         self.values: list[Any] = []
         self.publish()
 
-    def publish(self) -> None:
-        """Put the entries of every leaf into `state`; those of others in the same dicts stay."""
+    def publish(self, but: Collection[Any] = ()) -> None:
+        """Put the entries of every leaf into `state`, but those of some parameters; what others keep in the
+        same dicts stays.
+        """
         self.blocks = [Block(group) for group in self.store.groups]
         self.block_of = {id(block.group): block for block in self.blocks}
-        self.put(self.leaf_of)
+        self.put(p for p in self.leaf_of if p not in but)
 
     def grow(self, store: Store, layout: Layout, leaf_of: Mapping[Any, int]) -> None:
         """Publish the leaves of another store, which is put behind this one; `layout` is that of both."""

@@ -6,9 +6,8 @@
 import gc
 from typing import Any, final
 
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from optimisers.errors import BadSetting
 from optimisers.schedules import Scaled
 
 ABSOLUTE = ("max_lr", "swa_lr")
@@ -30,26 +29,19 @@ def marks(step: object) -> bool:
     return hasattr(step, "_wrapped_by_lr_sched")
 
 
-def scheduler_of(group: dict[str, Any]) -> object | None:
-    """A scheduler that sets this group though it has not said so when it was made: ReduceLROnPlateau, or one
-    of another package. Looked for only where a rate was written over a schedule.
+def has_scheduler(group: dict[str, Any]) -> bool:
+    """Whether a scheduler of torch sets this group. All note their first rate in it, but ReduceLROnPlateau,
+    which leaves no trace: it is looked for among all objects. Numbers do not depend on that.
     """
-    for found in gc.get_objects():
-        kind = type(found)
-        foreign = kind.__name__.endswith(("LR", "Scheduler")) and not issubclass(kind, LRScheduler)
-        if foreign or issubclass(kind, ReduceLROnPlateau):
-            groups = getattr(getattr(found, "optimizer", None), "param_groups", ())
-            if any(each is group for each in groups):
-                return found
-    return None
+    plateaus = (each for each in gc.get_objects() if issubclass(type(each), ReduceLROnPlateau))
+    return "initial_lr" in group or any(
+        mine is group for each in plateaus for mine in each.optimizer.param_groups
+    )
 
 
-def refuse_absolute(group: dict[str, Any], shown: float, schedule: object) -> None:
-    """Raise BadSetting for a scheduler that does not scale the rate of a group: it has written one
-    already.
-    """
-    if group["initial_lr"] != 1.0 or group["lr"] != shown or any(key in group for key in ABSOLUTE):
-        raise BadSetting(
-            f"this scheduler sets rates of its own, and the rate of a group follows {schedule!r}; write a "
-            "number as eta, or take a scheduler that scales, such as LambdaLR"
-        )
+def of_its_own(scheduler: str, schedule: object) -> str:
+    """Why a scheduler that does not scale is refused over a schedule."""
+    return (
+        f"{scheduler} sets rates of its own, and the rate of a group follows {schedule!r}; write a number as "
+        "eta, or take a scheduler that scales, such as LambdaLR"
+    )
