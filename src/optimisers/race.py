@@ -195,7 +195,8 @@ def race(
                     score = _score(curve, None if validate is None else (validate, model_of(k)))
                     trials.append(Trial(name, rated(rule, factor), factor, seed, curve, score, seconds))
     last = max(1, count // LAST)
-    measure = f"mean loss of the last {last} steps" if validate is None else "validate(model)"
+    mean = "loss of the last step" if last == 1 else f"mean loss of the last {last} steps"
+    measure = mean if validate is None else "validate(model)"
     return Race(trials, _entries(trials, factors), measure)
 
 

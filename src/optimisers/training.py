@@ -184,29 +184,41 @@ def _pair(found: object) -> tuple[Any, Any]:
 def _runs_of_jax(jax: Any, both: Callable[..., Any], rule: object, factors: Sequence[float]) -> list[Run]:
     """All rates of a rule in one vmapped step; those of schedules one after the other."""
 
-    def step(state: object, model: object, batch: object) -> Any:
-        value, grads = both(model, batch)
-        return value, *update(state, model, grads, loss=value)
-
     def train(together: Sequence[float], model: object, batches: Iterable[Any], stepped: Stepped) -> Trained:
-        if len(together) == 1:
-            states, models, stepping = setup(rated(rule, together[0]), model), model, jax.jit(step)
-        else:
-            states, models = jax.vmap(lambda f: (setup(rated(rule, f), model), model))(
-                jax.numpy.asarray(together)
+        leaves, structure = jax.tree.flatten(model)
+        moving = [isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int) for leaf in leaves]
+
+        def whole(arrays: list[Any]) -> Any:
+            """The model with these arrays; functions and the like, which modules hold too, stay."""
+            new = iter(arrays)
+            return structure.unflatten(
+                [next(new) if moves else leaf for moves, leaf in zip(moving, leaves, strict=True)]
             )
-            stepping = jax.jit(jax.vmap(step, in_axes=(0, 0, None)))
+
+        def arrays_of(tree: object) -> list[Any]:
+            return list(itertools.compress(jax.tree.leaves(tree), moving))
+
+        def step(state: object, arrays: list[Any], batch: object) -> Any:
+            value, grads = both(whole(arrays), batch)
+            state, new = update(state, whole(arrays), grads, loss=value)
+            return value, state, arrays_of(new)
+
+        def begin(factor: float) -> Any:
+            return setup(rated(rule, factor), model), arrays_of(model)
+
+        alone = len(together) == 1
+        held = begin(together[0]) if alone else jax.vmap(begin)(jax.numpy.asarray(together))
+        stepping = jax.jit(step if alone else jax.vmap(step, in_axes=(0, 0, None)))
         values: list[Any] = []
         for batch in batches:
-            value, states, models = stepping(states, models, batch)
+            value, *held = stepping(*held, batch)
             values.append(jax.numpy.reshape(value, (len(together),)))
             stepped()
         losses = [list(map(float, each)) for each in zip(*map(_listed, values), strict=True)]
 
         def model_of(k: int) -> Any:
-            if len(together) == 1:
-                return evaluated(states, models)
-            return evaluated(*jax.tree.map(lambda a: a[k], (states, models)))
+            state, arrays = held if alone else jax.tree.map(lambda a: a[k], tuple(held))
+            return evaluated(state, whole(arrays))
 
         return [_until_finite(each) for each in losses], model_of
 

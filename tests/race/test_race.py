@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import equinox
 import jax
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 import optimisers as opt
 from optimisers.curves import COLOURS, Curve, draw, smooth, spread
@@ -189,6 +191,33 @@ def test_what_is_no_race_is_refused() -> None:
             opt.race(RULES, by_numpy, model, BATCHES, **settings)  # pyright: ignore[reportArgumentType] the same
     with pytest.raises(opt.BadSetting, match="no batch"):
         opt.race(RULES, by_numpy, model, lambda _: iter([]), steps=3)
+
+
+def test_modules_of_flax_and_equinox_are_trained_with_all_that_they_hold() -> None:
+    def of_flax(seed: int) -> Any:
+        model = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(seed))
+        model.kernel = nnx.Param(jnp.zeros((3, 1)))
+        return model
+
+    def of_equinox(seed: int) -> Any:
+        net = equinox.nn.MLP(3, "scalar", 8, 0, use_final_bias=False, key=jax.random.key(seed))
+        return equinox.tree_at(lambda m: m.layers[0].weight, net, jnp.zeros((1, 3)))
+
+    for made, call, gradient in (
+        (of_flax, lambda m, x: m(x)[:, 0], nnx.value_and_grad),
+        (of_equinox, lambda m, x: jax.vmap(m)(x), equinox.filter_value_and_grad),
+    ):
+
+        def loss(model: Any, batch: tuple[Any, Any], call: Any = call) -> Any:
+            return ((call(model, jnp.asarray(batch[0], jnp.float32)) - batch[1]) ** 2).mean()
+
+        found = opt.race(
+            {"sgd": opt.Descent(0.05)}, loss, made, BATCHES, rates=(1, 2), seeds=(4,), steps=6,
+            value_and_grad=gradient, validate=lambda m, loss=loss: float(loss(m, BATCHES[0])),
+        )  # fmt: skip
+        for trial in found.trials:
+            np.testing.assert_allclose(trial.losses, descended(0.05 * trial.factor, 4, 6), rtol=3e-6)
+            assert 0 < trial.score < trial.losses[0]
 
 
 def test_gradients_of_another_making_may_be_given() -> None:
