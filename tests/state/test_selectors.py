@@ -16,7 +16,7 @@ from flax import nnx
 from torch import nn
 
 import optimisers as opt
-from optimisers.errors import NoMatch
+from optimisers.errors import BadState, NoMatch
 
 FAST, SLOW = opt.Descent(1.0), opt.Descent(0.5)
 
@@ -387,3 +387,18 @@ def test_states_of_models_whose_classes_pickle_does_not_find_are_pickled_without
     state = opt.as_optax(opt.Adam()).init(Pair(jnp.ones(2)))
     assert jax.tree.structure(pickle.loads(pickle.dumps(state))) == jax.tree.structure(state)
     assert opt.freeze(state, opt.by_type(Pair))["w"].frozen
+
+
+def test_lazy_modules_go_by_names_until_they_know_their_shapes() -> None:
+    module = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1))
+    optimizer = opt.TorchOptimizer(module, {"**.bias": FAST, "**": SLOW})
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.5]
+    with pytest.raises(
+        BadState, match=r"'0.weight' has no shape yet, by which a selector picks; call the module"
+    ):
+        opt.TorchOptimizer(module, {opt.vectors: FAST, "**": SLOW})
+
+    module(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    names = opt.TorchOptimizer(module, {opt.vectors: FAST, "**": SLOW}).param_groups[0]["param_names"]
+    assert names == ["0.bias", "1.bias"]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from optimisers.errors import BadSetting, BadState
 from optimisers.rule import Rule
@@ -312,7 +313,7 @@ def by_key(rules: Mapping[Any, Any], named: list[Any], told: Told) -> tuple[list
     if not all(isinstance(pair, tuple) for pair in named):
         raise BadState("a dict of rules takes a module or named parameters: write model.named_parameters()")
     taken: list[list[Any]] = [[] for _ in rules]
-    chosen = first_picks(list(rules), [described(name, p, told) for name, p in named])
+    chosen = first_picks(list(rules), [described(name, p, told, rules) for name, p in named])
     for pair, k in zip(named, chosen, strict=True):
         taken[k].append(pair)
     return [{"params": found} for found in taken], list(rules.values())
@@ -327,7 +328,7 @@ def by_depth(
     if not all(isinstance(pair, tuple) for pair in named):
         raise BadState("layer_decay takes a module or named parameters: write model.named_parameters()")
     rules = rules_of(decayed, settings)
-    parameters = [described(name, p, known) for name, p in named]
+    parameters = [described(name, p, known, rules) for name, p in named]
     chosen = [list(rules.values())[k] for k in first_picks(list(rules), parameters)]
     slowed = decayed.slowed(chosen, parameters)
     members: dict[int, list[Any]] = {}
@@ -352,9 +353,16 @@ def rules_of(decayed: LayerDecay, settings: Mapping[str, Any]) -> dict[Any, Any]
     return found
 
 
-def described(name: str, p: Any, told: Told) -> Parameter:
-    """What is known of a named parameter."""
-    return Parameter(told.get(name, (Place(named_path(name), ()),)), tuple(p.shape))
+def described(name: str, p: Any, told: Told, keys: Iterable[Any] = ()) -> Parameter:
+    """What is known of a named parameter; raises BadState where the keys ask for a shape that a lazy module
+    does not know yet.
+    """
+    lazy = is_lazy(p)
+    if lazy and not all(isinstance(key, str) for key in keys):
+        raise BadState(
+            f"{name!r} has no shape yet, by which a selector picks; call the module on a batch first"
+        )
+    return Parameter(told.get(name, (Place(named_path(name), ()),)), () if lazy else tuple(p.shape))
 
 
 def matching(rules: Mapping[Any, Any], given: Mapping[str, Any]) -> Any:
@@ -370,7 +378,7 @@ def matching(rules: Mapping[Any, Any], given: Mapping[str, Any]) -> Any:
     listed = [params] if isinstance(params, torch.Tensor) else list(params)
     names = given.get("param_names") or [""] * len(listed)
     named = [p if isinstance(p, tuple) else (name, p) for name, p in zip(names, listed, strict=True)]
-    parameters = [described(name, p, {}) for name, p in named]
+    parameters = [described(name, p, {}, rules) for name, p in named]
     table = zip(*(selector(key).picks(parameters, 0) for key in rules), strict=True)
     first = {next((k for k, picked in enumerate(row) if picked), -1) for row in table}
     return list(rules.values())[first.pop() if len(first) == 1 else -1]
