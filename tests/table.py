@@ -338,6 +338,8 @@ MODERN: tuple[Row, ...] = (
     Row("GPA", opt.GPA(opt.Adam(0.1, (0.8, 0.95), 0.001), 0.8, 0.9)),
     Row("Lookahead", opt.Lookahead(opt.Momentum(0.1), 3, 0.8)),
     Row("SWA", opt.SWA(opt.Momentum(0.1), 2, 2)),
+    Row("AddNoise", opt.Chain(opt.AddNoise(0.1, 0.5, 3), opt.Descent(0.1))),
+    Row("SGLD", opt.SGLD(0.05, 0.1, 3)),
     Row("Mechanic", opt.Mechanic(opt.Momentum(0.3), 0.01, 0.05, betas=4), types=REAL, passes=3),
 )
 """Rules that came later: each is walked through every engine once, in `rules/test_modern.py`; the laws are
@@ -345,7 +347,7 @@ those of the rows above.
 """
 
 
-GIVEN_MORE = ("AdaHessian", "MoMo", "MoMoAdam", "PolyakSPS", "Sophia", "SophiaG")
+GIVEN_MORE = ("AdaHessian", "MoMo", "MoMoAdam", "PolyakSPS", "PrivateAggregate", "Sophia", "SophiaG")
 """Rules that are given second gradients or the loss: no rows, since rows are stepped by gradients alone."""
 
 

@@ -30,7 +30,7 @@ from docs.make_rules.letters import (
     short,
     subscripted,
 )
-from docs.make_rules.texts import HANDS_ON, family_of, parameters
+from docs.make_rules.texts import BEFORE, HANDS_ON, family_of, parameters
 from optimisers.graph.expr import Expr, order
 from optimisers.graph.trace import Program
 from optimisers.settings import walk
@@ -161,6 +161,7 @@ class Printer:
         out = [self._equation(name, e, guards_of.get(name, [])) for name, e in named if name != "t"]
         done = {name for name, _ in named}
         out += [self._equation(name, e, guards, own=False) for name, e, guards in outputs if name not in done]
+        out = [BEFORE[self.owner], *out] if self.owner in BEFORE else out
         kinds = dict.fromkeys(dict(e.options)["kind"] for e in order(roots) if e.op == "random")
         out += [rf"{name} &\sim {law}" for name, law in (RANDOM[kind] for kind in kinds)]
         return out + [rf"&\text{{needs }} {self.text(c, 0)}" for c in checks]

@@ -30,10 +30,11 @@ LETTERS = {
     "columns": "c",
     "scale_epsilon": r"\epsilon_x",
     "step": r"\Delta",
+    "temperature": "T",
 }
 """Letters of the papers for names of settings, of state and of variables."""
 
-OWN_LETTERS = {("Rprop", "g"): r"\tilde{g}"}
+OWN_LETTERS = {("Rprop", "g"): r"\tilde{g}", ("AddNoise", "variance"): r"\sigma^2"}
 """The same for single rules."""
 
 GREEK = frozenset(
@@ -58,7 +59,7 @@ RANDOM = {
 }
 """Kind of random numbers -> their letter, and how they are distributed."""
 
-GIVEN = {"clock": r"\text{clock}", "size": "N", "loss": "f_t"}
+GIVEN = {"clock": r"\text{clock}", "size": "N", "loss": "f_t", "examples": "n"}
 """What a step is given beside arrays and settings."""
 
 FUNCTIONS = {

@@ -10,6 +10,7 @@ import numpy as np
 import optimisers as opt
 from docs.make_rules.texts import example
 from optimisers.rule import further
+from optimisers.settings import parts
 
 START = (-1.2, 1.0)
 VALLEY = 10.0
@@ -35,6 +36,15 @@ def curvature(p: Any) -> Any:
 def needs_more(rule: opt.Rule) -> bool:
     """Whether a rule takes second gradients."""
     return further(type(rule))[1] == 1
+
+
+EXAMPLES = 8
+"""Of how many examples a gradient is, for rules that take each for itself."""
+
+
+def by_example(rule: opt.Rule) -> bool:
+    """Whether a rule takes the gradients of single examples."""
+    return any(isinstance(part, opt.Rule) and part.per_example for part in parts(rule))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +181,11 @@ PATHS: dict[str, Drawn] = {
     "Sophia": Drawn(opt.Sophia(0.05, rho=1.0, lam=0.0)),
     "SophiaG": Drawn(opt.SophiaG(0.05, rho=1.0, lam=0.0)),
     "AdaHessian": Drawn(opt.AdaHessian(0.3)),
+    "AddNoise": Drawn(opt.Chain(opt.AddNoise(100.0), opt.Descent(0.01)), PLAIN, "without noise"),
+    "SGLD": Drawn(opt.SGLD(0.005, 0.5), steps=600),
+    "PrivateAggregate": Drawn(
+        opt.Chain(opt.PrivateAggregate(5.0, 2.0), opt.Descent(0.03)), PLAIN, "without it", noise=2.0
+    ),
     "MoMo": Drawn(opt.MoMo(0.05)),
     "MoMoAdam": Drawn(opt.MoMoAdam(0.3)),
     "PolyakSPS": Drawn(opt.PolyakSPS()),
@@ -197,10 +212,11 @@ def path_of(drawn: Drawn, rule: opt.Rule) -> tuple[Any, Any]:
     state = opt.setup(rule, p, engine="interpret")
     points, averages = [np.array(START)], [np.array(START)]
     for i in range(drawn.steps):
-        g = gradient(p.ravel()) + drawn.noise * rng.standard_normal(2)
+        examples = (EXAMPLES, 2) if by_example(rule) else (2,)
+        g = gradient(p.ravel()) + drawn.noise * rng.standard_normal(examples)
         if drawn.spoilt and i % drawn.spoilt == drawn.spoilt - 1:
             g[0] = np.inf
-        g = g.astype(drawn.dtype).reshape(p.shape)
+        g = g.astype(drawn.dtype).reshape((*examples[:-1], *p.shape))
         curved = [curvature(p)] if needs_more(drawn.rule) else []
         state, p = opt.update(state, p, g, *curved, loss=loss(*map(float, p.ravel())))
         points.append(np.array(p, float).ravel())

@@ -62,7 +62,14 @@ FAMILIES = {
     ),
     "curvature": (
         "Diagonal curvature",
-        "Steps scaled by estimates of the second derivative, which come as second gradients.",
+        (
+            "Steps scaled by estimates of the second derivative, which come as second gradients: "
+            "`opt.hutchinson(loss, model, seed)` makes them for PyTorch and JAX."
+        ),
+    ),
+    "noise": (
+        "Noise",
+        "Steps with random numbers, which follow from a seed: to explore, to sample, to keep data private.",
     ),
     "decay": ("Decay beside the step", "Rules for the place behind the one that steps; they take its rate."),
 }
@@ -282,6 +289,19 @@ WHEN = {
     ),
     "SophiaG": "As Sophia, with the authors' estimate from sampled labels.",
     "AdaHessian": "For small models, where a Hessian product at every step can be paid.",
+    "AddNoise": (
+        "For deep networks that start badly: some noise at first, less later. With good initialisations "
+        "and normalisations it seldom helps."
+    ),
+    "SGLD": (
+        "To sample from a posterior, not to find its peak: keep parameters now and then, after the walk has "
+        "settled. The loss is the sum over all data, or its estimate from a batch."
+    ),
+    "PrivateAggregate": (
+        "For training with differential privacy, in front of Descent, Momentum or Adam. The gradients of "
+        "all examples of a step are in memory at once. Behind it `AccumGrad(k)` takes the mean of k such "
+        "batches, each with noise of its own."
+    ),
     "CautiousDecay": "In place of DecoupledDecay behind Adam, Lion or Momentum; no further tuning.",
     "CorrectedDecay": (
         "For layers that a normalisation follows, under a schedule whose rate falls: gradients then do "
@@ -325,7 +345,10 @@ HALF = {"MixedPrecision": "float16", "SplitPrecision": "bfloat16"}
 """The element type of the parameters for which a rule is shown; all others are for float32."""
 
 
-HANDS_ON = ("AccumGrad",)
+BEFORE = {"PrivateAggregate": r"g_t &= \sum_{i=1}^{n} \min(1, \omega / \|g_{t,i}\|) \, g_{t,i}"}
+"""What is done to gradients before a rule is given them."""
+
+HANDS_ON = ("AccumGrad", "AddNoise", "PrivateAggregate")
 """Rules outside the family gradient whose answer is not meant as a step."""
 
 

@@ -82,6 +82,7 @@ from optimisers.rules.gradient import (
 from optimisers.rules.losses import MoMo, MoMoAdam, PolyakSPS
 from optimisers.rules.matrix import Muon, TorchAdafactor
 from optimisers.rules.momenta import ADOPT, QHM, Adan, AdEMAMix, LaProp, NAdamW, QHAdam, SimplifiedAdEMAMix
+from optimisers.rules.noise import SGLD, AddNoise, PrivateAggregate
 from optimisers.rules.of_torch import ASGD, SparseAdam, TorchAdaMax, TorchRMSProp
 from optimisers.rules.projected import SGDP, AdamP
 from optimisers.rules.rateless import DAdaptAdam, DAdaptLion, DAdaptSGD, DoG, DoWG, LDoG, Prodigy
@@ -159,6 +160,7 @@ __all__ = [
     "AdamW",
     "Adan",
     "AdaptiveClip",
+    "AddNoise",
     "Backend",
     "BadSetting",
     "BadState",
@@ -226,6 +228,7 @@ __all__ = [
     "Pair",
     "PolyakSPS",
     "Polynomial",
+    "PrivateAggregate",
     "Prodigy",
     "QHAdam",
     "QHM",
@@ -237,6 +240,7 @@ __all__ = [
     "Rule",
     "SGD",
     "SGDP",
+    "SGLD",
     "SWA",
     "Scaled",
     "Schedule",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from optimisers.errors import BadSetting, TraceError, UnknownField
+from optimisers.ops.random import SEEDS
 from optimisers.settings import (
     Value,
     adjusted,
@@ -46,6 +47,17 @@ class Rule(Value):
 
     last: ClassVar[bool] = False
     """Whether this rule must see the step as it is taken, but may be the last one of a chain."""
+
+    per_example: ClassVar[bool] = False
+    """Whether gradients come with an axis in front, an entry for each example: `apply` is given their sum,
+    each times its weight. Such a rule stands first in a chain.
+    """
+
+    def weigh(self, norms: Any) -> Any:
+        """Of a rule that takes gradients of single examples the weight of each, from the norm of its gradient
+        over all arrays.
+        """
+        return norms * 0 + 1
 
     def init(self, x: Any) -> Any:
         """The state for one array of parameters; by default none, `()`."""
@@ -228,6 +240,15 @@ def not_negative(rule: Rule, *names: str) -> None:
             raise BadSetting(f"{type(rule).__name__}.{name} is {value!r}; it cannot be negative")
 
 
+def a_seed(rule: Rule, name: str = "seed") -> None:
+    """Raise BadSetting unless a setting is a seed of random numbers."""
+    value = getattr(rule, name)
+    if isinstance(value, int) and not 0 <= value < SEEDS:
+        raise BadSetting(
+            f"{type(rule).__name__}.{name} is {value!r}; it takes a whole number from 0 to {SEEDS - 1}"
+        )
+
+
 def one_of(rule: Rule, name: str, known: tuple[str, ...]) -> None:
     """Raise BadSetting unless a static setting is one of the known words."""
     if getattr(rule, name) not in known:
@@ -293,6 +314,7 @@ __all__ = [
     "Rule",
     "Setting",
     "a_rule",
+    "a_seed",
     "at_least_one",
     "changes_of",
     "in_unit_interval",

@@ -1,5 +1,6 @@
 """Several rules, one after the other."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from optimisers.arrays.protocol import Array
@@ -7,6 +8,11 @@ from optimisers.errors import BadSetting, UnknownField
 from optimisers.ops import under
 from optimisers.rule import Rule, one_step, stepped
 from optimisers.settings import parts
+
+
+def held(rules: Iterable[Rule]) -> Iterator[Rule]:
+    """Some rules, and those that they are made of."""
+    return (part for rule in rules for part in parts(rule) if isinstance(part, Rule))
 
 
 class Chain(Rule):
@@ -38,22 +44,27 @@ class Chain(Rule):
                     f"Chain was given {rule!r}; it takes rules, such as Chain(ClipGrad(), Adam()){hint}"
                 )
 
-        for rule in self.rules[:-1]:
-            for part in parts(rule):
-                if isinstance(part, Rule) and part.last:
-                    raise BadSetting(
-                        f"Chain was given a {type(part).__name__} before other rules; it averages the "
-                        f"parameters that a step leads to: write it last, Chain(..., {type(part).__name__}())"
-                    )
-        wrappers = [
-            part for rule in self.rules for part in parts(rule) if isinstance(part, Rule) and part.whole
-        ]
-        if wrappers and len(self.rules) > 1:
-            name = type(wrappers[0]).__name__
-            raise BadSetting(
-                f"Chain was given a {name} among other rules; it wraps a whole chain: write "
-                f"{name}(Chain(...))"
-            )
+        for part in held(self.rules[1:]):
+            name = type(part).__name__
+            if part.per_example:
+                raise BadSetting(
+                    f"Chain was given a {name} behind other rules; it takes the gradients of single "
+                    f"examples: write it first, Chain({name}(), ...)"
+                )
+        for part in held(self.rules[:-1]):
+            name = type(part).__name__
+            if part.last:
+                raise BadSetting(
+                    f"Chain was given a {name} before other rules; it averages the parameters that a step "
+                    f"leads to: write it last, Chain(..., {name}())"
+                )
+        for part in held(self.rules if len(self.rules) > 1 else ()):
+            name = type(part).__name__
+            if part.whole:
+                raise BadSetting(
+                    f"Chain was given a {name} among other rules; it wraps a whole chain: write "
+                    f"{name}(Chain(...))"
+                )
 
     def init(self, x: Array) -> tuple[Any, ...]:
         return tuple(rule.init(x) for rule in self.rules)

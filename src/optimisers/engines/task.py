@@ -57,6 +57,8 @@ class Job:
     """
     loss: Any = None
     """The loss of this step, one number; None where nobody gave it."""
+    examples: int | None = None
+    """How many examples the gradients are of, where they came example by example."""
     scaling: tuple[Any, Any] | None = None
     """(what every gradient is divided by, whether the step is skipped), as arrays on the device; None for 1
     and no.
@@ -151,8 +153,8 @@ class Step:
         self.new: dict[int, Any] = {}
         """The new parameters of leaves, where they are other objects than the old."""
         engine.begin(self)
-        if self.program.loss is not None:
-            self.scalars.put(self.program.loss, self.loss(), of_leaf=False)
+        for e in self.program.given:
+            self.scalars.put(e, self.loss() if e.op == "loss" else job.examples, of_leaf=False)
 
     def loss(self) -> Any:
         """The loss of the step, where the scalars are computed; raises BadState if nobody gave it."""

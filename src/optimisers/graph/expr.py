@@ -24,6 +24,9 @@ Guard = tuple["Expr", ...]
 
 Options = tuple[tuple[str, Any], ...]
 
+GIVEN = frozenset({"loss", "examples"})
+"""What a step is given, one number for all leaves: the loss, and how many examples its gradients are of."""
+
 _REDUCTIONS = frozenset({"sum", "norm2", "max", "min"})
 
 

@@ -27,8 +27,8 @@ class Trace:
         self.shape_read = False
         self.clocks: Any = None
         """The clocks of its scopes."""
-        self.loss: Symbol | None = None
-        """The loss of the step, where the rule asks for it."""
+        self.given: dict[str, Symbol] = {}
+        """What a step is given beside arrays, where the rule asks for it: the loss, how many examples."""
         self.totals: dict[str, int] = {}
         """How many totals each type of rule has asked for."""
         self.drawing: list[Rule | None] = []
@@ -238,10 +238,11 @@ class Symbol(Expr):
 
     @staticmethod
     def __loss__() -> "Symbol":
-        trace = current()
-        if trace.loss is None:
-            trace.loss = Symbol("loss")
-        return trace.loss
+        return current().given.setdefault("loss", Symbol("loss"))
+
+    @staticmethod
+    def __examples__() -> "Symbol":
+        return current().given.setdefault("examples", Symbol("examples"))
 
     @staticmethod
     def __under__(dx: "Symbol") -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from optimisers.arrays import registry
 from optimisers.errors import TraceError
 from optimisers.graph.clocks import Clocks
-from optimisers.graph.expr import Expr, Guard, order
+from optimisers.graph.expr import GIVEN, Expr, Guard, order
 from optimisers.graph.lower import Lowering
 from optimisers.graph.memo import kept
 from optimisers.graph.simplify import clean, unique
@@ -67,9 +67,9 @@ class Program:
     """Its nodes as engines read them."""
 
     @functools.cached_property
-    def loss(self) -> Expr | None:
-        """The loss of the step, where the rule asks for it."""
-        return next((e for e in order(self.roots, guards=True) if e.op == "loss"), None)
+    def given(self) -> tuple[Expr, ...]:
+        """What of that which a step is given beside arrays the rule asks for."""
+        return tuple(e for e in order(self.roots, guards=True) if e.op in GIVEN)
 
     @property
     def roots(self) -> list[Expr]:

@@ -74,6 +74,7 @@ from optimisers.ops.state import (
 from optimisers.ops.steps import (
     Becomes,
     check,
+    examples,
     landing,
     loss,
     total,
@@ -98,6 +99,7 @@ __all__ = [
     "dot",
     "ema",
     "equal",
+    "examples",
     "exp",
     "expm1",
     "floor",

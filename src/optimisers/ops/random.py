@@ -12,7 +12,7 @@ from typing import Any
 from optimisers.arrays import registry
 from optimisers.arrays.protocol import Array, Operand
 from optimisers.arrays.types import arithmetic, real_of
-from optimisers.errors import TraceError
+from optimisers.errors import BadSetting, TraceError
 from optimisers.ops.derived import is_complex
 from optimisers.ops.primitives import abs, log, minimum, random_word, sqrt, where
 
@@ -63,6 +63,8 @@ def drawn(kind: str, x: Any, seed: Operand, draw: int, step: Operand | None, lea
     """Random numbers of a kind; written into the graph if `x` is a symbol."""
     if not 0 <= draw < DRAWS:
         raise TraceError(f"{kind}(..., draw={draw!r}); it takes a whole number from 0 to {DRAWS - 1}")
+    if isinstance(seed, int) and not 0 <= seed < SEEDS:
+        raise BadSetting(f"{kind}(x, {seed!r}); a seed is a whole number from 0 to {SEEDS - 1}")
     write = getattr(type(x), "__random__", None)
     if write is not None:
         if step is not None or leaf != ():

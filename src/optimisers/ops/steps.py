@@ -69,6 +69,19 @@ def loss(dx: Any) -> Any:
     return read()
 
 
+def examples(dx: Any) -> Any:
+    """How many examples the gradients of this step are of, where the rule takes those of single examples.
+
+    Raises TraceError where `apply` is called outside any update.
+    """
+    read = getattr(type(dx), "__examples__", None)
+    if read is None:
+        raise TraceError(
+            "a rule asked how many examples there are outside of an update, which alone knows it"
+        )
+    return read()
+
+
 @dataclass(frozen=True)
 class Becomes:
     """The answer of a rule that knows the new value of x, not the step to it; x is that value, rounded

@@ -40,6 +40,8 @@ class Memo:
     """The engine that was chosen, and why no faster one."""
     by_rows: bool | None = None
     """Whether the rule may leave rows alone whose gradient is 0."""
+    per_example: bool | None = None
+    """Whether the rule takes gradients of single examples."""
     columns: dict[frozenset[str], dict[str, list[list[int]]] | None] = dataclasses.field(
         default_factory=dict[frozenset[str], dict[str, list[list[int]]] | None]
     )

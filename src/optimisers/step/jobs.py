@@ -15,6 +15,7 @@ from optimisers.state.buffers import Indices
 from optimisers.state.group import Group
 from optimisers.state.store import Store
 from optimisers.state.table import CAPTURED
+from optimisers.step.examples import summed
 from optimisers.step.plan import Plan, active, plan_of
 from optimisers.tree.layout import Node
 
@@ -78,6 +79,8 @@ class Steps:
     def made(self, plan: Plan, xs: Sequence[Any], orders: list[Sequence[Any]]) -> list[tuple[Job, Engine]]:
         """The jobs, each with its engine: only leaves that are not frozen and have a gradient are stepped."""
         mask = active(self.store, plan, orders)
+        first, self.examples = summed(self.store, plan, mask, orders[0])
+        orders = [first, *orders[1:]]
         jobs: list[tuple[Job, Engine]] = []
         for g, inside, at in plan.parts:
             members, taken = inside, at
@@ -151,6 +154,7 @@ class Steps:
             self.inplace,
             self.traced,
             self.loss,
+            self.examples,
             self.scaling,
         )
 

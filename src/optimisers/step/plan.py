@@ -62,9 +62,12 @@ class Plan:
 
 def _turned(x: Any, axes: Any) -> Any:
     """What stands at a place, with the axes of the first place of its leaf."""
-    if axes is None or not registry.isarray(x) or x.ndim != len(axes):
+    if axes is None or not registry.isarray(x):
         return x
-    return registry.library(x).permuted(x, tuple(np.argsort(axes)))
+    back: list[int] = np.argsort(axes).tolist()
+    if x.ndim == len(axes) + 1:  # with an axis of examples in front, which stays there
+        back = [0, *(a + 1 for a in back)]
+    return registry.library(x).permuted(x, tuple(back)) if x.ndim == len(back) else x
 
 
 def plan_of(store: Store, node: Node) -> Plan:
