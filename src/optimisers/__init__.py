@@ -37,7 +37,7 @@ from optimisers.errors import (
 )
 from optimisers.explain import explain, kernel
 from optimisers.flat import Restructure, destructure, trainable, trainables
-from optimisers.grads import gradients, value_and_grad
+from optimisers.grads import gradients, hutchinson, value_and_grad
 from optimisers.names import meant
 from optimisers.ops import abs2, copy, ema, maximum, minimum, norm, sign, sqrt, total, when, where, zeros_like
 from optimisers.race import Race, race
@@ -291,6 +291,7 @@ __all__ = [
     "get_num_threads",
     "gradients",
     "hidden_matrices",
+    "hutchinson",
     "hyperparameters",
     "isnumeric",
     "kernel",

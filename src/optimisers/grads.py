@@ -1,10 +1,12 @@
 """Where do gradients come from? From what the arrays keep, or from a loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from optimisers.arrays import registry
+from optimisers.arrays.types import is_complex
 from optimisers.errors import BadState
+from optimisers.ops import rademacher
 from optimisers.state.leaf import Branch, Leaf
 from optimisers.tree.children import container
 from optimisers.tree.flatten import flatten_model
@@ -62,6 +64,72 @@ def value_and_grad(loss: Callable[..., Any], model: object, *args: object, has_a
 
     value, grads = library.value_and_grad(of, arrays, has_aux)
     return value, mirrored(layout.root, [grads[leaf] for leaf in layout.root.leaves])
+
+
+def hutchinson(loss: Callable[..., Any], model: object, seed: Any, *args: object, samples: int = 1) -> Any:
+    """An estimate of the diagonal of the Hessian of loss(model, *args) with respect to all trainable arrays:
+    the mean of z H z over `samples` arrays z of random signs; for models of tensors, and of arrays of JAX.
+
+    It is right in the mean, and exact where the Hessian is diagonal. The signs follow from `seed`, a whole
+    number below 2^24, and the path of each array (see `opt.ops.rademacher`): give another seed for each
+    estimate, the number of the step, say. It stands as the gradients of `gradients` do, and goes to the rules
+    that ask for it as second gradients: `update(state, model, grads, hutchinson(loss, model, step, batch))`.
+    One estimate costs about two gradients. By a derivative of the gradient, in PyTorch backward over
+    backward, in JAX forward over backward, there also inside `jit`; buffers of a module stay as they are.
+    Bekas, Kokiopoulou & Saad, "An estimator for the diagonal of a matrix", 2007,
+    doi:10.1016/j.apnum.2007.01.003.
+
+    Raises BadState for complex parameters, and for arrays that their library cannot differentiate here.
+    """
+    _refuse_state(model, "hutchinson")
+    if samples < 1:
+        raise BadState(f"hutchinson was given samples={samples!r}; it takes a whole number, 1 or more")
+    ways = container(model)
+    if ways is not None and ways.functional is not None:
+        run, parameters, named = ways.functional(loss, model, args)
+        names = list(parameters)
+        found = _diagonal(
+            lambda new: run(dict(zip(names, new, strict=True)))[0],
+            list(parameters.values()),
+            [KeyPath(*name.split(".")) for name in names],
+            seed,
+            samples,
+        )
+        return named(dict(zip(names, found, strict=True)))
+    layout, arrays = flatten_model(model)
+
+    def of(new: list[Any]) -> Any:
+        return loss(rebuild(layout.root, model, dict(enumerate(new))), *args)
+
+    found = _diagonal(of, arrays, layout.paths, seed, samples)
+    return mirrored(layout.root, [found[leaf] for leaf in layout.root.leaves])
+
+
+def _diagonal(
+    of: Callable[[list[Any]], Any], arrays: list[Any], paths: Sequence[KeyPath], seed: Any, samples: int
+) -> list[Any]:
+    """The estimate for a function of a list of arrays, which stand at these paths."""
+    if not arrays:
+        return []
+    library = registry.library(*arrays)
+    product = library.hessian_product
+    if product is None:
+        raise BadState(
+            f"hutchinson takes models of tensors and of arrays of JAX; arrays of {library.name} cannot be "
+            "differentiated: give estimates of your own to update(state, model, grads, hessians)"
+        )
+    for x, path in zip(arrays, paths, strict=True):
+        if is_complex(library.type_name(x.dtype)):
+            raise BadState(f"hutchinson takes real parameters; {path.code()} is complex")
+    total: list[Any] = [0.0] * len(arrays)
+    for k in range(samples):
+        signs = [
+            library.cast(rademacher(x, seed, step=k, leaf=path), x.dtype)
+            for x, path in zip(arrays, paths, strict=True)
+        ]
+        products = product(of, arrays, signs)
+        total = [t + z * h / samples for t, z, h in zip(total, signs, products, strict=True)]
+    return total
 
 
 def _refuse_state(model: object, name: str) -> None:

@@ -174,6 +174,13 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 OPERATIONS["norm2"] = norm2(OPERATIONS, lambda x: float(jnp.finfo(x.dtype).tiny), jax.lax.stop_gradient)
 
 
+def hessian_product(
+    function: Callable[[list[Array]], Array], arrays: list[Array], along: list[Array]
+) -> list[Array]:
+    """The second derivative of a function of arrays, times vectors: forward over reverse."""
+    return jax.jvp(jax.grad(function), (arrays,), (along,))[1]
+
+
 @final
 class JaxLibrary(Library[Array, Dtype]):
     """JAX."""
@@ -182,6 +189,7 @@ class JaxLibrary(Library[Array, Dtype]):
     immutable = True
     sorts_dicts = True
     operations = OPERATIONS
+    hessian_product = staticmethod(hessian_product)
 
     # -- what an array is -----------------------------------------------------------------------------------
 

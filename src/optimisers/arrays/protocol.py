@@ -318,6 +318,9 @@ class Library(Protocol[A, D]):
     gradient_of: Callable[[A], A | None] | None = None
     """The gradient that an array itself keeps, None for no step; None where arrays keep none."""
 
+    hessian_product: Callable[[Callable[[Any], Any], list[Any], list[Any]], list[Any]] | None = None
+    """The second derivative of a function of a list of arrays, there, times a list of vectors."""
+
     value_and_grad: Callable[[Callable[[Any], Any], Any, bool], Any] | None = None
     """(What a function of a list or dict of arrays gives, its gradients), of (function, arrays, has_aux);
     with `has_aux` it gives (value, aux). None where nothing is differentiated.

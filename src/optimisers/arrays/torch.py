@@ -48,6 +48,18 @@ def value_and_grad(function: Callable[[Any], Any], arrays: object, has_aux: bool
     return ((value, aux) if has_aux else value), grads
 
 
+def hessian_product(
+    function: Callable[[list[Tensor]], Tensor], arrays: list[Tensor], along: list[Tensor]
+) -> list[Tensor]:
+    """The second derivative of a function of tensors, times vectors: the gradient of its slope along them."""
+
+    def slope(given: list[Tensor]) -> Tensor:
+        grads = torch.func.grad(function)(given)
+        return torch.stack([(g * z).sum() for g, z in zip(grads, along, strict=True)]).sum()
+
+    return torch.func.grad(slope)(arrays)
+
+
 @final
 class TorchLibrary(Library[Tensor, torch.dtype]):
     """PyTorch."""
@@ -57,6 +69,7 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
     operations = OPERATIONS
     gradient_of = operator.attrgetter("grad")
     value_and_grad = staticmethod(value_and_grad)
+    hessian_product = staticmethod(hessian_product)
 
     # -- what an array is -----------------------------------------------------------------------------------
 

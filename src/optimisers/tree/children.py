@@ -44,6 +44,7 @@ class Container:
     back.
     """
     value_and_grad: Callable[..., Any] | None = None
+    functional: Callable[..., Any] | None = None
     """Value and gradients of a loss: of (loss, container, arguments, has_aux)."""
 
 

@@ -274,33 +274,50 @@ class _Loss(nn.Module):
         return self.loss(self.module, *args)
 
 
-def value_and_grad(loss: Callable[..., Any], module: Any, args: object, has_aux: bool) -> Any:
-    """((loss, aux) or loss, gradients by name): parameters and buffers are replaced while the loss is worked
-    out, and buffers that it has changed are changed in the module afterwards.
+def functional(
+    loss: Callable[..., Any], module: Any, args: object
+) -> tuple[Callable[[dict[str, Any]], Any], dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]:
+    """(a function of parameters by name, those that are trained, what makes gradients of their names into
+    those of all). The function gives what the loss gives, and the buffers as it leaves them: parameters and
+    buffers are replaced while it runs.
     """
     whole, way = _Loss(loss, module), route(module)
     every = way.found
     first = [i for i in way.firsts(every) if every[i].requires_grad]
-    parameters = {way.names[i]: every[i].detach() for i in first}
     buffers = dict(module.named_buffers())
 
     def of(parameters: dict[str, Any]) -> Any:
         own = {name: b.clone() for name, b in buffers.items()}
         replaced = {f"module.{name}": x for name, x in (parameters | own).items()}
-        found = functional_call(whole, replaced, args)
+        return functional_call(whole, replaced, args), own
+
+    def named(grads: dict[str, Any]) -> dict[str, Any]:
+        seen = {id(every[i]): name for name, i in zip(grads, first, strict=True)}
+        return {
+            way.names[i]: grads[seen[id(every[i])]] if id(every[i]) in seen else None
+            for i in way.firsts(every)
+        }
+
+    return of, {way.names[i]: every[i].detach() for i in first}, named
+
+
+def value_and_grad(loss: Callable[..., Any], module: Any, args: object, has_aux: bool) -> Any:
+    """((loss, aux) or loss, gradients by name); buffers that the loss has changed are changed in the module
+    afterwards.
+    """
+    run, parameters, named = functional(loss, module, args)
+
+    def of(parameters: dict[str, Any]) -> Any:
+        found, own = run(parameters)
         value, aux = found if has_aux else (found, ())
         return value, (aux, own)
 
     (value, (aux, changed)), grads = of_tensors(of, parameters, True)
     with torch.no_grad():
-        for name, b in buffers.items():
+        for name, b in module.named_buffers():
             if not torch.equal(b, changed[name]):
                 b.copy_(changed[name])
-    seen = {id(every[i]): name for name, i in zip(grads, first, strict=True)}
-    named = {
-        way.names[i]: grads[seen[id(every[i])]] if id(every[i]) in seen else None for i in way.firsts(every)
-    }
-    return ((value, aux) if has_aux else value), named
+    return ((value, aux) if has_aux else value), named(grads)
 
 
 MODULE = Container(
@@ -312,4 +329,5 @@ MODULE = Container(
     gradients=gradients,
     beside=beside,
     value_and_grad=value_and_grad,
+    functional=functional,
 )
