@@ -73,7 +73,7 @@ def train(
 def main() -> list[float]:
     """Train, freeze the first stage, train on; all losses."""
     torch.manual_seed(0)
-    images, shown = digits(32)
+    images, shown = digits(16)
     model = ResNet18()
     state = opt.setup(opt.Adam(), model)
     size = sum(p.numel() * p.itemsize for p in opt.trainables(model))

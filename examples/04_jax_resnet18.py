@@ -76,7 +76,7 @@ def step(state: Any, params: Any, statistics: Any, images: Any, shown: Any) -> A
 
 def main() -> list[float]:
     """Train on the same images for some steps; the loss before each."""
-    images, shown = digits(32)
+    images, shown = digits(16)
     variables = jax.jit(NET.init)(jax.random.key(0), images)
     params, statistics = variables["params"], variables["batch_stats"]
     state = opt.setup(opt.Chain(opt.ClipGlobalNorm(1.0), opt.Adam()), params)

@@ -200,16 +200,16 @@ def worlds(*chosen: World) -> Any:
 
 
 def by_engine(chosen: list[World]) -> list[list[World]]:
-    """The worlds of each engine: they differ in the kind of step."""
+    """The worlds of each engine: they differ in the kind of step, and in where a state has its numbers."""
     found: dict[tuple[Any, ...], list[World]] = {}
     for world in chosen:
-        found.setdefault((world.library, world.engine, world.capturable), []).append(world)
+        found.setdefault((world.library, world.engine), []).append(world)
     return list(found.values())
 
 
 def worlds_with(name: str, values: dict[str, Any], *turns: list[World]) -> Any:
-    """A test is run for every value and each list of worlds, which take turns. Where a list holds one engine
-    and two kinds of steps, each value meets each engine, and by one or the other each kind of step.
+    """A test is run for every value and each list of worlds, which take turns. Where a list holds the worlds
+    of one engine, each value meets each engine, and by one or the other each kind of step.
     """
     cases = []
     for (i, taking), (j, (title, value)) in itertools.product(enumerate(turns), enumerate(values.items())):

@@ -230,11 +230,15 @@ def compare(case: Case, kind: str, place: Place, errors: Errors) -> None:
 
 
 def check_rules(place: Place, workers: int) -> list[Errors]:
-    """Check every rule in every type, in several processes that compile; in a rehearsal, in one type."""
+    """Check every rule in every type, in several processes that compile; in a rehearsal, of each way to check
+    some rules in one type.
+    """
     if place.rehearse:
         kinds = [[k for k in KINDS if type_of(k) in c.types] for c in CASES]
         return [
-            check_rule(c, k[i % len(k)], place) for i, (c, k) in enumerate(zip(CASES, kinds, strict=True))
+            check_rule(c, k[i % len(k)], place)
+            for i, (c, k) in enumerate(zip(CASES, kinds, strict=True))
+            if i % 5 == 0 or c.exact is not None or c.infinite
         ]
     try:
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
