@@ -111,6 +111,8 @@ def copied(state: object, old: object, name: str) -> Any:
             at = "".join(f".{p}" if isinstance(p, str) else f"[{p}]" for p in path)
             if value.shape != was.shape:
                 raise BadState(f"{name}{at} has shape {tuple(value.shape)}; it takes {tuple(was.shape)}")
+            if reason := registry.no_numbers(value):
+                raise BadState(f"{name}{at} {reason}")
             if registry.iscomplex(value) and not registry.iscomplex(was):
                 raise BadState(f"{name}{at} is complex; it takes real numbers")
             new.append(registry.library(was).copied(value, was.dtype))

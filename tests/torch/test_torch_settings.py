@@ -209,3 +209,13 @@ def test_globs_that_do_not_fit_are_refused_as_by_setup(rules: dict[str, opt.Rule
     for make in (lambda: opt.TorchOptimizer(module, rules), lambda: opt.setup(rules, module)):
         with pytest.raises(opt.NoMatch, match=text):
             make()
+
+
+@pytest.mark.parametrize("rule", [3, "adam", opt.Adam, object()], ids=repr)
+def test_what_is_no_rule_makes_no_group(rule: Any) -> None:
+    optimizer = opt.TorchOptimizer([parameter()], opt.Adam())
+    with pytest.raises(opt.BadState, match=r"group 1 has .* as its rule; it takes a rule"):
+        optimizer.add_param_group({"params": [parameter()], "rule": rule})
+
+    assert len(optimizer.param_groups) == 1
+    optimizer.step()

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
+
 from optimisers.arrays.protocol import Array, Library
-from optimisers.arrays.types import is_complex, is_inexact
+from optimisers.arrays.types import is_complex, is_inexact, is_number
 from optimisers.errors import BadSetting
 
 
@@ -309,6 +311,13 @@ def type_name(x: Array) -> str:
 def iscomplex(x: Array) -> bool:
     """Whether the elements of an array are complex numbers."""
     return is_complex(type_name(x))
+
+
+def no_numbers(x: Array) -> str:
+    """Why an array holds no numbers to compute with; empty if it does."""
+    if isinstance(x, np.ma.MaskedArray):
+        return "is masked; write filled(0)"
+    return "" if is_number(type_name(x)) else f"has elements of type {x.dtype}; it takes numbers"
 
 
 def maywrite(x: object) -> bool:

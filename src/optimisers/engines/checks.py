@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optimisers.arrays import registry
-from optimisers.arrays.types import is_number
 from optimisers.errors import TreeMismatch
 
 if TYPE_CHECKING:
@@ -62,10 +61,8 @@ def checked_gradient(step: "Step", order: int, leaf: int) -> Any:
     if tuple(dx.shape) != shape:
         raise TreeMismatch(f"gradient of shape {tuple(dx.shape)} for parameters of shape {shape}, at {name}")
     dx = library.dense(dx)
-    if isinstance(dx, np.ma.MaskedArray):
-        raise TreeMismatch(f"{name} is masked; write filled(0), or None for no step")
-    if not is_number(registry.type_name(dx)):
-        raise TreeMismatch(f"{name} has elements of type {dx.dtype}; it takes numbers")
+    if reason := registry.no_numbers(dx):
+        raise TreeMismatch(f"{name} {reason}, or None for no step")
     if registry.iscomplex(dx) and not registry.iscomplex(step.xs[leaf]):
         raise TreeMismatch(f"{name} is complex for real parameters; take its real part")
     return dx
