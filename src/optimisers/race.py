@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from optimisers.errors import BadSetting
 from optimisers.rule import Rule
-from optimisers.settings import parts
+from optimisers.step.layers import LayerDecay
 from optimisers.training import guarded, rated, trainer
+from optimisers.training import rates as rates_of
 
-Rules = Rule | Mapping[Any, Any]
+Rules = Rule | Mapping[Any, Any] | LayerDecay
 Losses = NDArray[np.float64]
 
 RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -212,7 +213,7 @@ def _named(rules: object) -> dict[str, Rules]:
         for rule in rules:
             name = type(rule).__name__
             named[name if name not in named else f"{name} {len(named) + 1}"] = rule
-    if not named or not all(isinstance(rule, Rule | Mapping) for rule in named.values()):
+    if not named or not all(isinstance(rule, Rule | Mapping | LayerDecay) for rule in named.values()):
         raise BadSetting(
             f'race takes rules by name, such as {{"AdamW": opt.AdamW()}}, or a list of rules; it was given '
             f"{rules!r}"
@@ -297,7 +298,7 @@ def _entries(trials: Sequence[Trial], factors: Sequence[float]) -> list[Entry]:
         by_rate = {f: [t for t in mine if t.factor == f] for f in factors}
         scores = {f: float(np.median([t.score for t in each])) for f, each in by_rate.items()}
         best = min(scores, key=lambda f: (scores[f], abs(np.log(f))))
-        edges = {factors[0]: "smallest", factors[-1]: "largest"} if _has_rate(mine[0].rule) else {}
+        edges = {factors[0]: "smallest", factors[-1]: "largest"} if rates_of(mine[0].rule) else {}
         entries.append(
             Entry(
                 name,
@@ -314,23 +315,13 @@ def _entries(trials: Sequence[Trial], factors: Sequence[float]) -> list[Entry]:
     return sorted(entries, key=lambda e: e.score)
 
 
-def _rates(rule: Rules) -> list[Any]:
-    """The rates of a rule, or of the rules of a dict."""
-    rules = list(rule.values()) if isinstance(rule, Mapping) else [rule]
-    return [vars(p)["eta"] for each in rules if each is not None for p in parts(each) if "eta" in vars(p)]
-
-
-def _has_rate(rule: Rules) -> bool:
-    return bool(_rates(rule))
-
-
 def _rate(entry: Entry) -> str:
     """The rate of an entry, where it is one number, or how many times what was given it is."""
-    rates = _rates(entry.rule)
-    if not rates:
+    found = rates_of(entry.rule)
+    if not found:
         return "none"
-    one = len(rates) == 1 and isinstance(rates[0], float)
-    return f"{rates[0]:.3g}" if one else f"{entry.factor:g} x given"
+    one = len(found) == 1 and isinstance(found[0], float)
+    return f"{found[0]:.3g}" if one else f"{entry.factor:g} x given"
 
 
 def written(rule: Rules) -> str:

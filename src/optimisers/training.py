@@ -2,13 +2,14 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib
 import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,9 +17,10 @@ from optimisers.arrays import registry
 from optimisers.averaged import averaged
 from optimisers.errors import BadSetting, NoMatch
 from optimisers.grads import value_and_grad as of_tensors
-from optimisers.rule import Rule
-from optimisers.schedules import Join, Schedule
-from optimisers.settings import Value, adjusted, inner, is_schedule, parts, replaced, settings
+from optimisers.rule import Rule, rate_of
+from optimisers.schedules import Scaled
+from optimisers.settings import is_schedule, parts
+from optimisers.step.layers import LayerDecay, with_rate
 from optimisers.step.update import setup, update, update_
 from optimisers.tree.flatten import flatten_model
 
@@ -27,65 +29,31 @@ Gradient = Callable[[Loss], Callable[[Any, Any], tuple[Any, Any]]]
 
 # -- rates ---------------------------------------------------------------------------------------------------
 
-LEVELS = ("eta", "start", "end")
-"""Fields of our schedules that are rates."""
-
-
-@final
-class Times(Value):
-    """Another schedule times a number."""
-
-    schedule: Any
-    factor: float = 1.0
-
-    def __call__(self, clock: float) -> Any:
-        return self.factor * self.schedule(clock)
-
-    def __repr__(self) -> str:
-        return f"lambda t: {self.factor:g} * ({self.schedule!r})(t)"
-
 
 def rated(rule: object, factor: float) -> Any:
-    """A rule, or a dict of them, with its rate times a number: of rules in a row that of the first one that
-    has a rate, for their rates multiply. A rule without a rate stays as it is.
+    """A rule, a dict of them or `layer_decay` of one, with its rate times a number: where rules stand in a
+    row that of the last one that has a rate, for their rates multiply. A rule without a rate stays as it is.
     """
     if isinstance(rule, Mapping):
         return {key: rated(each, factor) for key, each in rule.items()}
-    old = next((part for part in parts(rule) if "eta" in vars(part)), None)
-    if old is None or not isinstance(rule, Value):
+    if isinstance(rule, LayerDecay):
+        return dataclasses.replace(rule, rule=rated(rule.rule, factor))
+    if not isinstance(rule, Rule) or not rates(rule):
         return rule
-    new = replaced(old, {"eta": _times(old.eta, factor)})  # pyright: ignore[reportAttributeAccessIssue] it has one
-    new.__post_init__()
-    return _exchanged(rule, old, new)
+    eta = rate_of(rule)
+    if is_schedule(eta):
+        return with_rate(rule, Scaled(eta, factor))
+    new = eta * factor
+    return with_rate(rule, float(f"{new:.12g}") if isinstance(new, float) else new)  # 0.009, not 0.0090...01
 
 
-def _exchanged(value: Value, old: Value, new: Value) -> Value:
-    """A rule with another part in the place of one."""
-    if value is old:
-        return new
-    changes = {name: inner(held, lambda v: _exchanged(v, old, new)) for name, held in settings(value)}
-    result = replaced(value, changes)
-    result.__post_init__()
-    return result
-
-
-def _times(rate: Any, factor: float) -> Any:
-    """A rate times a number; of a schedule of ours the levels."""
-    if not is_schedule(rate):
-        new = rate * factor
-        return float(f"{new:.12g}") if isinstance(new, float) else new  # 0.009, not 0.009000000000000001
-    if isinstance(rate, Join):
-        return Join(tuple(_times(each, factor) for each in rate.schedules), rate.boundaries)
-    if isinstance(rate, Schedule):
-        return adjusted(rate, {name: getattr(rate, name) * factor for name in LEVELS if name in vars(rate)})
-    return Times(rate, factor)
-
-
-def is_one_number(rule: object) -> bool:
-    """Whether the rates of a rule, or of a dict of them, are numbers."""
+def rates(rule: object) -> list[Any]:
+    """The rates of a rule, or of the rules of a dict."""
+    if isinstance(rule, LayerDecay):
+        return rates(rule.rule)
     rules = rule.values() if isinstance(rule, Mapping) else (rule,)
     every = [part for each in rules if isinstance(each, Rule) for part in parts(each)]
-    return not any(is_schedule(vars(part).get("eta")) for part in every)
+    return [vars(part)["eta"] for part in every if "eta" in vars(part)]
 
 
 # -- trainings -----------------------------------------------------------------------------------------------
@@ -222,7 +190,7 @@ def _runs_of_jax(jax: Any, both: Callable[..., Any], rule: object, factors: Sequ
 
         return [_until_finite(each) for each in losses], model_of
 
-    each = [factors] if is_one_number(rule) else [[factor] for factor in factors]
+    each = [factors] if not any(map(is_schedule, rates(rule))) else [[factor] for factor in factors]
     return [Run(together, functools.partial(train, together)) for together in each]
 
 

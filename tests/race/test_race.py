@@ -148,13 +148,14 @@ def test_a_loader_is_shuffled_by_the_seed_and_dropout_drops_the_same() -> None:
 
 def test_rates_are_multiplied_once_and_schedules_keep_their_shape() -> None:
     chain = opt.Chain(opt.ClipNorm(1.0), opt.Adam(0.1), opt.Descent(0.5))
-    assert rated(chain, 3.0) == opt.Chain(opt.ClipNorm(1.0), opt.Adam(0.3), opt.Descent(0.5))
+    assert rated(chain, 3.0) == opt.Chain(opt.ClipNorm(1.0), opt.Adam(0.1), opt.Descent(1.5))
     joined = opt.Join((opt.Linear(0.0, 0.1, 5), opt.Cosine(0.1, 10, end=0.01)), (5,))
     for schedule in (opt.OneCycle(0.1, 20), opt.Step(0.1, (3,), (0.5,)), joined, lambda t: 0.1 / (1 + t)):
         new = rated(opt.Descent(schedule), 3.0).eta
         for t in range(12):
             assert new(t) == pytest.approx(3 * schedule(t), rel=1e-12)
     assert rated({"w": opt.Adam(0.1), "**": None}, 2.0) == {"w": opt.Adam(0.2), "**": None}
+    assert rated(opt.layer_decay(opt.Adam(0.1), 0.5), 2.0) == opt.layer_decay(opt.Adam(0.2), 0.5)
     assert rated(opt.Cautious(opt.Lion(0.1)), 2.0) == opt.Cautious(opt.Lion(0.2))
 
 

@@ -76,11 +76,15 @@ def layer_decay(
 def with_rate_times(rule: Rule, factor: float) -> Rule:
     """A rule whose rate, the last one that it has, is multiplied; raises BadSetting where it has none."""
     eta = rate_of(rule)
+    return rule if factor == 1 else with_rate(rule, Scaled(eta, factor) if is_schedule(eta) else factor * eta)
+
+
+def with_rate(rule: Rule, rate: object) -> Rule:
+    """A rule with another rate in the place of its own, of the last one that it has."""
     rated = [
         part for part in parts(rule) if any(f.name == "eta" and f.kind is not None for f in fields(part))
     ]
-    new = Scaled(eta, factor) if is_schedule(eta) else factor * eta
-    return rule if factor == 1 else _with_part(rule, rated[-1], {"eta": new})
+    return _with_part(rule, rated[-1], {"eta": rate})
 
 
 def _with_part(value: Any, part: Any, changes: dict[str, Any]) -> Any:
