@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import optimisers as opt
 from optimisers.engines.addressed.text import kinds_of, labels_of
-from optimisers.engines.cpu import printer
 from optimisers.engines.cpu.task import sources
+from optimisers.engines.labels import fitting
 from optimisers.graph.passes import Pass, store_pass
 from optimisers.graph.trace import Program, trace
 
@@ -116,7 +116,7 @@ def test_no_name_is_given_twice(names: list[str]) -> None:
     given = [line.split(" = ")[0].strip() for line in body.splitlines() if " = " in line]
     assert len(given) == len(set(map(normal, given)))
     compile(text, "kernel", "exec")
-    labels = printer.fitting(labels_of(program), "")
+    labels = fitting(labels_of(program), "")
     outside = set(keyword.kwlist) | set(dir(builtins))
     assert not {normal(label) for label in labels.values()} & outside
 

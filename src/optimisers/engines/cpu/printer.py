@@ -5,17 +5,13 @@ the numbers of its leaf from a table, then runs one loop whose maths stays in re
 table of addresses.
 """
 
-import builtins
 import functools
 import hashlib
-import io
-import keyword
-import tokenize
-import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar
 
+from optimisers.engines.labels import fitting
 from optimisers.graph.expr import Expr, show
 from optimisers.graph.passes import Pass
 
@@ -445,33 +441,6 @@ def columns(p: Pass, *, inplace: bool) -> list[str]:
 def support_hash(file: str) -> str:
     """Tells kernels compiled against other functions of a file of the engines apart."""
     return hashlib.sha256(Path(__file__).parents[1].joinpath(file).read_bytes()).hexdigest()[:12]
-
-
-def identifiers(text: str) -> frozenset[str]:
-    """The names in a Python text."""
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    return frozenset(token.string for token in tokens if token.type == tokenize.NAME)
-
-
-def fitting(labels: dict[str, str], plain: str) -> dict[str, str]:
-    """The reader's labels of arrays, as far as no name that is made of one is used already.
-
-    `plain` is the text in which arrays go by their own names, so it uses every name that its template and its
-    maths ever do; an array whose label does not fit keeps its own.
-    """
-    taken = identifiers(plain) | set(keyword.kwlist) | set(dir(builtins))
-    fit: dict[str, str] = {}
-    for array, label in labels.items():
-        label = unicodedata.normalize("NFKC", label)  # noqa: PLW2901 as Python reads it
-        made = {f"{role}{new}{label}" for role in ROLES for new in ("", "new_")}
-        if label.isidentifier() and not made & taken:
-            fit[array] = label
-            taken |= made
-    return fit
-
-
-ROLES = ("", "load_", "store_", "at_", "wide_at_")
-"""What stands before the label of an array in the names that a kernel makes of it."""
 
 
 def source(

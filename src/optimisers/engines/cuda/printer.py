@@ -18,11 +18,11 @@ from optimisers.engines.cpu.printer import (
     Printer,
     Unprintable,
     chosen,
-    fitting,
     indented,
     random_in,
     support_hash,
 )
+from optimisers.engines.labels import fitting
 from optimisers.graph.check import check
 from optimisers.graph.expr import Expr, order
 from optimisers.graph.lower import Lowering
