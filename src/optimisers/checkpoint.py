@@ -118,7 +118,7 @@ def _scalars(store: Store, leaf: int, group: Group, i: int) -> dict[str, Any]:
 
 def _vector(library: Any, values: Iterable[Any]) -> Any:
     """Scalars in an array of a library."""
-    return library.table(np.array([[float(v) for v in values]], np.float64))[0]
+    return library.scalars.table(np.array([[float(v) for v in values]], np.float64))[0]
 
 
 def _host(value: Any) -> Any:

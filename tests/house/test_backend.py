@@ -9,6 +9,7 @@ import pytest
 
 import optimisers as opt
 from optimisers.arrays import registry
+from optimisers.arrays.protocol import Library
 from tests.table import TABLE, Row
 from tests.toy_library import BACKEND, Toy, ToyLibrary, began
 from tests.worlds import arrays_of, close, gradients_of, leaves, trained
@@ -243,4 +244,10 @@ def test_a_new_back_end_touches_one_file() -> None:
 def test_it_writes_only_what_has_no_default() -> None:
     written = {name for name in vars(ToyLibrary) if not name.startswith("_")}
 
-    assert len(written) <= 24, sorted(written)
+    assert len(written) <= 21, sorted(written)
+
+
+def test_the_contract_of_a_library_does_not_grow() -> None:
+    asked = {name for name in (*vars(Library), *Library.__annotations__) if not name.startswith("_")}
+
+    assert len(asked) <= 64, sorted(asked)

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optimisers.arrays import philox
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.norms import norm2
+from optimisers.arrays.parts import Scalars, Shards
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape
 from optimisers.errors import BadSetting
 
@@ -182,6 +183,84 @@ def hessian_product(
 
 
 @final
+class JaxScalars(Scalars):
+    """Scalars in arrays of JAX."""
+
+    def is_fixed(self, x: object) -> bool:
+        return not isinstance(x, Tracer)
+
+    def table(self, rows: Any) -> Array:
+        kind = jax.dtypes.canonicalize_dtype(np.float64)
+        if isinstance(rows, np.ndarray):
+            return jnp.add(rows.astype(kind), jnp.zeros((), kind))  # in a mesh it lies as results do
+        return (
+            jnp.stack([jnp.stack([jnp.asarray(v, kind) for v in row]) for row in rows])
+            if rows[0]
+            else jnp.zeros((len(rows), 0), kind)
+        )
+
+    def constant(self, values: object, beside: Array) -> Any:
+        return jnp.asarray(values, beside.dtype)
+
+    def beside(self, value: Array, arrays: Sequence[Array]) -> Array:
+        if any(isinstance(x, Tracer) or not isinstance(x, jax.Array) for x in (value, *arrays)):
+            return value
+        found = {x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None for x in arrays}
+        mesh = found.pop() if len(found) == 1 else None
+        if mesh is None:
+            return value
+        # A step gives such a number back with an axis each: another spelling would be compiled once more.
+        explicit = AxisType.Explicit in mesh.axis_types
+        spec = PartitionSpec(*[None] * np.ndim(value)) if explicit else PartitionSpec()
+        return jax.device_put(value, NamedSharding(mesh, spec))
+
+    def mapped(self, function: Callable[[Any], Any], counts: Array) -> Array:
+        return jax.vmap(function)(counts.astype(jnp.int32)).astype(counts.dtype)
+
+    def joined(self, vectors: list[Array]) -> Array:
+        return jnp.concatenate(vectors)
+
+    def columns(self, values: Sequence[Any], rows: int) -> Array:
+        kind = jax.dtypes.canonicalize_dtype(np.float64)
+        return jnp.stack([jnp.broadcast_to(jnp.asarray(v, kind), (rows,)) for v in values], 1)
+
+    def placed(self, x: Array, index: object, values: object) -> Array:
+        return x.at[index].set(jnp.asarray(values, x.dtype))
+
+    def counted(self, clocks: object) -> Any:
+        return jnp.add(jnp.asarray(clocks).astype(jnp.int32), jnp.int32(0))
+
+
+@final
+class JaxShards(Shards[Array]):
+    """Arrays on several devices, and inside of `shard_map`."""
+
+    def is_spread(self, x: Array) -> bool:
+        """Whether an array, as far as it can be seen, is on several devices."""
+        return isinstance(x, jax.Array) and not isinstance(x, Tracer) and len(x.devices()) > 1
+
+    def is_cut(self, x: Array) -> bool:
+        """Whether an array, as far as it can be seen, is cut into parts that lie on several devices."""
+        if not isinstance(x, Tracer):
+            return isinstance(x, jax.Array) and not x.sharding.is_fully_replicated
+        spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
+        return any(axes is not None for axes in spec)
+
+    def is_part(self, x: Array) -> bool:
+        return bool(varying(x))
+
+    def across(self, op: str, value: Array, x: Array) -> Array:
+        axes = tuple(varying(x))
+        if not axes:
+            return value
+        if op == "norm2":
+            top = jax.lax.pmax(jax.lax.stop_gradient(value), axes)
+            scale = jnp.where((top > 0) & (top < math.inf), top, 1)
+            return scale * _sqrt(jax.lax.psum((value / scale) ** 2, axes))
+        return {"sum": jax.lax.psum, "max": jax.lax.pmax, "min": jax.lax.pmin}[op](value, axes)
+
+
+@final
 class JaxLibrary(Library[Array, Dtype]):
     """JAX."""
 
@@ -190,6 +269,8 @@ class JaxLibrary(Library[Array, Dtype]):
     sorts_dicts = True
     operations = OPERATIONS
     hessian_product = staticmethod(hessian_product)
+    scalars = JaxScalars()
+    shards = JaxShards()
 
     # -- what an array is -----------------------------------------------------------------------------------
 
@@ -204,20 +285,6 @@ class JaxLibrary(Library[Array, Dtype]):
 
     def is_traced(self, x: object) -> bool:
         return isinstance(x, Tracer)
-
-    def is_spread(self, x: Array) -> bool:
-        """Whether an array, as far as it can be seen, is on several devices."""
-        return isinstance(x, jax.Array) and not self.is_traced(x) and len(x.devices()) > 1
-
-    def is_cut(self, x: Array) -> bool:
-        """Whether an array, as far as it can be seen, is cut into parts that lie on several devices."""
-        if not self.is_traced(x):
-            return isinstance(x, jax.Array) and not x.sharding.is_fully_replicated
-        spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
-        return any(axes is not None for axes in spec)
-
-    def is_part(self, x: Array) -> bool:
-        return bool(varying(x))
 
     def traces(self, xs: Sequence[object], gradients: Sequence[Sequence[object]], *, inplace: bool) -> bool:
         return True
@@ -286,70 +353,16 @@ class JaxLibrary(Library[Array, Dtype]):
     def rounded(self, old: Array, value: Array | Scalar) -> Array:
         return jnp.broadcast_to(jnp.asarray(value).astype(old.dtype), old.shape)
 
-    def across(self, op: str, value: Array, x: Array) -> Array:
-        axes = tuple(varying(x))
-        if not axes:
-            return value
-        if op == "norm2":
-            top = jax.lax.pmax(jax.lax.stop_gradient(value), axes)
-            scale = jnp.where((top > 0) & (top < math.inf), top, 1)
-            return scale * _sqrt(jax.lax.psum((value / scale) ** 2, axes))
-        return {"sum": jax.lax.psum, "max": jax.lax.pmax, "min": jax.lax.pmin}[op](value, axes)
-
     # -- scalars --------------------------------------------------------------------------------------------
-
-    def is_fixed(self, x: object) -> bool:
-        return not self.is_traced(x)
 
     def number(self, value: Scalar, dtype: Dtype) -> Any:
         return jnp.asarray(value, dtype)
-
-    def table(self, rows: Any) -> Array:
-        kind = jax.dtypes.canonicalize_dtype(np.float64)
-        if isinstance(rows, np.ndarray):
-            return jnp.add(rows.astype(kind), jnp.zeros((), kind))  # in a mesh it lies as results do
-        return (
-            jnp.stack([jnp.stack([jnp.asarray(v, kind) for v in row]) for row in rows])
-            if rows[0]
-            else jnp.zeros((len(rows), 0), kind)
-        )
-
-    def counted(self, clocks: object) -> Any:
-        return jnp.add(jnp.asarray(clocks).astype(jnp.int32), jnp.int32(0))
-
-    def beside(self, value: Array, arrays: Sequence[Array]) -> Array:
-        if any(self.is_traced(x) or not isinstance(x, jax.Array) for x in (value, *arrays)):
-            return value
-        found = {x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None for x in arrays}
-        mesh = found.pop() if len(found) == 1 else None
-        if mesh is None:
-            return value
-        # A step gives such a number back with an axis each: another spelling would be compiled once more.
-        explicit = AxisType.Explicit in mesh.axis_types
-        spec = PartitionSpec(*[None] * np.ndim(value)) if explicit else PartitionSpec()
-        return jax.device_put(value, NamedSharding(mesh, spec))
-
-    def constant(self, values: object, beside: Array) -> Any:
-        return jnp.asarray(values, beside.dtype)
-
-    def mapped(self, function: Callable[[Any], Any], counts: Array) -> Array:
-        return jax.vmap(function)(counts.astype(jnp.int32)).astype(counts.dtype)
 
     def stack(self, arrays: Sequence[Array]) -> Array:
         return jnp.stack(list(arrays))
 
     def stacked(self, values: Sequence[Array | Scalar]) -> Array:
         return jnp.stack([jnp.asarray(v) for v in values])
-
-    def joined(self, vectors: list[Array]) -> Array:
-        return jnp.concatenate(vectors)
-
-    def columns(self, values: Sequence[Any], rows: int) -> Array:
-        kind = jax.dtypes.canonicalize_dtype(np.float64)
-        return jnp.stack([jnp.broadcast_to(jnp.asarray(v, kind), (rows,)) for v in values], 1)
-
-    def placed(self, x: Array, index: object, values: object) -> Array:
-        return x.at[index].set(jnp.asarray(values, x.dtype))
 
 
 library = JaxLibrary()

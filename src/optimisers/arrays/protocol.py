@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from optimisers.arrays.layout import contiguous_strides
+from optimisers.arrays.parts import HostArray, HostScalars, NoShards, Scalars, Shards, Sparse
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -24,8 +25,6 @@ Shape = tuple[int, ...]
 Strides = tuple[int, ...]
 Scalar = bool | int | float | complex
 """A number of Python."""
-HostArray = np.ndarray[Any, np.dtype[Any]]
-"""An array of NumPy."""
 
 
 class DType(Protocol):
@@ -126,18 +125,6 @@ class Library(Protocol[A, D]):
 
     def is_traced(self, x: object) -> bool:
         """Whether a transform or a compiler looks at this array, so that nobody may read its elements."""
-        return False
-
-    def is_spread(self, x: A) -> bool:
-        """Whether the elements are shared out over several devices."""
-        return False
-
-    def is_cut(self, x: A) -> bool:
-        """Whether this array is known to be cut into parts that lie on several devices."""
-        return False
-
-    def is_part(self, x: A) -> bool:
-        """Whether this is one device's part of a larger array."""
         return False
 
     def traces(self, xs: Sequence[object], gradients: Sequence[Sequence[object]], *, inplace: bool) -> bool:
@@ -291,29 +278,11 @@ class Library(Protocol[A, D]):
             return x
         return self.like(x, self.rounded(x, value))
 
-    def dense(self, x: A) -> A:
-        """The array with every element there; sparse ones are summed over equal indices."""
-        return x
+    sparse: Sparse[A] | None = None
+    """Gradients that hold some rows only; None where there are none."""
 
-    def has_rows(self, x: object) -> bool:
-        """Whether a gradient is sparse: it holds some rows only."""
-        return False
-
-    def rows(self, x: A) -> tuple[A, A]:
-        """(numbers of the rows, their values) of a sparse array; equal ones summed."""
-        raise _lacking(self.name, "rows")
-
-    def taken(self, x: A, rows: A) -> A:
-        """A copy of some rows."""
-        raise _lacking(self.name, "taken")
-
-    def put_rows(self, x: A, rows: A, values: A) -> None:
-        """Write some rows."""
-        raise _lacking(self.name, "put_rows")
-
-    def across(self, op: str, value: A, x: A) -> A:
-        """A reduction (`sum`, `max`, `min`) of a whole array, of which `x` may be one device's part."""
-        return value
+    shards: Shards[A] = NoShards()
+    """Arrays that lie on several devices."""
 
     gradient_of: Callable[[A], A | None] | None = None
     """The gradient that an array itself keeps, None for no step; None where arrays keep none."""
@@ -328,47 +297,16 @@ class Library(Protocol[A, D]):
 
     # -- scalars: by default those of a state are on the host, where NumPy keeps them -----------------------
 
-    def is_fixed(self, x: object) -> bool:
-        """Whether a scalar may be read once and for all: nobody differentiates or traces it."""
-        return True
+    scalars: Scalars = HostScalars()
+    """Tables and vectors of them."""
 
     @abstractmethod
     def number(self, value: Scalar, dtype: D) -> Any:
         """A scalar of the host beside arrays of a type, rounded to theirs."""
 
-    def table(self, rows: Any) -> Any:
-        """A table of scalars in float64, or the widest type there is."""
-        return np.array([[float(v) for v in row] for row in rows], np.float64)
-
-    def constant(self, values: Any, beside: Any) -> Any:
-        """Scalars of the host beside a table of them."""
-        return float(values) if isinstance(values, int) else values
-
-    def beside(self, value: Any, arrays: Sequence[A]) -> Any:
-        """An array of scalars where arrays that share devices lie: on all of these."""
-        return value
-
-    def mapped(self, function: Callable[[Any], Any], counts: Any) -> Any:
-        """What a function that knows no vectors gives for each of some whole numbers."""
-        host = np.atleast_1d(self.to_numpy(counts) if not isinstance(counts, np.ndarray) else counts)
-        return self.constant(np.array([float(function(int(n))) for n in host]), counts)
-
     def stacked(self, values: Sequence[A | Scalar]) -> Any:
         """A vector of these scalars."""
         return np.array([self.to_host(v) for v in values])
-
-    def joined(self, vectors: list[Any]) -> Any:
-        """One vector of scalars after the other."""
-        return np.concatenate(vectors)
-
-    def columns(self, values: Sequence[Any], rows: int) -> Any:
-        """A table of these columns, each a value for every row or one for all."""
-        return np.stack([np.broadcast_to(np.asarray(v), (rows,)) for v in values], 1)
-
-    def placed(self, x: Any, index: Any, values: Any) -> Any:
-        """A table of scalars with values written at an index; perhaps the same."""
-        x[index] = values
-        return x
 
     def on_device(self, numbers: Any, device: str) -> Any:
         """Scalars of the host where kernels of a device read them."""
@@ -377,10 +315,6 @@ class Library(Protocol[A, D]):
     def moved(self, x: Any, device: str) -> A:
         """A scalar in float32 on a device; nobody waits for it."""
         raise _lacking(self.name, "moved")
-
-    def counted(self, clocks: Any) -> Any:
-        """A vector of clocks, whole numbers, beside a table of scalars."""
-        return clocks
 
     def ticked(self, clock: Any, skipped: Any, covered: Any) -> Any:
         """Clocks on a device after an update, in the same array; as they were where `skipped` is not 0, and

@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch._C import _functorch as functorch
 
 from optimisers.arrays.layout import contiguous_strides
+from optimisers.arrays.parts import Scalars, Sparse
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape, Strides
 from optimisers.arrays.torch_operations import OPERATIONS, lift
 
@@ -60,6 +61,68 @@ def hessian_product(
     return torch.func.grad(slope)(arrays)
 
 
+def is_traced(x: object) -> bool:
+    """Whether a transform or the compiler looks at a tensor."""
+    return isinstance(x, Tensor) and (
+        functorch.is_functorch_wrapped_tensor(x) or torch._is_functional_tensor(x) or isinstance(x, TRACED)
+    )
+
+
+@final
+class TorchScalars(Scalars):
+    """Scalars in tensors."""
+
+    def is_fixed(self, x: object) -> bool:
+        return not isinstance(x, Tensor) or not (x.requires_grad or is_traced(x))
+
+    def table(self, rows: Any) -> Tensor:
+        if isinstance(rows, np.ndarray):
+            return torch.tensor(rows)
+        return torch.stack([torch.stack([torch.as_tensor(v).to(torch.float64) for v in row]) for row in rows])
+
+    def constant(self, values: object, beside: Tensor) -> Any:
+        return torch.as_tensor(values, dtype=beside.dtype, device=beside.device)
+
+    def joined(self, vectors: list[Tensor]) -> Tensor:
+        return torch.cat(vectors)
+
+    def columns(self, values: Sequence[Any], rows: int) -> Tensor:
+        return torch.stack([torch.as_tensor(v).to(torch.float64).expand(rows) for v in values], 1)
+
+    def placed(self, x: Tensor, index: Any, values: Any) -> Tensor:
+        x = x.clone()
+        x[index] = torch.as_tensor(values, dtype=x.dtype, device=x.device)
+        return x
+
+    def counted(self, clocks: object) -> Any:
+        return torch.as_tensor(clocks, dtype=torch.float64)
+
+    def counts(self, counts: Tensor) -> HostArray:
+        return np.atleast_1d(counts.detach().cpu().numpy())
+
+
+@final
+class TorchSparse(Sparse[Tensor]):
+    """Gradients of embeddings, in COO format."""
+
+    def dense(self, x: Tensor) -> Tensor:
+        return x.to_dense() if x.layout is not torch.strided else x
+
+    def has_rows(self, x: object) -> bool:
+        return isinstance(x, Tensor) and x.layout is torch.sparse_coo and x.sparse_dim() == 1
+
+    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().coalesce()
+        return x.indices()[0], x.values()
+
+    def taken(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x.detach().index_select(0, rows)
+
+    def put_rows(self, x: Tensor, rows: Tensor, values: Tensor) -> None:
+        with torch.no_grad():
+            x.index_copy_(0, rows, values)
+
+
 @final
 class TorchLibrary(Library[Tensor, torch.dtype]):
     """PyTorch."""
@@ -70,6 +133,8 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
     gradient_of = operator.attrgetter("grad")
     value_and_grad = staticmethod(value_and_grad)
     hessian_product = staticmethod(hessian_product)
+    scalars = TorchScalars()
+    sparse = TorchSparse()
 
     # -- what an array is -----------------------------------------------------------------------------------
 
@@ -102,11 +167,7 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
         )
 
     def is_traced(self, x: object) -> bool:
-        return isinstance(x, Tensor) and (
-            functorch.is_functorch_wrapped_tensor(x)
-            or torch._is_functional_tensor(x)
-            or isinstance(x, TRACED)
-        )
+        return is_traced(x)
 
     def traces(self, xs: Sequence[object], gradients: Sequence[Sequence[object]], *, inplace: bool) -> bool:
         if (
@@ -266,52 +327,13 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
         self.assign(new, value)
         return self.like(x, new)
 
-    def dense(self, x: Tensor) -> Tensor:
-        return x.to_dense() if x.layout is not torch.strided else x
-
-    def has_rows(self, x: object) -> bool:
-        return isinstance(x, Tensor) and x.layout is torch.sparse_coo and x.sparse_dim() == 1
-
-    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.detach().coalesce()
-        return x.indices()[0], x.values()
-
-    def taken(self, x: Tensor, rows: Tensor) -> Tensor:
-        return x.detach().index_select(0, rows)
-
-    def put_rows(self, x: Tensor, rows: Tensor, values: Tensor) -> None:
-        with torch.no_grad():
-            x.index_copy_(0, rows, values)
-
     # -- scalars --------------------------------------------------------------------------------------------
-
-    def is_fixed(self, x: object) -> bool:
-        return not isinstance(x, Tensor) or not (x.requires_grad or self.is_traced(x))
 
     def number(self, value: Scalar, dtype: torch.dtype) -> Any:
         return complex(value) if dtype.is_complex else float(cast("float", value))
 
-    def table(self, rows: Any) -> Tensor:
-        if isinstance(rows, np.ndarray):
-            return torch.tensor(rows)
-        return torch.stack([torch.stack([torch.as_tensor(v).to(torch.float64) for v in row]) for row in rows])
-
-    def constant(self, values: object, beside: Tensor) -> Any:
-        return torch.as_tensor(values, dtype=beside.dtype, device=beside.device)
-
     def stacked(self, values: Sequence[Tensor | Scalar]) -> Tensor:
         return torch.stack([lift(v) for v in values])
-
-    def joined(self, vectors: list[Tensor]) -> Tensor:
-        return torch.cat(vectors)
-
-    def columns(self, values: Sequence[Any], rows: int) -> Tensor:
-        return torch.stack([torch.as_tensor(v).to(torch.float64).expand(rows) for v in values], 1)
-
-    def placed(self, x: Tensor, index: Any, values: Any) -> Tensor:
-        x = x.clone()
-        x[index] = torch.as_tensor(values, dtype=x.dtype, device=x.device)
-        return x
 
     def on_device(self, numbers: object, device: str) -> Tensor:
         where = device.partition(" ")[0]  # behind a distributed one stands how it is shared out
@@ -322,9 +344,6 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
 
     def moved(self, x: Tensor, device: str) -> Tensor:
         return x.to(device, torch.float32, non_blocking=True)
-
-    def counted(self, clocks: object) -> Any:
-        return torch.as_tensor(clocks, dtype=torch.float64)
 
     def ticked(self, clock: Any, skipped: object, covered: Any) -> Any:
         with torch.no_grad():

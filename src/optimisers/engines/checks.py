@@ -17,7 +17,7 @@ def local_shape(step: "Step", leaf: int) -> tuple[int, ...]:
     """
     x, seen = step.xs[leaf], step.shapes[leaf]
     local = tuple(getattr(x, "shape", seen))
-    if local == seen or not registry.isarray(x) or not step.library.is_part(x):
+    if local == seen or not registry.isarray(x) or not step.library.shards.is_part(x):
         return seen
     state = [p[leaf] for p in step.slots if p.places.shapes[leaf] == seen and len(p.buffers) == len(p)]
     return local if all(tuple(a.shape) == local for a in state) else seen
@@ -60,7 +60,7 @@ def checked_gradient(step: "Step", order: int, leaf: int) -> Any:
         raise TreeMismatch(f"{name} is on {where}; the parameters are on {here}; move it there")
     if tuple(dx.shape) != shape:
         raise TreeMismatch(f"gradient of shape {tuple(dx.shape)} for parameters of shape {shape}, at {name}")
-    dx = library.dense(dx)
+    dx = dx if library.sparse is None else library.sparse.dense(dx)
     if reason := registry.no_numbers(dx):
         raise TreeMismatch(f"{name} {reason}, or None for no step")
     if registry.iscomplex(dx) and not registry.iscomplex(step.xs[leaf]):

@@ -124,7 +124,7 @@ def reduce(step: Step, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
         for r in chosen:
             values = arrays if r.args[0].domain == "array" else others
             value = library.operations[r.op](values.get(r.args[0]))
-            found[r].append(library.across(r.op, value, step.xs[leaf]))
+            found[r].append(library.shards.across(r.op, value, step.xs[leaf]))
     if step.job.traced:
         return {r: library.stacked(v) for r, v in found.items()}
     kinds = {r: complex if r.type == "complex" else float for r in chosen}

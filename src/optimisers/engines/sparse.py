@@ -30,7 +30,8 @@ def allowed(group: Group) -> bool:
 
 def sparse(grads: list[Any]) -> list[bool]:
     """Which gradients touch only some rows."""
-    return [g is not None and registry.library(g).has_rows(g) for g in grads]
+    kinds = [None if g is None else registry.library(g).sparse for g in grads]
+    return [kind is not None and kind.has_rows(g) for kind, g in zip(kinds, grads, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,10 +46,10 @@ class Whole:
 
 def begin(step: Step) -> None:
     """Put the rows that are touched in the place of parameters, gradients and state."""
-    library, leaves = step.library, range(step.leaves)
-    given = [library.rows(_checked(step, i)) for i in leaves]
+    by, leaves = step.library.sparse, range(step.leaves)
+    given = [by.rows(_checked(step, i)) for i in leaves]
     rows = [found for found, _ in given]
-    xs = [library.taken(checked_x(step, i), rows[i]) for i in leaves]
+    xs = [by.taken(checked_x(step, i), rows[i]) for i in leaves]
     step.work = Whole(rows, step.slots, step.out)
     step.xs, step.grads = xs, ([values for _, values in given],)
     step.shapes = [tuple(x.shape) for x in xs]
@@ -69,7 +70,7 @@ def _checked(step: Step, leaf: int) -> Any:
 
 def _picked(slot: FlatBuffers, rows: list[Any], shapes: list[tuple[int, ...]]) -> Separate:
     """The touched rows of a state array of every leaf."""
-    arrays = [slot.library.taken(slot[i], found) for i, found in enumerate(rows)]
+    arrays = [slot.library.sparse.taken(slot[i], found) for i, found in enumerate(rows)]
     places = dataclasses.replace(slot.places, shapes=shapes, number=range(len(shapes)))
     return Separate(slot.name, slot.dtype, slot.device, places, arrays)
 
@@ -88,11 +89,11 @@ def finish(step: Step) -> None:
         for i, rows in enumerate(whole.rows):
             if slot is not old:
                 slot.put(i, old[i])
-            library.put_rows(slot[i], rows, new[i])
+            library.sparse.put_rows(slot[i], rows, new[i])
     touched, step.new = step.new, {}
     for i, (x, rows) in enumerate(zip(job.xs, whole.rows, strict=True)):
         to = x if job.inplace else library.duplicate(x)
-        library.put_rows(to, rows, touched.get(i, step.xs[i]))
+        library.sparse.put_rows(to, rows, touched.get(i, step.xs[i]))
         if not job.inplace:
             step.new[i] = library.like(x, to)
 

@@ -127,7 +127,7 @@ class Stacks:
         if len(parts) == 1:
             return parts[0][1]
         leaves = np.concatenate([leaves for leaves, _ in parts])
-        return self.library.joined([v for _, v in parts])[np.argsort(leaves).tolist()]
+        return self.library.scalars.joined([v for _, v in parts])[np.argsort(leaves).tolist()]
 
     # -- a round --
 
@@ -215,7 +215,7 @@ class Stacks:
         for low in range(0, n, step):
             run.block(stacks, low, min(n, low + step))
         for r, parts in run.sums.items():
-            joined = parts[0] if len(parts) == 1 else self.library.joined(parts)
+            joined = parts[0] if len(parts) == 1 else self.library.scalars.joined(parts)
             self.sums.setdefault(r, []).append((bucket.leaves, joined))
         return [run.out[j] for j in range(len(what.wanted))]
 
@@ -343,7 +343,7 @@ class _Run:
         part = value.values[self.low : self.high]
         if isinstance(part, np.ndarray) and self.library.name != "numpy":
             beside = next(iter(self.values.values()))
-            part = self.library.constant(part.astype(float) if e.type == "bool" else part, beside)
+            part = self.library.scalars.constant(part.astype(float) if e.type == "bool" else part, beside)
             part = part != 0 if e.type == "bool" else part
         return part if e.type == "bool" else self.library.cast(part, self.s.kind(e))
 

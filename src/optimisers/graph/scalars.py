@@ -75,15 +75,15 @@ class Scalars:
         elif e.op == "number":
             value = self.numbers[:, e.value]
         elif e.op == "clock":
-            value = self.library.constant(self.clock, self.numbers)
+            value = self.library.scalars.constant(self.clock, self.numbers)
         elif e.op == "size":
-            value, leafy = self.library.constant(self.sizes, self.numbers), True
+            value, leafy = self.library.scalars.constant(self.sizes, self.numbers), True
         elif e.op == "leaf":
-            value, leafy = self.library.constant(self.names[e.value], self.numbers), True
+            value, leafy = self.library.scalars.constant(self.names[e.value], self.numbers), True
         elif e.op == "scheduled":
             value = self.values[id(e.args[0])]
             if e.options:
-                value = self.library.mapped(dict(e.options)["function"], value)
+                value = self.library.scalars.mapped(dict(e.options)["function"], value)
         elif cuts(e) or e.op in ("total", *GIVEN):
             raise LookupError(f"{e.op} is not known yet")
         else:
@@ -117,7 +117,7 @@ class Scalars:
             found = [self.spread(v, e) for v, e in zip(found, scalars, strict=True)]
         rows = len(self.row) if leafy else len(self.numbers)
         row = np.arange(rows) if leafy else self.row
-        return (self.library.columns(found, rows) if found else self.numbers[:, :0]), row
+        return (self.library.scalars.columns(found, rows) if found else self.numbers[:, :0]), row
 
     def table(self, scalars: tuple[Expr, ...]) -> tuple[Table, Any]:
         """(values, row of each leaf): the scalar table of a pass, one column a node; a row for

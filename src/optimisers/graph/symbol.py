@@ -347,7 +347,7 @@ def lift(value: Any) -> Symbol:
         return Symbol("const", type="complex", value=complex(value))
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         if value.shape == ():
-            if not registry.library(value).is_fixed(value):
+            if not registry.library(value).scalars.is_fixed(value):
                 raise TraceError(
                     "a rule used a number that a transform traces; make it a field of the rule, or of the "
                     "schedule"

@@ -302,7 +302,9 @@ def _table(kind: Kind, scalars: dict[str, Any]) -> tuple[Any, Any]:
     if any(np.ndim(c) > 1 or (np.ndim(c) == 1 and np.shape(c)[0] != rows) for c in whole):
         return scalars["count"], scalars["count"]  # of a population: it does not fit, and is not looked at
     *columns, clock = [jnp.broadcast_to(jnp.asarray(c), (rows,)) for c in whole]
-    return (jnp.stack(columns, 1) if columns else arrays.table(np.zeros((rows, 0)))), clock.astype(jnp.int32)
+    return (jnp.stack(columns, 1) if columns else arrays.scalars.table(np.zeros((rows, 0)))), clock.astype(
+        jnp.int32
+    )
 
 
 # -- as a pytree ---------------------------------------------------------------------------------------------

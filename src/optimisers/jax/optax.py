@@ -90,7 +90,7 @@ def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransform
         number = {str(p): leaf for leaf, p in enumerate(store.layout.paths)}
         place = tuple(number.get(name, -1) for name in named)
         given = tuple(
-            arrays.beside(_settings(rule, store, kind.groups), list(named.values()))
+            arrays.scalars.beside(_settings(rule, store, kind.groups), list(named.values()))
             for kind in kinds_of(structure_of(store))
         )
         children = children_of(store, given, place, functools.partial(jax.tree.unflatten, form))
@@ -151,7 +151,7 @@ def _settings(rule: Any, store: Store, groups: Sequence[int]) -> Any:
 def _table(rows: list[list[Any]]) -> Any:
     """Rows of numbers, some of them traced perhaps, as an array."""
     plain = all(isinstance(v, float | int) for row in rows for v in row)
-    return arrays.table(np.array(rows, np.float64).reshape(len(rows), -1) if plain else rows)
+    return arrays.scalars.table(np.array(rows, np.float64).reshape(len(rows), -1) if plain else rows)
 
 
 def _rules_of(rule: Any, store: Store, groups: Sequence[int]) -> list[Rule]:
@@ -194,7 +194,7 @@ def _with_settings_of(rule: Any, state: Mirrored) -> Mirrored:
             group.table = _parted(group.table, [rules[i] for i in own]).to_traced(arrays)
             values, first = group.table.values, np.unique(group.table.row, return_index=True)[1]
             given = jnp.where(changed[own[first]], now[own[first]], values[:, : group.table.hypers])
-            values = arrays.placed(values, (slice(None), slice(0, group.table.hypers)), given)
+            values = arrays.scalars.placed(values, (slice(None), slice(0, group.table.hypers)), given)
             group.table = group.table.filled(values, group.table.clock)
             start += len(group.leaves)
     return mirrored(store, node, path, dataclasses.replace(about_of(state), given=tuple(told)))

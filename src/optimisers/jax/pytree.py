@@ -168,7 +168,7 @@ def _from_names(structure: Structure, children: Any, found: dict[str, Any]) -> l
         columns = [next(saved) for _ in group.program.names]
         values = [jnp.asarray(own if new is None else new) for new, own in columns]
         whole = jnp.stack(values, 1) if values else group.table.values
-        group.table = group.table.filled(whole, arrays.counted(next(saved)[0]))
+        group.table = group.table.filled(whole, arrays.scalars.counted(next(saved)[0]))
     return store.arrays()
 
 

@@ -216,7 +216,7 @@ class Bucketed(Separate):
         new, at = self.library.rounded(old, value), int(p.offset[i])
         if p.lengths[p.buffer[i]] != p.sizes[i]:
             whole = self.buffers[p.buffer[i]]
-            new = self.library.placed(whole, slice(at, at + int(p.sizes[i])), new.reshape(-1))
+            new = self.library.scalars.placed(whole, slice(at, at + int(p.sizes[i])), new.reshape(-1))
         self.buffers[p.buffer[i]] = new
 
     def put_many(self, members: Indices, values: Sequence[Any]) -> None:

@@ -190,4 +190,4 @@ def _hyper_names(group: Any) -> list[str]:
 
 def _joined(columns: list[Any]) -> Any:
     library = registry.library(columns[0])
-    return columns[0] if len(columns) == 1 else library.joined(columns)
+    return columns[0] if len(columns) == 1 else library.scalars.joined(columns)

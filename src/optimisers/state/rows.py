@@ -62,7 +62,7 @@ def flat(values: Any) -> Iterator[Any]:
 def tracer_of(values: Any) -> Any:
     """The library that traces one of some scalars; None if they all may be read."""
     for v in flat(values):
-        if not isinstance(v, float | int) and not (library := registry.library(v)).is_fixed(v):
+        if not isinstance(v, float | int) and not (library := registry.library(v)).scalars.is_fixed(v):
             return library
     return None
 

@@ -134,7 +134,9 @@ class HostTable:
         return self
 
     def to_traced(self, library: Any) -> "TracedTable":
-        return TracedTable(library.table(self.values), library.counted(self.clock), self.row, self.hypers)
+        return TracedTable(
+            library.scalars.table(self.values), library.scalars.counted(self.clock), self.row, self.hypers
+        )
 
     def settle(self) -> Self:
         return self
@@ -193,20 +195,22 @@ class TracedTable:
 
     def read_clock(self, i: int) -> Any:
         clock = self.clock[self.row[i]]
-        return int(clock) if self.library.is_fixed(clock) else clock
+        return int(clock) if self.library.scalars.is_fixed(clock) else clock
 
     def column(self, rows: Indices, j: int) -> Any:
         return self.values[rows, j]
 
     def write_hypers(self, rows: Indices, columns: Any, values: Any) -> "TracedTable":
-        new = self.library.placed(self.values, block(rows, columns), self._taken(values))
+        new = self.library.scalars.placed(self.values, block(rows, columns), self._taken(values))
         return TracedTable(new, self.clock, self.row, self.hypers)
 
     def _taken(self, values: Any) -> Any:
         """Scalars as this library takes them: rows of them as a table."""
         if not isinstance(values, list):
             return values
-        return self.library.table(values if tracer_of(values) is not None else np.array(on_host(values)))
+        return self.library.scalars.table(
+            values if tracer_of(values) is not None else np.array(on_host(values))
+        )
 
     def write_counters(
         self, members: Indices | None, counters: Sequence[Any], *, of_leaf: bool, computed: ScalarTable
@@ -221,7 +225,7 @@ class TracedTable:
             rows = np.arange(self.rows) if members is None else np.unique(row[members])
             counters = [v if np.ndim(v) == 0 else v[rows] for v in counters]
         at = (rows[:, None], self.hypers + np.arange(len(counters)))
-        new = self.library.placed(values, at, self.library.columns(counters, len(rows)))
+        new = self.library.scalars.placed(values, at, self.library.scalars.columns(counters, len(rows)))
         return TracedTable(new, clock, row, self.hypers)
 
     def assign_counters(
@@ -229,7 +233,7 @@ class TracedTable:
     ) -> "TracedTable":
         new = self.split_by(own(self.row, members))
         at = (new.row[members][:, None], self.hypers + skip + np.arange(len(values[0])))
-        whole = self.library.placed(new.values, at, self.library.table(list(values)))
+        whole = self.library.scalars.placed(new.values, at, self.library.scalars.table(list(values)))
         return TracedTable(whole, new.clock, new.row, self.hypers)
 
     def tick(self, members: Indices | None, skipped: Any = None) -> "TracedTable":
@@ -237,12 +241,12 @@ class TracedTable:
             return TracedTable(self.values, self.clock + 1, self.row, self.hypers)
         new = self.split(members)
         rows = np.unique(new.row[members])
-        clock = self.library.placed(new.clock, rows, new.clock[rows] + 1)
+        clock = self.library.scalars.placed(new.clock, rows, new.clock[rows] + 1)
         return TracedTable(new.values, clock, new.row, self.hypers)
 
     def wind(self, members: Indices, clocks: Sequence[float]) -> "TracedTable":
         new = self.split_by(own(self.row, members))
-        clock = self.library.placed(new.clock, new.row[members], np.asarray(clocks))
+        clock = self.library.scalars.placed(new.clock, new.row[members], np.asarray(clocks))
         return TracedTable(new.values, clock, new.row, self.hypers)
 
     def copy(self) -> "TracedTable":
@@ -254,7 +258,9 @@ class TracedTable:
 
     def settle(self) -> "HostTable | TracedTable":
         library = self.library
-        if library.immutable or not (library.is_fixed(self.values) and library.is_fixed(self.clock)):
+        if library.immutable or not (
+            library.scalars.is_fixed(self.values) and library.scalars.is_fixed(self.clock)
+        ):
             return self
         values, clock = (np.array(library.to_numpy(a), np.float64) for a in (self.values, self.clock))
         return HostTable(values, clock, self.row, self.hypers)
@@ -424,8 +430,12 @@ def table_of(
         if captured:
             raise BadState(CAPTURED)
         given = [[c] for c in clocks]
-        clock = tracer.table(given)[:, 0] if tracer_of(clocks) is not None else np.array(clocks, np.float64)
-        return TracedTable(tracer.table(rows), tracer.counted(clock), row, hypers)
+        clock = (
+            tracer.scalars.table(given)[:, 0]
+            if tracer_of(clocks) is not None
+            else np.array(clocks, np.float64)
+        )
+        return TracedTable(tracer.scalars.table(rows), tracer.scalars.counted(clock), row, hypers)
     values = np.array([[float(v) for v in r] for r in rows], np.float64).reshape(len(rows), -1)
     host = HostTable(values, np.array([float(c) for c in clocks]), row, hypers)
     if captured:
@@ -452,7 +462,7 @@ def as_kind(kind: type, value: Any) -> Any:
     """A scalar of a table as a Python number of this type; what is traced stays."""
     if not isinstance(value, float | np.floating):
         library = registry.library(value)
-        if not library.immutable or not library.is_fixed(value):
+        if not library.immutable or not library.scalars.is_fixed(value):
             return value  # somebody traces it
         value = float(str(library.to_numpy(value)))  # 0.001, not 0.0010000000474974513
     return (

@@ -144,7 +144,7 @@ def store_of(
     for group in store.groups:
         if group.table.traced:
             near = [arrays[leaf] for leaf in group.leaves]
-            held = (group.kind.library.beside(a, near) for a in group.table.arrays())
+            held = (group.kind.library.scalars.beside(a, near) for a in group.table.arrays())
             group.table = group.table.filled(*held)
         choice_for(group, engine)
     return store
@@ -153,7 +153,7 @@ def store_of(
 def _refuse_cut(layout: Layout, shapes: Sequence[Shape | None], arrays: Sequence[Any]) -> None:
     """Raise BadSetting for arrays on several devices whose state would have to be gathered into a vector."""
     for path, kind, x in zip(layout.paths, shapes, arrays, strict=True):
-        if kind is not None and math.prod(x.shape) < LARGE and kind.library.is_cut(x):
+        if kind is not None and math.prod(x.shape) < LARGE and kind.library.shards.is_cut(x):
             raise BadSetting(
                 f"packed=True puts the state of small arrays into shared vectors, and {path.code()} is cut "
                 "into parts on several devices; leave packed out, or replicate it"

@@ -147,7 +147,7 @@ def step(
         for slot, was in zip(group.slots, before.slots, strict=True):
             out += [b.clone() if b is a else b for b, a in zip(slot.buffers, was.buffers, strict=True)]
         table = group.table
-        out += [tensors.table(np.asarray(a)[table.row]) for a in table.arrays()]
+        out += [tensors.scalars.table(np.asarray(a)[table.row]) for a in table.arrays()]
     return out
 
 

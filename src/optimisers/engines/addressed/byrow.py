@@ -187,7 +187,7 @@ def _last(stacks: Stacks, r: Expr, bucket: Bucket, parts: Any, lines: Lines) -> 
     rows = parts if len(parts) == len(begin) - 1 else fold.reduceat(parts, begin[:-1])
     shape = (len(bucket.leaves), *bucket.shape[:-1], *((1,) if dict(r.options).get("keepdims") else ()))
     stack = stacks.buffer(("last", stacks.calls, id(r), bucket.offset), shape, stacks.real)
-    stacks.library.assign(stack, stacks.library.constant(rows[which].reshape(shape), stack))
+    stacks.library.assign(stack, stacks.library.scalars.constant(rows[which].reshape(shape), stack))
     return stack
 
 
@@ -203,4 +203,4 @@ def _first(stacks: Stacks, e: Expr, bucket: Bucket, flat: Any, lines: Lines) -> 
         parts = stacks.library.view(flat, int(first[0]), (n, blocks, columns), (blocks * columns, *strides))
         return operation(parts, **options)
     views = [stacks.library.view(flat, int(f), (1, blocks, columns), (0, *strides)) for f in first]
-    return stacks.library.joined([operation(v, **options) for v in views])
+    return stacks.library.scalars.joined([operation(v, **options) for v in views])

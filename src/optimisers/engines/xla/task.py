@@ -50,7 +50,7 @@ def refusal(group: Group) -> str:
         return numba.unprintable(group.program, name) or "no kernel"
     if not group.kind.kernels:
         return "asked for"
-    if any(library.is_spread(b) for slot in group.slots for b in slot.buffers):
+    if any(library.shards.is_spread(b) for slot in group.slots for b in slot.buffers):
         return "arrays on several devices"
     if jax.default_backend() != "cpu":
         return f"arrays on {jax.default_backend()}"
@@ -119,7 +119,7 @@ def calls_kernels(step: Step) -> bool:
     saw and sums go over all shards.
     """
     whole = all(math.prod(s) == n for s, n in zip(step.shapes, step.sizes.tolist(), strict=True))
-    cut = any(map(library.is_cut, step.xs))  # seen in a transform only where sharding is explicit
+    cut = any(map(library.shards.is_cut, step.xs))  # seen in a transform only where sharding is explicit
     return step.kind.kernels and whole and not cut and ffi.available()
 
 
