@@ -75,6 +75,7 @@ def sentence(of: object) -> str:
 def demo() -> int:
     """Let four rules race on a classifier of handwritten digits; writes demo.png."""
     try:
+        importlib.import_module("optimisers.curves")  # drawn by at the end, asked for before the race
         run = importlib.import_module("optimisers.demo").run
     except ModuleNotFoundError as error:
         return failed(

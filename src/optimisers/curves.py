@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
@@ -58,8 +59,6 @@ def draw(curves: Sequence[Curve], file: Path, *, title: str, measure: str, step:
     """Save curves: the median of the trainings, in a band from the least to the largest, a label where each
     ends. Those that diverged everywhere are left out. Needs Matplotlib.
     """
-    from matplotlib.figure import Figure
-
     shown = [c for c in curves if np.isfinite(c.losses).all()]
     count = max((c.losses.shape[1] for c in curves), default=1)
     width = max(1.0, min(12.0, count / 60))

@@ -9,15 +9,16 @@ import re
 import sys
 import time
 import types
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from optimisers.errors import BadSetting
+from optimisers.errors import BadSetting, BadState
 from optimisers.rule import Rule
+from optimisers.settings import is_number
 from optimisers.step.layers import LayerDecay
 from optimisers.training import guarded, rated, trainer
 from optimisers.training import rates as rates_of
@@ -25,7 +26,7 @@ from optimisers.training import rates as rates_of
 Rules = Rule | Mapping[Any, Any] | LayerDecay
 Losses = NDArray[np.float64]
 
-RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
+FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 """What each rate is multiplied by unless told: about three tries for a power of ten."""
 
 LAST = 10
@@ -82,25 +83,43 @@ class Race:
 
     @property
     def winner(self) -> Any:
-        """The rule, or the dict of rules, that did best, with its rate."""
+        """The rule, or the dict of rules, that did best, with its rate.
+
+        Raises BadState where every training diverged.
+        """
+        if self.entries[0].score == float("inf"):
+            raise BadState(
+                "no rule has won: every training diverged; give smaller factors, or clip gradients"
+            )
         return self.entries[0].rule
 
     @property
     def code(self) -> str:
-        """The winner as it is written in Python, after `import optimisers as opt`."""
+        """The winner as it is written in Python, after `import optimisers as opt`; functions and classes of
+        yours that stand in it are there by name at most.
+        """
         return written(self.winner)
 
     def picture(self, file: str | Path = "race.png", title: str = "") -> Path:
         """Save a picture: for each rule at its best rate, the median loss over the seeds, in a band from the
         least to the largest. Needs Matplotlib.
         """
-        from optimisers.curves import Curve, draw
-
+        try:
+            from optimisers.curves import Curve, draw
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f'a picture needs {error.name}, which is not installed; write pip install "optimisers[demo]"'
+            ) from error
         curves = [
             Curve(f"{e.name}\nrate {_rate(e)}, score {e.score:.3g}", np.stack([t.losses for t in e.trials]))
             for e in self.entries
         ]
-        return draw(curves, Path(file), title=title or self._budget, measure="training loss")
+        return draw(
+            curves,
+            Path(file),
+            title=f"{title or self._budget}\nscore: {self.measure}",
+            measure="training loss",
+        )
 
     @property
     def _budget(self) -> str:
@@ -137,7 +156,9 @@ class Race:
             for row in (head, *rows)
         ]
         said = f"{self._budget}; score: {self.measure}, median over the seeds"
-        return "\n".join([*lines, said, f"winner: {self.code}"])
+        lost = self.entries[0].score == float("inf")
+        last = "no winner: every training diverged" if lost else f"winner: {self.code}"
+        return "\n".join([*lines, said, last])
 
     __repr__ = __str__
 
@@ -148,7 +169,7 @@ def race(
     model: object,
     batches: object,
     *,
-    rates: Sequence[float] = RATES,
+    factors: Sequence[float] = FACTORS,
     seeds: Sequence[int] = (0, 1, 2),
     steps: int | None = None,
     validate: Callable[[Any], Any] | None = None,
@@ -158,7 +179,7 @@ def race(
     """Train copies of a model under several rules at several rates, all with the same seeds and batches.
 
     `rules`: rules by name, or a list of them; a rule may be a dict of rules by glob or selector. Each is
-    tried at its own rate times every one of `rates`, so that all have the same budget.
+    tried at its own rate times every one of `factors`, so that all have the same budget.
     `loss(model, batch)`: a number; for NumPy, (the number, its gradients).
     `model`: stays as it is. A function of a seed makes another one for every seed.
     `batches`: a sequence, which every seed shuffles anew at each pass; or what can be walked several times,
@@ -176,15 +197,15 @@ def race(
 
     Raises BadSetting for what is no budget, UnknownField and others as `setup` and `update` do.
     """
-    named, factors, starts = _named(rules), _positive(rates), _whole(seeds)
+    named, tried, starts = _named(rules), _positive(factors), _whole(seeds)
     count = _steps(batches, steps)
-    total = len(named) * len(starts) * len(factors) * count
+    total = len(named) * len(starts) * len(tried) * count
     trials: list[Trial] = []
     with guarded(), _bar(total, progress) as advance:
         ways = trainer(_made(model, starts[0]), loss, value_and_grad)
         for (name, rule), seed in itertools.product(named.items(), starts):
             start = _made(model, seed)
-            for run in ways.runs(rule, factors):
+            for run in ways.runs(rule, tried):
                 ways.seed(seed)
                 began = time.perf_counter()
                 given = itertools.islice(_batches(batches, seed), count)
@@ -198,7 +219,7 @@ def race(
     last = max(1, count // LAST)
     mean = "loss of the last step" if last == 1 else f"mean loss of the last {last} steps"
     measure = mean if validate is None else "validate(model)"
-    return Race(trials, _entries(trials, factors), measure)
+    return Race(trials, _entries(trials, tried), measure)
 
 
 # -- what is given -------------------------------------------------------------------------------------------
@@ -206,34 +227,47 @@ def race(
 
 def _named(rules: object) -> dict[str, Rules]:
     """The rules by name."""
-    named: dict[str, Rules] = {}
+    named: dict[str, Any] = {}
     if isinstance(rules, Mapping):
-        named = {str(name): rule for name, rule in rules.items()}
+        parts_of_one = [key for key in rules if not isinstance(key, str) or "*" in key]
+        if parts_of_one:
+            raise BadSetting(
+                f"race takes rules by name; {parts_of_one[0]!r} chooses a part of a model: write "
+                '{"mine": {...}} for one that is a dict'
+            )
+        named = dict(rules)
     elif isinstance(rules, Sequence) and not isinstance(rules, str):
         for rule in rules:
             name = type(rule).__name__
             named[name if name not in named else f"{name} {len(named) + 1}"] = rule
-    if not named or not all(isinstance(rule, Rule | Mapping | LayerDecay) for rule in named.values()):
+    if not named:
         raise BadSetting(
             f'race takes rules by name, such as {{"AdamW": opt.AdamW()}}, or a list of rules; it was given '
             f"{rules!r}"
         )
+    for name, rule in named.items():
+        if not isinstance(rule, Rule | Mapping | LayerDecay):
+            instead = f"write opt.{rule.__name__}()" if isinstance(rule, type) else "it takes rules"
+            raise BadSetting(f"race was given {rule!r} as {name!r}; {instead}")
     return named
 
 
-def _positive(rates: Sequence[float]) -> list[float]:
+def _positive(factors: object) -> list[float]:
     """The numbers that rates are multiplied by, smallest first."""
-    found = sorted({float(rate) for rate in rates})
-    if not found or not all(0 < rate < float("inf") for rate in found):
-        raise BadSetting(f"race(rates={rates!r}) takes positive numbers, such as (0.3, 1, 3)")
-    return found
+    given = list(factors) if isinstance(factors, Iterable) else []
+    if not given or not all(is_number(factor) and 0 < factor < float("inf") for factor in given):
+        raise BadSetting(
+            f"race(factors={factors!r}) takes positive numbers, which rates are multiplied by, such as "
+            "(0.3, 1, 3)"
+        )
+    return sorted({float(factor) for factor in given})
 
 
-def _whole(seeds: Sequence[int]) -> list[int]:
-    found = list(dict.fromkeys(seeds))
-    if not found or not all(isinstance(seed, int) and seed >= 0 for seed in found):
+def _whole(seeds: object) -> list[int]:
+    given = list(seeds) if isinstance(seeds, Iterable) else []
+    if not given or not all(isinstance(seed, int) and seed >= 0 for seed in given):
         raise BadSetting(f"race(seeds={seeds!r}) takes whole numbers from 0 on, such as (0, 1, 2)")
-    return found
+    return list(dict.fromkeys(given))
 
 
 MAKERS = (types.FunctionType, types.MethodType, functools.partial, type)
@@ -326,9 +360,23 @@ def _rate(entry: Entry) -> str:
 
 def written(rule: Rules) -> str:
     """A rule as it is written in Python, after `import optimisers as opt`."""
-    return re.sub(
-        r"(?<![\w.'\"])([A-Z]\w*)\(", r"opt.\1(", repr(dict(rule) if isinstance(rule, Mapping) else rule)
-    )
+    said = repr(dict(rule) if isinstance(rule, Mapping) else rule)
+    quoted = re.split(r"('[^']*'|\"[^\"]*\")", said)
+    return "".join(text if n % 2 else _WORD.sub(_written, text) for n, text in enumerate(quoted))
+
+
+_WORD = re.compile(r"(?<![\w.])[A-Za-z]\w*")
+
+
+def _written(word: re.Match[str]) -> str:
+    """A name of this package as users write it; a number that Python prints without being able to read it."""
+    name = word[0]
+    if name in ("inf", "nan"):
+        return f'float("{name}")'
+    if name == LayerDecay.__name__:
+        return "opt.layer_decay"
+    ours = name in dir(sys.modules["optimisers"]) and not word.string[word.end() :].startswith("=")
+    return f"opt.{name}" if ours else name
 
 
 @contextlib.contextmanager

@@ -96,10 +96,14 @@ def trainer(model: object, loss: Loss, gradient: Gradient | None) -> Trainer:
     does.
     """
     _, arrays = flatten_model(model)
-    name = registry.library(*arrays).name if arrays else "numpy"
+    if not arrays:
+        raise BadSetting(
+            f"race was given {type(model).__name__} as the model, which holds no arrays to train"
+        )
+    name = registry.library(*arrays).name
     if name == "jax":
         jax: Any = importlib.import_module("jax")
-        both = (gradient or jax.value_and_grad)(loss)
+        both = (gradient or _gradient_of_jax(jax, model))(loss)
         return Trainer(functools.partial(_runs_of_jax, jax, both), _nothing)
     if name == "torch":
         torch: Any = importlib.import_module("torch")
@@ -167,8 +171,9 @@ def _runs_of_jax(jax: Any, both: Callable[..., Any], rule: object, factors: Sequ
             return list(itertools.compress(jax.tree.leaves(tree), moving))
 
         def step(state: object, arrays: list[Any], batch: object) -> Any:
-            value, grads = both(whole(arrays), batch)
-            state, new = update(state, whole(arrays), grads, loss=value)
+            model = whole(arrays)
+            value, grads = both(model, batch)  # statistics that a module keeps change in it
+            state, new = update(state, model, grads, loss=value)
             return value, state, arrays_of(new)
 
         def begin(factor: float) -> Any:
@@ -192,6 +197,17 @@ def _runs_of_jax(jax: Any, both: Callable[..., Any], rule: object, factors: Sequ
 
     each = [factors] if not any(map(is_schedule, rates(rule))) else [[factor] for factor in factors]
     return [Run(together, functools.partial(train, together)) for together in each]
+
+
+def _gradient_of_jax(jax: Any, model: object) -> Gradient:
+    """What differentiates losses of a model: Flax and Equinox bring their own for their modules."""
+    nnx: Any = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(model, nnx.Module):
+        return nnx.value_and_grad
+    equinox: Any = sys.modules.get("equinox")
+    if equinox is not None and isinstance(model, equinox.Module):
+        return equinox.filter_value_and_grad
+    return jax.value_and_grad
 
 
 def _listed(values: Any) -> list[float]:

@@ -42,7 +42,7 @@ def test_doctor_runs_a_fused_step(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_demo_says_how_to_install_what_it_needs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "optimisers.demo", raising=False)
+    monkeypatch.delitem(sys.modules, "optimisers.curves", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["demo"]) == 1
 

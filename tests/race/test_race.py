@@ -15,6 +15,7 @@ from flax import nnx
 
 import optimisers as opt
 from optimisers.curves import COLOURS, Curve, draw, smooth, spread
+from optimisers.race import written
 from optimisers.training import rated
 
 RNG = np.random.default_rng(0)
@@ -69,7 +70,7 @@ def linear(_seed: int) -> torch.nn.Module:
 def test_every_training_is_the_one_by_hand(library: str) -> None:
     loss: Any = {"numpy": by_numpy, "torch": by_torch, "jax": by_jax}[library]
     model: Any = {"numpy": {"w": np.zeros(3)}, "torch": linear, "jax": {"w": jnp.zeros(3)}}[library]
-    found = opt.race(RULES, loss, model, BATCHES, rates=(0.5, 2), seeds=(0, 7), steps=10)
+    found = opt.race(RULES, loss, model, BATCHES, factors=(0.5, 2), seeds=(0, 7), steps=10)
 
     assert len(found.trials) == 2 * 2 * 2
     for trial in found.trials:
@@ -82,7 +83,9 @@ def test_every_training_is_the_one_by_hand(library: str) -> None:
 
 
 def test_the_best_rate_of_the_best_rule_wins() -> None:
-    found = opt.race(RULES, by_numpy, {"w": np.zeros(3)}, BATCHES, rates=(1, 0.1, 1e30), seeds=(0,), steps=20)
+    found = opt.race(
+        RULES, by_numpy, {"w": np.zeros(3)}, BATCHES, factors=(1, 0.1, 1e30), seeds=(0,), steps=20
+    )
     scores = {(t.name, t.factor): t.score for t in found.trials}
     best = min(scores, key=lambda key: scores[key])
     assert (found.entries[0].name, found.entries[0].factor) == best
@@ -109,7 +112,9 @@ def test_validation_sees_the_parameters_that_the_rule_evaluates_with() -> None:
         return float(np.abs(model["w"]).sum())
 
     rule = opt.EMA(opt.Descent(0.05), 0.5)
-    found = opt.race([rule], by_numpy, {"w": np.zeros(3)}, BATCHES, rates=(1,), seeds=(3,), validate=validate)
+    found = opt.race(
+        [rule], by_numpy, {"w": np.zeros(3)}, BATCHES, factors=(1,), seeds=(3,), validate=validate
+    )
     state, model = opt.setup(rule, {"w": np.zeros(3)}), {"w": np.zeros(3)}
     for batch in walked(3, 4):
         state, model = opt.update(state, model, by_numpy(model, batch)[1])
@@ -121,7 +126,13 @@ def test_validation_under_jax_sees_each_rate_apart() -> None:
     rule = opt.EMA(opt.Descent(0.05), 0.5)
     given: Any = {"w": jnp.zeros(3)}
     found = opt.race(
-        [rule], by_jax, given, BATCHES, rates=(1, 2), seeds=(3,), validate=lambda m: float(abs(m["w"]).sum())
+        [rule],
+        by_jax,
+        given,
+        BATCHES,
+        factors=(1, 2),
+        seeds=(3,),
+        validate=lambda m: float(abs(m["w"]).sum()),
     )
     for trial in found.trials:
         state, model = opt.setup(trial.rule, {"w": np.zeros(3)}), {"w": np.zeros(3)}
@@ -139,7 +150,7 @@ def test_a_loader_is_shuffled_by_the_seed_and_dropout_drops_the_same() -> None:
     def loss(model: torch.nn.Module, batch: tuple[Any, Any]) -> Any:
         return ((torch.nn.functional.dropout(model(batch[0])[:, 0]) - batch[1]) ** 2).mean()
 
-    found = opt.race([opt.Descent(0.0), opt.Adam(0.0)], loss, linear, loader, rates=(1,), seeds=(0, 1))
+    found = opt.race([opt.Descent(0.0), opt.Adam(0.0)], loss, linear, loader, factors=(1,), seeds=(0, 1))
     by = {(t.name, t.seed): t.losses for t in found.trials}
     np.testing.assert_array_equal(by["Descent", 0], by["Adam", 0])
     assert (by["Descent", 0] != by["Descent", 1]).any()
@@ -170,7 +181,7 @@ def test_jax_steps_all_rates_of_a_rule_in_one_call() -> None:
     given: Any = {"w": jnp.zeros(3)}
     opt.race([opt.Adam(0.1)], loss, given, BATCHES, seeds=(0,))
     assert traced == 1
-    found = opt.race([opt.Adam(lambda t: 0.1 / (1 + t))], by_jax, given, BATCHES, rates=(1, 2), seeds=(0,))
+    found = opt.race([opt.Adam(lambda t: 0.1 / (1 + t))], by_jax, given, BATCHES, factors=(1, 2), seeds=(0,))
     slow, fast = (t.losses for t in found.trials)
     assert slow[0] == fast[0]
     assert slow[1] > fast[1]
@@ -180,14 +191,23 @@ def test_what_is_no_race_is_refused() -> None:
     model = {"w": np.zeros(3)}
     for message, arguments in (
         ("takes rules by name", ([], by_numpy, model, BATCHES)),
-        ("takes rules by name", ([opt.Adam], by_numpy, model, BATCHES)),
+        (r"write opt.Adam\(\)", ([opt.Adam], by_numpy, model, BATCHES)),
+        ('write {"mine"', ({opt.vectors: opt.Adam(), "**": opt.Adam()}, by_numpy, model, BATCHES)),
+        ("no arrays to train", (RULES, by_numpy, {"w": 3}, BATCHES)),
         ("walked once", (RULES, by_numpy, model, iter(BATCHES))),
         ("steps=1000", (RULES, by_numpy, model, lambda seed: walked(seed, 3))),
         ("gave float", (RULES, lambda m, b: by_numpy(m, b)[0], model, BATCHES)),
     ):
         with pytest.raises(opt.BadSetting, match=message):
             opt.race(*arguments)  # pyright: ignore[reportArgumentType] wrong on purpose
-    for settings in ({"rates": ()}, {"rates": (0,)}, {"seeds": (-1,)}, {"steps": 0}):
+    for settings in (
+        {"factors": ()},
+        {"factors": (0,)},
+        {"factors": 0.1},
+        {"seeds": 3},
+        {"seeds": (-1,)},
+        {"steps": 0},
+    ):
         with pytest.raises(opt.BadSetting, match=next(iter(settings))):
             opt.race(RULES, by_numpy, model, BATCHES, **settings)  # pyright: ignore[reportArgumentType] the same
     with pytest.raises(opt.BadSetting, match="no batch"):
@@ -213,7 +233,7 @@ def test_modules_of_flax_and_equinox_are_trained_with_all_that_they_hold() -> No
             return ((call(model, jnp.asarray(batch[0], jnp.float32)) - batch[1]) ** 2).mean()
 
         found = opt.race(
-            {"sgd": opt.Descent(0.05)}, loss, made, BATCHES, rates=(1, 2), seeds=(4,), steps=6,
+            {"sgd": opt.Descent(0.05)}, loss, made, BATCHES, factors=(1, 2), seeds=(4,), steps=6,
             value_and_grad=gradient, validate=lambda m, loss=loss: float(loss(m, BATCHES[0])),
         )  # fmt: skip
         for trial in found.trials:
@@ -221,17 +241,58 @@ def test_modules_of_flax_and_equinox_are_trained_with_all_that_they_hold() -> No
             assert 0 < trial.score < trial.losses[0]
 
 
+def test_statistics_that_a_module_keeps_are_those_of_its_training() -> None:
+    def made(seed: int) -> Any:
+        rngs = nnx.Rngs(seed)
+        return nnx.Sequential(nnx.BatchNorm(3, rngs=rngs, momentum=0.5), nnx.Linear(3, 1, rngs=rngs))
+
+    def loss(model: Any, batch: tuple[Any, Any]) -> Any:
+        return ((model(jnp.asarray(batch[0], jnp.float32))[:, 0] - batch[1]) ** 2).mean()
+
+    seen: list[Any] = []
+    opt.race(
+        [opt.Descent(0.0)], loss, made, BATCHES, factors=(1, 2), seeds=(2,), steps=4,
+        validate=lambda m: seen.append(np.array(m.layers[0].mean[...])) or 0.0,
+    )  # fmt: skip
+    mean = np.zeros(3)
+    for x, _ in walked(2, 4):
+        mean = 0.5 * mean + 0.5 * x.mean(axis=0)
+    np.testing.assert_allclose(seen, [mean, mean], rtol=1e-5)
+
+
+def test_the_winner_is_written_as_python() -> None:
+    for rule in (
+        {opt.hidden_matrices & ~opt.by_path("**.matrices"): opt.Muon(0.02), "**": opt.AdamW(0.01)},
+        opt.Prodigy(),
+        opt.Chain(opt.ClipNorm(1.0), opt.Adam(opt.Scaled(opt.Cosine(0.1, 10), 2.0))),
+        opt.layer_decay(opt.Adam(0.1), 0.5),
+    ):
+        assert eval(written(rule), {"opt": opt}) == rule  # noqa: S307 it is ours
+
+    class Mine(opt.Rule):
+        eta: float = 0.1
+
+    assert written(Mine()) == "Mine(eta=0.1)"
+
+
+def test_nobody_wins_where_all_diverge() -> None:
+    found = opt.race([opt.Descent(1e30)], by_numpy, {"w": np.zeros(3)}, BATCHES, factors=(1,), steps=20)
+    assert "no winner: every training diverged" in str(found)
+    with pytest.raises(opt.BadState, match="every training diverged"):
+        assert found.winner
+
+
 def test_gradients_of_another_making_may_be_given() -> None:
     def value_and_grad(loss: Any) -> Any:
         return jax.value_and_grad(lambda model, batch: 2 * loss(model, batch))
 
     given: Any = {"w": jnp.zeros(3)}
-    found = opt.race(RULES, by_jax, given, BATCHES, rates=(1,), seeds=(0,), value_and_grad=value_and_grad)
+    found = opt.race(RULES, by_jax, given, BATCHES, factors=(1,), seeds=(0,), value_and_grad=value_and_grad)
     np.testing.assert_allclose(found.trials[0].losses[0], 2 * descended(0.05, 0, 1)[0], rtol=1e-6)
 
 
 def test_the_picture_has_a_band_and_a_line_for_each_rule(tmp_path: Path) -> None:
-    found = opt.race(RULES, by_numpy, {"w": np.zeros(3)}, BATCHES, rates=(1,), steps=40)
+    found = opt.race(RULES, by_numpy, {"w": np.zeros(3)}, BATCHES, factors=(1,), steps=40)
     pixels = (matplotlib.image.imread(found.picture(tmp_path / "a.png"))[..., :3] * 255).round().astype(int)
     for colour in COLOURS[:2]:
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
