@@ -211,7 +211,7 @@ def test_globs_that_do_not_fit_are_refused_as_by_setup(rules: dict[str, opt.Rule
             make()
 
 
-@pytest.mark.parametrize("rule", [3, "adam", opt.Adam, object()], ids=repr)
+@pytest.mark.parametrize("rule", [3, "adam", opt.Adam, object()], ids=["number", "text", "class", "object"])
 def test_what_is_no_rule_makes_no_group(rule: Any) -> None:
     optimizer = opt.TorchOptimizer([parameter()], opt.Adam())
     with pytest.raises(opt.BadState, match=r"group 1 has .* as its rule; it takes a rule"):
