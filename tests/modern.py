@@ -56,7 +56,7 @@ def walked(
     evaluated: list[list[Any]] = []
     losses = case.get("inputs", {}).get("losses", [None] * len(further))
     for grads, more, loss in zip(case["grads"], further, losses, strict=True):
-        state, model = step(state, model, tree(grads), *map(tree, more), loss=loss)
+        state, model = step(state, model, tree(grads), *(h and tree(h) for h in more), loss=loss)
         xs.append([face.numpy(model[n]) for n in names])
         if "eval_xs" in case:
             shown = opt.averaged(state, model)
@@ -65,14 +65,14 @@ def walked(
 
 
 def hessians(case: Mapping[str, Any]) -> list[list[Any]]:
-    """The second gradients of each step, where the case has them: one set, or none at a step without an
+    """The second gradients of each step, where the case has them: one set, or None at a step without an
     estimate.
     """
     given = case.get("inputs", {}).get("hessians")
     if given is None:
         return [[] for _ in case["grads"]]
     every = case["rule_settings"].get("every", 1)
-    return [[h] if t % every == 0 else [] for t, h in enumerate(given)]
+    return [[h if t % every == 0 else None] for t, h in enumerate(given)]
 
 
 # -- libraries -----------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def traced(rule: opt.Rule, x: Any) -> tuple[Program, list[tuple[str, Expr]]]:
     before = sys.getprofile()
     sys.setprofile(note)
     try:
-        program = program_of(rule, rule.init(x), Shape.of(x))
+        program = program_of(rule, rule.init(x), Shape.of(x), 1 if rule.second_order else None)
     finally:
         sys.setprofile(before)
     return program, found

@@ -53,6 +53,11 @@ class Rule(Value):
     each times its weight. Such a rule stands first in a chain.
     """
 
+    second_order: ClassVar[bool] = False
+    """Whether an update must be given second gradients, though None among them is none at this step. Without
+    this a further gradient that `apply` has a default for may be left out.
+    """
+
     def weigh(self, norms: Any) -> Any:
         """Of a rule that takes gradients of single examples the weight of each, from the norm of its gradient
         over all arrays.

@@ -1,10 +1,10 @@
 """Steps scaled by estimates of the diagonal of the second derivative."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from optimisers import ops
 from optimisers.arrays.protocol import Array
-from optimisers.ops import abs2, clip, ema, maximum, minimum, sign, zeros_like
+from optimisers.ops import abs2, clip, ema, maximum, minimum, sign, where, zeros_like
 from optimisers.rule import Pair, Rule, Setting, not_negative, setting, static
 from optimisers.rules.adam import AdamState, adam_state, check_decaying
 
@@ -24,10 +24,12 @@ class Sophia(Rule):
 
     Liu et al., "Sophia: a scalable stochastic second-order optimizer for language model pre-training", 2023,
     arXiv:2305.14342, algorithm 3. Every ten steps or so the estimates come as second gradients,
-    `update(state, model, grads, hessians)`; without them h stays. Where h is negative the step is that of the
-    sign. `debias=True` corrects m as Adam does, and `late=True` lets an estimate count from the step after
-    on: with both it is optax.contrib.sophia. For real parameters.
+    `update(state, model, grads, hessians)`; with None in their place h stays. Where h is negative the step is
+    that of the sign. `debias=True` corrects m as Adam does, and `late=True` lets an estimate count from the
+    step after on: with both it is optax.contrib.sophia. For real parameters.
     """
+
+    second_order: ClassVar[bool] = True
 
     eta: Setting = setting(1e-4)
     beta: Pair = setting((0.965, 0.99))
@@ -63,6 +65,8 @@ class SophiaG(Rule):
     parameters.
     """
 
+    second_order: ClassVar[bool] = True
+
     eta: Setting = setting(1e-4)
     beta: Pair = setting((0.965, 0.99))
     rho: Setting = setting(0.04)
@@ -90,8 +94,11 @@ class AdaHessian(Rule):
 
     Yao et al., "AdaHessian: an adaptive second order optimizer for machine learning", 2021, arXiv:2006.00719,
     algorithm 1, without the mean over each kernel. The estimates come as second gradients, `update(state,
-    model, grads, hessians)`; at a step without them v stays.
+    model, grads, hessians)`; at a step with None in their place v stays, and before the first of them x does:
+    there is no size yet to divide by.
     """
+
+    second_order: ClassVar[bool] = True
 
     eta: Setting = setting(0.1)
     beta: Pair = setting((0.9, 0.999))
@@ -107,9 +114,12 @@ class AdaHessian(Rule):
 
     def apply(self, state: AdamState, x: Array, dx: Array, hessian: Array | None = None) -> Any:
         m, weight = ema(self.beta[0], state.m, dx), ema(self.beta[0], state.weight[0], 1)
-        v, known = state.v, state.weight[1]
-        if hessian is not None:
-            v, known = ema(self.beta[1], v, abs2(hessian)), ema(self.beta[1], known, 1)
-        size = (v * (1 / known)) ** (self.power / 2) + self.epsilon
-        step = m * (1 / weight) / size
-        return AdamState(m, v, (weight, known)), self.eta * (step + self.lam * x)
+        if hessian is None:
+            v, known = state.v, state.weight[1]
+            waits = where(known > 0, 0, 1)
+            eta, total, epsilon = self.eta * (1 - waits), known + waits, self.epsilon + waits
+        else:
+            v, known = ema(self.beta[1], state.v, abs2(hessian)), ema(self.beta[1], state.weight[1], 1)
+            eta, total, epsilon = self.eta, known, self.epsilon
+        step = m * (1 / weight) / ((v * (1 / total)) ** (self.power / 2) + epsilon)
+        return AdamState(m, v, (weight, known)), eta * (step + self.lam * x)

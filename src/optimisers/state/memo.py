@@ -42,6 +42,8 @@ class Memo:
     """Whether the rule may leave rows alone whose gradient is 0."""
     per_example: bool | None = None
     """Whether the rule takes gradients of single examples."""
+    second_order: str | None = None
+    """The name of the rule that must be given second gradients; empty if there is none."""
     columns: dict[frozenset[str], dict[str, list[list[int]]] | None] = dataclasses.field(
         default_factory=dict[frozenset[str], dict[str, list[list[int]]] | None]
     )

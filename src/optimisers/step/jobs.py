@@ -11,6 +11,7 @@ from optimisers.engines.choose import engine_for
 from optimisers.engines.task import Engine, Job, Step, ready
 from optimisers.errors import BadState
 from optimisers.rule import Rule, needed
+from optimisers.settings import parts
 from optimisers.state.buffers import Indices
 from optimisers.state.group import Group
 from optimisers.state.store import Store
@@ -24,19 +25,34 @@ Orders: TypeAlias = list[Sequence[Any]]
 
 
 def by_orders(
-    members: Indices | None, taken: Indices, orders: Orders, rule: Rule
+    members: Indices | None, taken: Indices, orders: Orders, group: Group
 ) -> list[tuple[Indices | None, Indices, Orders]]:
     """(members, where they stand, the gradients that they have) of leaves that have as many: None among
-    further gradients means that there is none at this step, which a rule that needs more is told.
+    further gradients means that there is none at this step, which a rule that needs more is told. Raises
+    BadState where no further gradients were given at all, and a rule goes astray without them.
     """
     if len(orders) == 1:
+        if name := _of_second_order(group):
+            raise BadState(
+                f"{name} asks for second gradients; write update(state, model, grads, hessians), with None "
+                "in their place at a step without a new estimate; opt.hutchinson(loss, model, seed) makes "
+                "them. TorchOptimizer, as_optax and race have none to give"
+            )
         return [(members, taken, orders)]
     known = np.array([[order[i] is not None for i in taken] for order in orders])
-    counts = np.maximum(np.logical_and.accumulate(known).sum(0), min(1 + needed(rule), len(orders)))
+    counts = np.maximum(np.logical_and.accumulate(known).sum(0), min(1 + needed(group.rule), len(orders)))
     if (counts == len(orders)).all():
         return [(members, taken, orders)]
     every = np.arange(len(taken)) if members is None else members
     return [(every[counts == n], taken[counts == n], orders[:n]) for n in np.unique(counts).tolist()]
+
+
+def _of_second_order(group: Group) -> str:
+    """The name of the rule of a group, or in it, that must be given second gradients; empty if none is."""
+    if group.memo.second_order is None:
+        found = (part for part in parts(group.rule) if isinstance(part, Rule) and part.second_order)
+        group.memo.second_order = next((type(part).__name__ for part in found), "")
+    return group.memo.second_order
 
 
 def _conjugated(g: Any) -> Any:
@@ -90,7 +106,7 @@ class Steps:
                     members, taken = (np.arange(len(on)) if inside is None else inside)[on], at[on]
             if not len(taken):
                 continue
-            for inside_of, at_of, known in by_orders(members, taken, orders, self.store.groups[g].rule):
+            for inside_of, at_of, known in by_orders(members, taken, orders, self.store.groups[g]):
                 for chosen, at_chosen, engine in self.by_kind(g, inside_of, at_of, known):
                     given = [xs, *known]
                     if not plan.whole or chosen is not None:
