@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from optimisers import ops
+from optimisers.spellings import NOT_HERE
 
 CLOCK = "a function of the clock, such as lambda t: 0.1 / (1 + t)"
 
@@ -81,11 +82,16 @@ def meant(name: str, known: Sequence[str]) -> Any:
 
 
 def _instead(name: str, known: Sequence[str]) -> str:
-    """What to write in place of a name, the words `; write` before it; empty if nothing is alike."""
-    if name in ELSEWHERE:
-        return f"; write {ELSEWHERE[name]}"
+    """What to write in place of a name, a semicolon before it; empty if nothing is alike."""
+    asked = _plain(name)
+    meant = {_plain(n): write for n, write in ELSEWHERE.items()}
+    if asked in meant:
+        return f"; write {meant[asked]}"
+    if asked in NOT_HERE:
+        return f": {NOT_HERE[asked]}"
     plain = {_plain(n): n for n in reversed(known)}
-    alike = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.8)
+    alike = [n for n in (asked, f"torch{asked}") if n in plain]
+    alike += difflib.get_close_matches(asked, plain, n=1, cutoff=0.8)
     return f"; write opt.{plain[alike[0]]}" if alike else ""
 
 

@@ -81,12 +81,13 @@ class Value:
         if cls._named and len(given) > len(cls._fields):
             raise UnknownField(
                 f"{cls.__name__} takes {len(cls._fields)} settings and was given {len(given)}; "
-                f"{offered('', cls._fields)}{_bare(cls)}"
+                f"{offered(cls.__name__, '', cls._fields)}{_bare(cls)}"
             )
         for name in settings:
             if cls._named and name not in cls._fields:
                 raise UnknownField(
-                    f"{cls.__name__} has no setting {name}; {offered(name, cls._fields)}{_bare(cls)}"
+                    f"{cls.__name__} has no setting {name}; "
+                    f"{offered(cls.__name__, name, cls._fields)}{_bare(cls)}"
                 )
         return object.__new__(cls)
 
@@ -481,6 +482,7 @@ def refuse_unknown(value: object, names: Iterable[str]) -> None:
                     f"{type(part).__name__}.{name} belongs to the structure of the rule and cannot be "
                     "adjusted; make a new rule and call `setup` with it"
                 )
+        cls = type(value)
         raise UnknownField(
-            f"{type(value).__name__} has no setting {name}; {offered(name, known)}{_bare(type(value))}"
+            f"{cls.__name__} has no setting {name}; {offered(cls.__name__, name, known)}{_bare(cls)}"
         )

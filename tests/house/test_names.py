@@ -51,10 +51,20 @@ def test_operations_of_the_root_are_those_of_ops() -> None:
         ("CosineAnnealingLR", "opt.Cosine"),
         ("clip_by_global_norm", "opt.ClipGlobalNorm"),
         ("adjsut", "opt.adjust"),
+        ("ClipGradNorm", "opt.Chain(opt.ClipGlobalNorm(), rule)"),
+        ("Adafactor", "opt.TorchAdafactor"),
     ],
 )
 def test_a_name_of_another_library_leads_to_ours(name: str, instead: str) -> None:
     with pytest.raises(AttributeError, match=rf"has no attribute '{name}'; write {re.escape(instead)}$"):
+        getattr(opt, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"), [("LBFGS", "keep torch.optim.LBFGS"), ("Shampoo", "Muon"), ("SOAP", "Muon")]
+)
+def test_a_rule_that_is_not_here_says_so_and_what_to_take(name: str, instead: str) -> None:
+    with pytest.raises(AttributeError, match=rf"has no attribute '{name}': .*{instead}"):
         getattr(opt, name)
 
 

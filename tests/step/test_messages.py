@@ -114,6 +114,57 @@ def a_rule_made_with_an_unknown_setting() -> None:
     Adam(lr=0.1)
 
 
+INSTEAD_OF_DECAY = "or Chain({0}(...), DecoupledDecay(lam)), as AdamW is for Adam"
+
+
+@answers(
+    UnknownField,
+    "Adam has no setting weight_decay; it has eta, beta, epsilon; write Chain(WeightDecay(lam), Adam(...)), "
+    + INSTEAD_OF_DECAY.format("Adam"),
+)
+def decay_for_a_rule_that_has_none() -> None:
+    Adam(1e-3, weight_decay=0.1)
+
+
+@answers(
+    UnknownField,
+    "Lion has no setting lam; it has eta, beta; write Chain(WeightDecay(lam), Lion(...)), "
+    + INSTEAD_OF_DECAY.format("Lion"),
+)
+def decay_by_our_name_for_a_rule_that_has_none() -> None:
+    opt.Lion(lam=0.1)
+
+
+@answers(
+    UnknownField, "Adam has no setting amsgrad; it has eta, beta, epsilon; take TorchAMSGrad, or AMSGrad"
+)
+def a_flag_that_is_a_rule_of_its_own() -> None:
+    Adam(amsgrad=True)
+
+
+@answers(UnknownField, "Adam has no setting b1; it has eta, beta, epsilon; write beta=")
+def one_of_two_factors_by_the_name_of_optax() -> None:
+    Adam(b1=0.9)
+
+
+@answers(UnknownField, "EMA has no setting decay; it has rule, rho; write rho=")
+def the_decay_of_an_average() -> None:
+    opt.EMA(Adam(), decay=0.99)
+
+
+COSINE = "it has eta, steps, warmup, end, start, cycles, steps_factor, eta_factor"
+
+
+@answers(UnknownField, f"Cosine has no setting T_max; {COSINE}; write steps=")
+def the_length_of_a_schedule_by_the_name_of_torch() -> None:
+    opt.Cosine(0.1, T_max=3)
+
+
+@answers(UnknownField, f"Cosine has no setting warmup_steps; {COSINE}; write warmup=")
+def the_warm_up_of_a_schedule_by_the_name_of_optax() -> None:
+    opt.Cosine(0.1, 100, warmup_steps=3)
+
+
 @answers(BadSetting, "Adam.eta is -1.0; the learning rate cannot be negative")
 def a_negative_learning_rate() -> None:
     Adam(-1)
@@ -261,6 +312,15 @@ def the_rules_of_a_chain_by_name() -> None:
 
 
 # -- setup ---------------------------------------------------------------------------------------------------
+
+
+@answers(
+    BadSetting,
+    "model['b']: Muon steps matrices, and this array has shape (4,); give it another rule: write "
+    '{opt.hidden_matrices: Muon(), "**": AdamW()} where the rule goes',
+)
+def a_rule_of_matrices_for_a_vector() -> None:
+    setup(opt.Muon(), model())
 
 
 @answers(BadState, "setup was given <class 'optimisers.rules.adam.Adam'> where the rule goes; write Adam()")

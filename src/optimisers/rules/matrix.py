@@ -115,8 +115,8 @@ class Muon(Rule):
     def init(self, x: Array) -> MuonState:
         if x.ndim < 2:
             raise BadSetting(
-                f"Muon steps matrices, and this array has shape {tuple(x.shape)}; give it another rule: "
-                'write setup({"**.bias": AdamW(), "**": Muon()}, model)'
+                f"Muon steps matrices, and this array has shape {tuple(x.shape)}; give it another "
+                'rule: write {opt.hidden_matrices: Muon(), "**": AdamW()} where the rule goes'
             )
         return MuonState(zeros_like(x))
 

@@ -13,6 +13,7 @@ from optimisers.rules.descent import SGD, Descent
 from optimisers.rules.gradient import DecoupledDecay, Maximise, WeightDecay
 from optimisers.rules.matrix import Muon, TorchAdafactor
 from optimisers.rules.of_torch import ASGD, SparseAdam, TorchAdaMax, TorchRMSProp
+from optimisers.spellings import BESIDE_A_RULE, NOT_HERE
 
 __all__ = ["from_torch_class"]
 
@@ -34,7 +35,7 @@ def from_torch_class(name: str | type, **keywords: object) -> Rule:
     title = name if isinstance(name, str) else name.__name__
     make = CLASSES.get(title.lower().replace("_", ""))
     if make is None:
-        why = NO_RULE.get(title.lower())
+        why = NOT_HERE.get(title.lower())
         raise UnknownField(
             f"no rule is torch's {title}{f': {why}' if why else ''}; there are {', '.join(CLASSES)}"
         )
@@ -53,16 +54,6 @@ def from_torch_class(name: str | type, **keywords: object) -> Rule:
 
 HOW = ("foreach", "fused")
 """Keywords that say how torch computes its steps."""
-
-BESIDE_A_RULE = {
-    "capturable": "write TorchOptimizer(params, rule, capturable=True)",
-    "differentiable": "write optimisers.update, whose steps autograd follows",
-}
-"""Keywords of torch whose matter is said elsewhere here -> what to write."""
-
-NO_RULE = {
-    "lbfgs": "it asks for the loss again within a step; keep torch.optim.LBFGS, or take Adam()",
-}
 
 
 def _refuse(title: str, flags: dict[str, object]) -> None:

@@ -12,7 +12,8 @@ from optimisers.rules.adaptive import AdaDelta
 from optimisers.rules.descent import Momentum, Nesterov
 from optimisers.rules.matrix import Muon
 from optimisers.settings import adjustable, parts
-from optimisers.torch.classes import BESIDE_A_RULE, HOW, of_other_tools, plain
+from optimisers.spellings import BESIDE_A_RULE
+from optimisers.torch.classes import HOW, of_other_tools, plain
 from optimisers.torch.entries import TORCH_STATE, entry_name
 from optimisers.torch.groups import defaults_of, has_schedule, told, torch_names
 

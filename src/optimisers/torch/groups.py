@@ -26,9 +26,9 @@ from optimisers.settings import (
     settings,
 )
 from optimisers.settings import parts as parts_of_value
-from optimisers.spellings import ELSEWHERE
+from optimisers.spellings import ELSEWHERE, OF_ANOTHER_RULE
 from optimisers.step.layers import LayerDecay
-from optimisers.torch.classes import BESIDE_A_RULE, chained, muon_scale, plain
+from optimisers.torch.classes import chained, muon_scale, plain
 from optimisers.torch.rates import scaled
 from optimisers.tree.layout import Parameter, Place, Told
 from optimisers.tree.path import named_path
@@ -58,27 +58,7 @@ OWN_NAMES: dict[type, dict[str, str]] = {
 }
 """The same for settings that mean something else elsewhere."""
 
-FLAGS = {
-    "amsgrad": "take TorchAMSGrad",
-    "momentum": "take SGD(eta, rho), or TorchRMSProp(eta, rho, mu)",
-    "nesterov": "take SGD(eta, rho, nesterov=True)",
-    "centered": "take RMSProp(centred=True)",
-    "decoupled_weight_decay": "take AdamW, or DecoupledDecay(lam, couple=True) behind the rule",
-    **BESIDE_A_RULE,
-    "dampening": "take SGD(eta, rho, dampening)",
-    "momentum_decay": "take TorchNAdam(psi=...)",
-    "lr_decay": "take TorchAdaGrad(decay=...)",
-    "initial_accumulator_value": "take TorchAdaGrad(start=...)",
-    "maximize": "put Maximise() first in the chain",
-    "ns_steps": "take Muon(steps=...)",
-    "ns_coefficients": "take Muon(coefficients=...)",
-    "adjust_lr_fn": "take Muon(scale=...)",
-    "beta2_decay": "take TorchAdafactor(decay=...)",
-}
-"""Keys of torch's groups that are a rule of its own here, or no matter of groups -> what to write."""
-
-
-ASKING = {*ELSEWHERE, *FLAGS, "beta", "epsilon", "eta", "lam", "omega"}
+ASKING = {*ELSEWHERE, *OF_ANOTHER_RULE, "beta", "epsilon", "eta", "lam", "omega"}
 """Keys of a group that ask for something."""
 
 SAID_BY = {
@@ -189,7 +169,7 @@ def refuse(rule: Rule, name: str, value: Any, where: str) -> None:
     has += [True for part in listed if isinstance(part, SAID_BY.get(name, ()))]
     if meant in has or (nothing(value) and not any(has)):
         return
-    hint = f"; {FLAGS[name]}" if name in FLAGS else ""
+    hint = f"; {OF_ANOTHER_RULE[name]}" if name in OF_ANOTHER_RULE else ""
     raise BadSetting(
         f"{where} sets {name}={value!r}, and {rule!r} has no such setting; it has "
         f"{', '.join(defaults_of(rule))}{hint}"
