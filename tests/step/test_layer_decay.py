@@ -130,6 +130,25 @@ def test_what_a_module_declares_before_its_layers_is_the_stem_and_what_behind_th
     assert by_first == {"conv1": 0.125, "bn1": 0.125, "layer1": 0.25, "layer2": 0.5, "fc": 1}
 
 
+def test_what_is_declared_between_two_layers_counts_with_the_one_before() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.fc1, self.norm = nn.Linear(3, 3), nn.Linear(3, 3), nn.LayerNorm(3)
+            self.fc2, self.act, self.fc3, self.last = nn.Linear(3, 3), nn.PReLU(), nn.Linear(3, 1), nn.PReLU()
+
+    found = rates(opt.setup(opt.layer_decay(opt.Adam(1.0), 0.5), Plain()))
+    assert {k: v for k, v in found.items() if not k.endswith("bias")} == {
+        "stem.weight": 1 / 16,
+        "fc1.weight": 1 / 8,
+        "norm.weight": 1 / 8,
+        "fc2.weight": 1 / 4,
+        "act.weight": 1 / 4,
+        "fc3.weight": 1 / 2,
+        "last.weight": 1,
+    }
+
+
 def test_layers_without_anything_behind_end_at_the_full_rate_and_are_counted_not_numbered() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
     found = rates(opt.setup(opt.layer_decay(opt.Descent(1.0), 0.5), module))

@@ -57,8 +57,8 @@ def layer_decay(
 
     The depth is 0 for embeddings and for what a module declares before its stack of layers, then 1, 2, ... in
     the order of the first numbers in the paths (`blocks.0`, `layer3`), then one more for what comes behind:
-    norm and head. Or it is what `layer`, a function of the path, returns, a whole number that grows towards
-    the head. `explain` prints the rates.
+    norm and head. What is declared between two layers counts with the one before it. Or it is what `layer`, a
+    function of the path, returns, a whole number that grows towards the head. `explain` prints the rates.
 
     Raises BadSetting for a decay outside (0, 1], and, when a model is there: NoMatch where no path has
     numbers, BadSetting where several stacks have, where a place before or behind the stack cannot be told,
@@ -136,14 +136,14 @@ def _by_numbers(parameters: Sequence[Parameter]) -> list[int]:
     stack = _stack(parameters, numbered)
     order = sorted({at.number for at in numbered if at is not None and at.stack == stack})
     depth_of = {number: depth for depth, number in enumerate(order, 1)}
-    inside = [at is not None and at.stack == stack for at in numbered]
-    first, behind = inside.index(True), len(order) + 1
-    return [
-        depth_of[at.number]
-        if at is not None and at.stack == stack
-        else (0 if _is_before(p, i < first, stack) else behind)
-        for i, (p, at) in enumerate(zip(parameters, numbered, strict=True))
-    ]
+    layers = [None if at is None or at.stack != stack else depth_of[at.number] for at in numbered]
+    left, last, behind = len(layers) - layers.count(None), 0, len(order) + 1
+    found: list[int] = []
+    for p, depth in zip(parameters, layers, strict=True):
+        if depth is not None:
+            left, last = left - 1, depth
+        found.append(_outside(p, last if left else behind, behind, stack) if depth is None else depth)
+    return found
 
 
 def _stack(parameters: Sequence[Parameter], numbered: Sequence[_Numbered | None]) -> str:
@@ -165,21 +165,21 @@ def _stack(parameters: Sequence[Parameter], numbered: Sequence[_Numbered | None]
     return next(iter(stacks))
 
 
-def _is_before(parameter: Parameter, earlier: bool, stack: str) -> bool:
-    """Whether a parameter outside the stack of layers lies before it: an embedding does, a head does not;
-    other names say less than the order in which a module declares them.
+def _outside(parameter: Parameter, declared: int, behind: int, stack: str) -> int:
+    """The depth of a parameter outside the stack of layers: an embedding lies before it, a head behind; other
+    names say less than where a module has `declared` them, which counts with the layer before.
     """
     if is_embedding(parameter):
-        return True
+        return 0
     if is_head(parameter):
-        return False
+        return behind
     place = parameter.places[0]
     if place.kinds and not any(base.__module__.startswith("flax.") for base in place.kinds[0].__mro__):
-        return earlier
+        return declared
     found = {word for key in keys_of(place) for word in words(key)}
     if found.isdisjoint(FIRST | LAST):
         raise BadSetting(
             f"{place.path} may lie before {stack} or behind it; say how deep a path lies: layer_decay(rule, "
             "0.75, layer=lambda path: ...)"
         )
-    return not found.isdisjoint(FIRST)
+    return behind if found.isdisjoint(FIRST) else 0
