@@ -118,6 +118,32 @@ def test_a_tensor_that_changed_behind_its_object_is_seen(
         pointers.choose("torch", "cpu", raw)
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_tensor_that_became_a_negated_or_conjugated_view_is_seen(
+    exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(public, "_asker", lambda _device: None)
+    raw = pointers.road("torch", "cpu")
+    assert raw is not None
+    pointers.choose("torch", "cpu", PUBLIC["torch"])
+    try:
+        for dtype, view in ((torch.float32, torch._neg_view), (torch.complex64, torch.conj)):
+            x, g = torch.zeros(2, 3, dtype=dtype), torch.full((2, 3), 1.0, dtype=dtype)
+            if dtype.is_complex:
+                g = g * (1 + 2j)
+            state = opt.setup(opt.Descent(0.5), [x])
+            for _ in range(4):
+                opt.update_(state, [x], [g])
+            for written in (g, x):
+                written.data = view(written.data)
+                expected = x.clone() - 0.5 * g
+                opt.update_(state, [x], [g])
+                torch.testing.assert_close(x.clone(), expected)
+    finally:
+        pointers.choose("torch", "cpu", raw)
+
+
 def test_untested_versions_and_the_switch_take_the_public_road(monkeypatch: pytest.MonkeyPatch) -> None:
     assert objects.refusal("torch") is None
     monkeypatch.setitem(objects.TESTED, "torch", "1[.]")

@@ -584,3 +584,18 @@ def test_any_sequence_of_edits_and_steps(mode: str, examples: int) -> None:
         run.check()
 
     any_of()
+
+
+def test_other_hyperparameters_are_checked_as_everywhere() -> None:
+    state = opt.setup(opt.Adam(1.0), {"w": np.ones(3), "b": np.ones(2)})
+    opt.adjust_(state["w"], 0.5)
+    for values, text in (
+        ({"eta": np.array([1.0, 2.0, 3.0])}, r"eta has shape \(3,\)"),
+        ({"eta": np.array([7.0])}, r"eta has shape \(1,\)"),
+        ({"epsilon": -1.0}, "epsilon"),
+        ({"eta": float("nan")}, "eta is nan"),
+    ):
+        with pytest.raises(opt.BadSetting, match=text):
+            opt.with_hyperparameters(state, values)
+    new = opt.with_hyperparameters(state, {"eta": np.array([3.0, 2.0])})
+    assert sorted(opt.hyperparameters(new)["eta"].tolist()) == [2.0, 3.0]

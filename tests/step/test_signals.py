@@ -237,3 +237,28 @@ def test_a_pure_step_replaces_no_handler(monkeypatch: pytest.MonkeyPatch) -> Non
     assert entered == []
     opt.update_(state, model, GRADS)
     assert len(entered) == 1
+
+
+def test_a_handler_that_saves_an_optimizer_of_torch_finds_it_whole(
+    at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    published = pytest.importorskip("optimisers.torch.published")
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = opt.TorchOptimizer([p], opt.Adam(0.1))
+    p.grad = torch.ones(3)
+    optimizer.step()
+    saved: list[Any] = []
+    at(signal.SIGUSR1, lambda *_: saved.append(optimizer.state_dict()["state"][0]))
+    refresh = published.Published.refresh
+
+    def interrupted(self: Any) -> None:
+        signal.raise_signal(signal.SIGUSR1)  # arrays are new, what is shown of them is not yet
+        refresh(self)
+
+    monkeypatch.setattr(published.Published, "refresh", interrupted)
+    optimizer.step()
+    (entry,) = saved
+    assert float(entry["step"]) == 2
+    assert float(entry["m"][0]) == pytest.approx(1 - 0.9**2)  # of gradients of 1
+    assert float(entry["weight.0"]) == pytest.approx(1 - 0.9**2)

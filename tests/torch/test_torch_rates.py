@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -407,3 +408,13 @@ def test_state_is_written_after_a_rule_was_exchanged_in_the_tree() -> None:
     optimizer.state[p]["m"] = torch.zeros(3)
     optimizer.step()
     torch.testing.assert_close(optimizer.state[p]["m"], torch.full((3,), 0.1))
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.array])
+def test_a_rate_may_be_a_number_of_numpy(kind: Any) -> None:
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = opt.TorchOptimizer([p], opt.Descent(0.1))
+    p.grad = torch.ones(2)
+    optimizer.param_groups[0]["lr"] = kind(0.25)
+    optimizer.step()
+    assert p.tolist() == [-0.25, -0.25]

@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from optimisers.arrays import registry
-from optimisers.errors import BadState, UnknownField
+from optimisers.errors import BadSetting, BadState, UnknownField
 from optimisers.graph.clocks import UPDATES
 from optimisers.rule import Rule, changes_of
 from optimisers.settings import Value, adjustable, adjusted, refuse_unknown, schedules, walk
 from optimisers.settings import parts as parts_of_value
 from optimisers.state.group import Group
 from optimisers.state.leaf import Branch, Leaf, handle, parts
+from optimisers.state.rows import on_host, tracer_of
 from optimisers.state.select import Where, leaves_of
 from optimisers.state.store import Store
 from optimisers.tree.layout import Node
@@ -149,13 +150,20 @@ def with_hyperparameters(state: S, values: dict[str, Any]) -> S:
     """The state with other hyper-parameters, given as `hyperparameters` gives them; the old one stays as it
     was.
 
-    The values may be traced by a transform; then a step follows them. Raises UnknownField for other names.
+    The values may be traced by a transform; then a step follows them. Raises UnknownField for other names,
+    BadSetting for other shapes and for numbers that the rule does not take.
     """
     new = _copied(state)
     known = hyperparameters(new)
-    for name in values:
+    for name, value in values.items():
         if name not in known:
             raise UnknownField(f"there is no hyper-parameter {name!r}; there are {', '.join(known)}")
+        held = known[name]
+        if np.ndim(value) and np.shape(value) not in (np.shape(held), (np.size(held),)):
+            raise BadSetting(
+                f"{name} has shape {np.shape(value)}; it takes a number, or what hyperparameters(state) "
+                f"gives, of shape {np.shape(held)}"
+            )
     taken = dict.fromkeys(values, 0)
     changed = parts(new)[0]
     with changed.lock:
@@ -168,6 +176,9 @@ def with_hyperparameters(state: S, values: dict[str, Any]) -> S:
                     if np.ndim(value):
                         value = value[taken[name] : taken[name] + len(rows)]
                         taken[name] += len(rows)
+                    if tracer_of(value) is None:
+                        for number in set(np.ravel(on_host(value)).tolist()):
+                            adjusted(group.rule, {name: number})  # raises for what the rule does not take
                     table = table.write_hypers(rows, j, value)
             group.table = table.merge_equal()
     changed.changed()

@@ -5,7 +5,7 @@ together.
 import dataclasses
 import math
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -276,22 +276,23 @@ def update_(state: S, model: M, grads: object = _MISSING, *more: object, loss: o
         return own(state, model, _given(grads, "update_"), loss=loss)
     store, node, path = _opened(state, model, "update_")
     xs, orders = walked(node, path, model, (_given(grads, "update_"), *more))
-    if any(g.kind.library.immutable for g in store.groups):
-        successor, new = stepped(store, node, path, xs, orders, loss)
-        made, writes = rebuilt(node, model, new)
+    with store.lock:  # an edit from another thread waits for the step
+        if any(g.kind.library.immutable for g in store.groups):
+            successor, new = stepped(store, node, path, xs, orders, loss)
+            made, writes = rebuilt(node, model, new)
+            with held():
+                store.become(successor)
+                for write in writes:
+                    write()
+            return state, made
+        step = Steps(store, node, xs, orders, inplace=True, loss=loss)
+        new = step.prepare()
+        # Constructors of containers may raise: they come before anything is written.
+        made, writes = rebuilt(node, model, new) if new else (model, ())
         with held():
-            store.become(successor)
+            step.store_all()
             for write in writes:
                 write()
-        return state, made
-    step = Steps(store, node, xs, orders, inplace=True, loss=loss)
-    new = step.prepare()
-    # Constructors of containers may raise: they come before anything is written.
-    made, writes = rebuilt(node, model, new) if new else (model, ())
-    with held():
-        step.store_all()
-        for write in writes:
-            write()
     return state, made
 
 
@@ -302,8 +303,10 @@ def update_listed(
     grads: Sequence[Any],
     scaling: tuple[Any, Any] | None = None,
     loss: Any = None,
+    after: Callable[[], object] = tuple,
 ) -> None:
-    """A step in place of parameters and gradients that come in the order of the walk.
+    """A step in place of parameters and gradients that come in the order of the walk; `after` it is called
+    what belongs to it, before a handler of a signal sees anything.
 
     `scaling`, for states that say `takes_scaling`: the gradients are divided by its first number, and the
     step is none where the second is not 0; both are on the device, where they stay. Raises BadState, naming
@@ -312,14 +315,16 @@ def update_listed(
     if scaling is not None:
         kind = store.groups[0].kind
         scaling = kind.library.moved(scaling[0], kind.device), kind.library.moved(scaling[1], kind.device)
-    step = Steps(store, node, xs, [grads], inplace=True, loss=loss, scaling=scaling)
-    for leaf in step.prepare():
-        raise BadState(
-            f"{str(store.layout.paths[leaf])!r} cannot be written: it is an expanded tensor, or one that was "
-            "made in inference mode; give its clone() to the optimiser"
-        )
-    with held():
-        step.store_all()
+    with store.lock:  # an edit from another thread waits for the step
+        step = Steps(store, node, xs, [grads], inplace=True, loss=loss, scaling=scaling)
+        for leaf in step.prepare():
+            raise BadState(
+                f"{str(store.layout.paths[leaf])!r} cannot be written: it is an expanded tensor, or one that "
+                "was made in inference mode; give its clone() to the optimiser"
+            )
+        with held():
+            step.store_all()
+            after()
 
 
 def takes_scaling(store: Store) -> bool:

@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from optimisers.compose.chain import Chain
 from optimisers.errors import BadSetting, UnknownField
 from optimisers.rule import Rule
@@ -72,8 +74,8 @@ def plain(value: Any) -> Any:
         return tuple(plain(v) for v in items)
     if not hasattr(value, "item"):
         return value
-    if value.numel() != 1:
-        raise BadSetting(f"a setting is a tensor of shape {tuple(value.shape)}; it takes one number")
+    if np.prod(value.shape) != 1:
+        raise BadSetting(f"a setting is an array of shape {tuple(value.shape)}; it takes one number")
     return value.item()
 
 

@@ -264,8 +264,7 @@ class TorchOptimizer(torch.optim.Optimizer):
                 group.refuse_changed(n)
         else:
             keeper.read()
-        update_listed(held.store, held.store.layout.root, xs, grads, scaling, loss)
-        held.refresh()
+        update_listed(held.store, held.store.layout.root, xs, grads, scaling, loss, after=held.refresh)
         return loss
 
     def _unscaled(self, held: Published, grads: list[Any]) -> tuple[Any, list[Any] | None]:

@@ -261,17 +261,17 @@ def torch_addresses(
         fits = _exchanged(form, held, dtype, at, asker)
     elif (fits := _attributes(form, arrays, dtype, at)) is None:
         return None
+    fits &= _are(list(map(of.is_neg, arrays)), wanted=False)
+    if dtype.is_complex:
+        fits &= _are(list(map(of.is_conj, arrays)), wanted=False)
     known = form.known.get(name)
     if known is not None and np.array_equal(known.at, at):
         if known.arrays and all(map(operator.is_, map(operator.call, known.arrays), arrays)):
             return fits
     else:
         known = None
-    fits &= _are(list(map(of.is_neg, arrays)), wanted=False)
     if write:  # what was made under inference_mode may be read
         fits &= _are(list(map(of.is_inference, arrays)), wanted=False)
-    if dtype.is_complex:
-        fits &= _are(list(map(of.is_conj, arrays)), wanted=False)
     first = np.fromiter(map(of.storage_offset, arrays), np.int64, len(arrays))
     storages = map(of.untyped_storage, arrays)
     bytes_ = np.fromiter(map(torch.UntypedStorage.nbytes, storages), np.int64, len(arrays))
