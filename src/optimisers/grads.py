@@ -7,7 +7,7 @@ from optimisers.arrays import registry
 from optimisers.arrays.types import is_complex
 from optimisers.errors import BadState
 from optimisers.ops import rademacher
-from optimisers.state.leaf import Branch, Leaf
+from optimisers.step.choose import refuse_no_model
 from optimisers.tree.children import container
 from optimisers.tree.flatten import flatten_model
 from optimisers.tree.flatten_up_to import flatten_up_to, mirrored
@@ -22,7 +22,7 @@ def gradients(model: object) -> Any:
     dicts and lists like it. None where there is no gradient, and so no step. Nothing is copied. Raises
     BadState for arrays that keep no gradients.
     """
-    _refuse_state(model, "gradients")
+    refuse_no_model(model, "gradients(model)")
     ways = container(model)
     if ways is not None and ways.gradients is not None:
         return ways.gradients(model)
@@ -47,7 +47,7 @@ def value_and_grad(loss: Callable[..., Any], model: object, *args: object, has_a
     back. Buffers that a module changes, such as the statistics of BatchNorm, are changed in the module.
     Raises BadState for arrays that their library cannot differentiate here.
     """
-    _refuse_state(model, "value_and_grad")
+    refuse_no_model(model, "value_and_grad(loss, model)")
     ways = container(model)
     if ways is not None and ways.value_and_grad is not None:
         return ways.value_and_grad(loss, model, args, has_aux)
@@ -81,7 +81,7 @@ def hutchinson(loss: Callable[..., Any], model: object, seed: Any, *args: object
 
     Raises BadState for complex parameters, and for arrays that their library cannot differentiate here.
     """
-    _refuse_state(model, "hutchinson")
+    refuse_no_model(model, "hutchinson(loss, model, seed)")
     if samples < 1:
         raise BadState(f"hutchinson was given samples={samples!r}; it takes a whole number, 1 or more")
     ways = container(model)
@@ -130,8 +130,3 @@ def _diagonal(
         products = product(of, arrays, signs)
         total = [t + z * h / samples for t, z, h in zip(total, signs, products, strict=True)]
     return total
-
-
-def _refuse_state(model: object, name: str) -> None:
-    if isinstance(model, Leaf | Branch):
-        raise BadState(f"{name} was given a state; it takes the model")

@@ -15,11 +15,13 @@ from optimisers.settings import (
     Value,
     adjusted,
     fields,
+    is_number,
     parts,
     refuse_unknown,
     static,
 )
 from optimisers.spellings import ELSEWHERE
+from optimisers.tree.children import container
 from optimisers.typed import Pair, Setting, setting
 
 
@@ -96,11 +98,31 @@ class Rule(Value):
             said = "" if instead is None else f"; write {instead}"
             raise AttributeError(f"{cls} has no attribute {name!r}{said}", name=name, obj=self)
 
+    def __new__(cls, *given: object, **settings: object) -> Self:
+        if given and cls._named and cls._forms[:1] and cls._forms[0].kind is not None:
+            _refuse_parameters(cls.__name__, given[0])
+        return super().__new__(cls, *given, **settings)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         eta = vars(self).get("eta")
         if isinstance(eta, float | int) and eta < 0:
             raise BadSetting(f"{type(self).__name__}.eta is {eta!r}; the learning rate cannot be negative")
+
+
+def _refuse_parameters(rule: str, given: object) -> None:
+    """Raise BadSetting for a model, or its parameters, in place of the first number of a rule."""
+    if isinstance(given, list):
+        several: list[Any] = given
+        parameters = bool(several) and not is_number(several[0]) and not callable(several[0])
+    else:
+        ways = None if type(given) is float else container(given)
+        parameters = isinstance(given, Generator | dict) or (ways is not None and ways.gradients is not None)
+    if parameters:
+        raise BadSetting(
+            f"{rule} was given a {type(given).__name__} where a number goes; a rule holds no parameters: "
+            f"write opt.TorchOptimizer(module, opt.{rule}()), or opt.setup(opt.{rule}(), model)"
+        )
 
 
 TORCHS = "opt.TorchOptimizer(params, rule)"

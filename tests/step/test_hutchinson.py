@@ -168,7 +168,7 @@ def test_what_has_no_such_estimate_is_refused() -> None:
         opt.hutchinson(loss, {"w": jnp.ones(2)}, -1)
     with pytest.raises(opt.BadState, match="samples=0"):
         opt.hutchinson(loss, {"w": jnp.ones(2)}, 0, samples=0)
-    with pytest.raises(opt.BadState, match="takes the model"):
+    with pytest.raises(opt.BadState, match="state where the model goes"):
         opt.hutchinson(loss, opt.setup(opt.Adam(), {"w": jnp.ones(2)}), 0)
     assert (np.asarray(opt.hutchinson(loss, {"w": jnp.ones(2)}, 0)["w"]) == 0).all()
     assert (np.asarray(opt.hutchinson(loss, {"w": torch.ones(2)}, 0)["w"]) == 0).all()

@@ -1206,12 +1206,14 @@ def a_module_for_a_state(m: Case) -> None:
     opt.freeze_(m.net)
 
 
-@answers(opt.BadState, "gradients was given a state; it takes the model")
+@answers(opt.BadState, "gradients was given a state where the model goes; write gradients(model)")
 def the_gradients_of_a_state(m: Case) -> None:
     opt.gradients(m.state)
 
 
-@answers(opt.BadState, "value_and_grad was given a state; it takes the model")
+@answers(
+    opt.BadState, "value_and_grad was given a state where the model goes; write value_and_grad(loss, model)"
+)
 def the_value_and_grad_of_a_state(m: Case) -> None:
     opt.value_and_grad(loss, m.state, X)
 

@@ -152,6 +152,16 @@ class Symbol(Expr):
             f"a rule asked an array for .{name}, which it does not have while a step is traced{known}"
         )
 
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+        name = function.__name__
+        instead = (
+            f"write opt.ops.{name}(...)"
+            if name in ops.__all__
+            else f"use the operations of opt.ops, or opt.ops.call(torch.{name}, x)"
+        )
+        raise TraceError(f"a rule called torch.{name} on a symbol; {instead}")
+
     def __array_function__(self, function: Any, *_: Any) -> Any:
         name = f"{function.__module__}.{function.__name__}".removeprefix("numpy.")
         instead = (

@@ -117,7 +117,7 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
         finally:
             at_clock.reset(token)
         _whole(rule, shape, dx)
-        _same_form(rule, state, new_state)
+        _same_form(rule, state, new_state, dx)
         new_x = _new_x(inputs[0], dx)
         new = [lift(e) for _, e in flatten(new_state)]
         _types(rule, kind, new_x, state, new, symbols)
@@ -177,6 +177,13 @@ def _answer_of(rule: Rule, symbolic: Rule, state: Any, inputs: list[Symbol]) -> 
         name = type(rule).__name__
         raise TraceError(
             str(error) if str(error).startswith((name, "the schedule of")) else f"{name}: {error}"
+        ) from error
+    except TypeError as error:
+        if f"{Symbol.__module__}.{Symbol.__qualname__}" not in str(error):
+            raise
+        raise TraceError(
+            f"{type(rule).__name__}: a rule gave a symbol to a function of another library; use the "
+            "operations of opt.ops, or opt.ops.call(function, x)"
         ) from error
     return _answer(rule, answer)
 
@@ -271,12 +278,14 @@ def _answer(rule: Rule, answer: Any) -> tuple[Any, Any]:
     return answer
 
 
-def _same_form(rule: Rule, old: Any, new: Any) -> None:
+def _same_form(rule: Rule, old: Any, new: Any, dx: Any) -> None:
     want, got = form(old), form(new)
     if _loosened(want) != _loosened(got):
+        swapped = isinstance(dx, tuple | dict) and _loosened(form(dx)) == _loosened(want)
+        hint = "; the state goes first: return state, dx" if swapped else ""
         raise TraceError(
             f"{type(rule).__name__}.apply returned a state of another form than init: {_sketch(got)} instead "
-            f"of {_sketch(want)}"
+            f"of {_sketch(want)}{hint}"
         )
 
 

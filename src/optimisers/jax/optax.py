@@ -45,7 +45,7 @@ from optimisers.state.interface import ScalarTable
 from optimisers.state.leaf import parts
 from optimisers.state.store import Store
 from optimisers.state.structure import structure_of
-from optimisers.step.choose import Rules, choose
+from optimisers.step.choose import Rules, choose, refuse_no_rule
 from optimisers.step.update import evaluated, setup
 from optimisers.tree.flatten import Ties, flatten_model
 from optimisers.tree.flatten_up_to import flatten_up_to, gradients_up_to
@@ -73,8 +73,10 @@ def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransform
     As in Optax, complex gradients are those of steepest ascent, the conjugates of what `jax.grad` gives; with
     `conjugate=True` they are what it gives.
 
-    Raises BadState for a state that is none of `as_optax`, or of rules of another structure.
+    Raises BadState for what is no rule, for a state that is none of `as_optax`, or of rules of another
+    structure.
     """
+    refuse_no_rule(rule, "as_optax(Adam())")
 
     def init(params: Any) -> Any:
         known()

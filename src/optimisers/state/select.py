@@ -9,6 +9,7 @@ from optimisers.settings import parts as parts_of_value
 from optimisers.settings import takes
 from optimisers.state.leaf import handle, parts
 from optimisers.state.store import Store
+from optimisers.tree.children import container, container_of
 from optimisers.tree.layout import Node
 from optimisers.tree.path import KeyPath, matches, offered
 from optimisers.tree.selectors import Selector
@@ -57,14 +58,19 @@ def picks(choice: Any, store: Store, leaf: int, depth: int) -> bool:
     if isinstance(choice, type) and issubclass(choice, Rule):
         group, _ = store.where(leaf)
         return any(isinstance(part, choice) for part in parts_of_value(group.rule))
-    if callable(choice) and not isinstance(choice, type) and takes(choice, 2):
+    part = callable(choice) and container(choice) is not None
+    own = callable(choice) and not isinstance(choice, type) and not part
+    if own and takes(choice, 2):
         return bool(
             choice(
                 store.layout.paths[leaf],
                 handle(store, Node(leaf=leaf, leaves=(leaf,)), store.layout.paths[leaf]),
             )
         )
+    known = isinstance(choice, type) and container_of(choice) is not None
+    hint = f"; write opt.by_type({choice.__name__})" if known else ""
+    hint = "; for a part of the model write its part of the state, such as state[0]" if part else hint
     raise NoMatch(
         f"where={choice!r} is no selector; it takes a glob such as '**.bias', a selector such as "
-        "opt.vectors, a function of (path, leaf), or a rule type"
+        f"opt.vectors, a function of (path, leaf), or a rule type{hint}"
     )

@@ -5,7 +5,7 @@ together.
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from optimisers.state.buffers import LARGE
 from optimisers.state.group import Shape, grouped, started
 from optimisers.state.leaf import Branch, Leaf, State, handle, parts
 from optimisers.state.store import Store
-from optimisers.step.choose import Rules, choose
+from optimisers.step.choose import Rules, choose, refuse_no_model
 from optimisers.step.jobs import Steps
 from optimisers.tree.flatten import Ties, flatten_model
 from optimisers.tree.flatten_up_to import flatten_up_to, gradients_up_to
@@ -84,7 +84,7 @@ def setup(
                 packed=packed,
                 conjugate=conjugate,
             )
-    _refuse_model(model)
+    refuse_no_model(model, "setup(rule, model)")
     own = None if isinstance(rule, type) else getattr(rule, "setup", None)
     if own is not None:
         return own(model, ties)
@@ -166,24 +166,6 @@ def _refuse_uncapturable(shapes: Sequence[Shape | None]) -> None:
     if len(found) != 1 or not registry.named(next(iter(found))[0]).capturable:
         where = ", ".join(f"{name} on {device}" for name, device in sorted(found)) or "nothing"
         raise BadSetting(f"capturable=True takes tensors of torch on one CUDA device; this model has {where}")
-
-
-def _refuse_model(model: Any) -> None:
-    """Raise BadState for what is no model."""
-    if isinstance(model, Leaf | Branch):
-        raise BadState("setup was given a state where the model goes; write setup(rule, model)")
-    if isinstance(model, Rule):
-        raise BadState(f"setup was given the rule {model!r} where the model goes; write setup(rule, model)")
-    if isinstance(model, type):
-        name = model.__name__
-        raise BadState(
-            f"setup was given the class {name} where the model goes; write setup(rule, {name}(...))"
-        )
-    if isinstance(model, Generator):
-        raise BadState(
-            "setup was given a generator where the model goes; write setup(rule, module), or a list of "
-            "tensors"
-        )
 
 
 # -- update --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.compose.chain import Chain
-from optimisers.errors import BadSetting, UnknownField
+from optimisers.errors import BadSetting, BadState, UnknownField
 from optimisers.rule import Rule
 from optimisers.rules.adam import Adam, AdamW, TorchAMSGrad, TorchNAdam, TorchRAdam
 from optimisers.rules.adaptive import AdaDelta, RMSProp, Rprop, TorchAdaGrad
@@ -34,6 +34,11 @@ def from_torch_class(name: str | type, **keywords: object) -> Rule:
 
     Raises UnknownField for a name or keyword that is not known, BadSetting for a value that no rule takes.
     """
+    if not isinstance(name, str | type):
+        raise BadState(
+            f"from_torch_class was given a {type(name).__name__}; it takes a class of torch.optim, or its "
+            "name: for an optimiser that has parameters write opt.TorchOptimizer.of(optimizer)"
+        )
     title = name if isinstance(name, str) else name.__name__
     make = CLASSES.get(title.lower().replace("_", ""))
     if make is None:

@@ -18,6 +18,7 @@ from optimisers.errors import BadSetting, BadState, TreeMismatch, UnknownField
 from optimisers.rule import Rule
 from optimisers.settings import is_schedule, numbers
 from optimisers.state.leaf import handle
+from optimisers.step.choose import refuse_no_rule
 from optimisers.step.layers import LayerDecay
 from optimisers.step.update import takes_scaling, update_listed
 from optimisers.torch.classes import HOW, plain
@@ -42,6 +43,8 @@ from optimisers.tree.modules_torch import places
 from optimisers.tree.path import KeyPath
 
 __all__ = ["TorchOptimizer"]
+
+CALL = "TorchOptimizer(module, Adam())"
 
 _NO_CLOSURE: Any = False
 """Tells `step()` from `step(closure=None)`."""
@@ -78,6 +81,8 @@ class TorchOptimizer(torch.optim.Optimizer):
         capturable: bool = False,
         **settings: Any,
     ) -> None:
+        if isinstance(params, Rule):
+            raise BadState(f"TorchOptimizer was given the rule {params!r} where the model goes; write {CALL}")
         self._keeper = Keeper(engine, capturable=capturable)
         self._incoming: dict[Any, Any] | None = None
         """Saved entries on their way into `state`."""
@@ -103,8 +108,8 @@ class TorchOptimizer(torch.optim.Optimizer):
             self._refuse_strange(settings, [rule])
             self._rule = told(rule, settings, "TorchOptimizer")
         else:
-            hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
-            raise BadState(f"TorchOptimizer was given {rule!r} where the rule goes{hint}")
+            refuse_no_rule(rule, CALL)
+            raise BadState(f"TorchOptimizer was given a function where the rule goes; write {CALL}")
         super().__init__(params, self._defaults(settings))
         self._given = []
         if self._globs is not None:

@@ -113,12 +113,21 @@ def _by_child(node: Node, grads: object, path: KeyPath) -> dict[Any, Any]:
     found = loose(grads, node.keys, needed)
     if isinstance(found, str):
         live = [str(k) for k, _ in node.live]
+        named = isinstance(grads, list | tuple) and node.ways is not None and node.ways.gradients is not None
+        hint = f"; {BY_NAME}" if named else ""
         raise TreeMismatch(
             f"{path.code('grads')} has {found}; it takes the structure of the model, with "
-            f"{', '.join(live[:8])}{', ...' if len(live) > 8 else ''}"
+            f"{', '.join(live[:8])}{', ...' if len(live) > 8 else ''}{hint}"
         )
     _refuse_frozen(node, grads, path)
     return found
+
+
+BY_NAME = (
+    "write opt.gradients(module) after backward(), or a dict by the names of named_parameters(): "
+    "dict(zip(dict(module.named_parameters()), grads))"
+)
+"""What to write for a list of gradients of a module, as torch.autograd.grad gives it."""
 
 
 def _has(grads: object, key: object) -> bool:

@@ -258,9 +258,10 @@ def selector(key: object) -> Selector:
         return key
     if isinstance(key, str | KeyPath):
         return ByPath((str(key),))
+    hint = f"; write opt.by_type({key.__name__})" if isinstance(key, type) else ""
     raise NoMatch(
         f"{key!r} is no selector; a dict of rules takes globs, such as '**.bias', and selectors, such as "
-        "opt.matrices"
+        f"opt.matrices{hint}"
     )
 
 
@@ -270,6 +271,8 @@ def first_picks(keys: Sequence[Any], parameters: Sequence[Parameter]) -> list[in
     Raises NoMatch for a parameter that none picks, for a selector that picks nothing, and for one that others
     before it leave nothing.
     """
+    if parameters and not keys:
+        raise NoMatch('the dict of rules is empty; write {"**": Adam()}')
     table = [selector(key).picks(parameters, 0) for key in keys]
     first: list[int] = []
     for i, parameter in enumerate(parameters):
