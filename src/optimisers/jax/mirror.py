@@ -24,7 +24,8 @@ from optimisers.graph.trace import Program
 from optimisers.settings import skeleton, walk
 from optimisers.state.leaf import Branch
 from optimisers.state.store import Store
-from optimisers.state.structure import Pending, Structure, described, structure_of
+from optimisers.state.structure import Pending, Structure, structure_of
+from optimisers.tree.layout import described
 from optimisers.tree.modules_jax import is_variable
 from optimisers.tree.path import KeyPath
 

@@ -13,6 +13,7 @@ from optimisers.settings import skeleton
 from optimisers.state.buffers import Bucketed, FlatBuffers, Separate
 from optimisers.state.group import Group
 from optimisers.state.store import Store
+from optimisers.tree.layout import described
 
 
 class Structure:
@@ -123,21 +124,12 @@ named: "weakref.WeakValueDictionary[str, Structure]" = weakref.WeakValueDictiona
 
 def name(structure: Structure) -> None:
     """Give a structure its name: what is baked into a graph must not keep a structure, nor number it anew."""
-    digest = hashlib.blake2b(described(structure.key).encode(), digest_size=12).hexdigest()
+    _, shapes, *rest = structure.key
+    text = f"{structure.store.layout.text} {shapes!r} {described(tuple(rest))}"
+    digest = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
     while named.setdefault(digest, structure) is not structure:
         digest += "+"  # classes of one name: the other one lives
     structure.name = digest
-
-
-def described(key: Any) -> str:
-    """A key as text; what has no text that tells it from all others is told by where it lies."""
-    if isinstance(key, tuple):
-        return f"({', '.join(map(described, key))})"
-    if isinstance(key, type):
-        return f"{key.__module__}.{key.__qualname__}"
-    if isinstance(key, str | bytes | int | float | None):
-        return repr(key)
-    return f"{described(type(key))} {id(key)}"
 
 
 class Pending:

@@ -120,11 +120,16 @@ class Layout:
         told = [(name, *map(_place_key, places)) for name, places in self.told.items()]
         return (_node_key(self.root), *told) if typed else _node_key(self.root)
 
+    @functools.cached_property
+    def text(self) -> str:
+        """The key as text, in this process."""
+        return described(self.key)
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the types of a model that was flattened, as its classes may be none that pickle finds; the
         key remembers them.
         """
-        kept = {k: v for k, v in vars(self).items() if k not in ("told", "parameters")}
+        kept = {k: v for k, v in vars(self).items() if k not in ("told", "parameters", "text")}
         return {**kept, "told": {}, "key": self.key}
 
     @functools.cached_property
@@ -213,3 +218,14 @@ def joined(first: Layout, second: Layout) -> Layout:
         first.shapes + second.shapes,
         {**first.told, **second.told},
     )
+
+
+def described(key: Any) -> str:
+    """A key as text; what has no text that tells it from all others is told by where it lies."""
+    if isinstance(key, tuple):
+        return f"({', '.join(map(described, key))})"
+    if isinstance(key, type):
+        return f"{key.__module__}.{key.__qualname__}"
+    if isinstance(key, str | bytes | int | float | None):
+        return repr(key)
+    return f"{described(type(key))} {id(key)}"
