@@ -287,9 +287,9 @@ def test_the_adapter_of_torch_saves_and_loads_the_steps_taken() -> None:
     other.load_state_dict(copy.deepcopy(o.state_dict()))
     steps(q, other, 3)
     np.testing.assert_array_equal(q.detach().numpy(), -(1 + 2 + 4 + 8))
-    assert other.param_groups[0]["lr"] == 8.0  # that of the step it has just taken
+    assert other.param_groups[0]["eta"] == 8.0  # that of the step it has just taken
     other.read_groups()
-    assert other.param_groups[0]["lr"] == 16.0
+    assert other.param_groups[0]["eta"] == 16.0
 
 
 @pytest.mark.parametrize("jitted", [False, True])
