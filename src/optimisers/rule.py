@@ -331,7 +331,7 @@ def instead_of_variant(
     warnings.warn(
         f'{old.__name__}(variant="{variant}") {why}; write {rule.__name__}()',
         DeprecationWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
     return rule(*given[:known], **settings)
 

@@ -161,14 +161,13 @@ def stepped(rule: opt.Rule, model: Any, steps: int = 1, engine: str | None = Non
 
 def test_threads_and_chunks_change_no_number() -> None:
     x = {"w": np.zeros((700, 500), "float32")}
-    before = opt.get_num_threads()
     try:
         found = []
         for n in (1, 2):
             opt.set_num_threads(n)
             found.append(bits(stepped(Noise(1), x)["w"]))
     finally:
-        opt.set_num_threads(before)
+        opt.set_num_threads(None)
     exact = -opt.ops.normal(x["w"], 1, leaf=("w",))
 
     assert found[0] == found[1]

@@ -65,7 +65,7 @@ def test_a_loss_after_steps_is_differentiated_by_a_hyper_parameter(rule: Callabl
 
 
 def test_every_hyper_parameter_of_a_state_can_be_differentiated() -> None:
-    state = opt.setup(opt.Chain(opt.ClipGlobalNorm(0.5), opt.AdamW(0.1, lam=0.01)), start())
+    state = opt.setup(opt.Chain(opt.ClipGlobalNorm(0.5), opt.AdamW(0.1, lam=0.01, epsilon=1e-3)), start())
     known = opt.hyperparameters(state)
     at = {name: torch.tensor(value, dtype=torch.float64) for name, value in known.items()}
     assert set(at) == {"omega", "eta", "beta[0]", "beta[1]", "lam", "epsilon"}

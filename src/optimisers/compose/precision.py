@@ -61,7 +61,7 @@ class MixedPrecision(Rule):
             raise BadSetting("SplitPrecision completes bfloat16 to float32; leave out the dtype")
         instead = "a rule of its own; write SplitPrecision(rule)" if split else "the default; leave it out"
         warnings.warn(
-            f"MixedPrecision(rule, split={split}) is now {instead}", DeprecationWarning, stacklevel=3
+            f"MixedPrecision(rule, split={split}) is now {instead}", DeprecationWarning, stacklevel=4
         )
         return SplitPrecision(whole.rule) if split else whole
 
