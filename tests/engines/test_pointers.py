@@ -5,6 +5,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -88,60 +89,52 @@ def test_the_exchange_of_pytorch_is_taken() -> None:
     assert public._asker("cpu") is not None
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_a_tensor_that_changed_behind_its_object_is_seen(
-    exchange: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not exchange:
+@pytest.fixture(params=[True, False], ids=["exchange", "attributes"])
+def public_road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors are asked where they lie: by the exchange of PyTorch, or as with a PyTorch that has none."""
+    if not request.param:
         monkeypatch.setattr(public, "_asker", lambda _device: None)
     raw = pointers.road("torch", "cpu")
     assert raw is not None
     pointers.choose("torch", "cpu", PUBLIC["torch"])
-    try:
-        for change in (
-            lambda x: setattr(x, "data", torch.zeros(3, 3)),
-            lambda x: setattr(x, "data", x.data[:1]),
-            lambda x: setattr(x, "data", x.data.t()),
-            lambda x: setattr(x, "data", x.data.view(3, 2)),
-            lambda x: setattr(x, "data", x.data.view(6)),
-            lambda x: setattr(x, "data", x.data.double()),
-            lambda x: x.untyped_storage().resize_(0),
-        ):
-            x = torch.zeros(2, 3)
-            state = opt.setup(opt.Descent(0.5), {"x": x})
-            for _ in range(4):
-                opt.update_(state, {"x": x}, {"x": torch.ones(2, 3)})
-            change(x)
-            with pytest.raises(opt.TreeMismatch):
-                opt.update_(state, {"x": x}, {"x": torch.ones(2, 3)})
-    finally:
-        pointers.choose("torch", "cpu", raw)
+    yield
+    pointers.choose("torch", "cpu", raw)
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_a_tensor_that_became_a_negated_or_conjugated_view_is_seen(
-    exchange: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not exchange:
-        monkeypatch.setattr(public, "_asker", lambda _device: None)
-    raw = pointers.road("torch", "cpu")
-    assert raw is not None
-    pointers.choose("torch", "cpu", PUBLIC["torch"])
-    try:
-        for dtype, view in ((torch.float32, torch._neg_view), (torch.complex64, torch.conj)):
-            x, g = torch.zeros(2, 3, dtype=dtype), torch.full((2, 3), 1.0, dtype=dtype)
-            if dtype.is_complex:
-                g = g * (1 + 2j)
-            state = opt.setup(opt.Descent(0.5), [x])
-            for _ in range(4):
-                opt.update_(state, [x], [g])
-            for written in (g, x):
-                written.data = view(written.data)
-                expected = x.clone() - 0.5 * g
-                opt.update_(state, [x], [g])
-                torch.testing.assert_close(x.clone(), expected)
-    finally:
-        pointers.choose("torch", "cpu", raw)
+@pytest.mark.usefixtures("public_road")
+def test_a_tensor_that_changed_behind_its_object_is_seen() -> None:
+    for change in (
+        lambda x: setattr(x, "data", torch.zeros(3, 3)),
+        lambda x: setattr(x, "data", x.data[:1]),
+        lambda x: setattr(x, "data", x.data.t()),
+        lambda x: setattr(x, "data", x.data.view(3, 2)),
+        lambda x: setattr(x, "data", x.data.view(6)),
+        lambda x: setattr(x, "data", x.data.double()),
+        lambda x: x.untyped_storage().resize_(0),
+    ):
+        x = torch.zeros(2, 3)
+        state = opt.setup(opt.Descent(0.5), {"x": x})
+        for _ in range(4):
+            opt.update_(state, {"x": x}, {"x": torch.ones(2, 3)})
+        change(x)
+        with pytest.raises(opt.TreeMismatch):
+            opt.update_(state, {"x": x}, {"x": torch.ones(2, 3)})
+
+
+@pytest.mark.usefixtures("public_road")
+def test_a_tensor_that_became_a_negated_or_conjugated_view_is_seen() -> None:
+    for dtype, view in ((torch.float32, torch._neg_view), (torch.complex64, torch.conj)):
+        x, g = torch.zeros(2, 3, dtype=dtype), torch.full((2, 3), 1.0, dtype=dtype)
+        if dtype.is_complex:
+            g = g * (1 + 2j)
+        state = opt.setup(opt.Descent(0.5), [x])
+        for _ in range(4):
+            opt.update_(state, [x], [g])
+        for written in (g, x):
+            written.data = view(written.data)
+            expected = x.clone() - 0.5 * g
+            opt.update_(state, [x], [g])
+            torch.testing.assert_close(x.clone(), expected)
 
 
 def test_untested_versions_and_the_switch_take_the_public_road(monkeypatch: pytest.MonkeyPatch) -> None:

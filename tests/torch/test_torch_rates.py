@@ -105,7 +105,7 @@ def test_a_scheduler_made_on_the_way_starts_at_a_factor_of_1() -> None:
     assert found == pytest.approx([ours(3), ours(4), ours(5) / 2, ours(6) / 2])
 
 
-@pytest.mark.parametrize(
+with_rates_of_its_own = pytest.mark.parametrize(
     "make",
     [
         lambda o: lr_scheduler.OneCycleLR(o, 0.1, 12, cycle_momentum=False),
@@ -114,6 +114,10 @@ def test_a_scheduler_made_on_the_way_starts_at_a_factor_of_1() -> None:
     ],
     ids=["OneCycleLR", "CyclicLR", "SWALR"],
 )
+"""Schedulers that set rates, and scale none."""
+
+
+@with_rates_of_its_own
 def test_a_scheduler_with_rates_of_its_own_is_refused_when_it_is_made(make: Callable[[Any], Any]) -> None:
     _, optimizer = made()
     with pytest.raises(opt.BadSetting, match=r"sets rates of its own.*follows Linear.*write a number as eta"):
@@ -300,15 +304,7 @@ def test_a_scheduler_around_a_wrapper_scales_too(name: str, schedule: Any) -> No
     assert found == pytest.approx([schedule(n) * f for n, f in enumerate(factors)], abs=1e-14)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda o: lr_scheduler.OneCycleLR(o, 0.1, 12, cycle_momentum=False),
-        lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, cycle_momentum=False),
-        lambda o: torch.optim.swa_utils.SWALR(o, 0.05),
-    ],
-    ids=["OneCycleLR", "CyclicLR", "SWALR"],
-)
+@with_rates_of_its_own
 def test_rates_of_its_own_around_a_wrapper_are_refused_at_the_next_step(make: Callable[[Any], Any]) -> None:
     p, optimizer = wrapped(opt.Linear(0.1, 0.0, 10))
     scheduler = make(optimizer)
