@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from optimisers.errors import BadSetting, TraceError, UnknownField
@@ -168,7 +168,7 @@ def stepped(rule: Rule, state: object, x: Any, dx: Any, more: tuple[Any, ...] = 
             known = len(rates)
             answer = resolved.apply(state, x, dx, *more[:takes])
             inner = parts(resolved) if len(rates) == known else [resolved]
-            rates.extend([rate for part in inner for rate in _rate_of(part)][:1])
+            rates.extend([part.eta for part in with_rates(inner)][:1])
             return answer
     finally:
         asking.reset(token)
@@ -193,9 +193,9 @@ def one_step() -> Generator[list[Any]]:
         _rates.reset(token)
 
 
-def _rate_of(value: Value) -> list[Any]:
-    """The rate of a rule itself, where it has one that can change."""
-    return [getattr(value, f.name) for f in fields(value) if f.name == "eta" and f.kind is not None]
+def with_rates(values: Iterable[Value]) -> list[Any]:
+    """Those of some values that have a rate of their own, `eta`, which can change."""
+    return [v for v in values if any(f.name == "eta" and f.kind is not None for f in fields(v))]
 
 
 def rate_before(rule: Rule) -> Any:
@@ -304,10 +304,10 @@ def rate_of(rule: Rule) -> Any:
 
     Raises BadSetting where there is none.
     """
-    rates = [rate for part in parts(rule) for rate in _rate_of(part)]
-    if not rates:
+    rated = with_rates(parts(rule))
+    if not rated:
         raise BadSetting(f"{rule!r} has no rate eta; write a rule that has, such as Adam()")
-    return rates[-1]
+    return rated[-1].eta
 
 
 def instead_of_variant(
@@ -355,4 +355,5 @@ __all__ = [
     "setting",
     "static",
     "stepped",
+    "with_rates",
 ]

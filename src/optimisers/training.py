@@ -17,7 +17,7 @@ from optimisers.arrays import registry
 from optimisers.averaged import averaged
 from optimisers.errors import BadSetting, NoMatch
 from optimisers.grads import value_and_grad as of_tensors
-from optimisers.rule import Rule, rate_of
+from optimisers.rule import Rule, rate_of, with_rates
 from optimisers.schedules import Scaled
 from optimisers.settings import is_schedule, parts
 from optimisers.step.layers import LayerDecay, with_rate
@@ -52,8 +52,7 @@ def rates(rule: object) -> list[Any]:
     if isinstance(rule, LayerDecay):
         return rates(rule.rule)
     rules = rule.values() if isinstance(rule, Mapping) else (rule,)
-    every = [part for each in rules if isinstance(each, Rule) for part in parts(each)]
-    return [vars(part)["eta"] for part in every if "eta" in vars(part)]
+    return [part.eta for each in rules if isinstance(each, Rule) for part in with_rates(parts(each))]
 
 
 # -- trainings -----------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, final
 
 from optimisers.errors import BadSetting, NoMatch
-from optimisers.rule import Rule, rate_of
+from optimisers.rule import Rule, rate_of, with_rates
 from optimisers.schedules import Scaled
-from optimisers.settings import fields, inner, is_number, is_schedule, parts, replaced, settings
+from optimisers.settings import inner, is_number, is_schedule, parts, replaced, settings
 from optimisers.tree.layout import Parameter
 from optimisers.tree.path import KeyPath, listed
 from optimisers.tree.roles import is_embedding, is_head, keys_of, words
@@ -81,10 +81,7 @@ def with_rate_times(rule: Rule, factor: float) -> Rule:
 
 def with_rate(rule: Rule, rate: object) -> Rule:
     """A rule with another rate in the place of its own, of the last one that it has."""
-    rated = [
-        part for part in parts(rule) if any(f.name == "eta" and f.kind is not None for f in fields(part))
-    ]
-    return _with_part(rule, rated[-1], {"eta": rate})
+    return _with_part(rule, with_rates(parts(rule))[-1], {"eta": rate})
 
 
 def _with_part(value: Any, part: Any, changes: dict[str, Any]) -> Any:
