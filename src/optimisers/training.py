@@ -18,9 +18,8 @@ from optimisers.averaged import averaged
 from optimisers.errors import BadSetting, NoMatch
 from optimisers.grads import value_and_grad as of_tensors
 from optimisers.rule import Rule, rate_of, with_rates
-from optimisers.schedules import Scaled
 from optimisers.settings import is_schedule, parts
-from optimisers.step.layers import LayerDecay, with_rate
+from optimisers.step.layers import LayerDecay, times, with_rate
 from optimisers.step.update import setup, update, update_
 from optimisers.tree.flatten import flatten_model
 
@@ -40,10 +39,7 @@ def rated(rule: object, factor: float) -> Any:
         return dataclasses.replace(rule, rule=rated(rule.rule, factor))
     if not isinstance(rule, Rule) or not rates(rule):
         return rule
-    eta = rate_of(rule)
-    if is_schedule(eta):
-        return with_rate(rule, Scaled(eta, factor))
-    new = eta * factor
+    new = times(rate_of(rule), factor)
     return with_rate(rule, float(f"{new:.12g}") if isinstance(new, float) else new)  # 0.009, not 0.0090...01
 
 
@@ -186,7 +182,7 @@ def _runs_of_jax(jax: Any, both: Callable[..., Any], rule: object, factors: Sequ
             value, *held = stepping(*held, batch)
             values.append(jax.numpy.reshape(value, (len(together),)))
             stepped()
-        losses = [list(map(float, each)) for each in zip(*map(_listed, values), strict=True)]
+        losses = [list(each) for each in zip(*(value.tolist() for value in values), strict=True)]
 
         def model_of(k: int) -> Any:
             state, arrays = held if alone else jax.tree.map(lambda a: a[k], tuple(held))
@@ -207,10 +203,6 @@ def _gradient_of_jax(jax: Any, model: object) -> Gradient:
     if equinox is not None and isinstance(model, equinox.Module):
         return equinox.filter_value_and_grad
     return jax.value_and_grad
-
-
-def _listed(values: Any) -> list[float]:
-    return values.tolist()
 
 
 def _until_finite(losses: list[float]) -> list[float]:

@@ -76,7 +76,12 @@ def layer_decay(
 def with_rate_times(rule: Rule, factor: float) -> Rule:
     """A rule whose rate, the last one that it has, is multiplied; raises BadSetting where it has none."""
     eta = rate_of(rule)
-    return rule if factor == 1 else with_rate(rule, Scaled(eta, factor) if is_schedule(eta) else factor * eta)
+    return rule if factor == 1 else with_rate(rule, times(eta, factor))
+
+
+def times(rate: Any, factor: float) -> Any:
+    """A rate, which may be a schedule, multiplied."""
+    return Scaled(rate, factor) if is_schedule(rate) else factor * rate
 
 
 def with_rate(rule: Rule, rate: object) -> Rule:
