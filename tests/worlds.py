@@ -21,6 +21,10 @@ from tests.table import DTYPES, TABLE, Row, numbers
 
 ENGINES = ("interpret", "numba")
 
+STEPS = (opt.update, opt.update_)
+
+both_updates = pytest.mark.parametrize("step", STEPS, ids=lambda f: f.__name__)
+
 
 COMPLEX_PAIRS = ("Adam", "SignDecay", "ClipNorm-2", "Chain-accumulate-clip-AdamW", "LongestSeen", "RowScaled")
 """Rows of which both kinds of update are tried on complex numbers too."""

@@ -24,8 +24,10 @@ from tests import standin_cupy as standin
 from tests.table import DTYPES, TABLE, Row, RowMoments, RowScaled, dtype_of
 from tests.worlds import (
     COMPLEX_PAIRS,
+    STEPS,
     arrays_of,
     bits,
+    both_updates,
     close,
     gradients_of,
     leaves,
@@ -35,10 +37,8 @@ from tests.worlds import (
 )
 
 ENGINES = ("interpret", None)
-STEPS = (opt.update, opt.update_)
 
 both_engines = pytest.mark.parametrize("engine", ENGINES, ids=["interpret", "fused"])
-both_updates = pytest.mark.parametrize("step", STEPS, ids=lambda f: f.__name__)
 
 FUSED = ("float16", "float32", "float64", "complex64", "complex128")
 

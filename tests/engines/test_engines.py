@@ -36,11 +36,11 @@ from tests.operations import (
 )
 from tests.table import DTYPES, TABLE, Row, dtype_of
 from tests.table import name as of_row
+from tests.worlds import both_updates
 
 ENGINES = ("interpret", "numba")
 
 both_engines = pytest.mark.parametrize("engine", ENGINES)
-both_updates = pytest.mark.parametrize("step", [opt.update, opt.update_], ids=lambda f: f.__name__)
 
 
 # -- vocabulary ----------------------------------------------------------------------------------------------

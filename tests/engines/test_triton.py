@@ -39,6 +39,7 @@ from tests.worlds import (
     WORLDS,
     World,
     assert_near,
+    both_updates,
     leaves,
     numbers_in,
     same_story,
@@ -53,7 +54,6 @@ Model = list[torch.Tensor]
 
 every_row = pytest.mark.parametrize("row", TABLE, ids=of_row)
 capturable_or_not = pytest.mark.parametrize("capturable", [False, True], ids=["on the host", "capturable"])
-both_updates = pytest.mark.parametrize("step", [opt.update, opt.update_], ids=lambda f: f.__name__)
 
 
 # -- what the tests share ------------------------------------------------------------------------------------

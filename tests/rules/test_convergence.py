@@ -14,13 +14,12 @@ import pytest
 
 import optimisers as opt
 from tests.table import GIVEN_MORE, MODERN
+from tests.worlds import STEPS, both_updates
 
 Step = Callable[..., Any]
 
 EVERY = 50
 """How often the loss is looked at."""
-
-both_updates = pytest.mark.parametrize("step", [opt.update, opt.update_], ids=lambda f: f.__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +73,6 @@ RULES = (
     Runner("AccumGrad", opt.Chain(opt.AccumGrad(2), opt.Adam(0.01))),
     Runner("DecoupledDecay", opt.Chain(opt.Adam(0.01), opt.DecoupledDecay(1e-7))),
 )
-
-STEPS = (opt.update, opt.update_)
 
 
 def every_rule(problem: int) -> Any:

@@ -21,8 +21,10 @@ from tests.table import DTYPES, TABLE, Row, dtype_of
 from tests.tensors import array, misaligned, number_of, tensor, turned, with_gaps
 from tests.worlds import (
     COMPLEX_PAIRS,
+    STEPS,
     arrays_of,
     bits,
+    both_updates,
     close,
     gradients_of,
     leaves,
@@ -32,10 +34,8 @@ from tests.worlds import (
 )
 
 ENGINES = ("interpret", "numba")
-STEPS = (opt.update, opt.update_)
 
 both_engines = pytest.mark.parametrize("engine", ENGINES)
-both_updates = pytest.mark.parametrize("step", STEPS, ids=lambda f: f.__name__)
 
 
 # -- from NumPy and back -------------------------------------------------------------------------------------
