@@ -57,7 +57,7 @@ class Expr:
 # -- reading a graph -----------------------------------------------------------------------------------------
 
 
-def cuts(e: Expr) -> bool:
+def is_full_reduction(e: Expr) -> bool:
     """Whether a node is a reduction of a whole array: its value is known only after a pass over memory."""
     return e.op in _REDUCTIONS and e.domain == "scalar"
 
@@ -83,7 +83,7 @@ def order(
             done.add(id(e))
             stack.append((e, True))
             needs = e.args
-            if cuts(e) or e.op == "total":
+            if is_full_reduction(e) or e.op == "total":
                 needs = () if given else (*e.args, *e.guard) if guards else e.args
             stack.extend((a, False) for a in reversed(needs) if id(a) not in done)
     return out

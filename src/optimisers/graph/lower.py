@@ -18,7 +18,7 @@ arithmetic, float32 or float64, and complex for the complex type that is made of
 """
 
 from optimisers.errors import TraceError
-from optimisers.graph.expr import GIVEN, Expr, cuts, order
+from optimisers.graph.expr import GIVEN, Expr, is_full_reduction, order
 from optimisers.graph.symbol import Symbol
 from optimisers.ops.dispatch import OPERATIONS
 from optimisers.ops.random import of_words
@@ -89,7 +89,7 @@ class Lowering:
     def _scalar(self, e: Expr) -> Expr:
         if e.op in ("number", "clock", "size", "leaf", "const"):
             return e
-        if cuts(e) or e.op in ("total", *GIVEN):
+        if is_full_reduction(e) or e.op in ("total", *GIVEN):
             return Expr("known", type=e.type, value=e)
         if e.op == "scheduled" and e.options:
             raise TraceError(

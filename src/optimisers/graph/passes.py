@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from optimisers.graph.check import check
-from optimisers.graph.expr import Expr, cuts, order
+from optimisers.graph.expr import Expr, is_full_reduction, order
 from optimisers.graph.lower import Lowering
 from optimisers.graph.memo import kept
 from optimisers.graph.simplify import Table, fold
@@ -103,7 +103,7 @@ def levels(roots: Sequence[Expr]) -> dict[int, int]:
     for e in order(roots, guards=True):
         below = max((level[id(a)] for a in e.args), default=0)
         below = max([below, *(level[id(g)] for g in e.guard)])
-        level[id(e)] = below + (cuts(e) or e.op == "total")
+        level[id(e)] = below + (is_full_reduction(e) or e.op == "total")
     return level
 
 
@@ -199,7 +199,7 @@ def stages(program: Program) -> tuple[Stage, ...]:
     nodes = order(roots, guards=True)
     return tuple(
         Stage(
-            tuple(e for e in nodes if cuts(e) and level[id(e)] == k),
+            tuple(e for e in nodes if is_full_reduction(e) and level[id(e)] == k),
             tuple(e for e in nodes if e.op == "total" and level[id(e)] == k),
         )
         for k in range(1, top + 1)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays.numpy import library as host
-from optimisers.graph.expr import GIVEN, INFIX, Expr, cuts, order
+from optimisers.graph.expr import GIVEN, INFIX, Expr, is_full_reduction, order
 from optimisers.graph.memo import kept
 
 Table = np.ndarray[Any, np.dtype[np.float64]]
@@ -84,7 +84,7 @@ class Scalars:
             value = self.values[id(e.args[0])]
             if e.options:
                 value = self.library.scalars.mapped(dict(e.options)["function"], value)
-        elif cuts(e) or e.op in ("total", *GIVEN):
+        elif is_full_reduction(e) or e.op in ("total", *GIVEN):
             raise LookupError(f"{e.op} is not known yet")
         else:
             values = [self.values[id(a)] for a in e.args]
@@ -148,7 +148,9 @@ def below(e: Expr) -> tuple[Expr, ...]:
 @kept
 def is_plain(e: Expr) -> bool:
     """Whether a scalar node is made of numbers of a rule and the clock alone."""
-    return not any(cuts(n) or n.op in ("size", "leaf", "total", *GIVEN) or is_called(n) for n in below(e))
+    return not any(
+        is_full_reduction(n) or n.op in ("size", "leaf", "total", *GIVEN) or is_called(n) for n in below(e)
+    )
 
 
 def is_called(e: Expr) -> bool:

@@ -5,7 +5,7 @@ where they steer.
 import functools
 from collections.abc import Iterable, Sequence
 
-from optimisers.graph.expr import Expr, Guard, cuts, order
+from optimisers.graph.expr import Expr, Guard, is_full_reduction, order
 from optimisers.graph.turn import settled, turned
 from optimisers.ops.dispatch import OPERATIONS
 
@@ -29,7 +29,7 @@ def clean(roots: Sequence[Expr]) -> tuple[list[Expr], dict[int, Expr]]:
     new: dict[int, Expr] = {}
     for e in order(roots, guards=True):
         args = tuple(new[id(a)] for a in e.args)
-        keep = unique(new[id(g)] for g in e.guard) if cuts(e) or e.op == "total" else []
+        keep = unique(new[id(g)] for g in e.guard) if is_full_reduction(e) or e.op == "total" else []
         new[id(e)] = fold(table, e, args, tuple(keep))
     found, last = settled([new[id(r)] for r in roots])
     return found, {i: last[id(e)] for i, e in new.items() if id(e) in last}
@@ -135,4 +135,5 @@ def _power(e: Expr) -> Expr | None:
 
 def _never(e: Expr) -> Expr | None:
     """A reduction under a condition that is known not to hold is 0: nobody reads it."""
-    return Expr("const", value=0.0) if cuts(e) and any(_known(g) is False for g in e.guard) else None
+    never = is_full_reduction(e) and any(_known(g) is False for g in e.guard)
+    return Expr("const", value=0.0) if never else None

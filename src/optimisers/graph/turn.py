@@ -5,7 +5,7 @@ So `transpose(g) / norm(transpose(g))` is maths on the elements of g, which pass
 
 from collections.abc import Callable, Sequence
 
-from optimisers.graph.expr import Expr, Guard, cuts, order
+from optimisers.graph.expr import Expr, Guard, is_full_reduction, order
 from optimisers.ops.dispatch import OPERATIONS
 
 
@@ -16,7 +16,7 @@ def turned(e: Expr, made: Callable[[Expr], Expr]) -> Expr | None:
     """
     if e.op == "transpose" and _is_transpose(e.args[0]):
         return e.args[0].args[0]
-    if cuts(e) and _is_transpose(e.args[0]):
+    if is_full_reduction(e) and _is_transpose(e.args[0]):
         return Expr(e.op, e.args[0].args, type=e.type, options=e.options, guard=e.guard)
     if e.domain != "free" or e.op not in OPERATIONS or OPERATIONS[e.op].family != "elementwise":
         return None

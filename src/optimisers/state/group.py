@@ -14,7 +14,7 @@ import numpy as np
 from optimisers.arrays import registry
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.errors import BadSetting, BadState
-from optimisers.graph.expr import Expr, cuts, order
+from optimisers.graph.expr import Expr, is_full_reduction, order
 from optimisers.graph.trace import Program, of_changes, trace
 from optimisers.nest import flatten, form, unflatten, values
 from optimisers.rule import Rule, needed
@@ -337,7 +337,7 @@ def depends_on_leaf(e: Expr) -> bool:
     """Whether a counter comes to differ from leaf to leaf: then each has a row of scalars at once, where
     a change of structure compiles anew.
     """
-    return any(cuts(node) or node.op == "size" for node in order([e]))
+    return any(is_full_reduction(node) or node.op == "size" for node in order([e]))
 
 
 def _places(arrays: list[Any]) -> Places:

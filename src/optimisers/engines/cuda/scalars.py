@@ -11,7 +11,7 @@ from optimisers.engines.cuda import printer
 from optimisers.engines.cuda.launch import EXACT, LANES, compiled, launched, loaded, on, support
 from optimisers.engines.cuda.tables import Fixed, Sheet, lasting, placed
 from optimisers.engines.task import Step
-from optimisers.graph.expr import Expr, cuts
+from optimisers.graph.expr import Expr, is_full_reduction
 from optimisers.graph.scalars import Table, below
 from optimisers.state.buffers import Indices
 
@@ -187,7 +187,7 @@ class DeviceScalars:
                 near.append(e)
                 inputs.append((e, f"number {len(near) - 1}"))
             else:
-                assert not cuts(e), "a reduction that nobody has computed"
+                assert not is_full_reduction(e), "a reduction that nobody has computed"
                 stack.extend(e.args)
         width = len(self.step.program.names) if self.capturable else max(1, len(near))
         program = self.step.program
