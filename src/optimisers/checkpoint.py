@@ -62,7 +62,7 @@ def load_state_dict(state: S, saved: Mapping[str, Any]) -> S:
             "rules and model"
         )
     new.assign_many({leaf: each.state for leaf, each in found.items()})
-    new.wind({leaf: each.progress for leaf, each in found.items()})
+    new.set_progress({leaf: each.progress for leaf, each in found.items()})
     by_settings: dict[tuple[float, ...], list[int]] = {}
     for leaf, each in found.items():
         by_settings.setdefault(each.settings, []).append(leaf)

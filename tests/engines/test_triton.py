@@ -884,7 +884,7 @@ def test_what_a_step_launches_is_a_step_again(
             for kernel, grid, args, settings in graph:
                 kernel[grid](*args, **settings)
         for group in parts(state)[0].groups:
-            group.table.tick(None)
+            group.table.advance_clocks(None)
         opt.update_(other, twin, grads)
 
         assert snapshot(state, model) == snapshot(other, twin)

@@ -316,11 +316,11 @@ class Library(Protocol[A, D]):
         """A scalar in float32 on a device; nobody waits for it."""
         raise _lacking(self.name, "moved")
 
-    def ticked(self, clock: Any, skipped: Any, covered: Any) -> Any:
+    def advanced_clocks(self, clock: Any, skipped: Any, covered: Any) -> Any:
         """Clocks on a device after an update, in the same array; as they were where `skipped` is not 0, and
         where `covered`, if given, is 0.
         """
-        raise _lacking(self.name, "ticked")
+        raise _lacking(self.name, "advanced_clocks")
 
     def capturing(self, device: str) -> bool:
         """Whether what is launched now is noted in a graph, to be replayed."""

@@ -345,7 +345,7 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
     def moved(self, x: Tensor, device: str) -> Tensor:
         return x.to(device, torch.float32, non_blocking=True)
 
-    def ticked(self, clock: Any, skipped: object, covered: Any) -> Any:
+    def advanced_clocks(self, clock: Any, skipped: object, covered: Any) -> Any:
         with torch.no_grad():
             one = 1 if skipped is None else (skipped.reshape(()) == 0)
             return clock.add_(one if covered is None else one * covered)

@@ -85,13 +85,13 @@ class ScalarTable(Protocol):
         """
         ...
 
-    def tick(self, members: Indices | None, skipped: Any = None) -> "ScalarTable":
+    def advance_clocks(self, members: Indices | None, skipped: Any = None) -> "ScalarTable":
         """The table after an update that covered these leaves (None for all); on a device it is none where
         `skipped` is not 0.
         """
         ...
 
-    def wind(self, members: Indices, clocks: Sequence[float]) -> "ScalarTable":
+    def set_clocks(self, members: Indices, clocks: Sequence[float]) -> "ScalarTable":
         """The table with other clocks of some leaves."""
         ...
 

@@ -242,7 +242,7 @@ class Store:
         counters = group.table.read_counters(i)[len(group.types) :]
         return {"step": group.table.read_clock(i)} | dict(zip(names, counters, strict=True))
 
-    def wind(self, progress: Mapping[int, Mapping[str, float]]) -> None:
+    def set_progress(self, progress: Mapping[int, Mapping[str, float]]) -> None:
         """Set the clocks of leaves, given as `progress_of` gives them; steps that are not named are those of
         every update.
         """
@@ -252,7 +252,7 @@ class Store:
                 names = group.program.names[group.program.hypers + len(group.types) :]
                 clocks = [values[w].get("step", 0) for w in which]
                 steps = [[values[w].get(n, c) for n in names] for w, c in zip(which, clocks, strict=True)]
-                table = group.table.wind(members, clocks)
+                table = group.table.set_clocks(members, clocks)
                 if names:
                     table = table.assign_counters(members, steps, skip=len(group.types))
                 group.table = table.merge_equal()

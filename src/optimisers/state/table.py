@@ -116,7 +116,7 @@ class HostTable:
         new[apart.row[members], at : at + len(values[0])] = values
         return HostTable(new, apart.clock, apart.row, self.hypers)
 
-    def tick(self, members: Indices | None, skipped: Any = None) -> "HostTable":
+    def advance_clocks(self, members: Indices | None, skipped: Any = None) -> "HostTable":
         if members is None:
             return HostTable(self.values, self.clock + 1, self.row, self.hypers)
         new = self.split(members)
@@ -124,7 +124,7 @@ class HostTable:
         clock[np.unique(new.row[members])] += 1
         return HostTable(new.values, clock, new.row, self.hypers)
 
-    def wind(self, members: Indices, clocks: Sequence[float]) -> "HostTable":
+    def set_clocks(self, members: Indices, clocks: Sequence[float]) -> "HostTable":
         new = self.split_by(own(self.row, members))
         clock = new.clock.copy()
         clock[new.row[members]] = clocks
@@ -236,7 +236,7 @@ class TracedTable:
         whole = self.library.scalars.placed(new.values, at, self.library.scalars.table(list(values)))
         return TracedTable(whole, new.clock, new.row, self.hypers)
 
-    def tick(self, members: Indices | None, skipped: Any = None) -> "TracedTable":
+    def advance_clocks(self, members: Indices | None, skipped: Any = None) -> "TracedTable":
         if members is None:
             return TracedTable(self.values, self.clock + 1, self.row, self.hypers)
         new = self.split(members)
@@ -244,7 +244,7 @@ class TracedTable:
         clock = self.library.scalars.placed(new.clock, rows, new.clock[rows] + 1)
         return TracedTable(new.values, clock, new.row, self.hypers)
 
-    def wind(self, members: Indices, clocks: Sequence[float]) -> "TracedTable":
+    def set_clocks(self, members: Indices, clocks: Sequence[float]) -> "TracedTable":
         new = self.split_by(own(self.row, members))
         clock = self.library.scalars.placed(new.clock, new.row[members], np.asarray(clocks))
         return TracedTable(new.values, clock, new.row, self.hypers)
@@ -357,7 +357,7 @@ class DeviceTable:
             self.library.assign(self.values[i, at : at + len(new)], new)
         return self
 
-    def tick(self, members: Indices | None, skipped: Any = None) -> Self:
+    def advance_clocks(self, members: Indices | None, skipped: Any = None) -> Self:
         covered = None
         if members is not None:
             key = members.tobytes()
@@ -366,10 +366,10 @@ class DeviceTable:
                 mask[self.row[members]] = 1
                 self.covered[key] = self.library.on_device(mask, self.device)
             covered = self.covered[key]
-        self.clock = self.library.ticked(self.clock, skipped, covered)
+        self.clock = self.library.advanced_clocks(self.clock, skipped, covered)
         return self
 
-    def wind(self, members: Indices, clocks: Sequence[float]) -> Self:
+    def set_clocks(self, members: Indices, clocks: Sequence[float]) -> Self:
         clock = self.library.to_numpy(self.clock).copy()
         clock[self.row[members]] = clocks
         self.library.assign(self.clock, self.library.on_device(clock, self.device))

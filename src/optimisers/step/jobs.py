@@ -186,19 +186,19 @@ class Steps:
         with np.errstate(all="ignore"), self.store.lock:
             for step in self.steps:
                 step.store()
-            self.tick()
+            self.advance_clocks()
         if self.inplace:
             self.store.changed()
         return self.new()
 
-    def tick(self) -> None:
+    def advance_clocks(self) -> None:
         """Count the update for every leaf that it covered, stepped or not."""
         skipped = None if self.scaling is None else self.scaling[1]
         for g, inside, _ in self.plan.parts:
             if g not in self.targets:
                 group = self.store.groups[g]
                 self.targets[g] = group if self.inplace else group.fork()
-            self.targets[g].table = self.targets[g].table.tick(inside, skipped)
+            self.targets[g].table = self.targets[g].table.advance_clocks(inside, skipped)
 
     def new(self) -> dict[int, Any]:
         """The new parameters, by leaf of the model."""

@@ -112,7 +112,7 @@ class Block:
 
     def count(self, members: Any, numbers: Any) -> None:
         """Give some members a clock and counters: a row of scalars for each, in the order of `columns`."""
-        table = self.group.table.wind(members, numbers[:, 0])
+        table = self.group.table.set_clocks(members, numbers[:, 0])
         if self.columns:
             table = table.assign_counters(members, numbers[:, 1:].tolist())
         self.group.table = table.merge_equal()
