@@ -170,10 +170,10 @@ def _writes(trained: _Trained, old: Mapping[int, Any], new: Mapping[int, Any]) -
 
 def _beside(node: Node, model: Any) -> list[Callable[[], Any]]:
     """What puts back buffers, and variables that are no parameters, of the modules in a model."""
-    if node.ways is None:
+    if node.container is None:
         return []
-    if node.ways.beside is not None:
-        return [node.ways.beside(model)]
+    if node.container.beside is not None:
+        return [node.container.beside(model)]
     below = [_beside(child, value) for _, child, value in model_children(node, model, KeyPath(), "setup")]
     return [put_back for found in below for put_back in found]
 

@@ -8,7 +8,7 @@ from optimisers.arrays.types import is_number
 from optimisers.errors import BadState, TreeMismatch
 from optimisers.rule import Rule
 from optimisers.state.leaf import Branch, Leaf
-from optimisers.tree.children import container
+from optimisers.tree.children import container_for
 from optimisers.tree.flatten import Ties, flatten_model
 from optimisers.tree.flatten_up_to import flatten_up_to
 from optimisers.tree.layout import Layout
@@ -120,10 +120,10 @@ def _survey(model: object, name: str, ties: Ties) -> Any:
 
 def trainable(x: object) -> dict[Any, Any]:
     """The children of one container that may be trained, by key; empty for what is not a container."""
-    ways = container(x)
-    if ways is None:
+    container = container_for(x)
+    if container is None:
         return {}
-    keys = ways.keys(x)
-    kept = keys if ways.trainable is None else [k for k in keys if k in ways.trainable]
-    found = dict(zip(keys, ways.read(x, keys), strict=True))
+    keys = container.keys(x)
+    kept = keys if container.trainable is None else [k for k in keys if k in container.trainable]
+    found = dict(zip(keys, container.read(x, keys), strict=True))
     return {k: found[k] for k in kept}

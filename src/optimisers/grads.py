@@ -8,7 +8,7 @@ from optimisers.arrays.types import is_complex
 from optimisers.errors import BadState
 from optimisers.ops import rademacher
 from optimisers.step.choose import refuse_no_model
-from optimisers.tree.children import container
+from optimisers.tree.children import container_for
 from optimisers.tree.flatten import flatten_model
 from optimisers.tree.flatten_up_to import flatten_up_to, mirrored
 from optimisers.tree.path import KeyPath
@@ -23,9 +23,9 @@ def gradients(model: object) -> Any:
     BadState for arrays that keep no gradients.
     """
     refuse_no_model(model, "gradients(model)")
-    ways = container(model)
-    if ways is not None and ways.gradients is not None:
-        return ways.gradients(model)
+    container = container_for(model)
+    if container is not None and container.gradients is not None:
+        return container.gradients(model)
     layout, arrays = flatten_model(model)
     library = registry.library(*arrays) if arrays else None
     if library is not None and library.gradient_of is None:
@@ -48,9 +48,9 @@ def value_and_grad(loss: Callable[..., Any], model: object, *args: object, has_a
     Raises BadState for arrays that their library cannot differentiate here.
     """
     refuse_no_model(model, "value_and_grad(loss, model)")
-    ways = container(model)
-    if ways is not None and ways.value_and_grad is not None:
-        return ways.value_and_grad(loss, model, args, has_aux)
+    container = container_for(model)
+    if container is not None and container.value_and_grad is not None:
+        return container.value_and_grad(loss, model, args, has_aux)
     layout, arrays = flatten_model(model)
     library = registry.library(*arrays) if arrays else registry.library(0.0)
     if library.value_and_grad is None:
@@ -84,9 +84,9 @@ def hutchinson(loss: Callable[..., Any], model: object, seed: Any, *args: object
     refuse_no_model(model, "hutchinson(loss, model, seed)")
     if samples < 1:
         raise BadState(f"hutchinson was given samples={samples!r}; it takes a whole number, 1 or more")
-    ways = container(model)
-    if ways is not None and ways.functional is not None:
-        run, parameters, named = ways.functional(loss, model, args)
+    container = container_for(model)
+    if container is not None and container.functional is not None:
+        run, parameters, named = container.functional(loss, model, args)
         names = list(parameters)
         found = _diagonal(
             lambda new: run(dict(zip(names, new, strict=True)))[0],

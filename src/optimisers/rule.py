@@ -21,7 +21,7 @@ from optimisers.settings import (
     static,
 )
 from optimisers.spellings import ELSEWHERE
-from optimisers.tree.children import container
+from optimisers.tree.children import container_for
 from optimisers.typed import Pair, Setting, setting
 
 
@@ -116,8 +116,9 @@ def _refuse_parameters(rule: str, given: object) -> None:
         several: list[Any] = given
         parameters = bool(several) and not is_number(several[0]) and not callable(several[0])
     else:
-        ways = None if type(given) is float else container(given)
-        parameters = isinstance(given, Generator | dict) or (ways is not None and ways.gradients is not None)
+        container = None if type(given) is float else container_for(given)
+        known = container is not None and container.gradients is not None
+        parameters = known or isinstance(given, Generator | dict)
     if parameters:
         raise BadSetting(
             f"{rule} was given a {type(given).__name__} where a number goes; a rule holds no parameters: "

@@ -89,7 +89,7 @@ class Backend:
     """Package of model classes -> the module whose `container_of(kind)` knows them."""
     others: str = ""
     """The module that knows, by `is_registered(obj)`, objects of classes that users have registered with the
-    library itself, and has their ways as `OTHERS`. Its transforms are handed states of other libraries too.
+    library itself, and has their entry as `OTHERS`. Its transforms are handed states of other libraries too.
     """
     hooks: str | Hooks = field(default_factory=Hooks)
     engines: tuple[Plug, ...] = ()
@@ -227,12 +227,12 @@ def at_hand() -> list[Backend]:
 
 
 def registered_elsewhere(obj: object) -> Any:
-    """The ways of an object whose class was registered with a library, or None."""
+    """The registry entry of an object whose class was registered with a library, or None."""
     return next((m.OTHERS for b in at_hand() if (m := load(b.others)).is_registered(obj)), None)
 
 
-def ways_elsewhere() -> Any:
-    """The ways of the objects of a class that was found so before."""
+def container_elsewhere() -> Any:
+    """The registry entry of the objects of a class that was found so before."""
     return next(load(b.others).OTHERS for b in BACKENDS.values() if b.others)
 
 

@@ -287,7 +287,7 @@ def handle(store: Store, node: Node, path: KeyPath) -> Any:
     """The handle on one place: a Leaf, a Branch, or () where nothing trains; the same object each time for a
     leaf.
     """
-    if node.ways is not None and node.ways.bare and node.live:
+    if node.bare and node.live:
         node = node.live[0][1]
     if node.leaf >= 0:
         if store.shapes[node.leaf] is None:

@@ -9,7 +9,7 @@ from optimisers.settings import parts as parts_of_value
 from optimisers.settings import takes
 from optimisers.state.leaf import handle, parts
 from optimisers.state.store import Store
-from optimisers.tree.children import container, container_of
+from optimisers.tree.children import container_for, container_of
 from optimisers.tree.layout import Node
 from optimisers.tree.path import KeyPath, matches, offered
 from optimisers.tree.selectors import Selector
@@ -58,7 +58,7 @@ def picks(choice: Any, store: Store, leaf: int, depth: int) -> bool:
     if isinstance(choice, type) and issubclass(choice, Rule):
         group, _ = store.where(leaf)
         return any(isinstance(part, choice) for part in parts_of_value(group.rule))
-    part = callable(choice) and container(choice) is not None
+    part = callable(choice) and container_for(choice) is not None
     own = callable(choice) and not isinstance(choice, type) and not part
     if own and takes(choice, 2):
         return bool(

@@ -13,7 +13,7 @@ from optimisers.tree.path import Attr
 
 @dataclasses.dataclass(frozen=True)
 class Container:
-    """The ways of one kind of container."""
+    """The registry entry of one kind of container: how it is read and made anew."""
 
     keys: Callable[[Any], tuple[Any, ...]]
     """The keys of its children, in order; `Attr` for those read as attributes."""
@@ -147,8 +147,8 @@ def register(
     return cls
 
 
-def container(obj: object) -> Container | None:
-    """The ways of the container `obj`, or None if it is not one."""
+def container_for(obj: object) -> Container | None:
+    """The registry entry of the container `obj`, or None if it is not one."""
     found = container_of(type(obj))
     return found if found is not None else registry.registered_elsewhere(obj)
 
@@ -163,7 +163,7 @@ def _foreign_or_builtin(kind: type) -> Container | None:
 
 
 def container_of(kind: type) -> Container | None:
-    """The ways of the containers of this type, or None if they are not."""
+    """The registry entry of the containers of this type, or None if they are not."""
     for base in kind.__mro__:
         if base in REGISTERED:
             return REGISTERED[base]
@@ -171,9 +171,9 @@ def container_of(kind: type) -> Container | None:
 
 
 def _builtin(kind: type) -> Container | None:
-    for base, ways in ((dict, DICT), (list, LIST)):
+    for base, container in ((dict, DICT), (list, LIST)):
         if issubclass(kind, base):
-            return ways
+            return container
     if issubclass(kind, tuple):
         return NAMEDTUPLE if hasattr(kind, "_fields") else TUPLE
     if dataclasses.is_dataclass(kind):
@@ -206,11 +206,11 @@ def _by_key(obj: Mapping[Any, Any], keys: tuple[Any, ...], needed: tuple[Any, ..
 
 def _by_attribute(obj: object, names: tuple[Any, ...], needed: tuple[Any, ...]) -> dict[Any, Any] | str:
     """The children of a container of any kind, or the attributes `names` of an object."""
-    ways = container(obj)
-    if ways is not None and (own := ways.keys(obj)) and set(needed) <= set(own):
-        return dict(zip(own, ways.read(obj, own), strict=True))
+    container = container_for(obj)
+    if container is not None and (own := container.keys(obj)) and set(needed) <= set(own):
+        return dict(zip(own, container.read(obj, own), strict=True))
     there = [k for k in names if hasattr(obj, k)]
-    if not there and ways is None:
+    if not there and container is None:
         return f"a {type(obj).__name__} where a container stands"
     missing = [k for k in needed if k not in there]
     return _absent(missing[0]) if missing else {k: getattr(obj, k) for k in needed}

@@ -18,7 +18,7 @@ import numpy as np
 from optimisers.arrays import registry
 from optimisers.arrays.memory import axes_between, bounds, memory_of, same_array
 from optimisers.errors import BadSetting, NoMatch, TreeMismatch
-from optimisers.tree.children import Container, container
+from optimisers.tree.children import Container, container_for
 from optimisers.tree.layout import EMPTY, FROZEN, Layout, Node, fetcher, leaf_paths, picker
 from optimisers.tree.path import Attr, KeyPath, matches
 
@@ -94,29 +94,29 @@ class _Flattening:
             if any(_Flattening().visit(item, path, listed=False).leaves for item in nested):
                 raise TreeMismatch(f"{path.code()} is an array of objects, which hold arrays; make it a list")
             return EMPTY
-        ways = container(obj)
-        if ways is None:
+        container = container_for(obj)
+        if container is None:
             self.refuse_hidden(obj, path, listed=listed)
             return EMPTY
-        if id(obj) in self.nodes and (ways.shared or self.writable(self.nodes[id(obj)])):
+        if id(obj) in self.nodes and (container.shared or self.writable(self.nodes[id(obj)])):
             return self.seen_again(self.nodes[id(obj)], path)
         if id(obj) in self.open:
             raise TreeMismatch(f"{path.code()} holds itself; a model is a tree")
         self.open.add(id(obj))
-        node = self.branch(obj, ways, path)
+        node = self.branch(obj, container, path)
         self.open.discard(id(obj))
         if node.leaves:
             self.nodes[id(obj)] = node
             self.kept.append(obj)
         return node
 
-    def branch(self, obj: object, ways: Container, path: KeyPath) -> Node:
-        keys = self.keys(obj, ways)
+    def branch(self, obj: object, container: Container, path: KeyPath) -> Node:
+        keys = self.keys(obj, container)
         children: list[Node] = []
-        for key, value in zip(keys, self.read(obj, ways, keys, path), strict=True):
-            below = path if ways.bare else KeyPath(path, key)
-            skipped = ways.trainable is not None and key not in ways.trainable
-            listed = ways.trainable is not None and not skipped
+        for key, value in zip(keys, self.read(obj, container, keys, path), strict=True):
+            below = path if container.bare else KeyPath(path, key)
+            skipped = container.trainable is not None and key not in container.trainable
+            listed = container.trainable is not None and not skipped
             children.append(EMPTY if skipped else self.visit(value, below, listed=listed))
             loose = isinstance(value, float | complex | np.floating | np.complexfloating)
             if loose and not skipped and not _declared_float(obj, key):
@@ -125,20 +125,20 @@ class _Flattening:
         leaves = tuple(i for _, c in live for i in c.leaves)
         return Node(
             kind=type(obj),
-            ways=ways,
+            container=container,
             keys=keys,
             children=tuple(children),
             live=live,
             pick=picker(live),
-            fetch=fetcher(ways, live),
+            fetch=fetcher(container, live),
             leaves=leaves,
             again=bool(live) and all(c.again for _, c in live),
         )
 
-    def keys(self, obj: object, ways: Container) -> tuple[Any, ...]:
+    def keys(self, obj: object, container: Container) -> tuple[Any, ...]:
         """The keys of a container; raises TreeMismatch where one registered as trainable is missing."""
-        keys = ways.keys(obj)
-        for name in ways.trainable or ():
+        keys = container.keys(obj)
+        for name in container.trainable or ():
             if name not in keys:
                 raise TreeMismatch(
                     f"{type(obj).__name__} was registered with trainable {name!r}, which is not among its "
@@ -150,9 +150,9 @@ class _Flattening:
         return keys
 
     @staticmethod
-    def read(obj: object, ways: Container, keys: tuple[Any, ...], path: KeyPath) -> list[Any]:
+    def read(obj: object, container: Container, keys: tuple[Any, ...], path: KeyPath) -> list[Any]:
         try:
-            return list(ways.read(obj, keys))
+            return list(container.read(obj, keys))
         except AttributeError as error:
             raise TreeMismatch(
                 f"{path.code()} lacks {error.name!r}, with which {type(obj).__name__} was registered as a "

@@ -5,7 +5,7 @@ from typing import Any
 
 from optimisers.arrays import registry
 from optimisers.errors import TreeMismatch
-from optimisers.tree.children import container, entries, loose
+from optimisers.tree.children import container_for, entries, loose
 from optimisers.tree.layout import Node, extended
 from optimisers.tree.path import Attr, KeyPath
 
@@ -17,8 +17,8 @@ def flatten_up_to(node: Node, model: object, path: KeyPath, seen: str = "setup")
     """
     if node.leaf >= 0:
         return [model]
-    if node.ways is not None and node.ways.parameters is not None:
-        found = node.ways.parameters(model, node, node.names) if type(model) is node.kind else None
+    if node.container is not None and node.container.parameters is not None:
+        found = node.container.parameters(model, node, node.names) if type(model) is node.kind else None
         if found is not None:
             return found
     elif (found := _fetched(node, model)) is not None:
@@ -55,18 +55,18 @@ def model_children(node: Node, model: object, path: KeyPath, seen: str) -> Itera
     """
     if not node.leaves:
         return
-    ways = container(model)
+    container = container_for(model)
     assert node.kind is not None
-    if ways is None or (type(model) is not node.kind and not isinstance(model, node.kind)):
+    if container is None or (type(model) is not node.kind and not isinstance(model, node.kind)):
         raise TreeMismatch(
             f"{path.code()} is a {type(model).__name__}; `{seen}` saw a {node.kind.__name__}; call `{seen}` "
             "again for another model"
         )
-    keys = ways.keys(model)
+    keys = container.keys(model)
     if keys != node.keys and set(keys) != set(node.keys):
         what = _other_keys(node, keys, seen)
         raise TreeMismatch(f"{path.code()} has {what}; call `{seen}` again for another model")
-    values = dict(zip(keys, ways.read(model, keys), strict=True))
+    values = dict(zip(keys, container.read(model, keys), strict=True))
     for key, child in node.live:
         yield key, child, values[key]
 
@@ -107,13 +107,13 @@ def gradients_up_to(node: Node, grads: object, path: KeyPath) -> Any:
 
 def _by_child(node: Node, grads: object, path: KeyPath) -> dict[Any, Any]:
     """The gradients of the live children, by key."""
-    ways = container(grads)
-    whole = ways is None or not ways.partial
+    container = container_for(grads)
+    whole = container is None or not container.partial
     needed = tuple(k for k, c in node.live if (whole and not c.again) or _has(grads, k))
     found = loose(grads, node.keys, needed)
     if isinstance(found, str):
         live = [str(k) for k, _ in node.live]
-        named = isinstance(grads, list | tuple) and node.ways is not None and node.ways.gradients is not None
+        named = isinstance(grads, list | tuple) and node.by_name
         hint = f"; {BY_NAME}" if named else ""
         raise TreeMismatch(
             f"{path.code('grads')} has {found}; it takes the structure of the model, with "
@@ -156,7 +156,7 @@ NOT_TRAINED = (
 
 def _bare(node: Node, grads: Any, path: KeyPath) -> list[Any]:
     """An array that stands for a container of one."""
-    if node.ways is not None and node.ways.bare:
+    if node.bare:
         return [grads]
     raise TreeMismatch(
         f"{path.code('grads')} is an array of shape {tuple(grads.shape)}; the model has a "
@@ -191,8 +191,8 @@ def _names_parameters(node: Node, grads: Mapping[Any, Any]) -> bool:
     """Whether the keys of a dict are names of parameters, rather than the keys of the container."""
     if any(k in grads for k, c in node.live if c.leaf < 0):
         return False
-    dotted = any("." in name for name in node.names) or (node.ways is not None and node.ways.gradients)
-    return bool(dotted) and any(name in grads for name in node.names)
+    dotted = node.by_name or any("." in name for name in node.names)
+    return dotted and any(name in grads for name in node.names)
 
 
 def mirrored(node: Node, values: Sequence[Any]) -> Any:
@@ -205,7 +205,7 @@ def mirrored(node: Node, values: Sequence[Any]) -> Any:
 def _mirrored(node: Node, values: dict[str, Any], prefix: str) -> Any:
     if node.leaf >= 0:
         return values[prefix.removesuffix(".")]
-    if node.ways is not None and node.ways.gradients is not None:
+    if node.by_name:
         first: dict[int, str] = {}
         for name, leaf in zip(node.names, node.leaves, strict=True):
             first.setdefault(leaf, name)

@@ -22,7 +22,7 @@ class Node:
     axes: tuple[int, ...] | None = None
     """How the axes of the leaf's first place are permuted here, for a transposed tie."""
     kind: type | None = None
-    ways: Container | None = None
+    container: Container | None = None
     keys: tuple[Any, ...] = ()
     """All keys of the container."""
     children: "tuple[Node, ...]" = ()
@@ -44,23 +44,33 @@ class Node:
     first: "Node | None" = None
     """The node of the same container where it was met first."""
 
+    @property
+    def bare(self) -> bool:
+        """Whether it is but the wrapper of one array."""
+        return self.container is not None and self.container.bare
+
+    @property
+    def by_name(self) -> bool:
+        """Whether it is a model that knows its parameters, and their gradients, by name."""
+        return self.container is not None and self.container.gradients is not None
+
     @functools.cached_property
     def names(self) -> list[str]:
         """The path to each place below, as text."""
         return [str(path) for path, _ in leaf_paths(self, KeyPath())]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("ways", "fetch", "pick", "names")}
+        return {k: v for k, v in vars(self).items() if k not in ("container", "fetch", "pick", "names")}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         kind = kept["kind"]
-        self.ways = None if kind is None else container_of(kind) or registry.ways_elsewhere()
-        vars(self).update(kept, fetch=fetcher(self.ways, kept["live"]), pick=picker(kept["live"]))
+        self.container = None if kind is None else container_of(kind) or registry.container_elsewhere()
+        vars(self).update(kept, fetch=fetcher(self.container, kept["live"]), pick=picker(kept["live"]))
 
 
-def fetcher(ways: Container | None, live: "tuple[tuple[Any, Node], ...]") -> Callable[[Any], Any] | None:
+def fetcher(container: Container | None, live: "tuple[tuple[Any, Node], ...]") -> Callable[[Any], Any] | None:
     """Reads all live children in one call, if all of them are leaves."""
-    if not live or ways is None or not ways.direct or any(c.leaf < 0 for _, c in live):
+    if not live or container is None or not container.direct or any(c.leaf < 0 for _, c in live):
         return None
     keys = [k for k, _ in live]
     get = attrgetter(*keys) if isinstance(keys[0], Attr) else itemgetter(*keys)
@@ -158,7 +168,7 @@ FROZEN = Node(frozen=True)
 
 def extended(node: Node, path: KeyPath, key: object) -> KeyPath:
     """The path of a child of a node; the wrapper of one array does not count."""
-    return path if node.ways is not None and node.ways.bare else KeyPath(path, key)
+    return path if node.bare else KeyPath(path, key)
 
 
 def leaf_paths(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
@@ -202,12 +212,12 @@ def joined(first: Layout, second: Layout) -> Layout:
     live = (*a.live, *((k, child) for k, child in zip(b.keys, moved, strict=True) if child.leaves))
     root = Node(
         kind=a.kind,
-        ways=a.ways,
+        container=a.container,
         keys=a.keys + b.keys,
         children=(*a.children, *moved),
         live=live,
         pick=picker(live),
-        fetch=fetcher(a.ways, live),
+        fetch=fetcher(a.container, live),
         leaves=a.leaves + tuple(leaf + n for leaf in b.leaves),
     )
     return Layout(

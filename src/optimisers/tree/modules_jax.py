@@ -13,7 +13,7 @@ from optimisers.tree.path import Attr
 
 
 def container_of(kind: type) -> Container | None:
-    """The ways of a class that is registered with JAX; None for others, and for plain dicts and lists."""
+    """The registry entry of a class that JAX knows; None for others, and for plain dicts and lists."""
     if issubclass(kind, dict | list | tuple):
         return None
     variable = _variable()

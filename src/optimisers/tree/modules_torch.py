@@ -24,7 +24,7 @@ from optimisers.tree.path import Attr, named_path
 
 
 def container_of(kind: type) -> Container | None:
-    """The ways of modules of this type; None for what is no module."""
+    """The registry entry of modules of this type; None for what is no module."""
     return MODULE if issubclass(kind, nn.Module) else None
 
 

@@ -59,7 +59,7 @@ def _changed(
     writes: list[Callable[[], Any]] | None,
 ) -> Any:
     """A container with the leaves in `new` replaced."""
-    assert node.ways is not None
+    assert node.container is not None
     changes: dict[Any, Any] = {}
     if node.pick is not None:
         changes = _picked(node, new)
@@ -71,12 +71,12 @@ def _changed(
                     changes[key] = made
     if not changes:
         return model
-    if writes is not None and node.ways.write is not None:
-        writes.append(functools.partial(node.ways.write, model, changes))
+    if writes is not None and node.container.write is not None:
+        writes.append(functools.partial(node.container.write, model, changes))
         return model
-    result = node.ways.rebuild(model, changes)
-    if result is not model and node.ways.relink is not None:
-        memo.setdefault(-1, []).append((node.ways.relink, model, result))
+    result = node.container.rebuild(model, changes)
+    if result is not model and node.container.relink is not None:
+        memo.setdefault(-1, []).append((node.container.relink, model, result))
     return result
 
 
