@@ -808,7 +808,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
 def captured(state: Any) -> list[Any]:
     """The tables that belong to graphs."""
-    kept = [s for g in parts(state)[0].groups for s in (g.memo.whole.captured if g.memo.whole else [])]
+    kept = [s for g in parts(state)[0].groups for s in (g.cache.whole.captured if g.cache.whole else [])]
     return [s for s in kept if isinstance(s, tables.Sheet)]
 
 

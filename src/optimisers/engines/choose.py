@@ -62,9 +62,9 @@ def refusal(plug: Plug, group: Group) -> str:
 
 def choice_for(group: Group, wanted: str | None) -> Choice:
     """The engine for leaves of one group; remembered by the group."""
-    found = group.memo.choice
+    found = group.cache.choice
     if not isinstance(found, Choice):
-        found = group.memo.choice = _choose(group, wanted)
+        found = group.cache.choice = _choose(group, wanted)
     return found
 
 

@@ -19,8 +19,8 @@ from optimisers.engines import interpret
 from optimisers.engines.evaluate import evaluate
 from optimisers.engines.interpret import input_of
 from optimisers.engines.task import Engine, Holds, Members, Step
+from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr
-from optimisers.graph.memo import kept
 from optimisers.graph.passes import Pass, number_of, reduce_pass, store_pass
 from optimisers.ops.dispatch import OPERATIONS
 from optimisers.ops.primitives import ROUNDINGS
@@ -98,7 +98,7 @@ def evaluated(p: Pass, wide: Any, arrays: Sequence[Any], scalars: Sequence[Any])
     return [found[id(e)] for e in roots]
 
 
-@kept
+@cached
 def storing(p: Pass, wide: Any, apart: tuple[str, ...]) -> Any:
     """The kernel of a pass that stores: it takes the arrays that are read, those that are written `apart`
     from them, and the scalars; other stores go where the array of their name was read.
@@ -114,7 +114,7 @@ def storing(p: Pass, wide: Any, apart: tuple[str, ...]) -> Any:
     return cp.fuse(kernel_name="optimisers_step")(step)
 
 
-@kept
+@cached
 def reducing(p: Pass, wide: Any) -> Any:
     """The kernel of a pass that reduces: the new arrays whose sums or extremes are wanted."""
 
@@ -132,7 +132,7 @@ def _parts(args: Sequence[Any], reads: int, apart: int) -> tuple[Any, Any, Any]:
 # -- the engine ----------------------------------------------------------------------------------------------
 
 
-@kept
+@cached
 def tried(kernel: Any, arrays: tuple[tuple[Any, int], ...], scalars: tuple[type, ...], device: int) -> None:
     """Run a kernel once on arrays of one element: it is compiled, or cannot be."""
     with cp.cuda.Device(device):

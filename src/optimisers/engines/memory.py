@@ -10,7 +10,7 @@ import numpy as np
 from optimisers.arrays.memory import bounds
 from optimisers.errors import TreeMismatch
 from optimisers.state.buffers import FlatBuffers, Indices, Separate
-from optimisers.state.memo import Subset
+from optimisers.state.cache import Subset
 from optimisers.tree.flatten import share_elements
 
 

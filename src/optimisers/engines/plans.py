@@ -102,7 +102,7 @@ def plan_of(group: Group, leaves: Sequence[int], choice: Choice) -> Plan:
         steps = tuple(_Writer(group, shapes, rank).steps())
     else:
         steps = tuple(_interpreted(group.program, group.kind.dtype.itemsize))
-    subset = group.memo.whole
+    subset = group.cache.whole
     tables = None if subset is None else subset.tables
     held = fused.workspace_of(tables).nbytes if isinstance(tables, fused.Tables) else 0
     return Plan(choice.name, choice.refusals, steps, held)

@@ -23,9 +23,9 @@ def by_rows(rule: Rule) -> bool:
 
 def allowed(group: Group) -> bool:
     """The same for the rule of a group; remembered by the group."""
-    if group.memo.by_rows is None:
-        group.memo.by_rows = by_rows(group.rule) and not draws(group.program)
-    return group.memo.by_rows
+    if group.cache.by_rows is None:
+        group.cache.by_rows = by_rows(group.rule) and not draws(group.program)
+    return group.cache.by_rows
 
 
 def sparse(grads: list[Any]) -> list[bool]:

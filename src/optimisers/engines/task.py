@@ -21,8 +21,8 @@ from optimisers.graph.scalars import Scalars, Table, counters
 from optimisers.graph.trace import Program, total_join
 from optimisers.ops.random import number_of_leaf
 from optimisers.state.buffers import FlatBuffers, Indices
+from optimisers.state.cache import Subset
 from optimisers.state.group import Group
-from optimisers.state.memo import Subset
 from optimisers.state.table import ScalarTable
 from optimisers.tree.path import KeyPath
 
@@ -183,11 +183,11 @@ class Step:
     @property
     def wide(self) -> Any:
         """The type of the arithmetic: float32 at least, and no narrower than the parameters and the state."""
-        memo = self.job.group.memo
-        if memo.wide is None:
+        cache = self.job.group.cache
+        if cache.wide is None:
             kinds = [s.dtype for s in self.program.slots]
-            memo.wide = promoted(self.library, arithmetic(self.library, self.kind.dtype), kinds)
-        return memo.wide
+            cache.wide = promoted(self.library, arithmetic(self.library, self.kind.dtype), kinds)
+        return cache.wide
 
     def code(self, leaf: int, root: str) -> str:
         """The path of a leaf as code, for messages."""

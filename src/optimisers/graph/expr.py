@@ -33,7 +33,7 @@ _REDUCTIONS = frozenset({"sum", "norm2", "max", "min"})
 class Expr:
     """One node; two nodes are equal if they are the same."""
 
-    __slots__ = ("__memo__", "args", "domain", "guard", "op", "options", "shape_", "type", "value")
+    __slots__ = ("__cache__", "args", "domain", "guard", "op", "options", "shape_", "type", "value")
 
     def __init__(
         self,

@@ -9,10 +9,10 @@ arrays: a later one computes again, in registers, what it needs from the unchang
 import dataclasses
 from collections.abc import Sequence
 
+from optimisers.graph.cached import cached
 from optimisers.graph.check import check
 from optimisers.graph.expr import Expr, is_full_reduction, order
 from optimisers.graph.lower import Lowering
-from optimisers.graph.memo import kept
 from optimisers.graph.simplify import Table, fold
 from optimisers.graph.trace import Program
 
@@ -64,13 +64,13 @@ class Outputs:
     slots: tuple[Expr, ...]
 
 
-@kept
+@cached
 def draws(program: Program) -> bool:
     """Whether a step needs random numbers."""
     return any(e.op == "random" for e in order(program.roots, guards=True))
 
 
-@kept
+@cached
 def outputs(program: Program, holds: tuple[bool, ...] | None) -> Outputs:
     """The arrays that a step stores where condition i of the program holds or not; what does not run is left
     out. With None the conditions stay in the graph.
@@ -107,7 +107,7 @@ def levels(roots: Sequence[Expr]) -> dict[int, int]:
     return level
 
 
-@kept
+@cached
 def reduce_pass(program: Program, level: int, wanted: tuple[bool, ...]) -> Pass | None:
     """The pass for the wanted reductions of a level over arrays of the shape of x; None if there are none."""
     chosen = [
@@ -118,7 +118,7 @@ def reduce_pass(program: Program, level: int, wanted: tuple[bool, ...]) -> Pass 
     return pass_of(program.lowering, [], chosen) if chosen else None
 
 
-@kept
+@cached
 def store_pass(program: Program, holds: tuple[bool, ...] | None) -> Pass | None:
     """The last pass: stores everything that changes and has the shape of the parameters; None if nothing
     does.
@@ -190,7 +190,7 @@ class Stage:
     totals: tuple[Expr, ...]
 
 
-@kept
+@cached
 def stages(program: Program) -> tuple[Stage, ...]:
     """The reductions and totals of a program by level, the lowest first."""
     roots = [*program.guards, *program.roots]

@@ -14,9 +14,9 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterable, Sequence
 
+from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr, order
 from optimisers.graph.lower import Lowering, in_pass
-from optimisers.graph.memo import kept
 from optimisers.graph.passes import Outputs, Pass, outputs, pass_of, stages
 from optimisers.graph.trace import Program
 
@@ -41,7 +41,7 @@ class Round:
     """Reductions along an axis of values of the shape of x, which a pass over rows takes first."""
 
 
-@kept
+@cached
 def operations(
     program: Program,
     level: int | None,
@@ -163,7 +163,7 @@ _SMALLEST = {"sum": ("add", 0.0), "max": ("maximum", -math.inf), "min": ("minimu
 """Reduction -> the operation that takes one element more, and what it begins with."""
 
 
-@kept
+@cached
 def along(what: Round, rank: int) -> tuple[Pass, tuple[tuple[str, Expr, float], ...]]:
     """The pass over rows that takes the reductions of a round along an axis, and what it adds up over the
     rows: (array, reduction, value to begin with). Those along the last axis are its reductions.
@@ -182,7 +182,7 @@ def _more(name: str, e: Expr) -> Expr:
     return Expr(_SMALLEST[e.op][0], (held, inner), domain="array", shape=inner.shape_)
 
 
-@kept
+@cached
 def filling(what: Round, which: tuple[int, ...]) -> Pass:
     """The pass that writes some of the inputs of a round, in this order."""
     inputs = [(f"w{j}", what.inputs[i]) for j, i in enumerate(which)]

@@ -8,8 +8,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr, order
-from optimisers.graph.memo import kept
 from optimisers.graph.plan import Round
 from optimisers.ops.dispatch import OPERATIONS
 
@@ -66,7 +66,7 @@ class Recipe:
     """What all operations read and write, for one matrix."""
 
 
-@kept
+@cached
 def recipe(what: Round, shape: Shape) -> Recipe:
     """The recipe of a round for leaves of this shape; made once."""
     return _Writer(what, shape).written()

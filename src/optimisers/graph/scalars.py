@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays.numpy import library as host
+from optimisers.graph.cached import cached
 from optimisers.graph.expr import GIVEN, INFIX, Expr, is_full_reduction, order
-from optimisers.graph.memo import kept
 
 Table = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -137,7 +137,7 @@ class Scalars:
         return out, row
 
 
-@kept
+@cached
 def below(e: Expr) -> tuple[Expr, ...]:
     """A scalar node and all it is made of, arguments first; reductions and totals are given, so not what is
     in them.
@@ -145,7 +145,7 @@ def below(e: Expr) -> tuple[Expr, ...]:
     return tuple(order([e], given=True))
 
 
-@kept
+@cached
 def is_plain(e: Expr) -> bool:
     """Whether a scalar node is made of numbers of a rule and the clock alone."""
     return not any(
@@ -158,7 +158,7 @@ def is_called(e: Expr) -> bool:
     return e.op == "scheduled" and bool(e.options)
 
 
-@kept
+@cached
 def plain_of(first: Expr, *others: Expr) -> tuple[Expr, ...]:
     """Those nodes that are such."""
     return tuple(filter(is_plain, (first, *others)))
@@ -168,7 +168,7 @@ _WRITTEN = INFIX.keys() - {"power", "logical_and", "logical_or"}
 """Operations that Python writes so for numbers of NumPy as well as for its arrays."""
 
 
-@kept
+@cached
 def written_out(first: Expr, *others: Expr, single: bool) -> Callable[[Any, Any], tuple[Any, ...]]:
     """A function (columns of numbers, clock) -> the values of plain nodes, without a look at the graph.
 

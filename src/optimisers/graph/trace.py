@@ -7,10 +7,10 @@ from typing import Any
 
 from optimisers.arrays import registry
 from optimisers.errors import TraceError
+from optimisers.graph.cached import cached
 from optimisers.graph.clocks import Clocks
 from optimisers.graph.expr import GIVEN, Expr, Guard, order
 from optimisers.graph.lower import Lowering
-from optimisers.graph.memo import kept
 from optimisers.graph.simplify import clean, unique
 from optimisers.graph.symbol import Symbol, Trace, lift, make, tracing
 from optimisers.nest import flatten, form, unflatten
@@ -81,13 +81,13 @@ class Program:
         ]
 
 
-@kept
+@cached
 def of_changes(program: Program) -> Program:
     """The program that gives what is to be added to the parameters where the other gives new ones."""
     return dataclasses.replace(program, new_x=program.change)
 
 
-@kept
+@cached
 def reads_parameters(program: Program) -> bool:
     """Whether steps depend on the values of the parameters."""
     return any(e.op == "input" and e.value == "x" for e in order(of_changes(program).roots))

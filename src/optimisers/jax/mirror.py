@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from optimisers.arrays.jax import library as arrays
-from optimisers.graph.memo import kept
+from optimisers.graph.cached import cached
 from optimisers.graph.trace import Program
 from optimisers.settings import skeleton, walk
 from optimisers.state.leaf import Branch
@@ -73,7 +73,7 @@ def order_of(rule: Any) -> str:
     return described(skeleton(rule))
 
 
-@kept
+@cached
 def kinds_of(structure: Structure) -> tuple[Kind, ...]:
     """The kinds of leaves in states of a structure."""
     groups = structure.store.groups

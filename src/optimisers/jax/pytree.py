@@ -20,7 +20,7 @@ from optimisers.arrays import registry
 from optimisers.arrays.jax import library as arrays
 from optimisers.engines.task import refuse, watches
 from optimisers.errors import BadState, TreeMismatch, UnknownField
-from optimisers.graph.memo import kept
+from optimisers.graph.cached import cached
 from optimisers.settings import parts
 from optimisers.state.buffers import Bucketed
 from optimisers.state.leaf import Branch, Leaf, opened
@@ -219,7 +219,7 @@ def _step(
     return _Out(held, new, [found for found, _, _ in notes], _After(after, about))
 
 
-@kept
+@cached
 def jitted(structure: Structure, path: KeyPath, changes: bool) -> Any:
     """The compiled step of a part of the states of one structure."""
     _remember(structure)

@@ -20,7 +20,7 @@ from optimisers.nest import flatten, form, unflatten, values
 from optimisers.rule import Rule, needed
 from optimisers.settings import fill, numbers, skeleton
 from optimisers.state.buffers import Bucketed, FlatBuffers, Indices, Places, Separate
-from optimisers.state.memo import Memo, Subset
+from optimisers.state.cache import Cache, Subset
 from optimisers.state.table import ScalarTable, as_kind, table_of
 from optimisers.tree.path import KeyPath
 
@@ -103,7 +103,7 @@ class Group:
     table: ScalarTable
     shared: bool = False
     """Whether another store may hold the same arrays: then they are copied before they are written."""
-    memo: Memo = dataclasses.field(default_factory=Memo)
+    cache: Cache = dataclasses.field(default_factory=Cache)
     """What engines remember of this group."""
 
     def owned(self) -> "Group":
@@ -128,7 +128,7 @@ class Group:
             table=self.table.copy(),
             slots=slots,
             shared=False,
-            memo=Memo() if self.kind.capturable else self.memo,
+            cache=Cache() if self.kind.capturable else self.cache,
         )
 
     def successor(self, *, whole: bool, traced: bool) -> "Group":
@@ -142,19 +142,19 @@ class Group:
             table=self.table.copy(),
             slots=slots,
             shared=False,
-            memo=Memo() if turned else self.memo,
+            cache=Cache() if turned else self.cache,
         )
 
     @property
     def captured(self) -> bool:
         """Whether a graph that was captured holds a step of some of the leaves."""
-        return self.memo.captured
+        return self.cache.captured
 
     def subset(self, members: Indices | None) -> Subset:
         """All leaves of this group, or some members, with what engines remember of them."""
         if members is None:
-            return self.memo.all_of(self.leaves, self.places, self.slots)
-        return self.memo.some_of(members, self.leaves, self.places, self.slots)
+            return self.cache.all_of(self.leaves, self.places, self.slots)
+        return self.cache.some_of(members, self.leaves, self.places, self.slots)
 
     @property
     def opaque(self) -> bool:
@@ -184,12 +184,12 @@ class Group:
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what can be made again: programs, and the tables of engines."""
-        kept = {k: v for k, v in vars(self).items() if k not in ("program", "programs", "memo")}
+        kept = {k: v for k, v in vars(self).items() if k not in ("program", "programs", "cache")}
         return kept | {"template": self.program.template}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         template = kept.pop("template")
-        vars(self).update(kept, memo=Memo())
+        vars(self).update(kept, cache=Cache())
         self.program = program_of(self.rule, self.stand_in(template), self.kind)
         self.programs = {needed(self.rule) + 1: self.program}
 

@@ -341,9 +341,9 @@ def _written(group: Group, label: Indices, given: Sequence[Mapping[str, Any]]) -
     written, where a setting is no number before or after.
     """
     asked = frozenset(name for fields in given for name in fields)
-    if asked not in group.memo.columns:
-        group.memo.columns[asked] = columns_of(group.rule, asked)
-    columns = group.memo.columns[asked]
+    if asked not in group.cache.columns:
+        group.cache.columns[asked] = columns_of(group.rule, asked)
+    columns = group.cache.columns[asked]
     if columns is None:
         return False
     table, rows, first = _parted(group, label)

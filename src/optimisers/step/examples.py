@@ -18,9 +18,9 @@ from optimisers.step.plan import Plan
 
 def weighing(group: Group) -> bool:
     """Whether the rule of a group takes gradients of single examples; remembered by the group."""
-    if group.memo.per_example is None:
-        group.memo.per_example = _weigher(group.rule) is not None
-    return group.memo.per_example
+    if group.cache.per_example is None:
+        group.cache.per_example = _weigher(group.rule) is not None
+    return group.cache.per_example
 
 
 def _weigher(rule: Rule) -> Rule | None:

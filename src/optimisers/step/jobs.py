@@ -49,10 +49,10 @@ def by_orders(
 
 def _of_second_order(group: Group) -> str:
     """The name of the rule of a group, or in it, that must be given second gradients; empty if none is."""
-    if group.memo.second_order is None:
+    if group.cache.second_order is None:
         found = (part for part in parts(group.rule) if isinstance(part, Rule) and part.second_order)
-        group.memo.second_order = next((type(part).__name__ for part in found), "")
-    return group.memo.second_order
+        group.cache.second_order = next((type(part).__name__ for part in found), "")
+    return group.cache.second_order
 
 
 def _conjugated(g: Any) -> Any:

@@ -17,8 +17,8 @@ from optimisers.engines.interpret import every
 from optimisers.engines.stacks import Stacks
 from optimisers.engines.task import Members, Step
 from optimisers.engines.workspace import Bucket
+from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr
-from optimisers.graph.memo import kept
 from optimisers.graph.passes import Pass
 from optimisers.graph.plan import Round, along
 from optimisers.graph.recipe import Shape
@@ -108,7 +108,7 @@ def _reading(step: Step, p: Pass, members: Members, stacks: Stacks) -> Reading |
     return Reading(narrowed(p, tuple(n for n, _ in found)), lines, tuple(at for _, at in found))
 
 
-@kept
+@cached
 def narrowed(p: Pass, narrow: tuple[bool, ...]) -> Pass:
     """The pass that reads some values once a row."""
     return dataclasses.replace(p, narrow=narrow)

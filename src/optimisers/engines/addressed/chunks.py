@@ -56,7 +56,7 @@ class Scratch(threading.local):
             found = self.arrays[name] = np.empty(shape, dtype)
         return found
 
-    def kept(self, name: Any, make: Callable[[], Any]) -> Any:
+    def get_or_make(self, name: Any, make: Callable[[], Any]) -> Any:
         """What `make` made when this was first asked for."""
         if name not in self.arrays:
             self.arrays[name] = make()

@@ -247,7 +247,7 @@ def stacks_of(step: Step, launch: Callable[..., None]) -> Stacks:
 
 def workspace_of(tables: Tables) -> Workspace:
     """The buffers of the stacks of some leaves, in this thread."""
-    return tables.scratch.kept("workspace", Workspace)
+    return tables.scratch.get_or_make("workspace", Workspace)
 
 
 def _given(step: Step, name: str, leaf: int) -> Any:

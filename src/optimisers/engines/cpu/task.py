@@ -17,8 +17,8 @@ from optimisers.engines.addressed.text import arithmetic_of, kinds_of, labels_of
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu import threads
 from optimisers.engines.task import Engine, Holds, Members, Step
+from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr
-from optimisers.graph.memo import kept
 from optimisers.graph.passes import Pass, draws
 from optimisers.graph.trace import Program
 from optimisers.state.buffers import Indices
@@ -169,7 +169,7 @@ def reading(step: Step, p: Pass, members: Members) -> Reading | None:
     return byrow.reading(step, p, members, addressed.stacks_of(step, launch)) if p.free else None
 
 
-@kept
+@cached
 def kernel_of(program: Program, p: Pass, dtype: str, gradient: str, *, inplace: bool) -> ModuleType:
     """The module with the compiled kernel of a pass; the program holds it."""
     kinds = kinds_of(program, p, dtype, gradient)

@@ -10,7 +10,7 @@ import torch
 
 from optimisers.engines import cache
 from optimisers.engines.task import Step
-from optimisers.graph.memo import kept
+from optimisers.graph.cached import cached
 
 CHUNK = 4096
 """Elements of one chunk, which one program of a launch steps: small enough that the last ones to finish do
@@ -93,7 +93,7 @@ def loaded(text: str) -> Any:
     return kernel
 
 
-@kept
+@cached
 def compiled(kernel: Any, kinds: tuple[Any, ...], device: Any, **options: Any) -> None:
     """Have a kernel compiled for arguments of some types, once."""
     if support().INTERPRETED:

@@ -53,18 +53,18 @@ class DeviceScalars:
     def learn(self) -> None:
         """Take note that more is known; every step comes to know the same."""
         self.stage = (tuple(self.partials), tuple(self.totals), tuple(self.put_here))
-        self.memo: dict[int, bool] = self.scratch.kept(("far", self.stage), dict)
+        self.cache: dict[int, bool] = self.scratch.get_or_make(("far", self.stage), dict)
 
     def is_far(self, e: Expr) -> bool:
         """Whether the host does not know what a node depends on."""
-        if id(e) not in self.memo:
-            self.memo[id(e)] = id(e) not in self.put_here and any(
+        if id(e) not in self.cache:
+            self.cache[id(e)] = id(e) not in self.put_here and any(
                 id(n) in self.partials
                 or id(n) in self.totals
                 or (self.capturable and n.op in ("number", "clock"))
                 for n in below(e)
             )
-        return self.memo[id(e)]
+        return self.cache[id(e)]
 
     def far(self, wanted: Sequence[Expr]) -> bool:
         """Whether one of some nodes is such; most rules know all from the host."""
@@ -124,25 +124,29 @@ class DeviceScalars:
 
     def kept(self, what: str, e: Expr, n: int) -> Any:
         """A vector on the device that is there again at the next step."""
-        return self.scratch.kept((what, id(e)), lambda: lasting((n,), torch.float64, self.device))
+        return self.scratch.get_or_make((what, id(e)), lambda: lasting((n,), torch.float64, self.device))
 
     def found(self, wanted: Sequence[Expr], counters: Sequence[Expr], total: str = "") -> Any:
         """What `kernel` gives for some nodes, kept, and its name."""
         key = ("scalars", total, self.stage, *map(id, wanted), None, *map(id, counters))
-        held, _ = self.scratch.kept(key, lambda: (self.kernel(wanted, counters, total), (wanted, counters)))
+        held, _ = self.scratch.get_or_make(
+            key, lambda: (self.kernel(wanted, counters, total), (wanted, counters))
+        )
         return *held, key
 
     def run(self, wanted: Sequence[Expr], counters: Sequence[Expr], out: Any, total: str = "") -> None:
         """Compute scalars by one launch."""
         kernel, near, vectors, totals, key = self.found(wanted, counters, total)
         device, leaves = self.device, self.step.leaves
-        found: Any = self.scratch.kept("found", lambda: lasting((1,), torch.float32, device).zero_())
+        found: Any = self.scratch.get_or_make("found", lambda: lasting((1,), torch.float32, device).zero_())
         if self.capturable:
             table, row, clock = self.near.numbers, self.fixed("row", self.step.row), self.near.clock
             found = self.step.job.scaling[1] if self.step.job.scaling else found
         else:
             host, rows = self.near.table(near)
-            sheet = self.scratch.kept(("near", key, host.shape), lambda: Sheet(device, host.size, 0, leaves))
+            sheet = self.scratch.get_or_make(
+                ("near", key, host.shape), lambda: Sheet(device, host.size, 0, leaves)
+            )
             sheet.send(host, [], rows)
             table, row, clock = sheet.table, sheet.row, found
         sizes = self.fixed("sizes", self.step.sizes)
@@ -203,7 +207,7 @@ class DeviceScalars:
     def gathered(self, e: Expr) -> Any:
         """A reduction of every leaf, from those of its chunks; or what is known of the leaf beforehand."""
         if e.op == "leaf":
-            return self.scratch.kept(("leaf", e.value), lambda: self.sent(self.near.names[e.value]))
+            return self.scratch.get_or_make(("leaf", e.value), lambda: self.sent(self.near.names[e.value]))
         known = self.partials[id(e)]
         if not isinstance(known, Partial):
             return known
@@ -221,5 +225,5 @@ class DeviceScalars:
 
     def fixed(self, name: str, values: Indices) -> Any:
         """A vector of the host on the device; it goes over when it changes."""
-        held = self.scratch.kept(("fixed", name, len(values)), lambda: Fixed(self.device, len(values)))
+        held = self.scratch.get_or_make(("fixed", name, len(values)), lambda: Fixed(self.device, len(values)))
         return held.of(values)

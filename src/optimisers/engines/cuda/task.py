@@ -27,8 +27,8 @@ from optimisers.engines.cuda.scalars import DeviceScalars, Partial
 from optimisers.engines.cuda.tables import Sheet, lasting, placed
 from optimisers.engines.task import Engine, Holds, Members, Step
 from optimisers.errors import BadState
+from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr
-from optimisers.graph.memo import kept
 from optimisers.graph.passes import Pass
 from optimisers.graph.trace import Program
 from optimisers.state.buffers import Indices
@@ -107,7 +107,7 @@ def way(step: Step) -> tuple[object, ...]:
 def _seen(step: Step) -> set[object]:
     """The ways in which these leaves were stepped in this thread."""
     tables = step.job.subset.tables
-    return tables.scratch.kept("seen", set) if isinstance(tables, Tables) else set()
+    return tables.scratch.get_or_make("seen", set) if isinstance(tables, Tables) else set()
 
 
 def scalars_of(step: Step) -> DeviceScalars:
@@ -127,7 +127,7 @@ def reductions(step: Step, p: Pass) -> list[Any]:
     device = scalars_of(step).device
     shape = len(p.reductions), max(1, len(tables.chunks.leaf))
     with on(step.library, device):
-        held = tables.scratch.kept(("partial", id(p)), lambda: lasting(shape, torch.float64, device))
+        held = tables.scratch.get_or_make(("partial", id(p)), lambda: lasting(shape, torch.float64, device))
     launch(step, p, tables.chunks, None, {}, held)
     return [Partial(r.op, row) for r, row in zip(p.reductions, held, strict=True)]
 
@@ -180,7 +180,7 @@ def sheet_of(step: Step, p: Pass, members: Members, table: Any, rows: list[Indic
     held = scratch.arrays if members is None else addressed.chunks_of(step, members).placed
     sheet = held[key] = held.get(key) or made()
     if step.kind.capturable:
-        spares = scratch.kept(("spares", *key), list)
+        spares = scratch.get_or_make(("spares", *key), list)
         if launches.capturing(step):
             # The graph reads these tables whenever it is replayed: they are its own.
             if not spares:
@@ -217,7 +217,7 @@ def prepare(step: Step, holds: Holds, members: Members) -> Callable[[], None]:
 
 def compile_pass(step: Step, p: Pass) -> None:
     """Have the kernel of a pass compiled: nothing is written before it is known that it can be."""
-    done: set[object] = step.work.tables.scratch.kept("compiled", set)
+    done: set[object] = step.work.tables.scratch.get_or_make("compiled", set)
     if (known := (id(p), step.work.gradient, way(step))) in done:
         return
     kinds = [*INDICES, *([torch.float32] * 2 if step.job.scaling is not None else [])]
@@ -249,7 +249,7 @@ SPARES = 4
 """How many graphs of one step may be captured between two steps that are not."""
 
 
-@kept
+@cached
 def kernel_of(program: Program, p: Pass, dtype: str, gradient: str, *, inplace: bool, scaled: bool) -> Any:
     """The kernel of a pass; Triton compiles it when it is first launched."""
     kinds = kinds_of(program, p, dtype, gradient)

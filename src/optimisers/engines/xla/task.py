@@ -26,8 +26,8 @@ from optimisers.engines.evaluate import Values, evaluate
 from optimisers.engines.task import Engine, Holds, Members, Step
 from optimisers.engines.xla import call as ffi
 from optimisers.engines.xla.together import Together
+from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr
-from optimisers.graph.memo import kept
 from optimisers.graph.passes import Pass, number_of, reduce_pass, store_pass
 from optimisers.graph.plan import Round, filling, operations
 from optimisers.graph.trace import Program
@@ -321,7 +321,7 @@ def _gradient(grads: Any, leaves: list[int], dtype: Any) -> str:
     return kinds.pop() if len(kinds) == 1 else "" if kinds else library.type_name(dtype)
 
 
-@kept
+@cached
 def _source(program: Program, p: Pass, dtype: str, gradient: str) -> str | None:
     """The kernel of a pass in place; None where there is none."""
     if numba.unprintable(program, dtype) or not gradient:

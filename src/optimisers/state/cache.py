@@ -33,7 +33,7 @@ class Subset:
 
 
 @dataclasses.dataclass(eq=False)
-class Memo:
+class Cache:
     """What engines remember of a group."""
 
     choice: object = None

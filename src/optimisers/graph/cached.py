@@ -12,21 +12,21 @@ Key = ParamSpec("Key")
 Found = TypeVar("Found")
 
 
-def kept(
+def cached(
     function: Callable[Concatenate[Owner, Key], Found],
 ) -> Callable[Concatenate[Owner, Key], Found]:
-    """Keep what a function finds in the `__memo__` of its first argument, by the other ones."""
+    """Keep what a function finds in the `__cache__` of its first argument, by the other ones."""
 
     @functools.wraps(function)
     def found(owner: Any, *key: Key.args, **options: Key.kwargs) -> Found:
         at = (function, key, *options.items()) if options else (function, key)
         try:
-            return owner.__memo__[at]
+            return owner.__cache__[at]
         except KeyError:
             pass
         except AttributeError:
-            object.__setattr__(owner, "__memo__", {})  # frozen ones have it too
-        value = owner.__memo__[at] = function(owner, *key, **options)
+            object.__setattr__(owner, "__cache__", {})  # frozen ones have it too
+        value = owner.__cache__[at] = function(owner, *key, **options)
         return value
 
     return found
