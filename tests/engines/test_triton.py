@@ -701,7 +701,7 @@ def test_what_has_not_changed_is_not_sent_again(sent: list[int]) -> None:
     assert len(sent) == 1
 
 
-def test_only_the_scalars_are_sent_where_only_they_have_changed(sent: list[int], sheets: list[Any]) -> None:
+def test_only_the_scalars_are_sent_where_only_they_have_changed(sent: list[int], buffers: list[Any]) -> None:
     """A row of scalars for all leaves, since they were always stepped together."""
     model, grads = (model_of(PLACES, "float32", seed) for seed in (0, 1))
     state = opt.setup(opt.AdamW(0.1), model, engine="triton")
@@ -709,8 +709,8 @@ def test_only_the_scalars_are_sent_where_only_they_have_changed(sent: list[int],
         opt.update_(state, model, grads)
 
     assert sent[0] > len(model)
-    assert sent[1:] == [sheets[-1].numbers] * 2
-    assert sheets[-1].numbers <= 10
+    assert sent[1:] == [buffers[-1].numbers] * 2
+    assert buffers[-1].numbers <= 10
 
     sent.clear()
     opt.update_(state, model, model_of(PLACES, "float32", 2))
@@ -762,20 +762,20 @@ def test_nothing_is_written_anew_when_settings_change(
 
 
 @pytest.fixture
-def sheets(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def buffers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The tables of every pass that was launched."""
     seen: list[Any] = []
-    original = engine.sheet_of
+    original = engine.arguments_of
 
-    def sheet(*args: Any) -> Any:
+    def arguments(*args: Any) -> Any:
         seen.append(original(*args))
         return seen[-1]
 
-    monkeypatch.setattr(engine, "sheet_of", sheet)
+    monkeypatch.setattr(engine, "arguments_of", arguments)
     return seen
 
 
-def test_16_bytes_are_read_at_a_time_only_where_all_arrays_of_a_leaf_are_aligned(sheets: list[Any]) -> None:
+def test_16_bytes_are_read_at_a_time_only_where_all_arrays_of_a_leaf_are_aligned(buffers: list[Any]) -> None:
     """The state always is; parameters and gradients lie as they lie."""
     ways = list(itertools.product([torch.clone, shifted], repeat=2))
     model, grads = ([w[n](torch.ones(5, device=DEVICE)) for w in ways] for n in range(2))
@@ -785,7 +785,7 @@ def test_16_bytes_are_read_at_a_time_only_where_all_arrays_of_a_leaf_are_aligned
         wanted = [
             x.data_ptr() % 16 == 0 and g.data_ptr() % 16 == 0 for x, g in zip(model, grads, strict=True)
         ]
-        np.testing.assert_array_equal(sheets[-1].aligned.cpu()[: len(ways)].numpy(), wanted)
+        np.testing.assert_array_equal(buffers[-1].aligned.cpu()[: len(ways)].numpy(), wanted)
 
         assert sum(wanted) in (1, 2)
 
@@ -809,10 +809,10 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 def captured(state: Any) -> list[Any]:
     """The tables that belong to graphs."""
     kept = [s for g in parts(state)[0].groups for s in (g.cache.whole.captured if g.cache.whole else [])]
-    return [s for s in kept if isinstance(s, tables.Sheet)]
+    return [s for s in kept if isinstance(s, tables.ArgumentBuffer)]
 
 
-def test_a_captured_step_has_tables_of_its_own(capture: Callable[[bool], None], sheets: list[Any]) -> None:
+def test_a_captured_step_has_tables_of_its_own(capture: Callable[[bool], None], buffers: list[Any]) -> None:
     """Later steps do not write into them, nor does a later capture."""
     world = World("torch", "triton", capturable=True)
     model, grads = world.model(), world.model(seed=1)
@@ -822,7 +822,7 @@ def test_a_captured_step_has_tables_of_its_own(capture: Callable[[bool], None], 
     opt.update_(state, model, grads)
     capture(False)
     own = captured(state)
-    eager = [s for s in sheets if not any(s is o for o in own)]
+    eager = [s for s in buffers if not any(s is o for o in own)]
     before = [s.memory.clone() for s in own]
 
     assert len(own) == 2
@@ -997,7 +997,7 @@ def test_so_many_graphs_may_be_captured_between_two_steps(capture: Callable[[boo
     state = opt.setup(opt.AdamW(0.1), x, engine="triton", capturable=True)
     opt.update_(state, x, torch.ones(3))
     capture(True)
-    for _ in range(engine.SPARES):
+    for _ in range(engine.PINNED):
         opt.update_(state, x, torch.ones(3))
     with pytest.raises(BadState, match="take a step before the next capture"):
         opt.update_(state, x, torch.ones(3))

@@ -9,7 +9,7 @@ import torch
 
 from optimisers.engines.cuda import printer
 from optimisers.engines.cuda.launch import EXACT, LANES, compiled, launched, loaded, on, support
-from optimisers.engines.cuda.tables import Fixed, Sheet, lasting, placed
+from optimisers.engines.cuda.tables import ArgumentBuffer, Fixed, lasting, placed
 from optimisers.engines.task import Step
 from optimisers.graph.expr import Expr, is_full_reduction
 from optimisers.graph.scalars import Table, below
@@ -144,11 +144,11 @@ class DeviceScalars:
             found = self.step.job.scaling[1] if self.step.job.scaling else found
         else:
             host, rows = self.near.table(near)
-            sheet = self.scratch.get_or_make(
-                ("near", key, host.shape), lambda: Sheet(device, host.size, 0, leaves)
+            arguments = self.scratch.get_or_make(
+                ("near", key, host.shape), lambda: ArgumentBuffer(device, host.size, 0, leaves)
             )
-            sheet.send(host, [], rows)
-            table, row, clock = sheet.table, sheet.row, found
+            arguments.send(host, [], rows)
+            table, row, clock = arguments.table, arguments.row, found
         sizes = self.fixed("sizes", self.step.sizes)
         held = [self.gathered(e) for e in vectors]
         sums = [self.totals[id(e)] for e in totals]

@@ -23,7 +23,7 @@ def staging(n: int, device: Any) -> Any:
         return torch.empty(n, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
 
 
-class Sheet:
+class ArgumentBuffer:
     """What one launch is told: a table of scalars in float64, addresses, row of each leaf and whether its
     arrays are aligned; in one buffer, so that one copy brings all.
     """
@@ -45,8 +45,8 @@ class Sheet:
         self.to_addresses = addresses[: columns * leaves].reshape(columns, leaves)
         self.to_row, self.to_aligned = row[:leaves], aligned[:leaves]
 
-    def spare(self) -> "Sheet":
-        """This sheet with memory to copy from: while a graph is captured, none can be had."""
+    def pinned(self) -> "ArgumentBuffer":
+        """This buffer with pinned memory to copy from: while a graph is captured, none can be had."""
         self.staged = staging(len(self.host), self.memory.device)
         return self
 

@@ -24,7 +24,7 @@ from optimisers.engines.cuda import launch as launches
 from optimisers.engines.cuda import printer
 from optimisers.engines.cuda.launch import available, compiled, interpreted, launched, on, options_of, support
 from optimisers.engines.cuda.scalars import DeviceScalars, Partial
-from optimisers.engines.cuda.tables import Sheet, lasting, placed
+from optimisers.engines.cuda.tables import ArgumentBuffer, lasting, placed
 from optimisers.engines.task import Engine, Holds, Members, Step
 from optimisers.errors import BadState
 from optimisers.graph.cached import cached
@@ -157,13 +157,13 @@ def launch(
         row = row if members is None else row[members]
         if not len(chunks.leaf):
             return
-        sheet = sheet_of(step, p, members, table, rows, row)
+        arguments = arguments_of(step, p, members, table, rows, row)
         given = (
             placed(chunks, "table", scalars.device),
-            sheet.addresses,
-            sheet.aligned,
-            sheet.table if on_device is None else on_device,
-            sheet.row,
+            arguments.addresses,
+            arguments.aligned,
+            arguments.table if on_device is None else on_device,
+            arguments.row,
             len(row),
             *(step.job.scaling or ()),
             *partial,
@@ -172,27 +172,29 @@ def launch(
         launched(step, kernel(step, p), len(chunks.leaf), given, **options)
 
 
-def sheet_of(step: Step, p: Pass, members: Members, table: Any, rows: list[Indices], row: Indices) -> Sheet:
+def arguments_of(
+    step: Step, p: Pass, members: Members, table: Any, rows: list[Indices], row: Indices
+) -> ArgumentBuffer:
     """The tables of a launch, on the device."""
     size, scratch = 0 if table is None else table.size, step.work.tables.scratch
-    key = ("sheet", id(p), size, len(rows), len(row))
-    made = functools.partial(Sheet, scalars_of(step).device, size, len(rows), len(row), p)
+    key = ("arguments", id(p), size, len(rows), len(row))
+    made = functools.partial(ArgumentBuffer, scalars_of(step).device, size, len(rows), len(row), p)
     held = scratch.arrays if members is None else addressed.chunks_of(step, members).placed
-    sheet = held[key] = held.get(key) or made()
+    arguments = held[key] = held.get(key) or made()
     if step.kind.capturable:
-        spares = scratch.get_or_make(("spares", *key), list)
+        pool = scratch.get_or_make(("pool", *key), list)
         if launches.capturing(step):
             # The graph reads these tables whenever it is replayed: they are its own.
-            if not spares:
+            if not pool:
                 raise BadState(
-                    f"{SPARES} CUDA graphs of one step were captured; take a step before the next capture"
+                    f"{PINNED} CUDA graphs of one step were captured; take a step before the next capture"
                 )
-            sheet = spares.pop()
-            step.job.subset.captured.append(sheet)
+            arguments = pool.pop()
+            step.job.subset.captured.append(arguments)
         else:
-            spares += [made().spare() for _ in range(SPARES - len(spares))]
-    sheet.send(table, rows, row)
-    return sheet
+            pool += [made().pinned() for _ in range(PINNED - len(pool))]
+    arguments.send(table, rows, row)
+    return arguments
 
 
 def kernel(step: Step, p: Pass) -> Any:
@@ -245,7 +247,7 @@ def finish(step: Step) -> None:
 INDICES = (torch.int64, torch.int64, torch.int64, torch.float64, torch.int64, 3)
 """What every pass is given: chunks, addresses, whether they are aligned, scalars, rows, how many leaves."""
 
-SPARES = 4
+PINNED = 4
 """How many graphs of one step may be captured between two steps that are not."""
 
 
