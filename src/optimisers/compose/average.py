@@ -3,7 +3,7 @@
 from typing import Any, ClassVar, NamedTuple
 
 from optimisers.arrays.protocol import Array
-from optimisers.ops import copy, ema, landing, under
+from optimisers.ops import copy, ema, under, updated
 from optimisers.rule import Rule, Setting, a_rule, in_unit_interval, setting, stepped
 
 
@@ -39,7 +39,7 @@ class EMA(Rule):
         if step is None:
             return AverageState(state.average, inner), None
         with under(step):
-            average = ema(self.rho, state.average, landing(x, step))
+            average = ema(self.rho, state.average, updated(x, step))
         return AverageState(average, inner), step
 
     def evaluate(self, state: AverageState, x: Array) -> Any:

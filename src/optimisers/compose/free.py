@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
-from optimisers.ops import copy, ema, floor, landing, maximum, under, where
+from optimisers.ops import copy, ema, floor, maximum, under, updated, where
 from optimisers.ops.derived import over
 from optimisers.rule import (
     Rule,
@@ -126,7 +126,7 @@ class GPA(Rule):
         if step is None:
             return state._replace(inner=inner), None
         with under(step):
-            z = landing(state.z, step)
+            z = updated(state.z, step)
             average = ema(self.mu_x, state.average, z)
             y = ema(self.mu_y, average, z)
         return GPAState(z, average, inner), x - y
@@ -170,7 +170,7 @@ class Lookahead(Rule):
         if step is None:
             return state._replace(inner=inner), None
         with under(step):
-            t, fast = state.t + 1, landing(x, step)
+            t, fast = state.t + 1, updated(x, step)
             back = divides(self.every, t)
             slow = where(back, state.slow + self.alpha * (fast - state.slow), state.slow)
         return LookaheadState(slow, t, inner), x - where(back, slow, fast)
@@ -219,7 +219,7 @@ class SWA(Rule):
             t = state.t + 1
             take = (t > self.start) & divides(self.every, t - self.start)
             n = state.n + where(take, 1, 0)
-            away = landing(x, step) - state.mean
+            away = updated(x, step) - state.mean
             mean = state.mean + where(take, 1 / maximum(n, 1), 0) * away
         return SWAState(mean, n, t, inner), step
 

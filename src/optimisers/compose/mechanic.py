@@ -5,7 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 from optimisers import ops
 from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
-from optimisers.ops import clip, copy, landing, maximum, norm, sqrt, total, under
+from optimisers.ops import clip, copy, maximum, norm, sqrt, total, under, updated
 from optimisers.rule import Rule, Setting, a_rule, not_negative, setting, static, stepped
 
 
@@ -63,7 +63,7 @@ class Mechanic(Rule):
             h = total(ops.sum((dx + pull * x) * way))
             shares = [self.share(i, state, h) for i in range(self.betas)]
             m, v, r, s = (tuple(column) for column in zip(*shares, strict=True))
-            u = x - landing(x, step)
+            u = x - updated(x, step)
             new = state.start - sum(s) * (way + u)
         return MechanicState(state.start, m, v, r, s, inner), x - new
 

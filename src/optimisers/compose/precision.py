@@ -11,10 +11,10 @@ from optimisers.ops import (
     copy,
     high_bits,
     join_bits,
-    landing,
     low_bits,
     typed_zeros_like,
     under,
+    updated,
     where,
 )
 from optimisers.ops.state import rounded, stored_as
@@ -87,7 +87,7 @@ class MixedPrecision(Rule):
         if step is None:
             return MasterState(state.master, inner), None
         with under(step):
-            new = rounded(landing(master, step), self.dtype)
+            new = rounded(updated(master, step), self.dtype)
             return MasterState(new, inner), Becomes(new)
 
     def evaluate(self, state: MasterState, x: Array) -> Any:
@@ -125,7 +125,7 @@ class SplitPrecision(Rule):
         if step is None:
             return SplitState(state.low, inner), None
         with under(step):
-            new = landing(master, step)
+            new = updated(master, step)
             return SplitState(low_bits(new), inner), Becomes(high_bits(new), new)
 
     def evaluate(self, state: SplitState, x: Array) -> Any:

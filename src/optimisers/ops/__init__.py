@@ -75,10 +75,10 @@ from optimisers.ops.steps import (
     Becomes,
     check,
     examples,
-    landing,
     loss,
     total,
     under,
+    updated,
     when,
 )
 
@@ -111,7 +111,6 @@ __all__ = [
     "isfinite",
     "isnan",
     "join_bits",
-    "landing",
     "less",
     "less_equal",
     "log",
@@ -151,6 +150,7 @@ __all__ = [
     "typed_zeros_like",
     "under",
     "uniform",
+    "updated",
     "when",
     "where",
     "zeros_like",

@@ -93,7 +93,7 @@ class Becomes:
     """The value before it was rounded, for those who keep averages; None for the value itself."""
 
 
-def landing(x: Operand, dx: Operand) -> Any:
+def updated(x: Operand, dx: Operand) -> Any:
     """The new value of x after a rule answered `dx`, as exactly as it is known."""
     if isinstance(dx, Becomes):
         return dx.value if dx.exact is None else dx.exact

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from optimisers import ops
 from optimisers.arrays.protocol import Array
-from optimisers.ops import abs2, copy, ema, landing, maximum, real_zeros_like, sqrt, where, zeros_like
+from optimisers.ops import abs2, copy, ema, maximum, real_zeros_like, sqrt, updated, where, zeros_like
 from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting, static
 from optimisers.rules.adam import AdaMaxState, AdamState, adam_state, check_moments, moments
 
@@ -140,7 +140,7 @@ class ASGD(Rule):
         rate = where(state.t == 0, self.eta, state.rate)
         step = rate * (dx + self.lambd * x)
         share = 1 / maximum(state.t - self.t0, 1)
-        average = ema(1 - share, state.average, landing(x, step))
+        average = ema(1 - share, state.average, updated(x, step))
         t = state.t + 1
         return ASGDState(average, t, self.eta / (1 + self.lambd * self.eta * t) ** self.alpha), step
 
