@@ -255,7 +255,7 @@ def _real(name: str, want: type, value: abstract.Real) -> Any:
 
 
 def takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether a function can be called with so many arguments; True where nobody can say."""
+    """Whether a function can be called with so many arguments; True where that is unknown."""
     try:
         signature = inspect.signature(function)
     except ValueError:

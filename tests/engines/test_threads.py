@@ -1,4 +1,4 @@
-"""Threads that share one kernel: nobody runs it any more when its caller goes on."""
+"""Threads that share one kernel: no thread runs it any more when its caller goes on."""
 
 # pyright: reportPrivateUsage=false
 

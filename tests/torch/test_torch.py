@@ -439,7 +439,7 @@ def test_an_inference_tensor_is_replaced_outside_inference_mode(
 
 @both_engines
 def test_a_step_in_place_takes_gradients_that_have_a_graph(engine: str) -> None:
-    """Those of `create_graph=True`: nobody can follow a step in place, so it is a plain one."""
+    """Those of `create_graph=True`: a step in place cannot be differentiated, so it is a plain one."""
     x = torch.ones(3, requires_grad=True)
     (g,) = torch.autograd.grad((x**3).sum(), x, create_graph=True)
     state = opt.setup(opt.Momentum(0.1), x, engine=engine)

@@ -1,4 +1,4 @@
-"""Steps that somebody follows: gradients through a step, `torch.compile`, sparse gradients."""
+"""Steps that are traced: gradients through a step, `torch.compile`, sparse gradients."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""Arrays of JAX: they cannot be written, and inside a transform nobody knows their values."""
+"""Arrays of JAX: they cannot be written, and inside a transform their values are unknown."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -296,7 +296,7 @@ class JaxLibrary(Library[Array, Dtype]):
     # -- memory ---------------------------------------------------------------------------------------------
 
     def holds_same(self, a: Array, b: Array) -> bool:
-        """In a transform nobody can see it, and what `setup` saw counts."""
+        """In a transform it cannot be seen, and what `setup` saw counts."""
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
         return (

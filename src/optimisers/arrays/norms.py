@@ -18,7 +18,7 @@ def norm2(
 ) -> Callable[..., Any]:
     """The operation `norm2` of a library: squares are taken of elements over the largest one, so that none
     overflows and not all vanish. `least` gives the least normal number of an array's type, `still` a value
-    that nobody differentiates: the scale cancels.
+    that is not differentiated: the scale cancels.
     """
 
     def reduced(x: Array | Scalar, axis: Axis = None, keepdims: bool = False) -> Any:

@@ -16,7 +16,7 @@ class Scalars(Protocol):
     """The scalars of states beside arrays of a library: by default they are on the host, in NumPy."""
 
     def is_fixed(self, x: object) -> bool:
-        """Whether a scalar may be read once and for all: nobody differentiates or traces it."""
+        """Whether a scalar may be read once and for all: it is neither differentiated nor traced."""
         return True
 
     def table(self, rows: Any) -> Any:

@@ -124,7 +124,7 @@ class Library(Protocol[A, D]):
         return True
 
     def is_traced(self, x: object) -> bool:
-        """Whether a transform or a compiler looks at this array, so that nobody may read its elements."""
+        """Whether a transform or a compiler looks at this array, so that its elements may not be read."""
         return False
 
     def traces(self, xs: Sequence[object], gradients: Sequence[Sequence[object]], *, inplace: bool) -> bool:
@@ -232,7 +232,7 @@ class Library(Protocol[A, D]):
 
     @abstractmethod
     def to_numpy(self, x: A) -> HostArray:
-        """The elements as an array of NumPy, for somebody to look at."""
+        """The elements as an array of NumPy, to be looked at."""
 
     def to_host(self, x: A | Scalar) -> Any:
         """The value of a 0-d array; numbers as they are."""
@@ -254,7 +254,7 @@ class Library(Protocol[A, D]):
     """Whether an array may be shown that cannot be written."""
 
     def seen(self, x: A, *, read_only: bool) -> A:
-        """A view for somebody to look at and to write into; not into `x` itself if it is read-only."""
+        """A view to be looked at and written into; not into `x` itself if it is read-only."""
         return x if self.immutable or not read_only else self.duplicate(x)
 
     def duplicate(self, x: Any) -> Any:
@@ -313,7 +313,7 @@ class Library(Protocol[A, D]):
         return numbers
 
     def moved(self, x: Any, device: str) -> A:
-        """A scalar in float32 on a device; nobody waits for it."""
+        """A scalar in float32 on a device, without synchronisation."""
         raise _lacking(self.name, "moved")
 
     def advanced_clocks(self, clock: Any, skipped: Any, covered: Any) -> Any:

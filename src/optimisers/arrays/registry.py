@@ -327,14 +327,14 @@ def maywrite(x: object) -> bool:
 
 
 def unknown_array(x: object) -> str:
-    """The module of an array of a library that nobody registered; empty for what is none."""
+    """The module of an array of a library that is not registered; empty for what is none."""
     kind, packages = type(x), _packages()
     known = any(p in packages for base in kind.__mro__ for p in _prefixes(base.__module__))
     return "" if known or not all(hasattr(x, n) for n in ("shape", "dtype", "__add__")) else kind.__module__
 
 
 def not_known(module: str) -> str:
-    """What is said of an array of a library that nobody registered."""
+    """What is said of an array of a library that is not registered."""
     return (
         f"an array of {module}, a library that is not known here, as {', '.join(BACKENDS)} are; "
         "opt.register_backend teaches it"

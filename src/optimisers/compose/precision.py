@@ -144,7 +144,7 @@ def one_master(outer: Rule) -> None:
 
 
 def fitting(high: Any, low: Any) -> Any:
-    """The low bits of a master; 0 where somebody has written a weight to which they cannot belong: nothing is
+    """The low bits of a master; 0 where a weight was written to which they cannot belong: nothing is
     rounded up to 0, or beyond infinity, and their bits together would be no number.
     """
     zero, infinite = (high == 0) & (low < 0), (ops.abs(high) == float("inf")) & (low > 0)

@@ -1,7 +1,7 @@
 """Where do generated kernels live? In importable files in the user's private cache directory.
 
 Numba's disk cache needs a real file beside which it keeps the compiled code. Loading that code executes it,
-so the directory and all in it must belong to this user and be writable by nobody else; else kernels are
+so the directory and all in it must belong to this user and be writable by no other; else kernels are
 compiled in memory.
 """
 
@@ -24,7 +24,7 @@ from optimisers.errors import CacheRefused
 PREFIX = "optimisers_kernels_"
 
 KEPT = 128
-"""How many modules stay in memory although nobody has a kernel of them: the ones asked for last."""
+"""How many modules stay in memory although no kernel of them is in use: the ones asked for last."""
 
 _loaded: MutableMapping[str, ModuleType] = weakref.WeakValueDictionary()
 _recent: dict[str, ModuleType] = {}
@@ -191,7 +191,7 @@ def untrusted(path: Path, *, sticky: bool = False) -> str | None:
 
 
 def _unsafe_above(folder: Path) -> str | None:
-    """Why somebody else could put another directory in the place of one below `folder`; None if nobody can.
+    """Why another user could put another directory in the place of one below `folder`; None if none can.
 
     Links are followed, as in a cache that lies on another disk: both ways are looked at.
     """

@@ -24,7 +24,7 @@ from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
 
 lock: Any = global_compiler_lock
-"""Held by whoever compiles, ours or others': one lock, so that nobody waits for another in a ring."""
+"""Held by whoever compiles, ours or others': one lock, so that there is no deadlock."""
 
 if hasattr(os, "register_at_fork"):  # a child would wait for ever for a thread that it does not have
     os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)

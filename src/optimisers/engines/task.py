@@ -56,7 +56,7 @@ class Job:
     written.
     """
     loss: Any = None
-    """The loss of this step, one number; None where nobody gave it."""
+    """The loss of this step, one number; None where none was given."""
     examples: int | None = None
     """How many examples the gradients are of, where they came example by example."""
     scaling: tuple[Any, Any] | None = None
@@ -157,7 +157,7 @@ class Step:
             self.scalars.put(e, self.loss() if e.op == "loss" else job.examples, of_leaf=False)
 
     def loss(self) -> Any:
-        """The loss of the step, where the scalars are computed; raises BadState if nobody gave it."""
+        """The loss of the step, where the scalars are computed; raises BadState if none was given."""
         given = self.job.loss
         if given is None:
             raise BadState(
@@ -248,8 +248,8 @@ class Step:
     def verify(self) -> None:
         """Raise DomainError, naming the leaf, for the first check of the rule that fails.
 
-        Traced numbers are not read, and what is not finite spreads; unless somebody `watches`, who reads them
-        later.
+        Traced numbers are not read, and what is not finite spreads; unless they are noted in `watches`, to be
+        read later.
         """
         checks = self.program.checks
         if not checks or (self.abstract and not self.job.traced):

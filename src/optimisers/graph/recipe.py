@@ -1,7 +1,7 @@
 """A round of array operations -> a recipe for matrices of one shape: operations, and buffers between them.
 
 Transposes are not computed: every value is stored the way round in which its readers want it, and others read
-it turned. A product with what is added to it is one operation. Buffers are used again once nobody reads them.
+it turned. A product with what is added to it is one operation. Buffers are used again after their last read.
 """
 
 import dataclasses
@@ -194,7 +194,7 @@ class _Writer:
     # -- products with what is added to them --
 
     def term(self, e: Expr, owner: Expr) -> tuple[Expr, bool, int, tuple[Expr, ...]]:
-        """(value, transposed, sign, factors) of a term that nobody but its sum reads."""
+        """(value, transposed, sign, factors) of a term that its sum alone reads."""
         sign, factors, turned = 1, list[Expr](), False
         reader = owner
         while self.alone(e, reader):
@@ -377,7 +377,7 @@ def _broadcast(shapes: Sequence[Shape]) -> Shape | None:
 
 
 def registered(code: Sequence[Operation], outputs: set[int]) -> tuple[list[Operation], int]:
-    """The operations with a buffer for every value: one is used again once nobody reads what is in it."""
+    """The operations with a buffer for every value: one is used again after its last read."""
     last = {o.value: i for i, op in enumerate(code) for o in op.args if o.value >= 0}
     at: dict[int, int] = {}
     idle: list[int] = []

@@ -134,6 +134,6 @@ def _power(e: Expr) -> Expr | None:
 
 
 def _never(e: Expr) -> Expr | None:
-    """A reduction under a condition that is known not to hold is 0: nobody reads it."""
+    """A reduction under a condition that is known not to hold is 0: it is not read."""
     never = is_full_reduction(e) and any(_known(g) is False for g in e.guard)
     return Expr("const", value=0.0) if never else None

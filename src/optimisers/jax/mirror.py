@@ -183,7 +183,7 @@ class Static:
 
 
 class Reflection(Pending):
-    """A state in Optax's form that nobody has looked at."""
+    """A state in Optax's form that was not looked at."""
 
     def __init__(self, static: Static, children: dict[str, Any]) -> None:
         self.static, self.structure, self.children = static, static.structure, children
@@ -342,7 +342,7 @@ def _unflatten(static: Static, children: Any) -> Mirrored:
 
 
 def reflected(held: Reflection) -> Mirrored:
-    """A state that nobody has looked at."""
+    """A state that was not looked at."""
     return Mirrored(held, held.structure.store.layout.root, KeyPath())
 
 

@@ -50,7 +50,7 @@ def when(condition: Operand, dx: Operand) -> Any:
 
 def clock(dx: Any, otherwise: Any) -> Any:
     """How many updates have covered the array whose gradient is `dx`; behind a rule that answers `when`, how
-    many steps were taken there. Where `apply` is called outside any update, nobody counts: `otherwise`.
+    many steps were taken there. Where `apply` is called outside any update, there is no count: `otherwise`.
     """
     read = getattr(type(dx), "__clock__", None)
     return otherwise if read is None else read()

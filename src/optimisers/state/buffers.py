@@ -2,7 +2,7 @@
 its own.
 
 A thousand small arrays so cost one allocation, and their addresses are one base and a table of offsets; each
-is made into an array of its own only when somebody looks.
+is made into an array of its own only when it is looked at.
 """
 
 import dataclasses
@@ -163,8 +163,8 @@ class Separate(FlatBuffers):
     """The arrays of one slot of the state where no address can be written: separate ones, which are
     replaced.
 
-    So are the arrays of libraries that know no writing, distributed ones, and those that somebody
-    differentiates.
+    So are the arrays of libraries that know no writing, distributed ones, and those that are
+    differentiated.
     """
 
     def empty(self) -> "Separate":

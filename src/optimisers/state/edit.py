@@ -87,7 +87,7 @@ def _forked(state: Any, change: Callable[[Any], None]) -> Any:
 
 
 def _copied(state: Any) -> Any:
-    """A state that may be changed apart from this one, which nobody has to look at for that."""
+    """A state that may be changed apart from this one, which is not put together for that."""
     if not isinstance(state, Leaf | Branch):
         parts(state)  # which says what is wrong
     return copy.copy(state)

@@ -34,7 +34,7 @@ class ScalarTable(Protocol):
 
     @property
     def traced(self) -> bool:
-        """Whether a step must be traced, since nobody here knows the scalars."""
+        """Whether a step must be traced, since the scalars are not known here."""
         ...
 
     def split(self, members: Indices) -> "ScalarTable":
@@ -104,7 +104,7 @@ class ScalarTable(Protocol):
         ...
 
     def settle(self) -> "ScalarTable":
-        """The same on the host, once nobody traces what becomes of it."""
+        """The same on the host, once it is not traced any more."""
         ...
 
     def arrays(self) -> tuple[Any, Any]:

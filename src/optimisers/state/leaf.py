@@ -1,7 +1,7 @@
 """What does a user hold of the state? Handles: a Leaf beside each array, a Branch beside each container.
 
-Any handle is an address: `freeze_(state.layers[3])`. They are made when somebody looks; the store behind them
-is one.
+Any handle is an address: `freeze_(state.layers[3])`. They are made when they are looked at; the store behind
+them is one.
 """
 
 import copy
@@ -251,7 +251,7 @@ def unseen(state: Leaf | Branch) -> bool:
 
 
 def _as_setting(of: Leaf | Branch, name: str, value: object = None) -> str:
-    """What to write for the setting of a rule where somebody looks for it in the state; empty for other
+    """What to write for the setting of a rule where it is looked for in the state; empty for other
     names. With a value it is to be set.
     """
     store, node, path = parts(of)

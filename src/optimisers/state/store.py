@@ -39,7 +39,7 @@ class Loan:
 
 @dataclasses.dataclass(eq=False)
 class Store:
-    """The state of one `setup`; handles on it are made when somebody looks."""
+    """The state of one `setup`; handles on it are made when they are looked at."""
 
     layout: Layout
     shapes: list[Shape | None]
@@ -190,7 +190,7 @@ class Store:
             self.structure = self.compiled(self)
 
     def settle(self) -> None:
-        """Bring scalars to the host that nobody traces any more."""
+        """Bring scalars to the host that are not traced any more."""
         for group in self.groups:
             group.table = group.table.settle()
 

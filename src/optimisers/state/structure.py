@@ -1,4 +1,4 @@
-"""A store without its arrays, and a store that nobody has looked at yet."""
+"""A store without its arrays, and a store that was not looked at yet."""
 
 import dataclasses
 import hashlib
@@ -101,7 +101,7 @@ def token_of(store: Store) -> tuple[Any, ...]:
 
 
 _shared: "weakref.WeakValueDictionary[int, Structure]" = weakref.WeakValueDictionary()
-"""Structures that somebody holds, by the hash of their key: the key itself would keep classes of rules."""
+"""Structures in use, by the hash of their key: the key itself would keep classes of rules."""
 
 
 def shared(store: Store) -> Structure:
@@ -119,7 +119,7 @@ def shared(store: Store) -> Structure:
 
 
 named: "weakref.WeakValueDictionary[str, Structure]" = weakref.WeakValueDictionary()
-"""Structures that somebody holds, by the name under which compiled graphs know them."""
+"""Structures in use, by the name under which compiled graphs know them."""
 
 
 def name(structure: Structure) -> None:
@@ -133,7 +133,7 @@ def name(structure: Structure) -> None:
 
 
 class Pending:
-    """A store that nobody has looked at yet: a structure and its arrays.
+    """A store that was not looked at yet: a structure and its arrays.
 
     What transforms and compilers hand from step to step is this; it takes whatever they put in place of
     arrays.

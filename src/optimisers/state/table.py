@@ -2,9 +2,9 @@
 
 Leaves that were always stepped together share a row; one that is adjusted, frozen or skipped gets its own,
 copied when they part. The clock of a row counts the updates that covered its leaves. There are three forms
-with one interface, and nobody else asks which: scalars of the host, those that a transform traces, and those
-that live on a device. Tables of the first two are values: what changes one gives another, so a step goes on
-with the one it has begun with. That of a device keeps its addresses, for graphs that were captured.
+with one interface, and no other code asks which: scalars of the host, those that a transform traces, and
+those that live on a device. Tables of the first two are values: what changes one gives another, so a step
+goes on with the one it has begun with. That of a device keeps its addresses, for graphs that were captured.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,7 @@ from optimisers.state.rows import Indices, block, labelled, on_host, own, parted
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 CAPTURED = (
-    "a capturable state is for CUDA graphs; for steps that somebody differentiates, write setup without "
-    "capturable"
+    "a capturable state is for CUDA graphs; for steps that are differentiated, write setup without capturable"
 )
 """What is said to those who want to trace the scalars of a capturable state."""
 
@@ -87,7 +86,7 @@ class HostTable:
     ) -> "HostTable":
         if not counters:
             return self
-        if not of_leaf and computed.row is not self.row:  # somebody has changed the rows meanwhile
+        if not of_leaf and computed.row is not self.row:  # an edit has changed the rows meanwhile
             counters, of_leaf = spread(counters, computed.row, members), True
         if of_leaf:
             stepped = np.arange(len(self.row)) if members is None else members
@@ -463,7 +462,7 @@ def as_kind(kind: type, value: Any) -> Any:
     if not isinstance(value, float | np.floating):
         library = registry.library(value)
         if not library.immutable or not library.scalars.is_fixed(value):
-            return value  # somebody traces it
+            return value  # it is traced
         value = float(str(library.to_numpy(value)))  # 0.001, not 0.0010000000474974513
     return (
         int(value) if kind is int and value == int(value) else bool(value) if kind is bool else float(value)

@@ -54,8 +54,8 @@ def setup(
     (path, array) -> rule. A rule of None trains nothing there. `engine="interpret"` computes every step with
     the array library's own functions instead of fused kernels. `capturable=True`, for tensors on one CUDA
     device, keeps the clock and all numbers of the state there: then a CUDA graph may hold a step, and what is
-    adjusted between its replays counts from the next one on; checks of the rules are left out, since nobody
-    waits for them.
+    adjusted between its replays counts from the next one on; checks of the rules are left out, since
+    no step waits for them.
 
     Where arrays can be written, the same array at several places is one parameter. Arrays of JAX are tied by
     an object of Flax NNX that stands at several places, or by `ties`: tuples of the paths that hold one
@@ -246,7 +246,7 @@ def update_(state: S, model: M, grads: object = _MISSING, *more: object, loss: o
 
     While the step is stored, handlers of signals that are written in Python (Ctrl-C is one) wait, in the main
     thread: they are called when all of it is stored, and find no half step. For that they are replaced for
-    this moment, and put back; `update`, whose new arrays nobody has yet, replaces none.
+    this moment, and put back; `update`, whose new arrays are in no use yet, replaces none.
     """
     if _untrained(state):
         return state, model

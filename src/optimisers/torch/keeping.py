@@ -134,7 +134,7 @@ class Keeper:
             for p, name in zip(params, own, strict=True):
                 if p not in names:
                     while name in taken:
-                        name = f"{n}.{name}"  # noqa: PLW2901 until nobody has it
+                        name = f"{n}.{name}"  # noqa: PLW2901 until it is free
                     names[p] = name
                     taken.add(name)
                 found.append(names[p])
@@ -328,7 +328,7 @@ def _alike(entries: Mapping[str, Any], others: Mapping[str, Any] | None) -> bool
 
 
 def _wants(p: Any) -> bool:
-    """Whether a parameter is to be trained: it says so, or somebody has given it a gradient."""
+    """Whether a parameter is to be trained: it says so, or has a gradient."""
     return p.requires_grad or p.grad is not None
 
 

@@ -38,7 +38,7 @@ class ParamGroup:
     leaves: list[int]
     """The leaves of its parameters."""
     warned = False
-    """Whether it was said that `lr` is a factor here, to somebody who is no scheduler."""
+    """Whether it was said that `lr` is a factor here, where no scheduler set it."""
     lent = ""
     """What momentum is called in other groups, where it has another name here or there is none: schedulers
     that cycle it look for one key in all groups.

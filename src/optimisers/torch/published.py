@@ -92,14 +92,14 @@ class Block:
             self.shown = self.clock.copy(), self.numbers.copy()
 
     def counted(self) -> Any:
-        """The members whose counters somebody has written."""
+        """The members whose counters were written."""
         clock, numbers = self.shown
         if np.array_equal(self.clock, clock) and np.array_equal(self.numbers, numbers):
             return ()
         return np.flatnonzero((self.clock != clock) | (self.numbers != numbers).any(axis=0))
 
     def written(self, members: Any) -> Any:
-        """A row of clock and counters for some members, as somebody has written them.
+        """A row of clock and counters for some members, as they were written.
 
         Raises TreeMismatch for what is no number of steps.
         """

@@ -117,7 +117,7 @@ class Layout:
     places: list[list[KeyPath]]
     """All paths of each leaf."""
     floats: list[tuple[KeyPath, Any]]
-    """Numbers beside arrays: they do not train, though somebody may think so."""
+    """Numbers beside arrays: they do not train, though it might be thought."""
     shapes: list[tuple[int, ...]]
     """The shape of each leaf."""
     told: Told = dataclasses.field(default_factory=dict[str, tuple[Place, ...]])

@@ -1,6 +1,6 @@
 """Addresses of arrays, read from the objects of NumPy, PyTorch and CPython where these keep them.
 
-The fastest road, and one that nobody has promised: it is taken with the versions that it was tested with and
+The fastest road, and one that no library promises: it is taken with the versions that it was tested with and
 tried on a handful of arrays in every process. OPTIMISERS_RAW_READS=0 switches it off, 1 takes it with any
 version. The layout of NumPy's arrays is part of its stable C interface (`PyArrayObject_fields` in
 `ndarraytypes.h`), that of lists and tuples of CPython's. PyTorch promises none; where its tensors keep what

@@ -1,4 +1,4 @@
-"""Scalars of a step that are known on the device only: they are computed there, so that nobody waits."""
+"""Scalars of a step that are known on the device only: they are computed there, without synchronisation."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -191,7 +191,7 @@ class DeviceScalars:
                 near.append(e)
                 inputs.append((e, f"number {len(near) - 1}"))
             else:
-                assert not is_full_reduction(e), "a reduction that nobody has computed"
+                assert not is_full_reduction(e), "a reduction that was not computed"
                 stack.extend(e.args)
         width = len(self.step.program.names) if self.capturable else max(1, len(near))
         program = self.step.program

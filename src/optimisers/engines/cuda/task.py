@@ -1,9 +1,9 @@
 """The CUDA engine: one launch per pass for all leaves of a group, whatever their number.
 
 Tables of addresses, chunks and scalars lie on the device and go over when they change, in one asynchronous
-copy. What depends on a reduction is computed there too, so that clipping waits for nobody; only what the host
-must know, such as whether a check of a rule holds, is fetched. A `capturable` state has all its scalars on
-the device: then nothing is fetched, and a CUDA graph may hold the step.
+copy. What depends on a reduction is computed there too, so that clipping needs no synchronisation; only what
+the host must know, such as whether a check of a rule holds, is fetched. A `capturable` state has all its
+scalars on the device: then nothing is fetched, and a CUDA graph may hold the step.
 
 Under TRITON_INTERPRET=1 it serves tensors on the CPU, by Triton's interpreter: slow, and for tests.
 """

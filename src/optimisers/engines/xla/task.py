@@ -90,7 +90,7 @@ def where_asked(
     step: Step, what: Round, among: Together, compute: Callable[[], list[list[Any]]]
 ) -> list[list[Any]]:
     """The same, computed only if a condition of the rule holds for one of these leaves, where without
-    one nobody reads it; else 0.
+    one it is not read; else 0.
     """
     guards = step.program.guards
     if not guards or operations(step.program, None, (False,) * len(guards)) is not None:
