@@ -7,8 +7,10 @@ not here, gives a sentence instead.
 """
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,10 @@ import optimisers as opt
 Settings = dict[str, Any]
 
 LIBRARIES = ("numpy", "torch", "jax")
+
+CASES: list[dict[str, Any]] = json.loads(
+    Path(__file__).with_name("golden").joinpath("modern_rules.json").read_text()
+)
 
 
 def run(case: Mapping[str, Any], library: str) -> "tuple[list[list[Any]], list[list[Any]] | None] | str":
@@ -315,9 +321,10 @@ def muon(settings: Settings, _: Any) -> Any:
 
 
 def adafactor(settings: Settings, _: Any) -> Any:
-    if settings.pop("variant", None) != "torch":
-        return "epsilon is added to the squares, and rates are not bounded by 1 / sqrt(t)"
-    return plain(opt.TorchAdafactor, {**settings, "decay": -settings["decay"]})
+    cls = opt.TorchAdafactor if settings.pop("variant", None) == "torch" else opt.Adafactor
+    if "decay" in settings:
+        settings["decay"] = -settings["decay"]
+    return plain(cls, settings, scale="scaled", beta1="rho", beta2_cap="cap", axes="factor")
 
 
 EARLY = "epsilon is added before the bias correction"

@@ -305,6 +305,18 @@ MODERN: tuple[Row, ...] = (
     ),
     Row("Muon", opt.Muon(0.05, 0.8, 0.1), passes=3, matrix=True),
     Row("Muon-flat", opt.Muon(0.05, 0.8, 0.1, nesterov=False, scale="rms", steps=2), passes=3, matrix=True),
+    Row("Adafactor", opt.Adafactor(0.5, -0.6, 0.1, scale_epsilon=0.5), passes=3),
+    Row(
+        "Adafactor-momentum",
+        opt.Adafactor(
+            0.05, lam=0.1, cap=0.9, clip=None, rho=0.8, relative=False, scaled=False, factor="largest"
+        ),
+        passes=2,
+    ),
+    Row("CAME", opt.CAME(0.05, (0.8, 0.9, 0.95), 0.1, 0.7), passes=3),
+    Row("SM3", opt.SM3(0.05, 0.8, 1e-3), passes=2),
+    Row("AdamMini", opt.AdamMini(0.05, (0.8, 0.95), 0.1, 1e-3), passes=2),
+    Row("AdamMini-rows", opt.AdamMini(0.05, (0.8, 0.95), 0.1, 1e-3, "rows"), passes=2),
     Row("Adafactor-torch", opt.TorchAdafactor(0.5, -0.6, 1.5, 0.1, 0.5, 1e-3), passes=3),
     Row("Prodigy-plain", opt.Prodigy(d0=0.001, lam=0.1, couple=True, growth=1.5), types=REAL, passes=2),
     Row("DAdaptAdam", opt.DAdaptAdam(0.7, (0.8, 0.95), 0.1, d0=0.01, debias=True), types=REAL, passes=2),

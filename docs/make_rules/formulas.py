@@ -25,6 +25,7 @@ from docs.make_rules.letters import (
     SUM,
     bars,
     letter,
+    letters_of,
     number,
     parenthesised,
     short,
@@ -116,7 +117,8 @@ class Printer:
         self.owner = type(rule).__name__
         self.hands_on = family_of(type(rule)) == "gradient" or self.owner in HANDS_ON
         self.numbers = [*self._settings(), *self._counters()]
-        self.slots = {s.name: letter(short(s.path), self.owner) for s in program.slots}
+        letters = letters_of([s.path for s in program.slots], self.owner)
+        self.slots = dict(zip([s.name for s in program.slots], letters, strict=True))
         self.names: dict[int, str] = {}
         self.keys = Keys()
         self.variables: dict[int, str] = {}

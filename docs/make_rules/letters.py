@@ -113,6 +113,9 @@ def number(value: Any) -> tuple[str, int]:
     if math.isinf(value):
         return (r"\infty" if value > 0 else r"-\infty"), (ATOM if value > 0 else SUM)
     text = f"{value:g}"
+    half, exponent = math.frexp(value)
+    if half == 0.5 and abs(exponent) > 20:
+        return f"2^{{{exponent - 1}}}", POWER
     if "e" in text:
         digits, _, exponent = text.partition("e")
         power = f"10^{{{int(exponent)}}}"
@@ -145,3 +148,14 @@ AROUND: dict[str, Callable[[str], str]] = {
     "sqrt": lambda text: rf"\sqrt{{{text}}}",
 }
 """Operations that are written around their argument."""
+
+
+def letters_of(paths: list[tuple[Any, ...]], owner: str) -> list[str]:
+    """The letters of what stands at some paths in the state of a rule; of arrays with one letter, each with
+    that of what it is part of.
+    """
+    found = [letter(short(path), owner) for path in paths]
+    return [
+        subscripted(sign, letter(short(path[:-1]), owner)) if found.count(sign) > 1 and path[:-1] else sign
+        for sign, path in zip(found, paths, strict=True)
+    ]

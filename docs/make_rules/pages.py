@@ -9,8 +9,17 @@ from typing import Any
 
 import optimisers as opt
 from docs.make_rules.formulas import Printer, formula, owners, traced
-from docs.make_rules.letters import letter, short
-from docs.make_rules.texts import EXAMPLES, FAMILIES, HANDS_ON, WHEN, example, families, parameters
+from docs.make_rules.letters import letters_of, short
+from docs.make_rules.texts import (
+    EXAMPLES,
+    FAMILIES,
+    HANDS_ON,
+    OF_MATRICES,
+    WHEN,
+    example,
+    families,
+    parameters,
+)
 from optimisers.nest import flatten
 from optimisers.settings import fields, walk
 
@@ -82,14 +91,15 @@ def hyper_parameters(cls: type[opt.Rule], shown: opt.Rule) -> str:
 
 def state_of(rule: opt.Rule, x: Any) -> str:
     state, names, rows = rule.init(x), explained(rule.init(x)), []
-    for path, value in flatten(state):
+    listed = list(flatten(state))
+    signs = letters_of([path for path, _ in listed], type(rule).__name__)
+    for (path, value), sign in zip(listed, signs, strict=True):
         name, array = short(path), hasattr(value, "shape")
         shape = (
             "that of x" if array and value.shape == x.shape else str(value.shape) if array else "one number"
         )
         where = "".join(f".{p}" if isinstance(p, str) else f"[{p}]" for p in path) or "."
         meaning = names.get(name.partition("[")[0], "")
-        sign = letter(name, type(rule).__name__)
         dtype = str(value.dtype) if array else type(value).__name__
         meaning = linked(meaning)
         rows.append((f"`state{where}`", "" if name == "t" else f"${sign}$", shape, dtype, meaning))
@@ -154,7 +164,7 @@ def page(family: str, rules: list[type[opt.Rule]]) -> str:
         else " $g'$ is what a rule hands on to the rule behind it."
         if any(c.__name__ in HANDS_ON for c in rules)
         else MATRICES
-        if family == "matrix"
+        if family in OF_MATRICES
         else ""
     )
     text = "\n\n".join([f"# {title}", introduction, NOTATION + note, *map(section, rules)])

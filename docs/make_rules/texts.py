@@ -33,9 +33,13 @@ FAMILIES = {
     "matrix": (
         "Steps by matrices",
         (
-            "An array of two axes is a matrix: its step is made orthogonal, or its second moment is kept as "
-            "rows and columns."
+            "An array of two axes is a matrix, whose step is made orthogonal. On a whole model: "
+            '`opt.setup({opt.hidden_matrices: opt.Muon(0.02), "**": opt.AdamW(3e-4)}, model)`.'
         ),
+    ),
+    "factored": (
+        "Little memory",
+        "Second moments are kept for rows and columns, for axes or for blocks, not for every element.",
     ),
     "momenta": (
         "Other momenta",
@@ -228,9 +232,24 @@ WHEN = {
         "For the hidden matrices of transformers and the kernels of convolutions; embeddings, heads, biases "
         "and scales go to AdamW, by a dict of globs. Half of Adam's state."
     ),
+    "Adafactor": (
+        "Where the state of Adam does not fit: it keeps a row and a column for each matrix. With a rate and "
+        "a schedule of your own write `relative=False, scaled=False`; with Adam's rates also `rho=0.9`."
+    ),
     "TorchAdafactor": (
-        "Where the state of Adam does not fit: it keeps a row and a column for each matrix; and where a run "
-        "with torch.optim.Adafactor is to be gone on with."
+        "Where a run with torch.optim.Adafactor is to be gone on with, or compared. Take Adafactor otherwise."
+    ),
+    "CAME": (
+        "In place of AdamW for large models, at half of its memory: as Adafactor with momentum, and "
+        "steadier. Take the rate of AdamW or less."
+    ),
+    "SM3": (
+        "For large embeddings and sparse gradients, where AdaGrad is good and its memory is not there. Warm "
+        "the rate up."
+    ),
+    "AdamMini": (
+        "In place of AdamW, at its rate, for half of its memory. Choose blocks by a dict of globs: the heads "
+        'of query and key by their number, `"rows"` for value, output, embedding and head.'
     ),
     "LAMB": "For transformers at batches of thousands. At ordinary batches AdamW is as good.",
     "NovoGrad": (
@@ -352,6 +371,10 @@ HANDS_ON = ("AccumGrad", "AddNoise", "PrivateAggregate")
 """Rules outside the family gradient whose answer is not meant as a step."""
 
 
+OF_MATRICES = ("matrix", "factored")
+"""Families that are shown for a matrix."""
+
+
 def family_of(cls: type[opt.Rule]) -> str:
     """The page of a rule: its module, or its package where that holds rules of rules."""
     package, _, module = cls.__module__.removeprefix("optimisers.").partition(".")
@@ -374,5 +397,5 @@ def example(cls: type[opt.Rule]) -> opt.Rule:
 
 def parameters(rule: opt.Rule) -> Any:
     """The array for which a rule is shown."""
-    shape = (20, ELEMENTS // 20) if family_of(type(rule)) == "matrix" else (ELEMENTS,)
+    shape = (20, ELEMENTS // 20) if family_of(type(rule)) in OF_MATRICES else (ELEMENTS,)
     return np.zeros(shape, HALF.get(type(rule).__name__, "float32"))

@@ -70,6 +70,7 @@ from optimisers.rules.direction import (
     ZClip,
     ZeroNonFinite,
 )
+from optimisers.rules.factored import CAME, SM3, Adafactor, AdamMini, TorchAdafactor
 from optimisers.rules.gradient import (
     ClipGlobalNorm,
     ClipGrad,
@@ -80,7 +81,7 @@ from optimisers.rules.gradient import (
     WeightDecay,
 )
 from optimisers.rules.losses import MoMo, MoMoAdam, PolyakSPS
-from optimisers.rules.matrix import Muon, TorchAdafactor
+from optimisers.rules.matrix import Muon
 from optimisers.rules.momenta import ADOPT, QHM, Adan, AdEMAMix, LaProp, NAdamW, QHAdam, SimplifiedAdEMAMix
 from optimisers.rules.noise import SGLD, AddNoise, PrivateAggregate
 from optimisers.rules.of_torch import ASGD, SparseAdam, TorchAdaMax, TorchRMSProp
@@ -154,8 +155,10 @@ __all__ = [
     "AdaGrad",
     "AdaHessian",
     "AdaMax",
+    "Adafactor",
     "Adam",
     "AdamAtan2",
+    "AdamMini",
     "AdamP",
     "AdamW",
     "Adan",
@@ -165,6 +168,7 @@ __all__ = [
     "BadSetting",
     "BadState",
     "Branch",
+    "CAME",
     "CacheRefused",
     "Cautious",
     "CautiousDecay",
@@ -241,6 +245,7 @@ __all__ = [
     "SGD",
     "SGDP",
     "SGLD",
+    "SM3",
     "SWA",
     "Scaled",
     "Schedule",

@@ -52,7 +52,9 @@ def test_operations_of_the_root_are_those_of_ops() -> None:
         ("clip_by_global_norm", "opt.ClipGlobalNorm"),
         ("adjsut", "opt.adjust"),
         ("ClipGradNorm", "opt.Chain(opt.ClipGlobalNorm(), rule)"),
-        ("Adafactor", "opt.TorchAdafactor"),
+        ("adafactor", "opt.Adafactor"),
+        ("AdaFactor", "opt.Adafactor"),
+        ("Adam_mini", "opt.AdamMini"),
     ],
 )
 def test_a_name_of_another_library_leads_to_ours(name: str, instead: str) -> None:

@@ -1,8 +1,6 @@
 """Do the modern rules walk the paths of the packages that have them, in every library and by every engine?"""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +14,6 @@ from tests.worlds import arrays_of, bits, close, gradients_of, trained
 
 Case = dict[str, Any]
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "modern_rules.json"
-CASES: list[Case] = json.loads(GOLDEN.read_text())
-
 
 def exact(case: Case) -> bool:
     """Whether the formula of the case gives the path of its package to the last digits."""
@@ -26,10 +21,10 @@ def exact(case: Case) -> bool:
 
 
 def title(case: Case) -> str:
-    return f"{case['rule']}-{case['class']}-{CASES.index(case)}"
+    return f"{case['rule']}-{case['class']}-{modern.CASES.index(case)}"
 
 
-WALKED = [case for case in CASES if exact(case) and not isinstance(modern.chosen(case), str)]
+WALKED = [case for case in modern.CASES if exact(case) and not isinstance(modern.chosen(case), str)]
 LAST = list({case["rule"]: case for case in WALKED}.values())
 """One case of each rule, with settings of its own."""
 
@@ -62,7 +57,7 @@ def test_other_libraries_walk_them_too(case: Case, library: str) -> None:
 
 
 def test_a_case_that_we_do_not_walk_says_why() -> None:
-    for case in CASES:
+    for case in modern.CASES:
         answer = modern.chosen(case)
         assert not isinstance(answer, str) or len(answer) > 10
 

@@ -18,6 +18,7 @@ from optimisers.ops.primitives import (
     norm2,
     not_equal,
     real,
+    sqrt,
     sum,
     where,
 )
@@ -89,6 +90,11 @@ def norm(x: Operand, p: float = 2.0) -> Any:
     powers = sum(where(zero, 0.0 if p > 0 else float("inf"), where(zero, 1.0, size) ** p))
     nothing = equal(powers, 0) | equal(powers, 0.0 if p > 0 else float("inf"))
     return where(nothing, 0.0, where(nothing, 1.0, powers) ** (1 / p))
+
+
+def rms(x: Operand) -> Any:
+    """The root of the mean square of all elements, right also where squares are too large for their type."""
+    return norm2(x) / sqrt(size_of(x))
 
 
 def over(a: Operand, b: Operand) -> Any:

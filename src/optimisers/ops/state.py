@@ -73,6 +73,11 @@ def resolution(x: Array) -> float:
     return 2.0**-52 if _type_of(x) in ("float64", "complex128") else 2.0**-23
 
 
+def summable(x: Array) -> float:
+    """A large number in the type of the arithmetic for `x`; the sum of a hundred million of it is finite."""
+    return 2.0**996 if _type_of(x) in ("float64", "complex128") else 2.0**100
+
+
 def _type_of(x: Array) -> str:
     """The name of the type in which `x` is stored."""
     read = getattr(type(x), "__stored_type__", None)

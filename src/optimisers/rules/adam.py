@@ -51,9 +51,14 @@ def weights(beta: tuple[float, float], old: tuple[Any, Any]) -> tuple[Any, Any]:
     return ema(beta[0], old[0], 1), ema(beta[1], old[1], 1)
 
 
-def moments(beta: tuple[float, float], state: AdamState, dx: Array) -> tuple[AdamState, Any, Any]:
-    """(new state, m and v without bias): Kingma & Ba, algorithm 1."""
-    m, v = ema(beta[0], state.m, dx), ema(beta[1], state.v, abs2(dx))
+def moments(
+    beta: tuple[float, float], state: AdamState, dx: Array, square: Array | None = None
+) -> tuple[AdamState, Any, Any]:
+    """(new state, m and v without bias): Kingma & Ba, algorithm 1. `square` is what v is the mean of, |dx|^2
+    if it is not given.
+    """
+    m = ema(beta[0], state.m, dx)
+    v = ema(beta[1], state.v, abs2(dx) if square is None else square)
     weight = weights(beta, state.weight)
     return AdamState(m, v, weight), m * (1 / weight[0]), v * (1 / weight[1])
 

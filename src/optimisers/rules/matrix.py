@@ -7,9 +7,8 @@ import numpy as np
 from optimisers import ops
 from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
-from optimisers.ops import abs2, conj, ema, maximum, minimum, norm, real_zeros_like, sqrt, zeros_like
-from optimisers.ops.derived import is_complex, size_of
-from optimisers.ops.state import resolution
+from optimisers.ops import conj, ema, maximum, norm, zeros_like
+from optimisers.ops.derived import is_complex
 from optimisers.rule import (
     Rule,
     Setting,
@@ -129,80 +128,3 @@ class Muon(Rule):
         o = orthogonalised(flat, self.coefficients, self.steps, self.epsilon, tall=rows > columns)
         o = o if x.ndim == 2 else ops.reshape(o, x.shape)
         return MuonState(m), self.eta * (scale_of(self.scale, outputs, inputs) * o + self.lam * x)
-
-
-class FactoredState(NamedTuple):
-    rows: Any
-    """The mean of |dx|^2 along the last axis, decaying."""
-    columns: Any
-    """The mean of |dx|^2 along the axis before it, decaying."""
-    t: Any
-    """How many steps were taken."""
-
-
-class UnfactoredState(NamedTuple):
-    v: Any
-    """The mean of |dx|^2, decaying."""
-    t: Any
-    """How many steps were taken."""
-
-
-def rms(x: Array) -> Any:
-    """The root of the mean square of all elements."""
-    return norm(x) / sqrt(size_of(x))
-
-
-class TorchAdafactor(Rule):
-    """Adafactor as torch.optim.Adafactor has it: u = dx / sqrt(v), v made of the means of |dx|^2 along rows
-    and columns; dx' = a u / max(1, rms(u) / clip) + eta lam x, a = min(eta, 1 / sqrt(t)) max(scale_epsilon,
-    rms(x)).
-
-    Shazeer & Stern, "Adafactor: adaptive learning rates with sublinear memory cost", 2018, arXiv:1804.04235,
-    algorithm 4 with relative steps, over the last two axes; arrays of fewer keep v as it is. The means decay
-    with 1 - t^decay, `beta2_decay` in torch, and `clip` is `d` there. `epsilon` bounds the mean of the rows
-    from below, and its square v, where the paper adds it to |dx|^2; None is the distance from 1 to the next
-    number of the arithmetic, 2^-52 or 2^-23.
-    """
-
-    eta: Setting = setting(0.01)
-    decay: Setting = setting(-0.8)
-    clip: Setting = setting(1.0)
-    lam: Setting = setting(0.0)
-    scale_epsilon: Setting = setting(1e-3)
-    epsilon: float | None = static(None)
-
-    def check(self) -> None:
-        not_negative(self, "lam", "scale_epsilon", "epsilon")
-        if isinstance(self.decay, float) and not self.decay <= 0:
-            raise BadSetting(
-                f"TorchAdafactor.decay is {self.decay!r}; it takes numbers up to 0, such as -0.8"
-            )
-        if isinstance(self.clip, float) and not self.clip >= 1:
-            raise BadSetting(f"TorchAdafactor.clip is {self.clip!r}; it takes numbers from 1 on")
-
-    def init(self, x: Array) -> FactoredState | UnfactoredState:
-        zeros = real_zeros_like(x)
-        if x.ndim < 2:
-            return UnfactoredState(zeros, 0)
-        return FactoredState(
-            ops.sum(zeros, axis=-1, keepdims=True), ops.sum(zeros, axis=-2, keepdims=True), 0
-        )
-
-    def apply(self, state: FactoredState | UnfactoredState, x: Array, dx: Array) -> Any:
-        t = state.t + 1
-        beta, least = 1 - t**self.decay, self.epsilon
-        if least is None:
-            least = resolution(state[0])
-        if isinstance(state, UnfactoredState):
-            v = ema(beta, state.v, abs2(dx))
-            new: FactoredState | UnfactoredState = UnfactoredState(v, t)
-        else:
-            *_, height, width = x.shape
-            rows = ema(beta, state.rows, ops.sum(abs2(dx), axis=-1, keepdims=True) / max(width, 1))
-            columns = ema(beta, state.columns, ops.sum(abs2(dx), axis=-2, keepdims=True) / max(height, 1))
-            mean = ops.sum(rows, axis=-2, keepdims=True) / max(height, 1)
-            v = rows / maximum(mean, least) * columns
-            new = FactoredState(rows, columns, t)
-        u = dx / sqrt(maximum(v, least**2))
-        rate = minimum(self.eta, 1 / sqrt(t)) * maximum(rms(x), self.scale_epsilon)
-        return new, rate / maximum(rms(u) / self.clip, 1) * u + self.eta * self.lam * x

@@ -12,8 +12,9 @@ from optimisers.rule import Rule
 from optimisers.rules.adam import Adam, AdamW, TorchAMSGrad, TorchNAdam, TorchRAdam
 from optimisers.rules.adaptive import AdaDelta, RMSProp, Rprop, TorchAdaGrad
 from optimisers.rules.descent import SGD, Descent
+from optimisers.rules.factored import TorchAdafactor
 from optimisers.rules.gradient import DecoupledDecay, Maximise, WeightDecay
-from optimisers.rules.matrix import Muon, TorchAdafactor
+from optimisers.rules.matrix import Muon
 from optimisers.rules.of_torch import ASGD, SparseAdam, TorchAdaMax, TorchRMSProp
 from optimisers.spellings import BESIDE_A_RULE, NOT_HERE
 

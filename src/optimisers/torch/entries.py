@@ -8,7 +8,8 @@ from optimisers.rule import Rule
 from optimisers.rules.adam import Adam, AdamW, TorchAMSGrad, TorchNAdam, TorchRAdam
 from optimisers.rules.adaptive import AdaDelta, RMSProp, Rprop, TorchAdaGrad
 from optimisers.rules.descent import SGD
-from optimisers.rules.matrix import Muon, TorchAdafactor
+from optimisers.rules.factored import TorchAdafactor
+from optimisers.rules.matrix import Muon
 from optimisers.rules.of_torch import ASGD, SparseAdam, TorchAdaMax, TorchRMSProp
 from optimisers.settings import parts
 

@@ -11,8 +11,9 @@ from optimisers.rule import Rule
 from optimisers.rules.adam import AdamW, AMSGrad, TorchAMSGrad
 from optimisers.rules.adaptive import RMSProp, Rprop
 from optimisers.rules.descent import SGD, Momentum, Nesterov
+from optimisers.rules.factored import TorchAdafactor
 from optimisers.rules.gradient import DecoupledDecay, Maximise
-from optimisers.rules.matrix import Muon, TorchAdafactor
+from optimisers.rules.matrix import Muon
 from optimisers.rules.of_torch import TorchRMSProp
 from optimisers.settings import (
     Value,
