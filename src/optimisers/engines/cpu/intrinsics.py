@@ -342,61 +342,6 @@ high_bits = _word(_high)
 low_bits = _word(_low)
 
 
-# -- a function of the language that it would call for each element, as arithmetic that vectorises -----------
-
-LOG_SERIES = (
-    *(0.33333331180030046, -0.24999996957950882, 0.200007157488921, -0.16667802319501254),
-    *(0.1424905764569748, -0.12425687331451106, 0.1168541992348674, -0.11479733846637635),
-    0.06971611471451176,
-)
-"""log(1 + f) = f - f^2 / 2 + f^3 (these, of f): the polynomial through the Chebyshev nodes between the roots
-of 1/2 and 2; it is off by 3e-9 of the logarithm at most.
-"""
-
-LN2_HIGH, LN2_LOW = 0.693359375, -2.1219444005469058e-4
-"""The logarithm of 2 as a number of few bits, and the rest."""
-
-
-def _log(b: ir.IRBuilder, x: ir.Value) -> Any:
-    """The logarithm of a float32: by exponent, and by a polynomial between the roots of 1/2 and 2."""
-
-    def real(value: float) -> Any:
-        return ir.Constant(F32, value)
-
-    def whole(value: int) -> Any:
-        return ir.Constant(I32, value)
-
-    tiny = b.fcmp_ordered("<", x, real(2.0**-126))
-    scaled = b.select(tiny, b.fmul(x, real(2.0**32)), x)
-    bits = b.sub(b.bitcast(scaled, I32), whole(0x3F3504F3))
-    exponent = b.sub(b.ashr(bits, whole(23)), b.select(tiny, whole(32), whole(0)))
-    mantissa = b.bitcast(b.add(b.and_(bits, whole(0x7FFFFF)), whole(0x3F3504F3)), F32)
-    f, e = b.fsub(mantissa, real(1.0)), b.sitofp(exponent, F32)
-    found = real(LOG_SERIES[-1])
-    for c in reversed(LOG_SERIES[:-1]):
-        found = b.fadd(b.fmul(found, f), real(c))
-    square = b.fmul(f, f)
-    found = b.fadd(b.fmul(b.fmul(found, f), square), b.fmul(e, real(LN2_LOW)))
-    found = b.fadd(found, b.fmul(square, real(-0.5)))
-    found = b.fadd(b.fadd(f, found), b.fmul(e, real(LN2_HIGH)))
-    found = b.select(b.fcmp_unordered("==", x, real(float("inf"))), x, found)
-    found = b.select(b.fcmp_ordered("==", x, real(0.0)), real(float("-inf")), found)
-    return b.select(b.fcmp_unordered("<", x, real(0.0)), real(float("nan")), found)
-
-
-@intrinsic
-def logarithm(typingctx: object, x: Any) -> Any:
-    """The natural logarithm; of a float64 the library's own."""
-
-    def emit(_: object, b: Any, signature: Any, args: Sequence[ir.Value]) -> Any:
-        if signature.args[0] == types.float32:
-            return _log(b, args[0])
-        function = b.module.declare_intrinsic("llvm.log", [F64])
-        return b.call(function, args)
-
-    return x(x), emit
-
-
 # -- numbers as they come back from an array of a narrower type ----------------------------------------------
 
 
