@@ -403,3 +403,24 @@ def test_an_old_state_may_be_stepped_again(world: World, rule: opt.Rule) -> None
         opt.update_(*again, grads[3])
 
         assert (world.snapshot(state, model), world.snapshot(*first)) == (before, seen)
+
+
+class OneOfTwo(opt.Rule):
+    """Chooses between two numbers that it has written down, which no array gives a type."""
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        return state, opt.where(dx > 0, 0.1, opt.where(dx < -1, 0.7, 0.3)) * dx
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@everywhere
+def test_a_choice_between_two_numbers_has_the_type_of_the_arithmetic(world: World, dtype: str) -> None:
+    x, dx = np.array([1.0, 2.0, 3.0], dtype), np.array([1.0, -0.5, -3.0], dtype)
+    share = np.array([0.1, 0.3, 0.7], dtype)
+    with world.open():
+        model = {"a": world.put(x)}
+        _, model = world.step(world.setup(OneOfTwo(), model), model, {"a": world.put(dx)})
+        got = world.get(model["a"])
+
+    assert got.dtype == dtype
+    np.testing.assert_array_max_ulp(got, x - share * dx, maxulp=1)

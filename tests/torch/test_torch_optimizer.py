@@ -1505,7 +1505,9 @@ def test_a_state_that_is_asked_for_before_the_first_step_moves_nothing(rule: opt
 @pytest.mark.parametrize("form", ["nested", "flat", "full"])
 @pytest.mark.usefixtures("one_process")
 def test_the_state_goes_through_the_functions_of_distributed_checkpoints(rule: opt.Rule, form: str) -> None:
-    """torch itself loads no state that is flat and full, nor a full one of a rule without state."""
+    """torch itself loads no state that is flat and full, nor a full one of a rule without state. Of a flat
+    one it loads the keys of `state` alone: counters that follow from the step are worked out.
+    """
     from torch.distributed.checkpoint import state_dict as dcp
 
     flat, full = form == "flat", form == "full"
@@ -1521,7 +1523,8 @@ def test_the_state_goes_through_the_functions_of_distributed_checkpoints(rule: o
     equal(other, model)
     walked(model, optimizer, range(4, 8))
     walked(other, new, range(4, 8))
-    equal(other, model)
+    error = 1e-12 if flat else 0.0
+    torch.testing.assert_close(values(other), values(model), rtol=error, atol=error)
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])

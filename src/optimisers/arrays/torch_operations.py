@@ -115,6 +115,9 @@ def _random_word_of(at: Tensor, seed: Any, step: Any, first: Any, last: Any, **w
 def _where(condition: Tensor | bool, a: Tensor | Scalar, b: Tensor | Scalar) -> Any:
     if not isinstance(condition, Tensor):
         return a if condition else b
+    if isinstance(a, float | complex) and isinstance(b, float | complex):  # torch gives its default type
+        dtype = torch.complex128 if isinstance(a, complex) or isinstance(b, complex) else torch.float64
+        return torch.where(condition, *(torch.full_like(condition, v, dtype=dtype) for v in (a, b)))
     return torch.where(condition, a, b)
 
 

@@ -51,8 +51,8 @@ def evaluate(
                 found[id(e)] = convert(args[0], types[e.type])
             case "spread" | "store":
                 found[id(e)] = args[0]
-            case "random_word":
-                found[id(e)] = convert(apply(e.op)(*args, **dict(e.options)), types["real"])
+            case "random_word" | "where" if e.domain != "scalar":  # which may know no type of their own
+                found[id(e)] = convert(apply(e.op)(*args, **dict(e.options)), types[e.type])
             case "call":
                 found[id(e)] = apply("call")(dict(e.options)["function"], *args)
             case op:

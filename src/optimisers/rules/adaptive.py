@@ -6,10 +6,10 @@ from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
 from optimisers.ops import (
     abs2,
+    clip,
     ema,
     full_like,
     maximum,
-    minimum,
     real_zeros_like,
     sign,
     sqrt,
@@ -123,8 +123,8 @@ class Rprop(Rule):
         """(gradient to keep, size, step) of real elements."""
         (shrink, grow), (least, most) = self.ell, self.gamma
         agreement = before * dx
-        size = where(agreement > 0, minimum(eta * grow, most), eta)
-        size = where(agreement < 0, maximum(eta * shrink, least), size)
+        factor = where(agreement > 0, grow, where(agreement < 0, shrink, 1))
+        size = clip(eta * factor, least, most)
         g = where(agreement < 0, 0, dx)
         return g, size, size * sign(g)
 

@@ -115,6 +115,8 @@ class ASGDState(NamedTuple):
     """How many steps were taken."""
     rate: Any
     """The rate of the next step, made after the last one."""
+    share: Any
+    """How much of the mean the next place is, made with it; -1 before the first step."""
 
 
 class ASGD(Rule):
@@ -134,15 +136,16 @@ class ASGD(Rule):
     t0: Setting = setting(1e6)
 
     def init(self, x: Array) -> ASGDState:
-        return ASGDState(copy(x), 0, 0.0)
+        return ASGDState(copy(x), 0, 0.0, -1.0)
 
     def apply(self, state: ASGDState, x: Array, dx: Array) -> Any:
-        rate = where(state.t == 0, self.eta, state.rate)
+        first = state.share < 0
+        rate, share = where(first, self.eta, state.rate), where(first, 1, state.share)
         step = rate * (dx + self.lambd * x)
-        share = 1 / maximum(state.t - self.t0, 1)
         average = ema(1 - share, state.average, updated(x, step))
         t = state.t + 1
-        return ASGDState(average, t, self.eta / (1 + self.lambd * self.eta * t) ** self.alpha), step
+        rate = self.eta / (1 + self.lambd * self.eta * t) ** self.alpha
+        return ASGDState(average, t, rate, 1 / maximum(t - self.t0, 1)), step
 
     def evaluate(self, state: ASGDState, x: Array) -> Any:
         return state.average

@@ -2,7 +2,7 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from optimisers.rule import Rule
 from optimisers.rules.adam import Adam, AdamW, TorchAMSGrad, TorchNAdam, TorchRAdam
@@ -28,7 +28,7 @@ TORCH_STATE: dict[type[Any], dict[str, str]] = {
     TorchAdafactor: {"variance": "v", "row_var": "rows", "col_var": "columns"},
     TorchAdaGrad: {"sum": "sum"},
     Rprop: {"prev": "g", "step_size": "eta"},
-    ASGD: {"ax": "average", "eta": "rate"},
+    ASGD: {"ax": "average", "eta": "rate", "mu": "share"},
     RMSProp: {"square_avg": "q", "grad_avg": "mean"},
     TorchRMSProp: {"square_avg": "q", "grad_avg": "mean", "momentum_buffer": "v"},
     SGD: {"momentum_buffer": "v"},
@@ -52,46 +52,77 @@ def aliases(rule: Rule, paths: Iterable[tuple[Any, ...]]) -> dict[str, str]:
     return {there: entry for there, entry in found.items() if there not in own}
 
 
+COME_TRUE = {"started": 1.0}
+"""Counters of a state that say whether there was a step, as there was where torch keeps anything."""
+
+
+class Home(Protocol):
+    """Who shows the entries of some parameters."""
+
+    def followed(self, i: int, found: dict[str, Any]) -> dict[str, Any]:
+        """The entries of a member as they were left: counters follow a step that was written."""
+        ...
+
+
 class Entries(dict[str, Any]):
     """What `state` has of one parameter: a dict that notes when an entry of it is exchanged, and knows the
     entries of torch's classes by torch's names too.
+
+    Counters that follow from the step, where torch keeps none, are found by name and are not among its keys:
+    code that walks over all entries of a parameter, to cut or to clear them, meets those that torch has.
     """
 
-    __slots__ = ("aliases", "notes")
+    __slots__ = ("aliases", "hidden", "home", "notes")
 
-    def __init__(self, held: Mapping[str, Any], notes: "list[Entries]") -> None:
+    def __init__(
+        self, held: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), notes: "list[Entries] | None" = None
+    ) -> None:
         dict.__init__(self, held)
-        self.notes, self.aliases = notes, dict[str, str]()
+        self.notes: list[Entries] = [] if notes is None else notes
+        self.aliases: dict[str, str] = {}
+        self.hidden: dict[str, Any] = {}
+        """The counters that follow from the step."""
+        self.home: tuple[Home, int] | None = None
+        """Who shows these entries, as which of its members."""
 
-    def fill(self, held: Iterable[tuple[str, Any]]) -> None:
+    def fill(self, held: Iterable[tuple[str, Any]], hidden: Iterable[tuple[str, Any]] = ()) -> None:
         """Put in entries, and note nothing."""
         dict.update(self, held)
+        for name, value in hidden:
+            dict.pop(self, name, None)
+            self.hidden[name] = value
+
+    def whole(self) -> dict[str, Any]:
+        """All entries as a plain dict."""
+        found = {**self.hidden, **self}
+        return found if self.home is None else self.home[0].followed(self.home[1], found)
 
     def _own(self, key: str) -> str:
         """The key of an entry, by whatever name."""
         return key if dict.__contains__(self, key) else self.aliases.get(key, key)
 
     def __missing__(self, key: str) -> Any:
-        own = self.aliases.get(key)
-        if own is None or not dict.__contains__(self, own):
-            raise KeyError(key)
-        return dict.__getitem__(self, own)
+        own = self.aliases.get(key, key)
+        return self.hidden[own] if own in self.hidden or own == key else dict.__getitem__(self, own)
 
     def __contains__(self, key: object) -> bool:
-        return dict.__contains__(self, key) or (
-            isinstance(key, str) and dict.__contains__(self, self._own(key))
-        )
+        return isinstance(key, str) and (dict.__contains__(self, self._own(key)) or key in self.hidden)
 
     def get(self, key: str, default: Any = None) -> Any:
-        return dict.get(self, self._own(key), default)
+        try:
+            return self[key]
+        except KeyError:
+            return default
 
     def __setitem__(self, key: str, value: Any) -> None:
         self.notes.append(self)
-        dict.__setitem__(self, self._own(key), value)
+        if key in self.hidden:
+            self.hidden[key] = value
+        else:
+            dict.__setitem__(self, self._own(key), value)
 
     def __delitem__(self, key: str) -> None:
-        self.notes.append(self)
-        dict.__delitem__(self, self._own(key))
+        self.pop(key)
 
     def __ior__(self, other: Any) -> Self:
         self.update(other)
@@ -99,6 +130,8 @@ class Entries(dict[str, Any]):
 
     def pop(self, key: str, *default: Any) -> Any:
         self.notes.append(self)
+        if key in self.hidden:
+            return self.hidden.pop(key)
         return dict.pop(self, self._own(key), *default)
 
     def popitem(self) -> Any:
@@ -108,15 +141,22 @@ class Entries(dict[str, Any]):
     def clear(self) -> None:
         self.notes.append(self)
         dict.clear(self)
+        self.hidden, self.home = {}, None
 
     def update(self, *args: Any, **more: Any) -> None:
-        self.notes.append(self)
-        dict.update(self, {self._own(key): value for key, value in dict(*args, **more).items()})
+        for key, value in dict(*args, **more).items():
+            self[key] = value
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        self.notes.append(self)
-        return dict.setdefault(self, self._own(key), default)
+        if key not in self:
+            self[key] = default
+        return self[key]
 
     def __reduce__(self) -> Any:
         """As torch.load takes it without being told: an OrderedDict."""
-        return OrderedDict, (), None, None, iter(self.items())
+        return OrderedDict, (), None, None, iter(self.whole().items())
+
+
+def plain(entries: Any) -> Any:
+    """What stands in `state` under one key, the entries of a parameter as a plain dict."""
+    return entries.whole() if isinstance(entries, Entries) else entries

@@ -17,7 +17,7 @@ from optimisers.graph.clocks import UPDATES
 from optimisers.rule import Rule
 from optimisers.settings import adjusted, numbers
 from optimisers.step.update import store_of
-from optimisers.torch.entries import Entries
+from optimisers.torch.entries import plain
 from optimisers.torch.loading import adopt, misfit
 from optimisers.torch.param_group import ParamGroup
 from optimisers.torch.published import Published
@@ -154,7 +154,7 @@ class Keeper:
     def _put_away(self, here: set[Any], state: Any) -> None:
         """Keep the entries of parameters that are in no group any more."""
         for p in [p for p in state if isinstance(p, torch.Tensor) and p not in here]:
-            entries = state.pop(p)
+            entries = plain(state.pop(p))
             self.away[p] = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in entries.items()}
 
     def include(self, parameters: Sequence[Any], state: Any) -> None:
@@ -189,7 +189,7 @@ class Keeper:
             capturable=self.capturable,
             programs=None if self.held is None else self.held.store.programs,
         )
-        saved = {p: dict(state[p]) for p in chosen.values() if state.get(p)}
+        saved = {p: dict(plain(state[p])) for p in chosen.values() if state.get(p)}
         held = self.held
         first = 0 if held is None else len(held.store.shapes)
         leaf_of = {p: leaf + first for leaf, p in order}
@@ -303,11 +303,6 @@ class Keeper:
 def parameters_of(groups: Groups) -> list[Any]:
     """The parameters of some groups, one after another."""
     return groups[0]["params"] if len(groups) == 1 else [p for group in groups for p in group["params"]]
-
-
-def plain_entries(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The entries of a state as plain dicts."""
-    return {key: dict(entries) if isinstance(entries, Entries) else entries for key, entries in state.items()}
 
 
 def _clock_of(held: Published, leaf: int) -> Callable[[int], int]:

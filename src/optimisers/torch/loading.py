@@ -175,9 +175,9 @@ def misfit(block: Block, i: int, name: str, found: Any, others: Collection[str] 
 def _is_of_another(block: Block, found: Mapping[Any, Any], others: Collection[str] | None) -> bool:
     """Whether the saved entries are those of another rule: keys too many, or some too few."""
     keys = found.keys() - {*block.progress, *MARKS}
-    lacking = [key for key in block.own if key not in keys]
+    lacking = [key for key in block.needed if key not in keys]
     extra = [] if others is None else [key for key in keys if key not in block.own and key not in others]
-    partly = others is None or len(lacking) < len(block.own) or not keys
+    partly = others is None or len(lacking) < len(block.needed) or not keys
     return bool(extra) or (bool(lacking) and partly)
 
 
@@ -227,12 +227,8 @@ def _adopt(block: Block, members: Any, found: Sequence[Mapping[str, Any]]) -> No
     block.group.owned()
     for key, slot in block.slots.items():
         slot.put_many(members, [each[key] for each in found])
-    clock = [float(each.get("step", 0)) for each in found]
-    numbers = [
-        [step, *(float(each[name]) if name in each else step for name in block.columns)]
-        for step, each in zip(clock, found, strict=True)
-    ]
-    block.count(members, np.array(numbers, np.float64))
+    rows = [block.completed(i, each) for i, each in zip(members.tolist(), found, strict=True)]
+    block.count(members, np.array(rows))
 
 
 def _mark(held: Published, saved: Mapping[Any, Mapping[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from optimisers.step.layers import LayerDecay
 from optimisers.step.update import takes_scaling, update_listed
 from optimisers.torch.classes import HOW, plain
 from optimisers.torch.convert import as_ours
+from optimisers.torch.entries import plain as entries_plainly
 from optimisers.torch.groups import (
     ASKING,
     by_depth,
@@ -33,7 +34,7 @@ from optimisers.torch.groups import (
     rules_of,
     told,
 )
-from optimisers.torch.keeping import Keeper, plain_entries
+from optimisers.torch.keeping import Keeper
 from optimisers.torch.loading import arranged, bare_name, misfit, names_of_others, saved_groups
 from optimisers.torch.param_group import ParamGroup
 from optimisers.torch.published import Published
@@ -339,7 +340,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             for group, saved in zip(self.param_groups, packed["param_groups"], strict=True)
             for p, n in zip(group["params"], saved["params"], strict=True)
         }
-        state = plain_entries(packed["state"])
+        state = {key: entries_plainly(entries) for key, entries in packed["state"].items()}
         for p, (own, frozen, _) in self._keeper.own.items():
             if own is not None and number[p] in state:
                 state[number[p]]["settings"] = torch.tensor(numbers(own), dtype=torch.float64)

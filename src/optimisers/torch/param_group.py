@@ -28,6 +28,7 @@ from optimisers.torch.groups import (
     refuse,
     told,
 )
+from optimisers.torch.published import written
 from optimisers.torch.rates import ABSOLUTE, has_scheduler, of_its_own, scaled
 
 
@@ -155,7 +156,7 @@ class ParamGroup:
         self.seen = tuple(seen)
         held = self.fetch(self.group)
         if any(isinstance(v, torch.Tensor) for v in held):
-            self.raw = [_written(v) for v in held]
+            self.raw = [written(v) for v in held]
 
     def put(self, key: str, value: Any) -> None:
         """Show a value; a tensor that holds it stays."""
@@ -173,7 +174,7 @@ class ParamGroup:
         """Note what stands in the group now."""
         held = self.fetch(self.group)
         self.seen = tuple(map(plain, held))
-        self.raw = [_written(v) for v in held]
+        self.raw = [written(v) for v in held]
         """The tensors among them, and how often they had been written."""
         self.known = dict.fromkeys(self.group)
 
@@ -191,7 +192,7 @@ class ParamGroup:
         """
         now = zip(self.fetch(self.group), self.seen, self.raw, strict=True)
         if any(
-            _written(value) != raw if isinstance(value, torch.Tensor) else value != seen
+            written(value) != raw if isinstance(value, torch.Tensor) else value != seen
             for value, seen, raw in now
         ):
             raise BadState(f"group {n} was changed; write read_groups() before a graph is captured")
@@ -306,13 +307,6 @@ class ParamGroup:
                 f"{where} sets {key} to {value!r}; it was {was!r} from the start, and belongs to the "
                 "structure of the rule"
             )
-
-
-def _written(value: Any) -> Any:
-    """Which tensor a setting is, and how often it has been written; None for a number."""
-    if not isinstance(value, torch.Tensor):
-        return None
-    return id(value), None if value.is_inference() else value._version  # noqa: SLF001 there is no other name
 
 
 def _fetcher(keys: list[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:

@@ -2,7 +2,7 @@
 parameter; and what others have written there.
 """
 
-# pyright: reportPrivateImportUsage=false
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 
 import operator
 from collections.abc import Collection, Iterable, Mapping
@@ -14,12 +14,14 @@ import torch
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.engines.addressed.pointers import Form
 from optimisers.errors import TreeMismatch
+from optimisers.graph.clocks import UPDATES
+from optimisers.graph.courses import courses
 from optimisers.nest import flatten
 from optimisers.state.buffers import FlatBuffers, Separate
 from optimisers.state.group import Group
 from optimisers.state.store import Store
 from optimisers.state.table import DeviceTable
-from optimisers.torch.entries import Entries, aliases, entry_name
+from optimisers.torch.entries import COME_TRUE, Entries, aliases, entry_name, plain
 from optimisers.tree.layout import Layout
 
 
@@ -41,6 +43,12 @@ class Block:
         self.progress = ["step", *steps]
         self.slots = dict(zip(arrays, group.slots, strict=True))
         self.columns = dict(zip([*counters, *steps], range(program.hypers, len(program.names)), strict=True))
+        self.courses = courses(program)
+        """The counters that follow from how many steps there were, by their column."""
+        self.needed = [name for name in self.own if not self._is_derived(name)]
+        """The names of what the rule keeps and does not follow from the steps."""
+        self.hidden = [name for name in self.own if name not in {*self.needed, *self.aliases.values()}]
+        """The names of counters that follow from others, and which torch does not keep."""
         self.arrays = {name: list(slot) for name, slot in self.slots.items()}
         self.forms = {name: _form(slot) for name, slot in self.slots.items()}
         self.clock = np.zeros(0, np.float32)
@@ -49,6 +57,8 @@ class Block:
         """What is shown of the counters, in the order of `columns`."""
         self.shown = self.clock, self.numbers
         """The same as it was written last."""
+        self.version: Any = None
+        """How often the clocks of a device had been written then."""
         self.counters = self._counters()
 
     @property
@@ -60,6 +70,9 @@ class Block:
         """Entries of a parameter, by our names where they have those of torch."""
         names = {there: own for there, own in self.aliases.items() if own not in found}
         return {names.get(key, key): value for key, value in found.items()}
+
+    def _is_derived(self, name: str) -> bool:
+        return name in COME_TRUE or self.columns.get(name) in self.courses
 
     def _counters(self) -> dict[str, list[Any]]:
         """The clock and every counter as tensors: those of a device where they lie, others as parts of one
@@ -76,10 +89,12 @@ class Block:
         whole = [*torch.from_numpy(self.clock).unbind(), *torch.from_numpy(self.numbers).view(-1).unbind()]
         return {name: whole[k * count : (k + 1) * count] for k, name in enumerate(names)}
 
-    def entries(self, members: Iterable[int]) -> Iterable[tuple[Any, ...]]:
-        """The values of `names` for some members."""
-        lists = [self.counters.get(name) or self.arrays[name] for name in self.names]
-        return (tuple(each[i] for each in lists) for i in members)
+    def fill(self, entries: Entries, i: int) -> None:
+        """Put the entries of a member into the dict of its parameter."""
+        values = {name: (self.counters.get(name) or self.arrays[name])[i] for name in self.names}
+        hidden = [(name, values.pop(name)) for name in self.hidden]
+        entries.aliases, entries.home = self.aliases, (self, i)
+        entries.fill(values.items(), hidden)
 
     def refresh(self) -> None:
         """Show the counters as they are after a step, and arrays that were replaced."""
@@ -90,10 +105,14 @@ class Block:
             for k, j in enumerate(self.columns.values()):
                 self.numbers[k] = np.asarray(table.values)[row, j]
             self.shown = self.clock.copy(), self.numbers.copy()
+        elif isinstance(table, DeviceTable):
+            self.version = written(table.clock)
 
     def counted(self) -> Any:
-        """The members whose counters were written."""
-        clock, numbers = self.shown
+        """The members whose counters were written: all of them where that was on a device."""
+        table, (clock, numbers) = self.group.table, self.shown
+        if isinstance(table, DeviceTable):
+            return () if written(table.clock) == self.version else np.arange(table.rows)
         if np.array_equal(self.clock, clock) and np.array_equal(self.numbers, numbers):
             return ()
         return np.flatnonzero((self.clock != clock) | (self.numbers != numbers).any(axis=0))
@@ -103,12 +122,74 @@ class Block:
 
         Raises TreeMismatch for what is no number of steps.
         """
-        rows = np.column_stack([self.clock[members].astype(np.float64), self.numbers[:, members].T])
+        if len(self.clock):
+            rows = np.column_stack([self.clock[members].astype(np.float64), self.numbers[:, members].T])
+        else:
+            rows = np.array([self.row_of(i) for i in members])
         if np.isnan(rows).any() or (rows[:, 0] < 0).any():
             raise TreeMismatch(
                 "a counter in optimizer.state is NaN, or a step is negative; write a number of steps"
             )
+        for i, row in zip(members, rows, strict=True):
+            row[:] = self.follow(i, self.before(i), row)
         return rows
+
+    def row_of(self, i: int) -> Any:
+        """The clock and the counters of a member, as they were shown last; those of a device as they are."""
+        if len(self.clock):
+            clock, numbers = self.shown
+            return np.array([clock[i], *numbers[:, i]])
+        table = self.group.table
+        return np.array([table.read_clock(i), *table.read_counters(i)])
+
+    def before(self, i: int) -> Any:
+        """What stood there before it was written: on a device, how many steps there were is not known."""
+        row = self.row_of(i)
+        if not len(self.clock):
+            row[0] = np.nan
+        return row
+
+    def follow(self, i: int, before: Any, now: Any) -> Any:
+        """A row of clock and counters in which the number of steps was written: counters that follow from
+        that, and were not written themselves, are what they come to.
+        """
+        changed, hypers = before != now, self.group.table.read_hypers(i)
+        for column, course in self.courses.items():
+            at, clock = self._at(column), self._at(course.clock)
+            if changed[clock] and not changed[at] and not course.mark:
+                now[at] = course.after(now[clock], hypers)
+        return now
+
+    def _at(self, number: int) -> int:
+        """The place of a clock or a counter in such a row."""
+        return 0 if number == UPDATES else number - self.group.program.hypers + 1
+
+    def followed(self, i: int, found: dict[str, Any]) -> dict[str, Any]:
+        """The entries of a member as they were left; counters follow a step that was written."""
+        before, names = self.row_of(i), ("step", *self.columns)
+        try:
+            given = np.array([float(found.get(name, was)) for name, was in zip(names, before, strict=True)])
+        except (TypeError, ValueError, RuntimeError):
+            return found  # what is no number is refused where it is taken over
+        now = self.follow(i, before, given.copy())
+        rows = zip(names, now, given, strict=True)
+        return found | {name: torch.tensor(v, dtype=torch.float64) for name, v, was in rows if v != was}
+
+    def completed(self, i: int, found: Mapping[str, Any]) -> Any:
+        """A row of clock and counters for a member whose entries were found to fit; those that they lack
+        follow from the step.
+        """
+        before, hypers = self.row_of(i), self.group.table.read_hypers(i)
+        now = np.array([float(found.get("step", 0)), *before[1:]])
+        for name, column in reversed(self.columns.items()):
+            at, course = self._at(column), self.courses.get(column)
+            if name in found:
+                now[at] = float(found[name])
+            elif name in COME_TRUE:
+                now[at] = COME_TRUE[name]
+            elif now[0] != before[0]:
+                now[at] = now[0] if course is None else course.after(now[self._at(course.clock)], hypers)
+        return now
 
     def count(self, members: Any, numbers: Any) -> None:
         """Give some members a clock and counters: a row of scalars for each, in the order of `columns`."""
@@ -133,6 +214,15 @@ class Block:
                 found += [(name, i) for i in full.tolist()]
         return found
 
+    def restore_counters(self) -> None:
+        """The same for counters, whose tensors stay parts of one array."""
+        shown = {"step": self.clock} | dict(zip(self.columns, self.numbers, strict=True))
+        for name, numbers in shown.items() if len(self.clock) else ():
+            for tensor, mine in zip(self.counters[name], torch.from_numpy(numbers), strict=True):
+                if tensor.data_ptr() != mine.data_ptr():
+                    mine.fill_(tensor)
+                    tensor.data = mine
+
     def restore(self, name: str, i: int) -> None:
         """Take over what the tensor of an array holds in its new memory, and give it its old one.
 
@@ -146,6 +236,13 @@ class Block:
             )
         self.slots[name].library.assign(slot[i], tensor)
         tensor.data = slot[i]
+
+
+def written(value: Any) -> Any:
+    """Which tensor a setting is, and how often it has been written; None for a number."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    return id(value), None if value.is_inference() else value._version  # noqa: SLF001 there is no other name
 
 
 def _form(slot: FlatBuffers) -> Form | None:
@@ -194,14 +291,11 @@ class Published:
             chosen.setdefault(int(self.store.group_of[self.leaf_of[p]]), []).append(p)
         for g, ps in chosen.items():
             block = self.block_of[id(self.store.groups[g])]
-            names = block.names
-            members = [int(self.store.index_of[self.leaf_of[p]]) for p in ps]
-            for p, values in zip(ps, block.entries(members), strict=True):
-                held = state.get(p)
+            for p in ps:
+                held, i = state.get(p), int(self.store.index_of[self.leaf_of[p]])
                 if type(held) is not Entries or held.notes is not self.notes:
                     held = state[p] = Entries(held or {}, self.notes)
-                held.aliases = block.aliases
-                held.fill(zip(names, values, strict=True))
+                block.fill(held, i)
         self.keys, self.values = list(state), list(state.values())
         self.notes.clear()
 
@@ -225,7 +319,7 @@ class Published:
         for p in self.leaf_of:
             held = state.get(p)
             if held is None or held is not mine.get(p) or id(held) in noted:
-                found[p] = {} if held is None else held
+                found[p] = {} if held is None else plain(held)
         return found
 
     def fits(self, p: Any) -> bool:
@@ -242,8 +336,11 @@ class Published:
         """Take over arrays that were given other memory, and counters that were written."""
         edited = False
         for block in self.blocks:
-            for name, i in block.turned():
+            turned = block.turned()
+            for name, i in turned:
                 block.restore(name, i)
+            if turned:
+                block.restore_counters()
             members = block.counted()
             if len(members):
                 with self.store.lock:
