@@ -119,6 +119,22 @@ def _sign(x: Array | Scalar) -> Any:
     return jnp.where(jnp.isnan(x), x, jnp.sign(x))
 
 
+def product_type(dtype: Dtype, wanted: str) -> Dtype:
+    """In which type products are taken of real matrices; see `Library.product_type`."""
+    if dtype.kind == "c":
+        return dtype
+    if wanted != "fast":
+        return jnp.dtype(wanted)
+    return jnp.dtype("bfloat16") if dtype == np.float32 and jax.default_backend() != "cpu" else dtype
+
+
+def _matmul(a: Array, b: Array, dtype: str | None = None) -> Array:
+    if dtype is None:
+        return jnp.matmul(a, b)
+    kind = product_type(a.dtype, dtype)
+    return jnp.matmul(a.astype(kind), b.astype(kind)).astype(a.dtype)
+
+
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "add": jnp.add,
     "subtract": jnp.subtract,
@@ -167,7 +183,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "sum": jnp.sum,
     "max": _extreme(jnp.max, -math.inf),
     "min": _extreme(jnp.min, math.inf),
-    "matmul": jnp.matmul,
+    "matmul": _matmul,
     "transpose": lambda x: jnp.swapaxes(x, -1, -2),
     "reshape": jnp.reshape,
     "call": lambda function, *args: function(*args),
@@ -357,6 +373,9 @@ class JaxLibrary(Library[Array, Dtype]):
 
     def number(self, value: Scalar, dtype: Dtype) -> Any:
         return jnp.asarray(value, dtype)
+
+    def product_type(self, dtype: Dtype, wanted: str, device: str) -> Dtype:
+        return product_type(dtype, wanted)
 
     def stack(self, arrays: Sequence[Array]) -> Array:
         return jnp.stack(list(arrays))

@@ -139,7 +139,6 @@ class NumpyLibrary(NumpyLike):
         "divide": np.divide,
         "negative": np.negative,
     }
-    adds_products = False
 
     def stack(self, arrays: Sequence[HostArray]) -> HostArray:
         return np.stack(arrays)
@@ -152,7 +151,7 @@ class NumpyLibrary(NumpyLike):
         c: HostArray | None,
         alpha: Any,
         beta: Any,
-        spare: HostArray | None,
+        spare: Callable[[], HostArray | None],
     ) -> HostArray:
         found: HostArray = np.matmul(a, b) if target is None else np.matmul(a, b, out=target)
         if np.ndim(alpha) or alpha != 1:
@@ -160,7 +159,7 @@ class NumpyLibrary(NumpyLike):
         if c is None:
             return found
         if np.ndim(beta) or beta != 1:
-            c = np.multiply(c, np.asarray(beta, found.dtype), out=spare)
+            c = np.multiply(c, np.asarray(beta, found.dtype), out=spare())
         found += c
         return found
 

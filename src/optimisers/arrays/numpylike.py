@@ -53,8 +53,23 @@ class NumpyLike(Library[HostArray, Dtype], Protocol):
                 out.extend(part[i : i + 1].reshape(()) for i in range(count))
         return out
 
+    def product_type(self, dtype: Dtype, wanted: str, device: str) -> Dtype:
+        return product_type(dtype, wanted)
+
     def number(self, value: Scalar, dtype: Dtype) -> Any:
         return np.asanyarray(value).astype(dtype)[()]
+
+
+def product_type(dtype: Dtype, wanted: str) -> Dtype:
+    """In which type products are taken: bfloat16 NumPy and CuPy do not multiply."""
+    return np.dtype(wanted) if wanted in ("float32", "float64") and dtype.kind == "f" else dtype
+
+
+def _matmul(xp: ModuleType, a: HostArray, b: HostArray, dtype: str | None = None) -> Any:
+    if dtype is None:
+        return xp.matmul(a, b)
+    kind = product_type(a.dtype, dtype)
+    return xp.matmul(a.astype(kind, copy=False), b.astype(kind, copy=False)).astype(a.dtype, copy=False)
 
 
 def _abs2(xp: ModuleType, x: HostArray | Scalar) -> Any:
@@ -177,7 +192,7 @@ def operations(xp: Any) -> dict[str, Callable[..., Any]]:
         "sum": functools.partial(_sum, xp),
         "max": _extreme(xp, "max", -np.inf),
         "min": _extreme(xp, "min", np.inf),
-        "matmul": xp.matmul,
+        "matmul": functools.partial(_matmul, xp),
         "transpose": lambda x: xp.swapaxes(x, -1, -2),
         "reshape": xp.reshape,
         "call": lambda function, *args: function(*args),

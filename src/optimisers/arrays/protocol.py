@@ -335,19 +335,31 @@ class Library(Protocol[A, D]):
     into: Mapping[str, Callable[..., Any]] = MappingProxyType({})
     """Operations that write into the array that they are given as `out`."""
 
-    adds_products = True
-    """Whether `product` needs no second buffer for what it adds."""
-
     def stack(self, arrays: Sequence[A]) -> A:
         """Arrays of one shape along a new first axis."""
         raise NotImplementedError
 
+    def product_type(self, dtype: D, wanted: str, device: str) -> D:
+        """In which type products are taken of real matrices of a type: that which is wanted, by its name,
+        where the library multiplies such; `fast` stands for bfloat16 where matrices are float32 and the
+        device has units for it.
+        """
+        return dtype
+
     def product(
-        self, a: A, b: A, target: A | None, c: A | None, alpha: Any, beta: Any, spare: A | None
+        self,
+        a: A,
+        b: A,
+        target: A | None,
+        c: A | None,
+        alpha: Any,
+        beta: Any,
+        spare: Callable[[], A | None],
     ) -> Any:
         """alpha a @ b + beta c of stacks of matrices: in `target`, or in a new array.
 
-        `spare` is as large and may be written; factors are floats, or arrays of one number a matrix.
+        `spare` gives a second buffer, as large as the target, which may be written; factors are floats, or
+        arrays of one number a matrix.
         """
         found: Any = self.operations["matmul"](a, b)
         found = found if isinstance(alpha, float | int) and alpha == 1 else found * alpha

@@ -15,7 +15,7 @@ from torch._C import _functorch as functorch
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.parts import Scalars, Sparse
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape, Strides
-from optimisers.arrays.torch_operations import OPERATIONS, lift
+from optimisers.arrays.torch_operations import OPERATIONS, lift, product_type
 
 Tensor = torch.Tensor
 
@@ -366,6 +366,9 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
     def stack(self, arrays: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(arrays))
 
+    def product_type(self, dtype: torch.dtype, wanted: str, device: str) -> torch.dtype:
+        return product_type(dtype, wanted, device)
+
     def product(
         self,
         a: Tensor,
@@ -374,7 +377,7 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
         c: Tensor | None,
         alpha: Any,
         beta: Any,
-        spare: Tensor | None,
+        spare: Callable[[], Tensor | None],
     ) -> Tensor:
         if a.ndim != 3 or isinstance(alpha, Tensor) or isinstance(beta, Tensor):
             found = torch.matmul(a, b, out=target)

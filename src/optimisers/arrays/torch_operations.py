@@ -1,5 +1,6 @@
 """The operations of rules, computed by PyTorch."""
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -139,6 +140,29 @@ def _extreme(reduce: Callable[..., Any], empty: float) -> Callable[..., Any]:
     return reduced
 
 
+def product_type(dtype: torch.dtype, wanted: str, device: str) -> torch.dtype:
+    """In which type products are taken of real matrices; see `Library.product_type`."""
+    if not dtype.is_floating_point:
+        return dtype
+    if wanted != "fast":
+        return getattr(torch, wanted)
+    return torch.bfloat16 if dtype is torch.float32 and _fast_halves(device) else dtype
+
+
+@functools.cache
+def _fast_halves(device: str) -> bool:
+    """Whether a device has units that multiply matrices of bfloat16."""
+    where = torch.device(device.partition(" ")[0])
+    return where.type == "cuda" and torch.cuda.get_device_properties(where).major >= 8
+
+
+def _matmul(a: Tensor, b: Tensor, dtype: str | None = None) -> Tensor:
+    if dtype is None:
+        return torch.matmul(a, b)
+    kind = product_type(a.dtype, dtype, str(a.device))
+    return torch.matmul(a.to(kind), b.to(kind)).to(a.dtype)
+
+
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "add": operator.add,
     "subtract": operator.sub,
@@ -187,7 +211,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "sum": _sum,
     "max": _extreme(torch.amax, -math.inf),
     "min": _extreme(torch.amin, math.inf),
-    "matmul": torch.matmul,
+    "matmul": _matmul,
     "transpose": lambda x: x.transpose(-1, -2),
     "reshape": torch.reshape,
     "call": lambda function, *args: function(*args),

@@ -22,7 +22,7 @@ from optimisers.errors import TraceError
 from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Pass
 from optimisers.graph.plan import Round, filling
-from optimisers.graph.recipe import Operand, Operation, Recipe, Shape, recipe
+from optimisers.graph.recipe import VIEWS, Operand, Operation, Recipe, Shape, recipe
 from optimisers.ops.dispatch import OPERATIONS
 from optimisers.state.buffers import Indices
 
@@ -257,8 +257,9 @@ class _Run:
         self.direct = {
             o.value: j for j, (_, o) in enumerate(todo.outputs) if not o.turned and o.constant is None
         }
+        self.narrow: set[int] = set()
+        """Values that may be of another type than that of the arithmetic."""
         self.pure = stacks.step.job.traced or self.library.immutable
-        self.pieces: dict[int, list[Any]] = {}
 
     def block(self, stacks: list[Any], low: int, high: int) -> None:
         self.low, self.high = low, high
@@ -278,11 +279,13 @@ class _Run:
                 self.library.assign(target, found)
                 found = target
             self.values[op.out] = found
+            if op.dtype is not None and op.node.type == "real":
+                self.narrow.add(op.out)
             if target is not None and self.direct.get(op.out, -1) in self.out:
                 made.add(self.direct[op.out])
-        for j, (e, o) in enumerate(self.todo.outputs):
+        for j, (_, o) in enumerate(self.todo.outputs):
             if j not in made:
-                self.keep(j, e, self.read(o))
+                self.keep(j, self.read(o))
 
     # -- where values lie --
 
@@ -301,9 +304,11 @@ class _Run:
 
     def target(self, op: Operation) -> Any:
         """Where an operation writes its value; None where the library decides."""
-        if op.shape is None or op.node.type != "real" or self.pure:
+        if op.shape is None or op.node.type != "real" or self.pure or op.node.op in VIEWS:
             return None
-        kind, count = self.s.real, self.high - self.low
+        kind, count = self.kind_of(op), self.high - self.low
+        if op.register < 0 and kind != self.s.real:
+            return None
         if op.register < 0:
             j = self.direct[op.out]
             if j not in self.out:
@@ -313,7 +318,12 @@ class _Run:
             return self.out[j][self.low : self.high]
         return self.s.buffer(("t", op.register), (count, *op.shape), kind)
 
-    def keep(self, j: int, e: Expr, value: Any) -> None:
+    def kind_of(self, op: Operation) -> Any:
+        """The type of the real numbers that an operation gives: that of the arithmetic, but for products."""
+        real, device = self.s.real, self.s.step.kind.device
+        return real if op.dtype is None else self.library.product_type(real, op.dtype, device)
+
+    def keep(self, j: int, value: Any) -> None:
         """Note a wanted value of this block."""
         if self.pure:
             self.out[j] = value
@@ -325,14 +335,18 @@ class _Run:
             self.out[j] = self.s.buffer(purpose, (self.n, *shape), dtype, laid)
         self.library.assign(self.out[j][self.low : self.high], value)
 
-    def read(self, o: Operand) -> Any:
-        """The value of an operand: a stack, or a number."""
+    def read(self, o: Operand, kind: Any = None) -> Any:
+        """The value of an operand: a stack, or a number. Real numbers are of the type of the arithmetic, or
+        of the `kind` that a product takes.
+        """
         if o.scalar is not None:
             return self.number(o.scalar)
         if o.constant is not None:
             value = stack_of(self.library, [o.constant.value] * (self.high - self.low))
         else:
             value = self.values[o.value]
+        if kind is not None or o.value in self.narrow:
+            value = self.library.cast(value, kind or self.s.real)
         return self.library.operations["transpose"](value) if o.turned else value
 
     def number(self, e: Expr) -> Any:
@@ -366,18 +380,22 @@ class _Run:
             ) from error
 
     def multiplied(self, op: Operation, target: Any) -> Any:
-        a, b, *rest = (self.read(o) for o in op.args)
-        alpha, beta = self.factor(op.alpha, op.signs[0]), self.factor(op.beta, op.signs[1])
-        spare = None
-        if target is not None and rest and not self.library.adds_products:
-            spare = self.s.buffer(("t", op.spare), tuple(target.shape), self.s.real)
+        kind = None if op.dtype is None or op.node.type != "real" else self.kind_of(op)
+        a, b, *rest = (self.read(o, kind) for o in op.args)
+        rank = max(a.ndim, b.ndim) - 1
+        alpha, beta = self.factor(op.alpha, op.signs[0], rank), self.factor(op.beta, op.signs[1], rank)
+        a, b = _raised(a, rank), _raised(b, rank)
+
+        def spare() -> Any:
+            return None if target is None else self.s.buffer(("t", op.spare), target.shape, target.dtype)
+
         return self.library.product(a, b, target, rest[0] if rest else None, alpha, beta, spare)
 
-    def factor(self, scalars: tuple[Expr, ...], sign: int) -> Any:
-        """The product of some scalars, shaped to multiply matrices."""
+    def factor(self, scalars: tuple[Expr, ...], sign: int, rank: int) -> Any:
+        """The product of some scalars, shaped to multiply matrices in arrays of this many axes."""
         value: Any = float(sign)
         for e in scalars:
-            value = value * self.shaped(self.number(e), 2)
+            value = value * self.shaped(self.number(e), rank)
         return value
 
     @staticmethod
@@ -397,10 +415,9 @@ class _Run:
         if kind == "elementwise":
             return self.elementwise(e, args, target)
         (first, *_) = args
-        if e.op == "transpose" and first.ndim > 2:
-            return self.library.operations["transpose"](first)
-        if e.op == "matmul" and min(a.ndim for a in args) > 2:
-            return self.library.operations["matmul"](*args)
+        if e.op in ("matmul", "transpose") and min(a.ndim for a in args) > 2:
+            rank = max(a.ndim for a in args) - 1
+            return self.library.operations[e.op](*(_raised(a, rank) for a in args), **dict(e.options))
         if e.op == "reshape":
             return first.reshape(first.shape[0], *np.atleast_1d(dict(e.options)["shape"]).tolist())
         if kind == "reduce" and (axis := _moved(dict(e.options), first.ndim - 1)) is not None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr, order
 from optimisers.graph.plan import Round
+from optimisers.graph.shapes import exchanged, shape_of
 from optimisers.ops.dispatch import OPERATIONS
 
 Shape = tuple[int, ...]
@@ -46,6 +47,8 @@ class Operation:
     signs: tuple[int, int] = (1, 1)
     spare: int = -1
     """A register for c, where the library cannot add while it multiplies."""
+    dtype: str | None = None
+    """In which type a product is taken; None for that of the arithmetic."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,15 +117,7 @@ class Shapes:
         here = {"scalar": (), "array": self.shape}
         args = [here[a.domain] if a.domain in here else self.found[id(a)] for a in e.args]
         shapes = [a for a in args if a is not None]
-        if len(shapes) < len(args):
-            return None
-        if e.op == "transpose":
-            return _turned(shapes[0], True) if len(shapes[0]) >= 2 else None
-        if e.op == "matmul":
-            return _multiplied(*shapes)
-        if e.op in OPERATIONS and OPERATIONS[e.op].family == "reduce":
-            return _reduced(shapes[0], **dict(e.options))
-        return _broadcast(shapes) if _elementwise(e) else None
+        return None if len(shapes) < len(args) else shape_of(e.op, dict(e.options), shapes)
 
 
 class _Writer:
@@ -263,12 +258,13 @@ class _Writer:
         alpha: tuple[Expr, ...] = (),
         beta: tuple[Expr, ...] = (),
         signs: tuple[int, int] = (1, 1),
+        dtype: str | None = None,
     ) -> None:
         shape = self.known(e)
         if kind != "reduce" and self.flip.get(id(e), False):
             shape = _turned(shape, True)
         number = -1 if kind == "reduce" else self.number(e)
-        self.out.append(Operation(kind, e, args, number, 0, shape, alpha, beta, signs))
+        self.out.append(Operation(kind, e, args, number, 0, shape, alpha, beta, signs, -1, dtype))
 
     def written(self) -> Recipe:
         """The recipe."""
@@ -278,7 +274,7 @@ class _Writer:
         outputs = tuple((e, self.operand(e, False)) for e in what.wanted)
         done = {op.out for op in self.out}
         direct = {o.value for _, o in outputs if not o.turned}
-        found, registers = registered(self.out, direct & done)
+        found, registers = registered(self.out, direct & done, {o.value for _, o in outputs})
         values = self.numbered()
         given = {*done, *inputs}
         older = tuple((values[n], n) for n in sorted(self.numbers.values()) if n not in given)
@@ -317,9 +313,10 @@ class _Writer:
         if found is not None:
             a, b = self.factors_of(found.value, found.turned != flip)
             c = self.operand(found.other, found.other_turned != flip)
-            self.write("product", e, (a, b, c), found.factors, found.other_factors, found.signs)
+            dtype = dict(found.value.options).get("dtype")
+            self.write("product", e, (a, b, c), found.factors, found.other_factors, found.signs, dtype)
         elif e.op == "matmul" and self.known(e) is not None:
-            self.write("product", e, self.factors_of(e, flip))
+            self.write("product", e, self.factors_of(e, flip), dtype=dict(e.options).get("dtype"))
         else:
             self.write("apply", e, tuple(self.operand(a, flip) for a in e.args))
 
@@ -341,64 +338,54 @@ def _scaled(e: Expr) -> bool:
 
 
 def _turned(shape: Shape | None, turned: bool) -> Shape | None:
-    if shape is None or not turned or len(shape) < 2:
-        return shape
-    *outer, rows, columns = shape
-    return (*outer, columns, rows)
+    return exchanged(shape) or shape if turned and shape is not None else shape
 
 
-def _multiplied(a: Shape, b: Shape) -> Shape | None:
-    """The shape of a product of matrices; None where the operands are no two matrices that fit."""
-    if min(len(a), len(b)) < 2 or len(a) != len(b):
-        return None
-    *outer, rows, inner = a
-    *others, between, columns = b
-    return (*outer, rows, columns) if inner == between and outer == others else None
+VIEWS = frozenset({"reshape", "transpose"})
+"""Operations that may give what they take, seen in another way."""
 
 
-def _reduced(shape: Shape, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Shape | None:
-    """The shape of a reduction along axes; None where they are not there."""
-    axes = range(len(shape)) if axis is None else (axis,) if isinstance(axis, int) else axis
-    if not all(-len(shape) <= a < len(shape) for a in axes):
-        return None
-    gone = {a % len(shape) for a in axes}
-    return tuple(1 if i in gone else n for i, n in enumerate(shape) if keepdims or i not in gone)
-
-
-def _broadcast(shapes: Sequence[Shape]) -> Shape | None:
-    """The shape of an operation element by element; None if the shapes do not fit."""
-    out: list[int] = []
-    for k in range(1, max(len(s) for s in shapes) + 1):
-        sizes = {s[-k] for s in shapes if len(s) >= k} - {1}
-        if len(sizes) > 1:
-            return None
-        out.append(sizes.pop() if sizes else 1)
-    return tuple(reversed(out))
-
-
-def registered(code: Sequence[Operation], outputs: set[int]) -> tuple[list[Operation], int]:
-    """The operations with a buffer for every value: one is used again after its last read."""
-    last = {o.value: i for i, op in enumerate(code) for o in op.args if o.value >= 0}
-    at: dict[int, int] = {}
-    idle: list[int] = []
-    count = 0
+def registered(code: Sequence[Operation], direct: set[int], outputs: set[int]) -> tuple[list[Operation], int]:
+    """The operations with a buffer for every value but those that lie in one of their own, which are
+    `direct`. A buffer is used again after its last read, unless it holds an output.
+    """
+    owner = _owners(code)
+    read = [{owner.get(o.value, o.value) for o in op.args} for op in code]
+    last = {v: i for i, values in enumerate(read) for v in values}
+    last |= dict.fromkeys((owner.get(v, v) for v in outputs), len(code))
+    buffers, at = _Buffers(), dict[int, int]()
     found: list[Operation] = []
-
-    def taken() -> int:
-        nonlocal count
-        if idle:
-            return idle.pop()
-        count += 1
-        return count - 1
-
     for i, op in enumerate(code):
         register, spare = -1, -1
-        if op.kind != "reduce" and op.out not in outputs:
-            register = at[op.out] = taken()
+        if op.kind != "reduce" and op.out not in direct and op.out not in owner:
+            register = at[op.out] = buffers.taken()
         if op.kind == "product" and len(op.args) == 3:
-            spare = taken()
-            idle.append(spare)
+            spare = buffers.taken()
+            buffers.idle.append(spare)
         found.append(dataclasses.replace(op, register=register, spare=spare))
-        done = {o.value for o in op.args if last.get(o.value) == i}
-        idle += [at[v] for v in done if v in at]
-    return found, count
+        buffers.idle += [at[v] for v in read[i] if v in at and last[v] == i]
+    return found, buffers.count
+
+
+def _owners(code: Sequence[Operation]) -> dict[int, int]:
+    """Value that sees another one -> the value in whose buffer it lies."""
+    found: dict[int, int] = {}
+    for op in code:
+        if op.node.op in VIEWS and op.kind == "apply":
+            found[op.out] = found.get(op.args[0].value, op.args[0].value)
+    return found
+
+
+class _Buffers:
+    """Numbers of buffers, some of them idle."""
+
+    def __init__(self) -> None:
+        self.idle: list[int] = []
+        self.count = 0
+
+    def taken(self) -> int:
+        """An idle one, or a new one."""
+        if self.idle:
+            return self.idle.pop()
+        self.count += 1
+        return self.count - 1

@@ -12,6 +12,7 @@ from optimisers import ops
 from optimisers.arrays import registry
 from optimisers.errors import TraceError
 from optimisers.graph.expr import Expr, Guard, Options, show
+from optimisers.graph.shapes import shape_of
 from optimisers.ops.dispatch import OPERATIONS, dispatch
 from optimisers.ops.primitives import ROUNDINGS
 from optimisers.ops.random import DRAWS
@@ -375,8 +376,8 @@ def write(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Symbol:
     if name == "call":
         function, *rest = args
         return make(name, tuple(lift(a) for a in rest), domain="free", options=(("function", function),))
-    if name == "reshape":
-        return make(name, (lift(args[0]),), domain="free", options=(("shape", args[1]),))
+    if declared.family == "shape":
+        return _shaped(name, args, options)
     if declared.family == "reduce":
         x = lift(args[0])
         chosen = dict(zip(("axis", "keepdims"), args[1:], strict=False)) | options
@@ -387,10 +388,19 @@ def write(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Symbol:
                 own if x.domain == "scalar" else make(name, (x,), domain="scalar", type=reduced_type(name, x))
             )
         return make(name, (x,), domain="free", options=tuple(sorted(along.items())))
-    nodes = tuple(lift(a) for a in args)
-    if declared.family == "shape":
-        return make(name, nodes, domain="free")
-    return make(name, nodes)
+    return make(name, tuple(lift(a) for a in args))
+
+
+def _shaped(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Symbol:
+    """The node of an operation that the array library computes."""
+    operands = _OPERANDS.get(name, 1)
+    chosen = {"shape": args[1]} if name == "reshape" and len(args) > 1 else options
+    given = tuple(sorted((k, v) for k, v in chosen.items() if v is not None))
+    return make(name, tuple(lift(a) for a in args[:operands]), domain="free", options=given)
+
+
+_OPERANDS = {"matmul": 2}
+"""How many arrays an operation of the array library takes; 1 unless it stands here."""
 
 
 def reduced_type(name: str, x: Expr) -> str:
@@ -415,9 +425,18 @@ def make(
     guard: Guard = ()
     for a in args:
         guard = merged(guard, a.guard)
-    shape = next((a.shape_ for a in args if a.domain == "array"), None) if domain == "array" else None
     type = type or result_type(op, args)
+    shape = _shape(op, args, domain, options)
     return Symbol(op, args, domain=domain, type=type, options=options, guard=merged(guard, ()), shape=shape)
+
+
+def _shape(op: str, args: tuple[Expr, ...], domain: str, options: Options) -> tuple[int, ...] | None:
+    """The shape of a node in a domain; None if it is not known."""
+    if domain == "array":
+        return next((a.shape_ for a in args if a.domain == "array"), None)
+    if domain == "scalar" or any(a.domain != "scalar" and a.shape_ is None for a in args):
+        return None
+    return shape_of(op, dict(options), [a.shape_ or () for a in args])
 
 
 _RANK = {"bool": 0, "real": 1, "complex": 2}

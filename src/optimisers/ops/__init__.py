@@ -12,6 +12,7 @@ from optimisers.ops.derived import (
     norm,
     square,
 )
+from optimisers.ops.matrices import orthogonal
 from optimisers.ops.primitives import (
     abs,
     abs2,
@@ -133,6 +134,7 @@ __all__ = [
     "normal",
     "not_equal",
     "ones_like",
+    "orthogonal",
     "power",
     "rademacher",
     "real",

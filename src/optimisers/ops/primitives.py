@@ -276,8 +276,14 @@ def min(x: Operand, axis: int | tuple[int, ...] | None = None, keepdims: bool = 
 
 
 @primitive("shape")
-def matmul(a: Operand, b: Operand) -> Any:
-    """The matrix product a @ b."""
+def matmul(a: Operand, b: Operand, *, dtype: str | None = None) -> Any:
+    """The matrix product a @ b.
+
+    `dtype` is the type in which it is taken of real matrices: `bfloat16`, `float32`, or `fast`, which is
+    bfloat16 where matrices are float32 and the device has units for it (CUDA from compute capability 8.0 on,
+    what JAX runs on that is no CPU); None is that of the arithmetic. NumPy and CuPy do not multiply bfloat16,
+    and take float32.
+    """
 
 
 @primitive("shape")

@@ -58,6 +58,14 @@ def copy(x: Array, dtype: str | None = None) -> Any:
     return library.copied(x, arithmetic(library, x.dtype) if dtype is None else dtype)
 
 
+def widened(x: Array) -> Any:
+    """`x` in the type of the arithmetic; perhaps the same."""
+    if hasattr(type(x), "__operation__"):
+        return x
+    library = registry.library(x)
+    return library.cast(x, arithmetic(library, x.dtype))
+
+
 def rounded(x: Array, dtype: str) -> Any:
     """x as it comes back from an array of this type, where that is narrower than some arithmetic."""
     return dispatch(f"to_{dtype}", (x,), {}) if f"to_{dtype}" in ROUNDINGS else x

@@ -2,13 +2,11 @@
 
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from optimisers import ops
 from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
-from optimisers.ops import conj, ema, maximum, norm, zeros_like
-from optimisers.ops.derived import is_complex
+from optimisers.ops import ema, orthogonal, zeros_like
+from optimisers.ops.matrices import NEWTON_SCHULZ, Coefficients, coefficients_of
 from optimisers.rule import (
     Rule,
     Setting,
@@ -19,11 +17,6 @@ from optimisers.rule import (
     setting,
     static,
 )
-
-Coefficients = tuple[tuple[float, float, float], ...]
-
-QUINTIC: Coefficients = ((3.4445, -4.7750, 2.0315),)
-"""The coefficients of Jordan et al. (2024): steepest at 0; singular values end between 0.68 and 1.13."""
 
 SCALES = ("original", "rms", "spectral", "max")
 
@@ -36,26 +29,6 @@ def as_matrix(shape: tuple[int, ...], layout: str) -> tuple[int, int]:
     for n in shape[1:] if layout == "rows" else shape[:-1]:
         others *= n
     return (shape[0], others) if layout == "rows" else (others, shape[-1])
-
-
-def adjoint(y: Array) -> Any:
-    """The transpose of a matrix, conjugated."""
-    turned = ops.transpose(y)
-    return conj(turned) if is_complex(y) else turned
-
-
-def orthogonalised(y: Array, coefficients: Coefficients, steps: int, epsilon: Any, *, tall: bool) -> Any:
-    """U p(S) V^H for a matrix U S V^H scaled to norm 1, where the polynomials p(s) = a s + b s^3 + c s^5 of
-    Newton-Schulz, one a step and the last one repeated, bring every singular value near 1. A matrix that is
-    `tall` is transposed on the way.
-    """
-    y = adjoint(y) if tall else y
-    y = y / maximum(norm(y), epsilon)
-    for n in range(steps):
-        a, b, c = coefficients[min(n, len(coefficients) - 1)]
-        gram = y @ adjoint(y)
-        y = a * y + (b * gram + c * (gram @ gram)) @ y
-    return adjoint(y) if tall else y
 
 
 def scale_of(scale: str, rows: int, columns: int) -> float:
@@ -87,7 +60,8 @@ class Muon(Rule):
     An array of more axes is the matrix of its first axis against all others, (out, in, ...) as PyTorch keeps
     it; with `layout="columns"` of all others against the last, (in, ..., out), as Flax does. Arrays of fewer
     axes are refused: give them, embeddings and heads to AdamW. `coefficients` are triples, the last one
-    repeated. Steps are computed in the type of the arithmetic, where torch.optim.Muon takes bfloat16.
+    repeated. Products are taken in bfloat16 where a device has units for it, and else in the type of the
+    arithmetic, where torch.optim.Muon always takes bfloat16.
     """
 
     eta: Setting = setting(0.02)
@@ -97,7 +71,7 @@ class Muon(Rule):
     nesterov: bool = static(True)
     scale: Literal["original", "rms", "spectral", "max"] = static("original")
     steps: int = static(5)
-    coefficients: Coefficients = static(QUINTIC)
+    coefficients: Coefficients = static(NEWTON_SCHULZ["jordan"][0])
     layout: Literal["rows", "columns"] = static("rows")
 
     def check(self) -> None:
@@ -106,10 +80,7 @@ class Muon(Rule):
         at_least_one(self, "steps")
         one_of(self, "scale", SCALES)
         one_of(self, "layout", ("rows", "columns"))
-        if not self.coefficients or any(np.shape(triple) != (3,) for triple in self.coefficients):
-            raise BadSetting(
-                f"Muon.coefficients is {self.coefficients!r}; it takes triples: write ((a, b, c),)"
-            )
+        coefficients_of(self.coefficients, "Muon.coefficients")
 
     def init(self, x: Array) -> MuonState:
         if x.ndim < 2:
@@ -125,6 +96,6 @@ class Muon(Rule):
         m = ema(self.rho, state.m, dx)
         w = ema(self.rho, m, dx) if self.nesterov else m
         flat = w if x.ndim == 2 else ops.reshape(w, (rows, columns))
-        o = orthogonalised(flat, self.coefficients, self.steps, self.epsilon, tall=rows > columns)
+        o = orthogonal(flat, self.coefficients, self.steps, self.epsilon)
         o = o if x.ndim == 2 else ops.reshape(o, x.shape)
         return MuonState(m), self.eta * (scale_of(self.scale, outputs, inputs) * o + self.lam * x)

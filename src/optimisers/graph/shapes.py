@@ -1,0 +1,74 @@
+"""Which shape has the value of an operation? That which follows from the shapes of what it is given."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from optimisers.arrays.protocol import Shape
+from optimisers.ops.dispatch import OPERATIONS
+
+Options = Mapping[str, Any]
+
+
+def shape_of(op: str, options: Options, args: Sequence[Shape]) -> Shape | None:
+    """The shape of what an operation gives for arguments of these shapes, those of numbers being (); None
+    where only the array library knows, or refuses.
+    """
+    if op in _SHAPES:
+        return _SHAPES[op](options, *args)
+    family = OPERATIONS[op].family if op in OPERATIONS else ""
+    if family == "reduce":
+        return _reduced(args[0], **options)
+    return broadcast(args) if family == "elementwise" or op == "identity" else None
+
+
+def exchanged(shape: Shape) -> Shape | None:
+    """The shape with its last two axes exchanged."""
+    if len(shape) < 2:
+        return None
+    *outer, rows, columns = shape
+    return (*outer, columns, rows)
+
+
+def broadcast(shapes: Sequence[Shape]) -> Shape | None:
+    """The shape of an operation element by element; None if the shapes do not fit."""
+    out: list[int] = []
+    for k in range(1, max(len(s) for s in shapes) + 1):
+        sizes = {s[-k] for s in shapes if len(s) >= k} - {1}
+        if len(sizes) > 1:
+            return None
+        out.append(sizes.pop() if sizes else 1)
+    return tuple(reversed(out))
+
+
+def _multiplied(_: Options, a: Shape, b: Shape) -> Shape | None:
+    """The shape of a product of matrices; None where the operands are no two matrices that fit."""
+    if min(len(a), len(b)) < 2 or a[-1] != b[-2]:
+        return None
+    outer = broadcast([a[:-2], b[:-2]]) if len(a) + len(b) > 4 else ()
+    return None if outer is None else (*outer, a[-2], b[-1])
+
+
+def _reshaped(options: Options, a: Shape) -> Shape | None:
+    wanted = options["shape"]
+    shape = (wanted,) if isinstance(wanted, int) else tuple(wanted)
+    size, known = math.prod(a), math.prod(n for n in shape if n >= 0)
+    if -1 in shape and known:
+        shape = tuple(size // known if n < 0 else n for n in shape)
+    return shape if math.prod(shape) == size and min(shape, default=0) >= 0 else None
+
+
+def _reduced(shape: Shape, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Shape | None:
+    """The shape of a reduction along axes; None where they are not there."""
+    axes = range(len(shape)) if axis is None else (axis,) if isinstance(axis, int) else axis
+    if not all(-len(shape) <= a < len(shape) for a in axes):
+        return None
+    gone = {a % len(shape) for a in axes}
+    return tuple(1 if i in gone else n for i, n in enumerate(shape) if keepdims or i not in gone)
+
+
+_SHAPES: dict[str, Callable[..., Shape | None]] = {
+    "transpose": lambda _, a: exchanged(a),
+    "matmul": _multiplied,
+    "reshape": _reshaped,
+}
