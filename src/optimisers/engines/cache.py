@@ -9,7 +9,6 @@ import hashlib
 import importlib
 import linecache
 import os
-import stat
 import sys
 import tempfile
 import warnings
@@ -19,6 +18,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 
+from optimisers.engines.trust import Untrusted, prepared, untrusted
 from optimisers.errors import CacheRefused
 
 PREFIX = "optimisers_kernels_"
@@ -83,18 +83,20 @@ def _from_disk(name: str, source: str, where: Path) -> ModuleType:
         if refusal is None:
             if not path.exists() or path.read_bytes() != source.encode():
                 _write(path, source)
-            refusal = untrusted(path) or _untrusted_below(where, name)
+            refusal = untrusted(path)
     except OSError as error:
         refusal = str(error)
-    if refusal is not None:
-        warnings.warn(f"{refusal}; kernels are compiled anew in each process", CacheRefused, stacklevel=2)
-        return _in_memory(name, source)
-    try:
-        return _run(ModuleType(name), source, path)
-    except Exception:  # noqa: BLE001 whatever a broken file makes Numba raise, compiling again is the cure
-        for broken in (where / "__pycache__").glob(f"{name}*"):
-            broken.unlink(missing_ok=True)
-        return _in_memory(name, source)
+    if refusal is None:
+        try:
+            return _run(ModuleType(name), source, path)
+        except Untrusted as error:
+            refusal = str(error)
+        except Exception:  # noqa: BLE001 whatever a broken file makes Numba raise, compiling again is the cure
+            for broken in (where / "__pycache__").glob(f"{name}*"):
+                broken.unlink(missing_ok=True)
+            return _in_memory(name, source)
+    warnings.warn(f"{refusal}; kernels are compiled anew in each process", CacheRefused, stacklevel=2)
+    return _in_memory(name, source)
 
 
 def _run(module: ModuleType, source: str, path: Path) -> ModuleType:
@@ -139,101 +141,3 @@ def _write(path: Path, source: str) -> None:
         file.write(source.encode())
     Path(temporary).chmod(0o600)
     Path(temporary).replace(path)
-
-
-# -- whom to trust -------------------------------------------------------------------------------------------
-
-
-def prepared(where: Path) -> str | None:
-    """Make the directory, for this user alone; a sentence that says why not, if it cannot be trusted."""
-    _make(where)
-    above = where.parent
-    if (refusal := _unsafe_above(above.parent) or untrusted(above, sticky=True)) is not None:
-        return refusal
-    for folder in (where, where / "__pycache__"):
-        _make(folder)
-        if (refusal := untrusted(folder)) is not None:
-            return refusal
-        if stat.S_IMODE(folder.stat().st_mode) != 0o700:
-            folder.chmod(0o700)
-    return None
-
-
-def _make(folder: Path) -> None:
-    """Make a directory and those above it that are not there, each for this user alone."""
-    if not folder.is_dir():
-        if folder.parent != folder:
-            _make(folder.parent)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        folder.chmod(0o700)  # the umask may have taken even that away
-
-
-def untrusted(path: Path, *, sticky: bool = False) -> str | None:
-    """Why nothing should be executed from `path`; None if it may, or is not there. `sticky`: others may write
-    beside what is of this user, but not rename it.
-    """
-    if os.name != "posix":
-        return None
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return None
-    if stat.S_ISLNK(found.st_mode):
-        return f"{path} is a link; the kernel cache takes only what this user wrote"
-    safe = sticky and found.st_mode & stat.S_ISVTX and found.st_uid in _trusted_owners()
-    if not safe and found.st_uid != os.getuid():
-        return f"{path} belongs to user {found.st_uid}; the kernel cache takes only what this user wrote"
-    if not safe and found.st_mode & 0o022:
-        return (
-            f"{path} can be written by others (mode {stat.S_IMODE(found.st_mode):o}); write chmod go-w {path}"
-        )
-    return None
-
-
-def _unsafe_above(folder: Path) -> str | None:
-    """Why another user could put another directory in the place of one below `folder`; None if none can.
-
-    Links are followed, as in a cache that lies on another disk: both ways are looked at.
-    """
-    if os.name != "posix":
-        return None
-    for path in dict.fromkeys(
-        p for way in (folder.absolute(), folder.resolve()) for p in (way, *way.parents)
-    ):
-        found = path.stat()
-        if found.st_uid not in _trusted_owners():
-            return f"{path} belongs to user {found.st_uid}, who could replace the kernel cache below it"
-        shared = found.st_mode & (0o002 if is_own_group(found.st_gid) else 0o022)
-        if shared and not found.st_mode & stat.S_ISVTX:
-            mode = stat.S_IMODE(found.st_mode)
-            return (
-                f"{path} can be written by others (mode {mode:o}), who could replace the kernel cache below "
-                f"it; write chmod go-w {path}"
-            )
-    return None
-
-
-def _trusted_owners() -> tuple[int, ...]:
-    """This user and root, whatever number root has here (in a container, say)."""
-    return os.getuid(), 0, Path("/").stat().st_uid
-
-
-def is_own_group(gid: int) -> bool:
-    """Whether this is the private group of this user: of the same name, without other members."""
-    import grp
-    import pwd
-
-    try:
-        name, group = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(gid)
-    except KeyError:
-        return False
-    return group.gr_name == name and set(group.gr_mem) <= {name}
-
-
-def _untrusted_below(where: Path, name: str) -> str | None:
-    """The same for the compiled files of one module."""
-    compiled = where / "__pycache__"
-    for path in compiled.glob(f"{name}*") if compiled.is_dir() else ():
-        if (refusal := untrusted(path)) is not None:
-            return refusal
-    return None

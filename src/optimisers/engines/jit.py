@@ -23,6 +23,8 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataC
 from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
 
+from optimisers.engines.trust import Untrusted, untrusted
+
 lock: Any = global_compiler_lock
 """Held by whoever compiles, ours or others': one lock, so that there is no deadlock."""
 
@@ -31,7 +33,17 @@ if hasattr(os, "register_at_fork"):  # a child would wait for ever for a thread 
 
 
 class Files(IndexDataCacheFile):
-    """The files of one function: written whole, and by this user alone, whatever the umask."""
+    """The files of one function: read where this user alone could write them, and written whole, by this user
+    alone, whatever the umask.
+    """
+
+    def _load_index(self) -> dict[Any, str]:
+        _trusted(self._index_path)
+        return super()._load_index()
+
+    def _load_data(self, name: str) -> Any:
+        _trusted(self._data_path(name))
+        return super()._load_data(name)
 
     @contextlib.contextmanager
     def _open_for_write(self, filepath: str) -> Generator[BufferedWriter]:
@@ -43,6 +55,11 @@ class Files(IndexDataCacheFile):
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _trusted(path: str) -> None:
+    if (refusal := untrusted(Path(path))) is not None:
+        raise Untrusted(refusal)
 
 
 class Form(CompileResultCacheImpl):
