@@ -9,6 +9,7 @@ the rule has, in the same rounds, and the share is how near the step is to movin
 
 import argparse
 import functools
+import gc
 import importlib
 import statistics
 from collections.abc import Callable
@@ -161,15 +162,13 @@ def of_optax(
     import optax
 
     model, grads = ({k: jax.numpy.asarray(x.numpy()) for k, x in each.items()} for each in tensors(sizes))
-    rate = (
-        {}
-        if any(word in made.__name__ for word in ("prodigy", "dadapt", "momo", "dog"))
-        else {"learning_rate": ETA}
-    )
+    name = getattr(made, "func", made).__name__  # some are partial applications
+    own = any(word in name for word in ("prodigy", "dadapt", "momo", "dog"))
+    rate = {} if own else {"learning_rate": ETA}
     rule = made(**(rate | settings))
     further = {"value": 1.0} if loss else {}
 
-    def step(state: Any, x: Any) -> Any:
+    def step(state: Any, x: Any, grads: Any) -> Any:
         updates, state = rule.update(grads, state, x, **further)
         return state, optax.apply_updates(x, updates)
 
@@ -177,7 +176,7 @@ def of_optax(
     jitted = jax.jit(step, donate_argnums=(0, 1))
 
     def stepped() -> None:
-        held[:] = jax.block_until_ready(jitted(*held))
+        held[:] = jax.block_until_ready(jitted(*held, grads))
 
     return stepped
 
@@ -199,7 +198,10 @@ def measured(row: Row, sizes: list[shapes.Shape], seconds: float) -> tuple[Timin
             candidates[path] = step
         except Exception as error:  # noqa: BLE001 whatever a package of others does, the others are timed
             missing.append(f"{path}: {error!r:.90}")
-    return interleaved(candidates, seconds=seconds), times, passes, missing
+    found = interleaved(candidates, seconds=seconds)
+    candidates.clear()
+    gc.collect()  # optimizers hold themselves, and a few of GPT-2 small fill the memory
+    return found, times, passes, missing
 
 
 def table(model: str, names: list[str], seconds: float) -> None:
