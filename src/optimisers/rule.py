@@ -66,6 +66,11 @@ class Rule(Value):
         """
         return norms * 0 + 1
 
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise BadSetting for a shape of parameters that this rule does not step; asked before `init`, and
+        by `TorchOptimizer` when it is made.
+        """
+
     def init(self, x: Any) -> Any:
         """The state for one array of parameters; by default none, `()`."""
         return ()
@@ -291,6 +296,13 @@ def at_least_one(rule: Rule, name: str) -> None:
         raise BadSetting(f"{type(rule).__name__}.{name} is {value!r}; it takes a whole number, 1 or more")
 
 
+def refuse_shape(rule: Rule, shape: tuple[int, ...]) -> None:
+    """Raise BadSetting for a shape of parameters that a rule, or one that it is made of, does not step."""
+    for part in parts(rule):
+        if isinstance(part, Rule):
+            part.check_shape(shape)
+
+
 def a_rule(outer: Rule, inner: object) -> None:
     """Raise BadSetting unless what a rule wraps is a rule."""
     if not isinstance(inner, Rule):
@@ -353,6 +365,7 @@ __all__ = [
     "one_step",
     "rate_before",
     "rate_of",
+    "refuse_shape",
     "setting",
     "static",
     "stepped",

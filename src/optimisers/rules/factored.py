@@ -22,7 +22,6 @@ from optimisers.rule import (
     static,
 )
 from optimisers.rules.adam import AdamState, check_decaying, moments
-from optimisers.rules.direction import other_axes
 
 Axes = tuple[int, int]
 """Two axes of an array, counted from its end: the one that counts rows, and the one that counts columns."""
@@ -341,39 +340,42 @@ class AdamMini(Rule):
             one_of(self, "blocks", ("array", "rows"))
         at_least_one(self, "blocks")
 
-    def init(self, x: Array) -> AdamState:
-        if self.blocks == "array":
-            return AdamState(zeros_like(x), 0.0, (0.0, 0.0))
-        rows = self.by_output(real_zeros_like(x), x)
-        outputs = prod(rows.shape)
-        if self.blocks != "rows" and outputs % self.blocks:
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        outputs = prod(self.outputs_of(shape))
+        if not isinstance(self.blocks, str) and outputs % self.blocks:
             raise BadSetting(
-                f"AdamMini divides outputs into {self.blocks} blocks, and an array of shape {tuple(x.shape)} "
-                f"has {outputs} of them"
+                f"AdamMini divides outputs into {self.blocks} blocks, and an array of shape {shape} has "
+                f"{outputs} of them"
             )
-        return AdamState(zeros_like(x), self.joined(rows, outputs), (0.0, 0.0))
 
-    def by_output(self, square: Array, x: Array) -> Any:
-        """The mean of squares in every row, or in the whole array where that is one block."""
-        if self.blocks == "array":
-            return mean(square)
-        axes = other_axes(x, self.layout)
+    def outputs_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one number for each output."""
+        at = len(shape) - 1 if self.layout == "columns" else 0
+        return tuple(n if i == at else 1 for i, n in enumerate(shape))
+
+    def init(self, x: Array) -> AdamState:
+        rows = None if self.blocks == "array" else self.by_output(real_zeros_like(x), x.shape)
+        return AdamState(zeros_like(x), 0.0 if rows is None else self.joined(rows, x.shape), (0.0, 0.0))
+
+    def by_output(self, square: Array, shape: tuple[int, ...]) -> Any:
+        """The mean of squares of each output."""
+        outputs = self.outputs_of(shape)
+        axes = tuple(i for i, n in enumerate(shape) if n != outputs[i])
         rows = ops.sum(square, axis=axes, keepdims=True) if axes else square
-        return rows / max(prod(x.shape[i] for i in axes), 1)
+        return rows / max(prod(shape) // max(prod(outputs), 1), 1)
 
-    def joined(self, rows: Array, outputs: int) -> Any:
-        """The mean of rows in every block."""
+    def joined(self, rows: Array, shape: tuple[int, ...]) -> Any:
+        """The mean of the outputs in every block."""
         if isinstance(self.blocks, str):
             return rows
-        size = outputs // self.blocks
-        return ops.sum(ops.reshape(rows, (self.blocks, size)), axis=1, keepdims=True) / size
+        size = prod(self.outputs_of(shape)) // self.blocks
+        return ops.sum(ops.reshape(rows, (self.blocks, size)), axis=1, keepdims=True) / max(size, 1)
 
     def apply(self, state: AdamState, x: Array, dx: Array) -> Any:
-        rows = self.by_output(abs2(dx), x)
-        kept = other_axes(x, self.layout)
-        shape = tuple(1 if i in kept else n for i, n in enumerate(x.shape))
-        state, m, v = moments(self.beta, state, dx, self.joined(rows, prod(shape)))
-        if not isinstance(self.blocks, str):  # 0 is added to each, to have as many as there are rows
-            nothing = minimum(ops.reshape(rows, (self.blocks, prod(shape) // self.blocks)), 0)
-            v = ops.reshape(v + nothing, shape)
+        rows = mean(abs2(dx)) if self.blocks == "array" else self.by_output(abs2(dx), x.shape)
+        state, m, v = moments(self.beta, state, dx, self.joined(rows, x.shape))
+        if not isinstance(self.blocks, str):  # 0 is added to each, to have as many as there are outputs
+            outputs = self.outputs_of(x.shape)
+            nothing = minimum(ops.reshape(rows, (self.blocks, prod(outputs) // self.blocks)), 0)
+            v = ops.reshape(v + nothing, outputs)
         return state, self.eta * (m / (sqrt(v) + self.epsilon) + self.lam * x)

@@ -82,12 +82,14 @@ class Muon(Rule):
         one_of(self, "layout", ("rows", "columns"))
         coefficients_of(self.coefficients, "Muon.coefficients")
 
-    def init(self, x: Array) -> MuonState:
-        if x.ndim < 2:
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        if len(shape) < 2:
             raise BadSetting(
-                f"Muon steps matrices, and this array has shape {tuple(x.shape)}; give it another "
+                f"Muon steps matrices, and this array has shape {shape}; give it another "
                 'rule: write {opt.hidden_matrices: Muon(), "**": AdamW()} where the rule goes'
             )
+
+    def init(self, x: Array) -> MuonState:
         return MuonState(zeros_like(x))
 
     def apply(self, state: MuonState, x: Array, dx: Array) -> Any:

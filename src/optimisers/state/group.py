@@ -17,7 +17,7 @@ from optimisers.errors import BadSetting, BadState
 from optimisers.graph.expr import Expr, is_full_reduction, order
 from optimisers.graph.trace import Program, of_changes, trace
 from optimisers.nest import flatten, form, unflatten, values
-from optimisers.rule import Rule, needed
+from optimisers.rule import Rule, needed, refuse_shape
 from optimisers.settings import fill, numbers, skeleton
 from optimisers.state.buffers import Bucketed, FlatBuffers, Indices, Places, Separate
 from optimisers.state.cache import Cache, Subset
@@ -352,6 +352,7 @@ def started(rule: Rule, x: Any, path: KeyPath) -> Any:
         hint = f"; write {rule.__name__}()" if isinstance(rule, type) and issubclass(rule, Rule) else ""
         raise BadState(f"the rule for {path.code()} is {rule!r}; it takes a rule, such as Adam(){hint}")
     try:
+        refuse_shape(rule, tuple(x.shape))
         state = rule.init(x)
     except BadSetting as e:
         raise BadSetting(f"{path.code()}: {e}") from e

@@ -7,11 +7,11 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from optimisers.errors import BadSetting, BadState
-from optimisers.rule import Rule
+from optimisers.rule import Rule, refuse_shape
 from optimisers.rules.adam import AdamW, AMSGrad, TorchAMSGrad
 from optimisers.rules.adaptive import RMSProp, Rprop
 from optimisers.rules.descent import SGD, Momentum, Nesterov
-from optimisers.rules.factored import TorchAdafactor
+from optimisers.rules.factored import Adafactor, TorchAdafactor
 from optimisers.rules.gradient import DecoupledDecay, Maximise
 from optimisers.rules.matrix import Muon
 from optimisers.rules.of_torch import TorchRMSProp
@@ -32,7 +32,7 @@ from optimisers.step.layers import LayerDecay
 from optimisers.torch.classes import chained, muon_scale, plain
 from optimisers.torch.rates import scaled
 from optimisers.tree.layout import Parameter, Place, Told
-from optimisers.tree.path import named_path
+from optimisers.tree.path import KeyPath, named_path
 from optimisers.tree.selectors import first_picks, selector
 
 TORCH_NAMES = {
@@ -55,6 +55,7 @@ OWN_NAMES: dict[type, dict[str, str]] = {
     TorchRMSProp: {"rho": "alpha", "mu": "momentum"},
     Rprop: {"ell": "etas", "gamma": "step_sizes"},
     Muon: {"rho": "momentum"},
+    Adafactor: {"decay": "beta2_decay"},
     TorchAdafactor: {"decay": "beta2_decay", "clip": "d"},
 }
 """The same for settings that mean something else elsewhere."""
@@ -287,6 +288,21 @@ def require_dense(given: Iterable[Any]) -> None:
                 f"a parameter of shape {tuple(tensor.shape)} is sparse; only gradients may be so: "
                 "write tensor.to_dense()"
             )
+
+
+def refuse_shapes(rule: Rule, given: Mapping[str, Any], n: int) -> None:
+    """Raise BadSetting for a parameter of group `n` that is trained and has a shape which its rule does not
+    step.
+    """
+    params = given["params"]
+    listed = [params] if isinstance(params, torch.Tensor) else list(params)
+    names = given.get("param_names") or [f"{n}.{i}" for i in range(len(listed))]
+    for name, p in (p if isinstance(p, tuple) else (name, p) for name, p in zip(names, listed, strict=True)):
+        if isinstance(p, torch.Tensor) and p.requires_grad and not is_lazy(p):
+            try:
+                refuse_shape(rule, tuple(p.shape))
+            except BadSetting as e:
+                raise BadSetting(f"{KeyPath(name).code()}: {e}") from e
 
 
 def by_key(rules: Mapping[Any, Any], named: list[Any], told: Told) -> tuple[list[dict[str, Any]], list[Any]]:

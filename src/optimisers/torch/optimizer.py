@@ -30,6 +30,7 @@ from optimisers.torch.groups import (
     by_key,
     matching,
     meanings_of,
+    refuse_shapes,
     require_dense,
     rules_of,
     told,
@@ -189,6 +190,8 @@ class TorchOptimizer(torch.optim.Optimizer):
         rule = self._rule_for(given, n)
         if rule is None:
             given.setdefault("lr", 0.0)
+        else:
+            refuse_shapes(rule, given, n)
         super().add_param_group(given)
         self._keeper.groups.append(ParamGroup(self.param_groups[-1], rule))
 
