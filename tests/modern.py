@@ -312,12 +312,17 @@ def mechanic(settings: Settings, _: Any) -> Any:
     return base if isinstance(base, str) else opt.Mechanic(base, **settings)
 
 
-def muon(settings: Settings, _: Any) -> Any:
-    if settings.pop("add", False):
-        return "epsilon is added to the norm, where ours bounds it"
-    if "coefficients" in settings:
-        settings["coefficients"] = tuple(map(tuple, settings["coefficients"]))
-    return plain(opt.Muon, settings)
+def orthogonal(cls: Any, **at_first: Any) -> Callable[[Settings, Any], Any]:
+    """A rule that makes matrices orthogonal, and its settings where a case has none."""
+
+    def make(settings: Settings, _: Any) -> Any:
+        if settings.pop("add", False):
+            return "epsilon is added to the norm, where ours bounds it"
+        if "coefficients" in settings:
+            settings["coefficients"] = tuple(map(tuple, settings["coefficients"]))
+        return plain(cls, at_first | settings, beta2="beta")
+
+    return make
 
 
 def adafactor(settings: Settings, _: Any) -> Any:
@@ -330,7 +335,10 @@ def adafactor(settings: Settings, _: Any) -> Any:
 EARLY = "epsilon is added before the bias correction"
 
 BUILT: dict[str, Callable[[Settings, Any], Any]] = {
-    "Muon": muon,
+    "Muon": orthogonal(opt.Muon),
+    "NorMuon": orthogonal(opt.NorMuon),
+    "AdaMuon": orthogonal(opt.AdaMuon),
+    "Scion": orthogonal(opt.Scion, rho=1.0, constrained=False),
     "Adafactor": adafactor,
     "Prodigy": prodigy,
     "AdEMAMix": ademamix,

@@ -305,6 +305,15 @@ MODERN: tuple[Row, ...] = (
     ),
     Row("Muon", opt.Muon(0.05, 0.8, 0.1), passes=3, matrix=True),
     Row("Muon-flat", opt.Muon(0.05, 0.8, 0.1, nesterov=False, scale="rms", steps=2), passes=3, matrix=True),
+    Row(
+        "Muon-stack", opt.Muon(0.05, 0.8, coefficients="you", layout="columns", axes=2), passes=2, matrix=True
+    ),
+    Row("NorMuon", opt.NorMuon(0.05, 0.8, 0.9, 0.1), passes=3, matrix=True),
+    Row("NorMuon-columns", opt.NorMuon(0.05, scale="rms", layout="columns"), passes=3, matrix=True),
+    Row("AdaMuon", opt.AdaMuon(0.05, (0.8, 0.9), 0.1), passes=4, matrix=True),
+    Row("Scion", opt.Scion(0.05, 2.0, 0.3), passes=3),
+    Row("Scion-sign", opt.Scion(0.05, 2.0, 0.3, constrained=False, norm="sign")),
+    Row("Scion-rows", opt.Scion(0.05, 2.0, 0.3, norm="rows"), passes=2),
     Row("Adafactor", opt.Adafactor(0.5, -0.6, 0.1, scale_epsilon=0.5), passes=3),
     Row(
         "Adafactor-momentum",

@@ -34,6 +34,7 @@ from docs.make_rules.letters import (
 from docs.make_rules.texts import BEFORE, HANDS_ON, family_of, parameters
 from optimisers.graph.expr import Expr, order
 from optimisers.graph.trace import Program
+from optimisers.ops import orthogonal
 from optimisers.settings import walk
 from optimisers.state.group import Shape, program_of
 
@@ -71,7 +72,7 @@ class Keys:
 def traced(rule: opt.Rule, x: Any) -> tuple[Program, list[tuple[str, Expr]]]:
     """The program of a rule, and the variables of its `apply`: what their author called the parts."""
     found: list[tuple[str, Expr]] = []
-    rooms = {type(r).__module__ for _, r in owners(rule)}
+    rooms = {orthogonal.__module__, *(type(r).__module__ for _, r in owners(rule))}
 
     def note(frame: Any, event: str, _: Any) -> None:
         if event == "return" and frame.f_globals.get("__name__") in rooms:

@@ -230,7 +230,20 @@ WHEN = {
     ),
     "Muon": (
         "For the hidden matrices of transformers and the kernels of convolutions; embeddings, heads, biases "
-        "and scales go to AdamW, by a dict of globs. Half of Adam's state."
+        "and scales go to AdamW, by a dict of selectors. Half of Adam's state. With the rate and decay of "
+        'AdamW write `scale="rms"`; for Flax `layout="columns"`, since it keeps weights as (in, out).'
+    ),
+    "NorMuon": (
+        "In place of Muon, at its rate, where some outputs of a layer learn much faster than others: for one "
+        "number more an output every one of them steps alike."
+    ),
+    "AdaMuon": (
+        "In place of Muon with the rate and decay of AdamW, where one array more is no matter. Try Muon with "
+        '`scale="rms"` first.'
+    ),
+    "Scion": (
+        "For a whole model with one rate, which carries over from narrow models to wide ones: hidden layers "
+        'by `Scion(rho=50)`, heads by `Scion(rho=3000, norm="sign")`. Half of Adam\'s state.'
     ),
     "Adafactor": (
         "Where the state of Adam does not fit: it keeps a row and a column for each matrix. With a rate and "
@@ -345,6 +358,9 @@ EXAMPLES: dict[str, Callable[[], opt.Rule]] = {
     "AccumGrad": lambda: opt.AccumGrad(4),
     "EMA": lambda: opt.EMA(opt.Momentum()),
     "Muon": lambda: opt.Muon(steps=1),
+    "NorMuon": lambda: opt.NorMuon(steps=1),
+    "AdaMuon": lambda: opt.AdaMuon(steps=1),
+    "Scion": lambda: opt.Scion(steps=1),
     "Chain": lambda: opt.Chain(opt.ClipNorm(1.0), opt.WeightDecay(), opt.Momentum()),
     "MixedPrecision": lambda: opt.MixedPrecision(opt.Momentum()),
     "SplitPrecision": lambda: opt.SplitPrecision(opt.Momentum()),

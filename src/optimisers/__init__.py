@@ -81,7 +81,7 @@ from optimisers.rules.gradient import (
     WeightDecay,
 )
 from optimisers.rules.losses import MoMo, MoMoAdam, PolyakSPS
-from optimisers.rules.matrix import Muon
+from optimisers.rules.matrix import AdaMuon, Muon, NorMuon, Scion
 from optimisers.rules.momenta import ADOPT, QHM, Adan, AdEMAMix, LaProp, NAdamW, QHAdam, SimplifiedAdEMAMix
 from optimisers.rules.noise import SGLD, AddNoise, PrivateAggregate
 from optimisers.rules.of_torch import ASGD, SparseAdam, TorchAdaMax, TorchRMSProp
@@ -155,6 +155,7 @@ __all__ = [
     "AdaGrad",
     "AdaHessian",
     "AdaMax",
+    "AdaMuon",
     "Adafactor",
     "Adam",
     "AdamAtan2",
@@ -222,6 +223,7 @@ __all__ = [
     "Nesterov",
     "NoMatch",
     "NoParameters",
+    "NorMuon",
     "NormGrowthCap",
     "NormalizeGrad",
     "NovoGrad",
@@ -250,6 +252,7 @@ __all__ = [
     "Scaled",
     "Schedule",
     "ScheduleFree",
+    "Scion",
     "Selector",
     "Setting",
     "SignDecay",
