@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from optimisers.errors import BadSetting, TraceError, UnknownField
 from optimisers.ops.random import SEEDS
+from optimisers.ops.steps import Becomes
 from optimisers.settings import (
     Value,
     adjusted,
@@ -172,12 +173,37 @@ def stepped(rule: Rule, state: object, x: Any, dx: Any, more: tuple[Any, ...] = 
     try:
         with one_step() as rates:
             known = len(rates)
-            answer = resolved.apply(state, x, dx, *more[:takes])
+            answer = _answer(rule, resolved.apply(state, x, dx, *more[:takes]), traced=now is not None)
             inner = parts(resolved) if len(rates) == known else [resolved]
             rates.extend([part.eta for part in with_rates(inner)][:1])
             return answer
     finally:
         asking.reset(token)
+
+
+def _answer(rule: Rule, answer: Any, *, traced: bool) -> Any:
+    """What a rule answered; raises TraceError, naming it, for what is no state and step."""
+    name = type(rule).__name__
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        what = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else type(answer).__name__
+        what = "one array" if hasattr(type(answer), "shape") else "None" if answer is None else what
+        raise TraceError(f"{name}.apply returned {what}; it returns a pair (state, dx)")
+    dx = answer[1]
+    if isinstance(dx, bool) or getattr(dx, "type", "") == "bool":
+        raise TraceError(
+            f"{name}.apply returned a condition as the step; write where(condition, step, other)"
+        )
+    if (
+        traced
+        and dx is not None
+        and not (isinstance(dx, Becomes) or hasattr(type(dx), "shape") or is_number(dx))
+    ):
+        what = "a function" if callable(dx) else f"a {type(dx).__name__}"
+        raise TraceError(
+            f"{name}.apply returned {what} as the step; it returns what is subtracted from x, an array of "
+            "its shape"
+        )
+    return answer
 
 
 _rates: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("rates", default=None)

@@ -17,6 +17,7 @@ from optimisers.engines.totals import Totals, on_host
 from optimisers.errors import BadState, DomainError, TraceError
 from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Pass, draws, stages
+from optimisers.graph.recipe import misfit, stores_free
 from optimisers.graph.scalars import Scalars, Table, counters
 from optimisers.graph.trace import Program, total_join
 from optimisers.ops.random import number_of_leaf
@@ -140,6 +141,8 @@ class Step:
         """Whether scalars are abstract, traced or read when a captured graph runs: none may be looked at."""
         self.xs, self.grads = job.xs, job.grads
         self.shapes, self.sizes = subset.places.shapes, subset.places.sizes
+        if stores_free(self.program):
+            self._refuse_misfits()
         self.slots, self.out, self.row = group.slots, job.target.slots, job.table.row
         if subset.members is not None:
             self.slots = picked(self.slots, subset)
@@ -155,6 +158,13 @@ class Step:
         engine.begin(self)
         for e in self.program.given:
             self.scalars.put(e, self.loss() if e.op == "loss" else job.examples, of_leaf=False)
+
+    def _refuse_misfits(self) -> None:
+        """Raise TraceError for a step or a state of another shape than that of its place."""
+        for shape in dict.fromkeys(self.shapes):
+            if what := misfit(self.program, shape):
+                at = self.code(self.shapes.index(shape), "model")
+                raise TraceError(f"{type(self.job.group.rule).__name__} gave {what}, at {at}")
 
     def loss(self) -> Any:
         """The loss of the step, where the scalars are computed; raises BadState if none was given."""

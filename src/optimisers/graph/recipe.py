@@ -12,6 +12,7 @@ from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr, order
 from optimisers.graph.plan import Round
 from optimisers.graph.shapes import exchanged, shape_of
+from optimisers.graph.trace import Program
 from optimisers.ops.dispatch import OPERATIONS
 
 Shape = tuple[int, ...]
@@ -118,6 +119,27 @@ class Shapes:
         args = [here[a.domain] if a.domain in here else self.found[id(a)] for a in e.args]
         shapes = [a for a in args if a is not None]
         return None if len(shapes) < len(args) else shape_of(e.op, dict(e.options), shapes)
+
+
+@cached
+def misfit(program: Program, shape: Shape) -> str:
+    """What a rule stores in another shape than that of its place, for parameters of this shape; empty if
+    that is nothing, or only the array library knows.
+    """
+    known = Shapes(shape).known
+    for what, e, own in stores_free(program):
+        want, got = shape if own is None else own, known(e)
+        if got not in (None, want):
+            return f"{what} of shape {got} where one of shape {want} goes"
+    return ""
+
+
+@cached
+def stores_free(program: Program) -> list[tuple[str, Expr, Shape | None]]:
+    """(what it is, node, its shape where it is not that of x) for what is stored and may have any shape."""
+    slots = zip(program.slots, program.new_slots, strict=True)
+    places = [("a step", program.change, None), *(("a state", e, slot.shape) for slot, e in slots)]
+    return [(what, e, shape) for what, e, shape in places if e is not None and e.domain == "free"]
 
 
 class _Writer:

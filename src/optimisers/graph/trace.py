@@ -16,7 +16,7 @@ from optimisers.graph.symbol import Symbol, Trace, lift, make, tracing
 from optimisers.nest import flatten, form, unflatten
 from optimisers.ops import Becomes
 from optimisers.rule import Rule, at_clock, stepped
-from optimisers.settings import fill, walk
+from optimisers.settings import fill, is_number, walk
 
 # -- the program ---------------------------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ def _inputs(dtype: str, shape: tuple[int, ...], more: int) -> list[Symbol]:
 
 def _whole(rule: Rule, shape: tuple[int, ...], dx: Any) -> None:
     """Raise TraceError for one number as the step of a whole array."""
-    if shape and isinstance(dx, Symbol) and dx.domain == "scalar":
+    if shape and (is_number(dx) or (isinstance(dx, Symbol) and dx.domain == "scalar")):
         raise TraceError(
             f"{type(rule).__name__}.apply gives one number as the step for a whole array; write dx * "
             "number, or where(True, number, dx)"
@@ -172,7 +172,7 @@ def _whole(rule: Rule, shape: tuple[int, ...], dx: Any) -> None:
 def _answer_of(rule: Rule, symbolic: Rule, state: Any, inputs: list[Symbol]) -> tuple[Any, Any]:
     """(state, step) of the rule for symbols; raises TraceError, naming the rule."""
     try:
-        answer = stepped(symbolic, state, inputs[0], inputs[1], tuple(inputs[2:]))
+        return stepped(symbolic, state, inputs[0], inputs[1], tuple(inputs[2:]))
     except TraceError as error:
         name = type(rule).__name__
         raise TraceError(
@@ -185,7 +185,6 @@ def _answer_of(rule: Rule, symbolic: Rule, state: Any, inputs: list[Symbol]) -> 
             f"{type(rule).__name__}: a rule gave a symbol to a function of another library; use the "
             "operations of opt.ops, or opt.ops.call(function, x)"
         ) from error
-    return _answer(rule, answer)
 
 
 def _new_x(x: Symbol, dx: Any) -> Symbol:
@@ -268,14 +267,6 @@ def _state_symbols(
             symbols.append(Symbol("number", value=hypers + len(names), options=(("name", name),)))
             names.append(name)
     return slots, names, symbols
-
-
-def _answer(rule: Rule, answer: Any) -> tuple[Any, Any]:
-    if not isinstance(answer, tuple) or len(answer) != 2:
-        what = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else f"{type(answer).__name__}"
-        what = "one array" if isinstance(answer, Symbol) else "None" if answer is None else what
-        raise TraceError(f"{type(rule).__name__}.apply returned {what}; it returns a pair (state, dx)")
-    return answer
 
 
 def _same_form(rule: Rule, old: Any, new: Any, dx: Any) -> None:

@@ -80,6 +80,7 @@ class Block:
         """
         table, names = self.group.table, ["step", *self.columns]
         if isinstance(table, DeviceTable):
+            self.refresh()
             rows = table.row.tolist()
             parts = [table.clock, *(table.values[:, j] for j in self.columns.values())]
             return {n: [part[i] for i in rows] for n, part in zip(names, parts, strict=True)}
