@@ -12,6 +12,8 @@ from optimisers.spellings import NOT_HERE
 
 CLOCK = "a function of the clock, such as lambda t: 0.1 / (1 + t)"
 
+WHOLE = 'opt.setup({opt.hidden_matrices: opt.Muon(0.02), "**": opt.AdamW(3e-4)}, model)'
+
 ELSEWHERE = {
     # torch
     "AveragedModel": "opt.averaged(state, model) of a state of opt.EMA(rule)",
@@ -64,10 +66,16 @@ ELSEWHERE = {
     "skip_not_finite": "opt.SkipNonFinite",
     "warmup_constant_schedule": "opt.Join of opt.Linear and opt.Constant",
     "warmup_cosine_decay_schedule": "opt.Cosine(..., warmup=...)",
+    # packages of one rule
+    "MuonWithAuxAdam": WHOLE,
+    "SingleDeviceMuon": "opt.Muon",
+    "SingleDeviceMuonWithAuxAdam": WHOLE,
+    "SingleDeviceNorMuon": "opt.NorMuon",
+    "ScionLight": "opt.Scion",
     # Optimisers.jl
     "OptimiserChain": "opt.Chain",
 }
-"""Names of torch, Optax and Optimisers.jl whose own name does not lead to ours -> what to write."""
+"""Names of torch, Optax, Optimisers.jl and others whose own name does not lead to ours -> what to write."""
 
 
 def meant(name: str, known: Sequence[str]) -> Any:

@@ -404,6 +404,17 @@ def test_single_and_half_precision_stay_beside_double(rule: opt.Rule) -> None:
     assert ((half.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-3 * largest).all()
 
 
+@pytest.mark.parametrize("rule", [*KIN[:3], KIN[4]], ids=lambda rule: type(rule).__name__)
+def test_products_in_bfloat16_stay_within_their_digits(rule: opt.Rule) -> None:
+    """5e-2 of a step. First steps of AdaMuon are signs, of which some turn."""
+    torch = pytest.importorskip("torch")
+    arrays = [torch.tensor(drawn(n, 24, 40)).float() for n in range(2)]
+    exact, rough = (after(remade(rule, dtype=kind), arrays) for kind in ("float32", "bfloat16"))
+    largest, off = (exact - arrays[0]).abs().max(), (exact - rough).abs().max()
+
+    assert 0 < off <= 5e-2 * largest
+
+
 @of_kin
 def test_the_number_of_threads_changes_no_bit(rule: opt.Rule) -> None:
     arrays = [np.float32(drawn(n, 300, 200)) for n in range(3)]
@@ -451,6 +462,7 @@ def test_the_state_is_as_small_as_it_is_said_to_be(rule: opt.Rule, numbers: int)
         (opt.Muon, {"rho": 1.0}, r"in \[0, 1\)"),
         (opt.AdaMuon, {"beta": (0.9, 1.0)}, r"in \[0, 1\)"),
         (opt.AdaMuon, {"axes": 3}, "None or 2"),
+        (opt.Muon, {"dtype": "float16"}, "Muon.dtype is 'float16'; it takes None, 'bfloat16' or 'float32'"),
         (opt.NorMuon, {"blocks": 0}, "1 or more"),
         (opt.Scion, {"alpha": 0.0}, "above 0, up to 1"),
         (opt.Scion, {"norm": "nuclear"}, "'spectral' or 'sign' or 'columns' or 'rows'"),

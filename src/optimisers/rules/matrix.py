@@ -8,7 +8,7 @@ from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
 from optimisers.ops import abs2, ema, norm, norm2, orthogonal, real_zeros_like, sign, sqrt, zeros_like
 from optimisers.ops.derived import rms
-from optimisers.ops.matrices import Coefficients, coefficients_of
+from optimisers.ops.matrices import PRODUCTS, Coefficients, coefficients_of
 from optimisers.rule import (
     Pair,
     Rule,
@@ -24,6 +24,7 @@ from optimisers.rules.adam import AdamState, adam_state, weights
 
 Scale = Literal["original", "rms", "spectral", "max"]
 Layout = Literal["rows", "columns"]
+Product = Literal["bfloat16", "float32"] | None
 
 TINY = 1e-10
 """Is added to what divides the rows of orthogonal matrices."""
@@ -104,9 +105,12 @@ def check_orthogonal(rule: "Muon | NorMuon | AdaMuon | Scion") -> None:
     not_negative(rule, "epsilon")
     at_least_one(rule, "steps")
     one_of(rule, "layout", ("rows", "columns"))
+    name = type(rule).__name__
     if rule.axes not in (None, 2):
-        raise BadSetting(f"{type(rule).__name__}.axes is {rule.axes!r}; it takes None or 2")
-    coefficients_of(rule.coefficients, f"{type(rule).__name__}.coefficients")
+        raise BadSetting(f"{name}.axes is {rule.axes!r}; it takes None or 2")
+    if rule.dtype not in (None, *PRODUCTS):
+        raise BadSetting(f"{name}.dtype is {rule.dtype!r}; it takes None, 'bfloat16' or 'float32'")
+    coefficients_of(rule.coefficients, f"{name}.coefficients")
 
 
 def check_scaled(rule: "Muon | NorMuon | AdaMuon") -> None:
@@ -140,7 +144,7 @@ def seen_by(rule: "Muon | NorMuon | AdaMuon", shape: tuple[int, ...]) -> Matrice
 
 def made_orthogonal(rule: "Muon | NorMuon | AdaMuon | Scion", seen: Matrices, w: Array) -> Any:
     """NS of an array, as matrices."""
-    return orthogonal(seen.of(w), rule.coefficients, rule.steps, rule.epsilon)
+    return orthogonal(seen.of(w), rule.coefficients, rule.steps, rule.epsilon, rule.dtype)
 
 
 def direction(rule: "Muon | NorMuon", old: Array, dx: Array) -> tuple[Any, Any]:
@@ -169,7 +173,7 @@ class Muon(Rule):
 
     `coefficients` and `steps` are those of `ops.orthogonal`: `jordan`, `you`, `polar_express`, `exact`, or
     triples, the last one repeated. Products are taken in bfloat16 where a device has units for it, and else
-    in the type of the arithmetic, where torch.optim.Muon always takes bfloat16.
+    in the type of the arithmetic, or always in `dtype`; torch.optim.Muon always takes bfloat16.
 
     An array of more axes is the matrix of its first axis against all others, (out, in, ...) as PyTorch keeps
     it; with `layout="columns"` of all others against the last, (in, ..., out), as Flax does. With `axes=2`
@@ -189,6 +193,7 @@ class Muon(Rule):
     layout: Layout = static("rows")
     axes: Literal[2] | None = static(None)
     blocks: int = static(1)
+    dtype: Product = static(None)
 
     def check(self) -> None:
         in_unit_interval(self, "rho")
@@ -235,6 +240,7 @@ class NorMuon(Rule):
     layout: Layout = static("rows")
     axes: Literal[2] | None = static(None)
     blocks: int = static(1)
+    dtype: Product = static(None)
 
     def check(self) -> None:
         in_unit_interval(self, "rho", "beta")
@@ -283,6 +289,7 @@ class AdaMuon(Rule):
     layout: Layout = static("rows")
     axes: Literal[2] | None = static(None)
     blocks: int = static(1)
+    dtype: Product = static(None)
 
     def check(self) -> None:
         in_unit_interval(self, "beta")
@@ -329,6 +336,7 @@ class Scion(Rule):
     coefficients: str | Coefficients = static("jordan")
     layout: Layout = static("rows")
     axes: Literal[2] | None = static(None)
+    dtype: Product = static(None)
 
     def check(self) -> None:
         check_orthogonal(self)
