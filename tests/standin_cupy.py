@@ -246,6 +246,7 @@ def give_operators(kind: type) -> None:
         setattr(kind, f"__{name}__", function)
         setattr(kind, f"__r{name}__", lambda a, b, f=function: f(b, a))
     kind.__neg__ = FUNCTIONS["negative"]
+    kind.__matmul__ = matmul
 
 
 # -- what a function is given while it is fused --------------------------------------------------------------
@@ -385,8 +386,12 @@ def copyto(dst: ndarray, src: Any, casting: str = "same_kind") -> None:
     np.copyto(unwrapped(dst), src._a if isinstance(src, ndarray) else src, casting=casting)
 
 
-def concatenate(arrays: Any) -> ndarray:
-    return wrapped(np.concatenate([unwrapped(a) for a in arrays]))
+def concatenate(arrays: Any, axis: int = 0) -> ndarray:
+    return wrapped(np.concatenate([unwrapped(a) for a in arrays], axis))
+
+
+def take_along_axis(a: ndarray, indices: ndarray, axis: int) -> ndarray:
+    return wrapped(np.take_along_axis(unwrapped(a), unwrapped(indices), axis))
 
 
 def full(shape: Any, value: Any, dtype: Any = None) -> ndarray:
@@ -412,7 +417,19 @@ def part(name: str) -> Callable[..., Any]:
     return run
 
 
+def factors(name: str) -> Callable[..., Any]:
+    """A function of numpy.linalg: an array, or a tuple of several."""
+    function = getattr(np.linalg, name)
+
+    def run(a: ndarray, **options: Any) -> Any:
+        found = function(unwrapped(a), **options)
+        return tuple(map(wrapped, found)) if isinstance(found, tuple) else wrapped(found)
+
+    return run
+
+
 WHOLE = ("matmul", "reshape", "where", "real", "imag", "sum", "max", "min", "transpose", "call")
+WHOLE += ("triu", "diagonal", "argsort", "take", "zeros", "eye")
 """Words that are no function of single elements alone."""
 
 BITWISE = ("bitwise_and", "bitwise_xor", "right_shift")
@@ -425,6 +442,7 @@ FUNCTIONS: dict[str, Any] = {
         name: of_array(name)
         for name in ("sum", "max", "min", "swapaxes", "reshape", "empty_like", "broadcast_to")
     },
+    **{name: of_array(name) for name in ("triu", "diagonal", "argsort", "clip")},
     **{name: made(name) for name in ("zeros", "ones", "empty")},
     **{name: part(name) for name in ("real", "imag")},
     "iscomplexobj": lambda x: x.dtype.kind == "c",
@@ -437,6 +455,10 @@ FUNCTIONS: dict[str, Any] = {
     "asarray": asarray,
     "copyto": copyto,
     "concatenate": concatenate,
+    "stack": lambda arrays: wrapped(np.stack([unwrapped(a) for a in arrays])),
+    "take_along_axis": take_along_axis,
+    "eye": lambda n, dtype=float: wrapped(np.eye(n, dtype=dtype)),
+    "linalg": SimpleNamespace(**{name: factors(name) for name in ("eigh", "qr", "svd", "cholesky")}),
     "full": full,
     "matmul": matmul,
     "fuse": fuse,

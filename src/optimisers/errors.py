@@ -49,6 +49,10 @@ class TraceError(OptimiserError, TypeError):
     """A rule did something whose result is not known until the step runs."""
 
 
+class ShapeError(TraceError):
+    """An operation of a rule met an array whose shape it does not take; its place is added to the message."""
+
+
 class FloatParameter(UserWarning):
     """A Python float stands where an array would train."""
 

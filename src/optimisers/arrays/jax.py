@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optimisers.arrays import philox
+from optimisers.arrays.factors import cholesky, factorised, places
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.norms import norm2
 from optimisers.arrays.parts import Scalars, Shards
@@ -188,6 +189,67 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "reshape": jnp.reshape,
     "call": lambda function, *args: function(*args),
 }
+
+
+def _wide(x: Any) -> Array:
+    """What factorisations take: no halves, and no whole numbers."""
+    x = jnp.asarray(x)
+    if x.dtype in (jnp.float16, jnp.bfloat16):
+        return x.astype(jnp.float32)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(float)
+
+
+def _factorised(factors: Callable[..., Any], vector: int = -1) -> Callable[..., Any]:
+    run = factorised(OPERATIONS, factors, jnp.stack, vector)
+    return lambda a: run(_wide(a))
+
+
+def _cholesky(a: Array) -> Array:
+    return jnp.linalg.cholesky(a, symmetrize_input=False)
+
+
+def _solve_triangular(a: Array, b: Array, *, upper: bool = True, transposed: bool = False) -> Array:
+    a, b = _wide(a), _wide(b)
+    outer = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = jnp.broadcast_to(a, (*outer, *a.shape[-2:])), jnp.broadcast_to(b, (*outer, *b.shape[-2:]))
+    return jax.lax.linalg.triangular_solve(a, b, left_side=True, lower=not upper, transpose_a=transposed)
+
+
+def _argsort(x: Array, axis: int = -1) -> Array:
+    x = _wide(x)
+    return jnp.argsort(x, axis=axis, stable=True).astype(x.dtype)
+
+
+def _take(x: Array, index: Any, axis: int = -1) -> Array:
+    index = jnp.asarray(index)
+    beside, wide, at = places(x, index, axis)
+    inside = jnp.clip(index, 0, x.shape[at] - 1).astype(jnp.int32).reshape(beside)
+    return jnp.take_along_axis(x, jnp.broadcast_to(inside, wide), at)
+
+
+def _made(like: Array, shape: Shape, dtype: Any, make: Callable[[], Array]) -> Any:
+    """A new array, or what stands for it beside what stands for one."""
+    if isinstance(like, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, dtype)
+    return make()
+
+
+OPERATIONS.update(
+    {
+        "eigh": _factorised(lambda a: jnp.linalg.eigh(a, symmetrize_input=False), 0),
+        "qr": _factorised(jnp.linalg.qr),
+        "svd": _factorised(lambda a: jnp.linalg.svd(a, full_matrices=False), 1),
+        "cholesky": lambda a: cholesky(OPERATIONS, _cholesky, jnp.stack)(_wide(a)),
+        "solve_triangular": _solve_triangular,
+        "item": lambda found, index: found[index],
+        "triu": lambda a, k=0: jnp.triu(a, k),
+        "diagonal": lambda a: jnp.diagonal(a, axis1=-2, axis2=-1),
+        "argsort": _argsort,
+        "take": _take,
+        "zeros": lambda like, shape, dtype: _made(like, shape, dtype, lambda: jnp.zeros(shape, dtype)),
+        "eye": lambda like, n, dtype: _made(like, (n, n), dtype, lambda: jnp.eye(n, dtype=dtype)),
+    }
+)
 OPERATIONS["norm2"] = norm2(OPERATIONS, lambda x: float(jnp.finfo(x.dtype).tiny), jax.lax.stop_gradient)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from optimisers.arrays import philox
+from optimisers.arrays.factors import cholesky, factorised, places, solved
 from optimisers.arrays.norms import norm2
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape, Strides
 
@@ -142,6 +143,66 @@ def _extreme(xp: ModuleType, name: str, empty: float) -> Callable[..., Any]:
     return reduced
 
 
+def _wide(xp: Any, x: Any) -> Any:
+    """What LAPACK takes: no halves, and no whole numbers."""
+    x = xp.asarray(x)
+    if x.dtype.kind in "fc" and x.dtype.itemsize >= 4:
+        return x
+    return x.astype(np.result_type(x.dtype, np.float32) if x.dtype.kind in "fV" else np.float64)
+
+
+def _eigh(xp: Any, a: HostArray) -> Any:
+    return tuple(xp.linalg.eigh(a))
+
+
+def _svd(xp: Any, a: HostArray) -> Any:
+    return tuple(xp.linalg.svd(a, full_matrices=False))
+
+
+def _solve_triangular(
+    xp: Any, a: HostArray, b: HostArray, *, upper: bool = True, transposed: bool = False
+) -> Any:
+    with np.errstate(all="ignore"):
+        return solved(xp, _wide(xp, a), _wide(xp, b), upper=upper, transposed=transposed)
+
+
+def _argsort(xp: Any, x: HostArray, axis: int = -1) -> Any:
+    x = _wide(xp, x)
+    return xp.argsort(x, axis=axis, kind="stable").astype(x.dtype)
+
+
+def _take(xp: Any, x: HostArray, index: HostArray, axis: int = -1) -> Any:
+    x, index = xp.asarray(x), xp.asarray(index)
+    beside, wide, at = places(x, index, axis)
+    inside = xp.clip(index, 0, x.shape[at] - 1).astype(np.int64).reshape(beside)
+    return xp.take_along_axis(x, xp.broadcast_to(inside, wide), at)
+
+
+def _matrices(xp: Any, found: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """The operations on matrices, with those on elements."""
+    error = np.linalg.LinAlgError
+
+    def of(factors: Callable[..., Any], vector: int = -1) -> Callable[..., Any]:
+        run = factorised(found, functools.partial(factors, xp), xp.stack, vector, error)
+        return lambda a: run(_wide(xp, a))
+
+    whole = cholesky(found, xp.linalg.cholesky, xp.stack, error)
+    return {
+        "eigh": of(_eigh, 0),
+        "qr": of(lambda xp, a: tuple(xp.linalg.qr(a))),
+        "svd": of(_svd, 1),
+        "cholesky": lambda a: whole(_wide(xp, a)),
+        "solve_triangular": functools.partial(_solve_triangular, xp),
+        "item": lambda found, index: found[index],
+        "triu": lambda a, k=0: xp.triu(a, k),
+        "diagonal": lambda a: xp.diagonal(a, axis1=-2, axis2=-1),
+        "argsort": functools.partial(_argsort, xp),
+        "take": functools.partial(_take, xp),
+        "zeros": lambda _, shape, dtype: xp.zeros(shape, dtype),
+        "eye": lambda _, n, dtype: xp.eye(n, dtype=dtype),
+    }
+
+
 def operations(xp: Any) -> dict[str, Callable[..., Any]]:
     """The operations, computed by the functions of `xp`."""
     found: dict[str, Callable[..., Any]] = {
@@ -197,6 +258,7 @@ def operations(xp: Any) -> dict[str, Callable[..., Any]]:
         "reshape": xp.reshape,
         "call": lambda function, *args: function(*args),
     }
+    found |= _matrices(xp, found)
     return found | {"norm2": norm2(found, _least)}
 
 

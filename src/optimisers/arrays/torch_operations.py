@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from optimisers.arrays import philox
+from optimisers.arrays.factors import cholesky, factorised, places
 from optimisers.arrays.norms import norm2
 from optimisers.arrays.protocol import Scalar
 
@@ -216,4 +217,63 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "reshape": torch.reshape,
     "call": lambda function, *args: function(*args),
 }
+
+
+def _wide(x: Any) -> Tensor:
+    """What LAPACK takes: no halves, and no whole numbers."""
+    x = lift(x)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return x.float()
+    return x if x.is_floating_point() or x.is_complex() else x.double()
+
+
+NO_ANSWER: type[Exception] = vars(torch.linalg)["LinAlgError"]
+"""What PyTorch raises for a matrix that it cannot factorise."""
+
+
+def _factorised(factors: Callable[..., Any], vector: int = -1) -> Callable[..., Any]:
+    run = factorised(OPERATIONS, factors, torch.stack, vector, NO_ANSWER)
+    return lambda a: run(_wide(a))
+
+
+def _lower(a: Tensor) -> Tensor:
+    """What raises nothing: of a matrix that is not positive definite it is left where the method stopped."""
+    return torch.linalg.cholesky_ex(a).L
+
+
+def _solve_triangular(a: Tensor, b: Tensor, *, upper: bool = True, transposed: bool = False) -> Tensor:
+    a, b = _wide(a), _wide(b)
+    if transposed:
+        return torch.linalg.solve_triangular(a.mT, b, upper=not upper)
+    return torch.linalg.solve_triangular(a, b, upper=upper)
+
+
+def _argsort(x: Tensor, axis: int = -1) -> Tensor:
+    x = _wide(x)
+    return torch.argsort(x, dim=axis, stable=True).to(x.dtype)
+
+
+def _take(x: Tensor, index: Any, axis: int = -1) -> Tensor:
+    index = torch.as_tensor(index, device=x.device)
+    beside, wide, at = places(x, index, axis)
+    inside = index.clamp(0, x.shape[at] - 1).to(torch.int64).reshape(beside)
+    return torch.gather(x, at, inside.expand(wide))
+
+
+OPERATIONS.update(
+    {
+        "eigh": _factorised(torch.linalg.eigh, 0),
+        "qr": _factorised(torch.linalg.qr),
+        "svd": _factorised(lambda a: torch.linalg.svd(a, full_matrices=False), 1),
+        "cholesky": lambda a: cholesky(OPERATIONS, _lower, torch.stack)(_wide(a)),
+        "solve_triangular": _solve_triangular,
+        "item": lambda found, index: found[index],
+        "triu": lambda a, k=0: torch.triu(a, k),
+        "diagonal": lambda a: torch.diagonal(a, dim1=-2, dim2=-1),
+        "argsort": _argsort,
+        "take": _take,
+        "zeros": lambda like, shape, dtype: like.new_zeros(shape, dtype=dtype),
+        "eye": lambda like, n, dtype: torch.eye(n, dtype=dtype, device=like.device),
+    }
+)
 OPERATIONS["norm2"] = norm2(OPERATIONS, lambda x: torch.finfo(x.dtype).tiny, torch.Tensor.detach)

@@ -18,6 +18,7 @@ from optimisers.engines.task import Engine, Holds, Members, Step
 from optimisers.errors import BadState, TraceError
 from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Outputs, draws, is_input, number_of, outputs, reduce_pass
+from optimisers.ops.state import MADE
 from optimisers.state.buffers import Separate
 
 NAME = "interpret"
@@ -71,6 +72,8 @@ class Values:
             return function
         if name == "random_word":
             return functools.partial(function, self.step.xs[self.leaf])
+        if name in MADE:
+            return functools.partial(function, self.step.xs[self.leaf], dtype=self.real)
 
         def computed(*args: Any, **options: Any) -> Any:
             try:

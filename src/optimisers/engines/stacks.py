@@ -9,6 +9,7 @@ array library cannot do on a stack it does leaf by leaf.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +17,16 @@ import numpy as np
 
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.types import real_of
+from optimisers.engines.batched import batched, each, raised, stack_of
 from optimisers.engines.task import Step
 from optimisers.engines.workspace import Batch, Bucket, Found, Workspace
 from optimisers.errors import TraceError
 from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Pass
 from optimisers.graph.plan import Round, filling
-from optimisers.graph.recipe import VIEWS, Operand, Operation, Recipe, Shape, recipe
+from optimisers.graph.recipe import Operand, Operation, Recipe, Shape, recipe
 from optimisers.ops.dispatch import OPERATIONS
+from optimisers.ops.state import MADE
 from optimisers.state.buffers import Indices
 
 BLOCK = 1 << 21
@@ -83,7 +86,7 @@ class Stacks:
             for bucket, stack in found.stacks:
                 where = np.flatnonzero(bucket.leaves == leaf)
                 if len(where):
-                    return stack[int(where[0])]
+                    return each(operator.itemgetter(int(where[0])), stack)
         raise LookupError(f"{e.op} is not known yet")
 
     def spread(self, e: Expr, found: Found) -> Indices:
@@ -296,7 +299,7 @@ class _Run:
             for f in s.found[id(e)]:
                 for bucket, stack in f.stacks:
                     if bucket is self.bucket:
-                        return stack[self.low : self.high]
+                        return each(operator.itemgetter(slice(self.low, self.high)), stack)
             return stack_of(self.library, [s.value(e, int(i)) for i in leaves])
         kind = s.kind(e)
         arrays = [self.library.cast(s.given(e.value, int(i)), kind) for i in leaves]
@@ -304,7 +307,7 @@ class _Run:
 
     def target(self, op: Operation) -> Any:
         """Where an operation writes its value; None where the library decides."""
-        if op.shape is None or op.node.type != "real" or self.pure or op.node.op in VIEWS:
+        if op.shape is None or op.node.type != "real" or self.pure or self.is_free(op):
             return None
         kind, count = self.kind_of(op), self.high - self.low
         if op.register < 0 and kind != self.s.real:
@@ -318,6 +321,11 @@ class _Run:
             return self.out[j][self.low : self.high]
         return self.s.buffer(("t", op.register), (count, *op.shape), kind)
 
+    @staticmethod
+    def is_free(op: Operation) -> bool:
+        """Whether the library makes an array of its own, or sees another one."""
+        return op.kind == "apply" and OPERATIONS[op.node.op].family in ("shape", "made")
+
     def kind_of(self, op: Operation) -> Any:
         """The type of the real numbers that an operation gives: that of the arithmetic, but for products."""
         real, device = self.s.real, self.s.step.kind.device
@@ -327,13 +335,23 @@ class _Run:
         """Note a wanted value of this block."""
         if self.pure:
             self.out[j] = value
-            return
-        if j not in self.out:
+        elif isinstance(value, tuple):
+            parts = [
+                self.placed((j, k), self.out[j][k] if j in self.out else None, v) for k, v in enumerate(value)
+            ]
+            self.out[j] = tuple(parts)
+        else:
+            self.out[j] = self.placed((j,), self.out.get(j), value)
+
+    def placed(self, number: tuple[int, ...], out: Any, value: Any) -> Any:
+        """The array of a wanted value, made for the first block, after that of this block was written."""
+        if out is None:
             shape, dtype = tuple(value.shape[1:]), value.dtype
             laid = self.bucket if shape == self.bucket.shape else None
-            purpose = ("f", self.s.calls, j, self.bucket.offset)
-            self.out[j] = self.s.buffer(purpose, (self.n, *shape), dtype, laid)
-        self.library.assign(self.out[j][self.low : self.high], value)
+            purpose = ("f", self.s.calls, *number, self.bucket.offset)
+            out = self.s.buffer(purpose, (self.n, *shape), dtype, laid)
+        self.library.assign(out[self.low : self.high], value)
+        return out
 
     def read(self, o: Operand, kind: Any = None) -> Any:
         """The value of an operand: a stack, or a number. Real numbers are of the type of the arithmetic, or
@@ -384,7 +402,7 @@ class _Run:
         a, b, *rest = (self.read(o, kind) for o in op.args)
         rank = max(a.ndim, b.ndim) - 1
         alpha, beta = self.factor(op.alpha, op.signs[0], rank), self.factor(op.beta, op.signs[1], rank)
-        a, b = _raised(a, rank), _raised(b, rank)
+        a, b = raised(a, rank), raised(b, rank)
 
         def spare() -> Any:
             return None if target is None else self.s.buffer(("t", op.spare), target.shape, target.dtype)
@@ -411,23 +429,23 @@ class _Run:
                 self.library.cast(a, s.real) if n.type == "bool" else a
                 for a, n in zip(args, e.args, strict=True)
             ]
-        kind = OPERATIONS[e.op].family
-        if kind == "elementwise":
+        if OPERATIONS[e.op].family == "elementwise":
             return self.elementwise(e, args, target)
-        (first, *_) = args
-        if e.op in ("matmul", "transpose") and min(a.ndim for a in args) > 2:
-            rank = max(a.ndim for a in args) - 1
-            return self.library.operations[e.op](*(_raised(a, rank) for a in args), **dict(e.options))
-        if e.op == "reshape":
-            return first.reshape(first.shape[0], *np.atleast_1d(dict(e.options)["shape"]).tolist())
-        if kind == "reduce" and (axis := _moved(dict(e.options), first.ndim - 1)) is not None:
-            return self.library.operations[e.op](first, **(dict(e.options) | {"axis": axis}))
-        return self.leaf_by_leaf(e, args)
+        if e.op in MADE:
+            return self.made(e)
+        found = batched(self.library, e, args)
+        return self.leaf_by_leaf(e, args) if found is None else found
+
+    def made(self, e: Expr) -> Any:
+        """The same new array for every leaf."""
+        like, count = self.s.step.xs[0], self.high - self.low
+        one = self.library.operations[e.op](like, dtype=self.s.real, **dict(e.options))
+        return self.library.broadcast(one, (count, *one.shape))
 
     def elementwise(self, e: Expr, args: list[Any], target: Any) -> Any:
         numbers = [n.domain == "scalar" for n in e.args]
         rank = max(a.ndim - 1 for a, n in zip(args, numbers, strict=True) if not n and np.ndim(a) > 0)
-        args = [self.shaped(a, rank) if n else _raised(a, rank) for a, n in zip(args, numbers, strict=True)]
+        args = [self.shaped(a, rank) if n else raised(a, rank) for a, n in zip(args, numbers, strict=True)]
         if e.op in ("add", "multiply"):
             args.sort(key=np.ndim, reverse=True)  # a number alone comes last
         if target is not None and e.op in self.library.into and self.are_plain(e, args):
@@ -457,32 +475,6 @@ class _Run:
             value = self.library.cast(value, self.s.real)
         found = self.library.operations[op.node.op](value.reshape(value.shape[0], -1), axis=1)
         self.sums.setdefault(id(op.node), []).append(found)
-
-
-def _moved(options: dict[str, Any], rank: int) -> Any:
-    """The axes of a reduction as they stand in a stack; None if they are not there."""
-    axes = options.get("axis")
-    if axes is None:
-        return tuple(range(1, rank + 1))
-    several = isinstance(axes, tuple | list)
-    found = list(axes) if several else [axes]
-    if not all(isinstance(a, int) and -rank <= a < rank for a in found):
-        return None
-    moved = tuple(a + 1 if a >= 0 else a for a in found)
-    return moved if several else moved[0]
-
-
-def _raised(a: Any, rank: int) -> Any:
-    """A stack whose arrays have as many axes as those beside them."""
-    missing = rank - (a.ndim - 1)
-    return a.reshape(a.shape[0], *(1,) * missing, *a.shape[1:]) if missing > 0 else a
-
-
-def stack_of(library: Any, arrays: list[Any]) -> Any:
-    """A stack of arrays of one shape; no copy of a single one."""
-    if len(arrays) == 1:
-        return library.operations["reshape"](arrays[0], (1, *np.shape(arrays[0])))
-    return library.stack(arrays)
 
 
 def _plain(x: Any) -> Any:

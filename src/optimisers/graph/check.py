@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from optimisers.graph.expr import Expr, order
 from optimisers.graph.lower import LEAVES, fits, wanted
 from optimisers.ops.dispatch import OPERATIONS
+from optimisers.ops.state import MADE
 
 TYPES = frozenset({"bool", "real", "complex"})
 
@@ -19,13 +20,27 @@ _ARGUMENTS = {
     **dict.fromkeys(("add", "subtract", "multiply", "divide", "power", "maximum", "minimum"), 2),
     **dict.fromkeys(("less", "less_equal", "greater", "greater_equal", "equal", "not_equal"), 2),
     **dict.fromkeys(("logical_and", "logical_or", "matmul", "join_bits"), 2),
+    **dict.fromkeys(("solve_triangular", "take"), 2),
+    **dict.fromkeys(MADE, 0),
     "where": 3,
     "random_word": 4,
 }
 """How many arguments a node has; 1 unless it stands here."""
 
 _ORDERED = frozenset(
-    {"less", "less_equal", "greater", "greater_equal", "maximum", "minimum", "floor", "ceil", "max", "min"}
+    {
+        "less",
+        "less_equal",
+        "greater",
+        "greater_equal",
+        "maximum",
+        "minimum",
+        "floor",
+        "ceil",
+        "max",
+        "min",
+        "argsort",
+    }
 )
 """Operations that complex numbers do not have."""
 
@@ -69,7 +84,12 @@ def _domain_fault(e: Expr) -> str | None:
         wrong = {"array": "free", "free": "array", "scalar": "scalar"}[e.domain]
         return f"a {wrong} value stored as {e.domain}" if wrong in domains else None
     family = OPERATIONS[e.op].family if e.op in OPERATIONS else "elementwise"
-    faults = {"shape": _shape_fault, "reduce": _reduction_fault, "random": _random_fault}
+    faults = {
+        "shape": _shape_fault,
+        "made": _shape_fault,
+        "reduce": _reduction_fault,
+        "random": _random_fault,
+    }
     return faults.get(family, _elements_fault)(e, domains)
 
 
@@ -112,7 +132,7 @@ def _type_fault(e: Expr) -> str | None:  # noqa: PLR0911 one a kind of node
         want = wanted(e, i)
         if not fits(have, want):
             return f"argument {i} is {have} where {want} goes: a cast is missing"
-    if e.op in LEAVES or e.op == "call":
+    if e.op in LEAVES or e.op in ("call", "item", *MADE):
         return None
     if e.op in _ORDERED and "complex" in types:
         return f"{e.op} of complex numbers"

@@ -5,13 +5,12 @@ it turned. A product with what is added to it is one operation. Buffers are used
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr, order
 from optimisers.graph.plan import Round
-from optimisers.graph.shapes import exchanged, shape_of
+from optimisers.graph.shapes import elements, exchanged, shape_of
 from optimisers.graph.trace import Program
 from optimisers.ops.dispatch import OPERATIONS
 
@@ -300,9 +299,9 @@ class _Writer:
         values = self.numbered()
         given = {*done, *inputs}
         older = tuple((values[n], n) for n in sorted(self.numbers.values()) if n not in given)
-        size = {n: math.prod(self.known(e) or ()) for n, e in values.items()}
-        elements = sum(size.get(n, 0) for op in found for n in (op.out, *(o.value for o in op.args)))
-        return Recipe(tuple(found), inputs, older, outputs, registers, self.counted(), elements)
+        size = {n: elements(self.known(e) or ()) for n, e in values.items()}
+        moved = sum(size.get(n, 0) for op in found for n in (op.out, *(o.value for o in op.args)))
+        return Recipe(tuple(found), inputs, older, outputs, registers, self.counted(), moved)
 
     def numbered(self) -> dict[int, Expr]:
         """The value of every number that is not one of the inputs alone."""
@@ -363,7 +362,7 @@ def _turned(shape: Shape | None, turned: bool) -> Shape | None:
     return exchanged(shape) or shape if turned and shape is not None else shape
 
 
-VIEWS = frozenset({"reshape", "transpose"})
+VIEWS = frozenset({"reshape", "transpose", "diagonal", "item"})
 """Operations that may give what they take, seen in another way."""
 
 

@@ -10,9 +10,9 @@ from optimisers.ops.dispatch import OPERATIONS
 Options = Mapping[str, Any]
 
 
-def shape_of(op: str, options: Options, args: Sequence[Shape]) -> Shape | None:
+def shape_of(op: str, options: Options, args: Sequence[Shape]) -> Any:
     """The shape of what an operation gives for arguments of these shapes, those of numbers being (); None
-    where only the array library knows, or refuses.
+    where only the array library knows, or refuses. Of several results it is a tuple of shapes.
     """
     if op in _SHAPES:
         return _SHAPES[op](options, *args)
@@ -67,8 +67,77 @@ def _reduced(shape: Shape, axis: int | tuple[int, ...] | None = None, keepdims: 
     return tuple(1 if i in gone else n for i, n in enumerate(shape) if keepdims or i not in gone)
 
 
-_SHAPES: dict[str, Callable[..., Shape | None]] = {
+def _square(_: Options, a: Shape) -> Shape | None:
+    return a if len(a) >= 2 and a[-1] == a[-2] else None
+
+
+def _eigh(options: Options, a: Shape) -> Any:
+    return None if _square(options, a) is None else (a[:-1], a)
+
+
+def _thin(a: Shape) -> tuple[Shape, Shape]:
+    """The shapes of two factors of a matrix, as thin as they can be."""
+    least = min(a[-2:])
+    return (*a[:-1], least), (*a[:-2], least, a[-1])
+
+
+def _qr(_: Options, a: Shape) -> Any:
+    return _thin(a) if len(a) >= 2 else None
+
+
+def _svd(_: Options, a: Shape) -> Any:
+    if len(a) < 2:
+        return None
+    left, right = _thin(a)
+    return left, left[:-2] + left[-1:], right
+
+
+def _solved(options: Options, a: Shape, b: Shape) -> Shape | None:
+    return None if _square(options, a) is None else _multiplied(options, a, b)
+
+
+def _taken(options: Options, x: Shape, index: Shape) -> Shape | None:
+    axis = options.get("axis", -1)
+    if not -len(x) <= axis < len(x) or len(index) < 1 or axis % len(x) < len(index) - 1:
+        return None
+    at = axis % len(x)
+    return (*x[:at], index[-1], *x[at + 1 :])
+
+
+_SHAPES: dict[str, Callable[..., Any]] = {
     "transpose": lambda _, a: exchanged(a),
     "matmul": _multiplied,
     "reshape": _reshaped,
+    "eigh": _eigh,
+    "qr": _qr,
+    "svd": _svd,
+    "cholesky": _square,
+    "solve_triangular": _solved,
+    "item": lambda options, a: a[options["index"]],
+    "triu": lambda _, a: a if len(a) >= 2 else None,
+    "diagonal": lambda _, a: (*a[:-2], min(a[-2:])) if len(a) >= 2 else None,
+    "argsort": lambda options, a: a if -len(a) <= options.get("axis", -1) < len(a) else None,
+    "take": _taken,
+    "zeros": lambda options: options["shape"],
+    "eye": lambda options: (options["n"], options["n"]),
 }
+
+TAKES = {
+    "transpose": "two axes and more",
+    "reshape": "a shape of as many elements",
+    "eigh": "square matrices",
+    "qr": "two axes and more",
+    "svd": "two axes and more",
+    "cholesky": "square matrices",
+    "solve_triangular": "square matrices, and others of two axes and as many rows",
+    "triu": "two axes and more",
+    "diagonal": "two axes and more",
+    "argsort": "an axis that is there",
+    "take": "an axis that is there, and places along one axis",
+}
+"""What an operation takes, for messages."""
+
+
+def elements(shape: Any) -> int:
+    """How many elements an array has, or several results of an operation."""
+    return sum(map(elements, shape)) if shape and isinstance(shape[0], tuple) else math.prod(shape)

@@ -10,9 +10,9 @@ import numpy as np
 
 from optimisers import ops
 from optimisers.arrays import registry
-from optimisers.errors import TraceError
+from optimisers.errors import ShapeError, TraceError
 from optimisers.graph.expr import Expr, Guard, Options, show
-from optimisers.graph.shapes import shape_of
+from optimisers.graph.shapes import TAKES, shape_of
 from optimisers.ops.dispatch import OPERATIONS, dispatch
 from optimisers.ops.primitives import ROUNDINGS
 from optimisers.ops.random import DRAWS
@@ -370,7 +370,7 @@ def lift(value: Any) -> Symbol:
     raise TraceError(f"a rule used {value!r} in its arithmetic; it takes arrays and numbers")
 
 
-def write(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Symbol:
+def write(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """The node of an operation."""
     declared = OPERATIONS[name]
     if name == "call":
@@ -378,6 +378,8 @@ def write(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Symbol:
         return make(name, tuple(lift(a) for a in rest), domain="free", options=(("function", function),))
     if declared.family == "shape":
         return _shaped(name, args, options)
+    if declared.family == "made":
+        return make(name, (), domain="free", options=tuple(options.items()))
     if declared.family == "reduce":
         x = lift(args[0])
         chosen = dict(zip(("axis", "keepdims"), args[1:], strict=False)) | options
@@ -391,16 +393,34 @@ def write(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Symbol:
     return make(name, tuple(lift(a) for a in args))
 
 
-def _shaped(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Symbol:
-    """The node of an operation that the array library computes."""
-    operands = _OPERANDS.get(name, 1)
-    chosen = {"shape": args[1]} if name == "reshape" and len(args) > 1 else options
+def _shaped(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The node of an operation that the array library computes; of several results one each."""
+    names = _SAID.get(name, ())
+    count = len(args) - len(names) if len(args) > _OPERANDS.get(name, 1) else len(args)
+    chosen = dict(zip(names, args[count:], strict=False)) | options
     given = tuple(sorted((k, v) for k, v in chosen.items() if v is not None))
-    return make(name, tuple(lift(a) for a in args[:operands]), domain="free", options=given)
+    found = make(name, tuple(lift(a) for a in args[:count]), domain="free", options=given)
+    operands = [a.shape_ if a.domain != "scalar" else () for a in found.args]
+    if found.shape_ is None and name in TAKES and None not in operands:
+        shapes = " and ".join(map(str, operands))
+        raise ShapeError(f"{name}() of an array of shape {shapes}; it takes {TAKES[name]}")
+    if name not in _RESULTS:
+        return found
+    kinds = [found.type if kind == "same" else kind for kind in _RESULTS[name]]
+    return tuple(
+        make("item", (found,), domain="free", type=kind, options=(("index", i),))
+        for i, kind in enumerate(kinds)
+    )
 
 
-_OPERANDS = {"matmul": 2}
+_OPERANDS = {"matmul": 2, "solve_triangular": 2, "take": 2}
 """How many arrays an operation of the array library takes; 1 unless it stands here."""
+
+_SAID = {"reshape": ("shape",), "triu": ("k",), "argsort": ("axis",), "take": ("axis",)}
+"""What may stand after them."""
+
+_RESULTS = {"eigh": ("real", "same"), "qr": ("same", "same"), "svd": ("same", "real", "same")}
+"""The types of several results."""
 
 
 def reduced_type(name: str, x: Expr) -> str:
@@ -454,6 +474,6 @@ def result_type(op: str, args: tuple[Expr, ...]) -> str:
             raise TraceError(f"{op} of complex numbers has no meaning; take abs or real first")
         return gives
     widest = max((a.type for a in (args[1:] if gives == "branch" else args)), key=_RANK.__getitem__)
-    if op in ("maximum", "minimum", "floor", "ceil", *ROUNDINGS) and widest == "complex":
+    if op in ("maximum", "minimum", "floor", "ceil", "argsort", *ROUNDINGS) and widest == "complex":
         raise TraceError(f"{op} of complex numbers has no meaning; take abs or real first")
     return "real" if widest == "bool" and gives != "branch" else widest

@@ -175,7 +175,7 @@ def _answer_of(rule: Rule, symbolic: Rule, state: Any, inputs: list[Symbol]) -> 
         return stepped(symbolic, state, inputs[0], inputs[1], tuple(inputs[2:]))
     except TraceError as error:
         name = type(rule).__name__
-        raise TraceError(
+        raise type(error)(
             str(error) if str(error).startswith((name, "the schedule of")) else f"{name}: {error}"
         ) from error
     except TypeError as error:

@@ -17,7 +17,7 @@ class Primitive:
     name: str
     family: str
     """`elementwise`; `random` (for each element, of scalars alone); `reduce` (to one number, or along an
-    axis); `shape` (free in its shape: closes a phase).
+    axis); `shape` (free in its shape: closes a phase); `made` (of no arguments, beside an array).
     """
     gives: str
     """`same` as the arguments, `real`, `bool`, or `branch`: the type of its arguments after the first."""

@@ -1,12 +1,107 @@
-"""What may a rule say of matrices, beside products? That they be orthogonal."""
+"""What may a rule say of matrices, beside products? Their factors, parts of them, and orthogonal ones.
+
+Matrices are the last two axes; those before count them. Arrays of float16 and bfloat16 are widened to float32
+first. Nothing here raises for the numbers that a matrix holds, since inside `jax.jit` nothing can: what has
+no answer is NaN, for that matrix alone. A rule that wants to raise says so with `check`.
+"""
 
 from typing import Any
 
 from optimisers.arrays.protocol import Array, Operand
-from optimisers.errors import BadSetting, TraceError
+from optimisers.errors import BadSetting, ShapeError
 from optimisers.ops.derived import is_complex
+from optimisers.ops.dispatch import primitive
 from optimisers.ops.primitives import conj, matmul, maximum, norm2, transpose
 from optimisers.ops.state import widened
+
+# -- factors -------------------------------------------------------------------------------------------------
+
+
+@primitive("shape")
+def eigh(a: Array) -> Any:
+    """(w, q): the eigenvalues of symmetric or Hermitian matrices (..., n, n), the smallest first, and their
+    eigenvectors, the columns of q: a = q diag(w) q^H. The signs of eigenvectors are those that the library
+    gives.
+
+    The lower triangle is read alone. NaN where a matrix holds what is not finite, or the library finds no
+    answer. Raises TraceError for what is not square.
+    """
+
+
+@primitive("shape")
+def qr(a: Array) -> Any:
+    """(q, r): matrices (..., m, n) as q r, q (..., m, k) with orthonormal columns and r (..., k, n) upper
+    triangular, k = min(m, n). The signs are those that the library gives.
+
+    NaN where a matrix holds what is not finite. Raises TraceError for an array of fewer axes than two.
+    """
+
+
+@primitive("shape")
+def svd(a: Array) -> Any:
+    """(u, s, vh): matrices (..., m, n) as u diag(s) vh, u (..., m, k) and vh (..., k, n) with orthonormal
+    columns and rows, and the singular values s (..., k), the largest first, k = min(m, n). The signs are
+    those that the library gives.
+
+    NaN where a matrix holds what is not finite, or the library finds no answer. Raises TraceError for an
+    array of fewer axes than two.
+    """
+
+
+@primitive("shape")
+def cholesky(a: Array) -> Any:
+    """The lower triangular c with c c^H = a, for positive definite matrices (..., n, n).
+
+    The lower triangle is read alone. NaN where a matrix is not positive definite. Raises TraceError for what
+    is not square.
+    """
+
+
+@primitive("shape")
+def solve_triangular(a: Array, b: Array, *, upper: bool = True, transposed: bool = False) -> Any:
+    """The x of a x = b, or of a^T x = b if `transposed`, for triangular a (..., n, n) and b (..., n, k).
+
+    Of a one triangle is read, the upper one, or the lower one if `upper` is False. What is not finite where
+    its diagonal holds a zero. Raises TraceError for shapes that do not fit.
+    """
+
+
+@primitive("shape")
+def item(found: Any, index: int) -> Any:
+    """One of several results of an operation."""
+
+
+# -- parts ---------------------------------------------------------------------------------------------------
+
+
+@primitive("shape")
+def triu(a: Array, k: int = 0) -> Any:
+    """The matrices with zeros below diagonal k; 0 is the main one, 1 that above it."""
+
+
+@primitive("shape")
+def diagonal(a: Array) -> Any:
+    """The main diagonal of matrices (..., m, n), of shape (..., min(m, n))."""
+
+
+@primitive("shape", gives="real")
+def argsort(x: Array, axis: int = -1) -> Any:
+    """The places of the elements along an axis in ascending order, for `take`: whole numbers from 0 on, in
+    the type of the arithmetic. Equal elements stay in order; NaN comes last.
+    """
+
+
+@primitive("shape")
+def take(x: Array, index: Array, axis: int = -1) -> Any:
+    """The elements at these places along an axis: `take(q, argsort(-w), axis=-1)` are columns in the order of
+    falling w.
+
+    `index` holds whole numbers along its last axis; what lies outside of x is taken from its nearest end.
+    Axes before it are those before `axis` in x, for places that differ from matrix to matrix.
+    """
+
+
+# -- orthogonal ----------------------------------------------------------------------------------------------
 
 Coefficients = tuple[tuple[float, float, float], ...]
 """Triples (a, b, c) of polynomials a s + b s^3 + c s^5."""
@@ -94,7 +189,7 @@ def orthogonal(
     if dtype is not None and dtype not in PRODUCTS:
         raise BadSetting(f"orthogonal(dtype={dtype!r}); it takes None, 'bfloat16' or 'float32'")
     if m.ndim < 2:
-        raise TraceError(f"orthogonal() of an array of shape {tuple(m.shape)}; it takes two axes and more")
+        raise ShapeError(f"orthogonal() of an array of shape {tuple(m.shape)}; it takes two axes and more")
     m = widened(m)
     kind = None if is_complex(m) else dtype or "fast"
     tall = m.shape[-2] > m.shape[-1]

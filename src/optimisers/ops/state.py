@@ -5,9 +5,9 @@ their own.
 from typing import Any
 
 from optimisers.arrays import registry
-from optimisers.arrays.protocol import Array, Scalar
+from optimisers.arrays.protocol import Array, Scalar, Shape
 from optimisers.arrays.types import arithmetic, real_of
-from optimisers.ops.dispatch import dispatch
+from optimisers.ops.dispatch import OPERATIONS, Primitive, dispatch
 from optimisers.ops.primitives import ROUNDINGS
 
 
@@ -32,6 +32,35 @@ def full_like(x: Array, value: Scalar) -> Any:
         return write(x, value)
     library = registry.library(x)
     return library.full_like(x, value, arithmetic(library, x.dtype))
+
+
+def zeros(shape: Shape, like: Array, dtype: str | None = None) -> Any:
+    """Zeros of this shape beside `like`, in the type of the arithmetic (see `zeros_like`) or in one of their
+    own: for state of another shape than the parameters.
+    """
+    return _made("zeros", like, dtype, shape=tuple(shape))
+
+
+def eye(n: int, like: Array, dtype: str | None = None) -> Any:
+    """The identity matrix of n rows beside `like`, in the type of the arithmetic (see `zeros_like`) or in one
+    of its own.
+    """
+    return _made("eye", like, dtype, n=n)
+
+
+MADE = ("zeros", "eye")
+"""Operations that make an array beside another one, of which they read nothing."""
+
+OPERATIONS.update((name, Primitive(name, "made", "real")) for name in MADE)
+
+
+def _made(name: str, like: Array, dtype: str | None, **options: Any) -> Any:
+    """An array beside another one; written into the graph if that is a symbol."""
+    if hasattr(type(like), "__operation__"):
+        return dispatch(name, (like,), options)
+    library = registry.library(like)
+    kind = arithmetic(library, like.dtype) if dtype is None else library.dtype(dtype)
+    return library.operations[name](like, dtype=kind, **options)
 
 
 def typed_zeros_like(x: Array, dtype: str) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.arrays.layout import contiguous_strides
-from optimisers.errors import BadSetting, BadState
+from optimisers.errors import BadSetting, BadState, ShapeError
 from optimisers.graph.expr import Expr, is_full_reduction, order
 from optimisers.graph.trace import Program, of_changes, trace
 from optimisers.nest import flatten, form, unflatten, values
@@ -231,10 +231,14 @@ class Entry(NamedTuple):
 
 
 def grouped(
-    entries: Sequence[Any], shapes: Sequence[Shape | None], programs: dict[Any, Program] | None = None
+    entries: Sequence[Any],
+    shapes: Sequence[Shape | None],
+    programs: dict[Any, Program] | None = None,
+    paths: Sequence[KeyPath] = (),
 ) -> list[Group]:
     """Groups for entries, or (leaf, rule, state): one for each rule structure, form of state, type and
-    device. `programs` are those that were made before, to be taken again.
+    device. `programs` are those that were made before, to be taken again; `paths` those of all leaves, for
+    messages.
     """
     kinds: dict[Any, list[Entry]] = {}
     programs = {} if programs is None else programs
@@ -247,12 +251,13 @@ def grouped(
         if id(rule) not in skeletons:
             skeletons[id(rule)] = skeleton(rule)
         key = skeletons[id(rule)], form(state), _arrays(state, kind), kind.key
+        path = paths[entry.leaf] if paths else None
         if key not in programs:
-            programs[key] = program_of(rule, state, kind)
+            programs[key] = program_of(rule, state, kind, path=path)
         if programs[key].shape_read:
             key = (*key, kind.shape)
             if key not in programs:
-                programs[key] = program_of(rule, state, kind)
+                programs[key] = program_of(rule, state, kind, path=path)
         kinds.setdefault(key, []).append(entry)
     return [_group(items, programs[key], shapes) for key, items in kinds.items()]
 
@@ -262,9 +267,18 @@ def _arrays(state: Any, kind: Shape) -> Any:
     return tuple((v.dtype, tuple(v.shape) == kind.shape) for v in values(state) if registry.isarray(v))
 
 
-def program_of(rule: Rule, state: Any, kind: Shape, more: int | None = None) -> Program:
-    """The program for parameters of one kind, with as many further gradients as are given, or else needed."""
-    return trace(rule, state, kind.stand_in(), needed(rule) if more is None else more)
+def program_of(
+    rule: Rule, state: Any, kind: Shape, more: int | None = None, path: KeyPath | None = None
+) -> Program:
+    """The program for parameters of one kind, with as many further gradients as are given, or else needed;
+    `path` is the place of the first of them, for messages.
+    """
+    try:
+        return trace(rule, state, kind.stand_in(), needed(rule) if more is None else more)
+    except ShapeError as error:
+        if path is None:
+            raise
+        raise ShapeError(f"{error}, at {path.code('model')}") from error
 
 
 def _group(items: list[Entry], program: Program, shapes: Sequence[Shape | None]) -> Group:

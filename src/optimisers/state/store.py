@@ -311,7 +311,9 @@ class Store:
                 ]
                 if group.captured:
                     self.retired.append(group)
-            self.groups = kept + grouped(sorted(entries, key=lambda e: e.leaf), self.shapes, self.programs)
+            self.groups = kept + grouped(
+                sorted(entries, key=lambda e: e.leaf), self.shapes, self.programs, self.layout.paths
+            )
             self.index()
         self.changed()
 

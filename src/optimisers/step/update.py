@@ -139,7 +139,7 @@ def store_of(
     if packed:
         _refuse_cut(layout, shapes, arrays)
     programs = {} if programs is None else programs
-    groups = grouped(entries, shapes, programs)
+    groups = grouped(entries, shapes, programs, layout.paths)
     store = Store(layout, shapes, groups, np.zeros(len(arrays), bool), engine=engine, programs=programs)
     for group in store.groups:
         if group.table.traced:
