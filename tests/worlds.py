@@ -295,4 +295,4 @@ def with_none(grads: dict[str, Any], without: str) -> dict[str, Any]:
 def step_scaled(state: Any, model: dict[str, Any], grads: dict[str, Any], scaling: tuple[Any, Any]) -> None:
     """A step in place by scaled gradients; `scaling` is (the factor, whether something was found)."""
     store = parts(state)[0]
-    update_listed(store, store.layout.root, [*model.values()], [grads[k] for k in model], scaling)
+    update_listed(store, store.layout.root, [*model.values()], [[grads[k] for k in model]], scaling)

@@ -49,7 +49,7 @@ def scaled(*, skips: bool, graph: bool = False) -> Build:
         scale, found = (torch.full((1,), v, device=given.place.name) for v in (SCALE, 0.0))
         return (in_graph if graph else running)(
             given,
-            lambda: update_listed(store, store.layout.root, given.xs, given.dxs, (scale, found)),
+            lambda: update_listed(store, store.layout.root, given.xs, [given.dxs], (scale, found)),
             state=state,
             results=lambda: masters([state[i].state for i in range(len(given.xs))], given),
         )

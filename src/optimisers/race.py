@@ -191,9 +191,11 @@ def race(
     `value_and_grad(loss)`: gives (loss, gradients) when called like `loss`; unless told that of
     `optimisers` for PyTorch and that of `jax`; Equinox and Flax bring their own.
 
-    Trainings run one after the other; under JAX the rates of a rule in one vmapped, jitted step, unless they
-    follow a schedule. With PyTorch the seed is that of `torch.manual_seed` too, and the random state is put
-    back at the end. `progress` shows a bar, unless told where there is a terminal and Rich is installed.
+    Rules that ask for second gradients are given those of `hutchinson` at every tenth step, from the first
+    on; for NumPy there are none. Trainings run one after the other; under JAX the rates of a rule in one
+    vmapped, jitted step, unless they follow a schedule. With PyTorch the seed is that of `torch.manual_seed`
+    too, and the random state is put back at the end. `progress` shows a bar, unless told where there is a
+    terminal and Rich is installed.
 
     Raises BadSetting for what is no budget, UnknownField and others as `setup` and `update` do.
     """

@@ -16,6 +16,7 @@ import numpy as np
 from optimisers.arrays import registry
 from optimisers.averaged import averaged
 from optimisers.errors import BadSetting, NoMatch
+from optimisers.grads import hutchinson
 from optimisers.grads import value_and_grad as of_tensors
 from optimisers.rule import Rule, rate_of, with_rates
 from optimisers.settings import is_schedule, parts
@@ -99,12 +100,12 @@ def trainer(model: object, loss: Loss, gradient: Gradient | None) -> Trainer:
     if name == "jax":
         jax: Any = importlib.import_module("jax")
         both = (gradient or _gradient_of_jax(jax, model))(loss)
-        return Trainer(functools.partial(_runs_of_jax, jax, both), _nothing)
+        return Trainer(functools.partial(_runs_of_jax, jax, both, loss), _nothing)
     if name == "torch":
         torch: Any = importlib.import_module("torch")
         both = gradient(loss) if gradient else lambda x, batch: of_tensors(loss, x, batch)
-        return Trainer(functools.partial(_runs, both), torch.manual_seed)
-    return Trainer(functools.partial(_runs, gradient(loss) if gradient else loss), _nothing)
+        return Trainer(functools.partial(_runs, both, loss), torch.manual_seed)
+    return Trainer(functools.partial(_runs, gradient(loss) if gradient else loss, loss), _nothing)
 
 
 def _nothing(_seed: int) -> None:
@@ -119,8 +120,32 @@ def evaluated(state: object, model: object) -> Any:
         return model
 
 
-def _runs(both: Callable[..., Any], rule: object, factors: Sequence[float]) -> list[Run]:
+ESTIMATES = 10
+"""A rule that asks for second gradients is given an estimate every so many steps."""
+
+
+def curved(rule: object) -> bool:
+    """Whether a rule, or one of a dict, asks for second gradients."""
+    if isinstance(rule, LayerDecay):
+        return curved(rule.rule)
+    rules = rule.values() if isinstance(rule, Mapping) else (rule,)
+    return any(isinstance(part, Rule) and part.second_order for each in rules for part in parts(each))
+
+
+def _estimates(
+    loss: Loss, rule: object, step: Any, model: object, batch: object, *, now: bool
+) -> tuple[Any, ...]:
+    """The second gradients of a step, where the rule asks for them: an estimate, or None for none now."""
+    if not curved(rule):
+        return ()
+    return (hutchinson(loss, model, step, batch) if now else None,)
+
+
+def _runs(both: Callable[..., Any], loss: Loss, rule: object, factors: Sequence[float]) -> list[Run]:
     """One training after the other, in place."""
+
+    def seconds(step: int, model: object, batch: object) -> tuple[Any, ...]:
+        return _estimates(loss, rule, step, model, batch, now=step % ESTIMATES == 0)
 
     def train(factor: float, model: object, batches: Iterable[Any], stepped: Stepped) -> Trained:
         model = copy.deepcopy(model)
@@ -128,10 +153,11 @@ def _runs(both: Callable[..., Any], rule: object, factors: Sequence[float]) -> l
         for batch in batches:
             with np.errstate(over="ignore", invalid="ignore"):  # a loss that grows without end is an answer
                 value, grads = _pair(both(model, batch))
+                more = seconds(len(losses), model, batch)
             losses.append(float(value))
             if not math.isfinite(losses[-1]):
                 break
-            state, model = update_(state, model, grads, loss=losses[-1])
+            state, model = update_(state, model, grads, *more, loss=losses[-1])
             stepped()
         return [losses], lambda _: evaluated(state, model)
 
@@ -148,7 +174,9 @@ def _pair(found: object) -> tuple[Any, Any]:
     return found
 
 
-def _runs_of_jax(jax: Any, both: Callable[..., Any], rule: object, factors: Sequence[float]) -> list[Run]:
+def _runs_of_jax(
+    jax: Any, both: Callable[..., Any], loss: Loss, rule: object, factors: Sequence[float]
+) -> list[Run]:
     """All rates of a rule in one vmapped step; those of schedules one after the other."""
 
     def train(together: Sequence[float], model: object, batches: Iterable[Any], stepped: Stepped) -> Trained:
@@ -165,10 +193,11 @@ def _runs_of_jax(jax: Any, both: Callable[..., Any], rule: object, factors: Sequ
         def arrays_of(tree: object) -> list[Any]:
             return list(itertools.compress(jax.tree.leaves(tree), moving))
 
-        def step(state: object, arrays: list[Any], batch: object) -> Any:
+        def step(now: bool, state: object, arrays: list[Any], batch: object, number: object) -> Any:
             model = whole(arrays)
+            more = _estimates(loss, rule, number, model, batch, now=now)
             value, grads = both(model, batch)  # statistics that a module keeps change in it
-            state, new = update(state, model, grads, loss=value)
+            state, new = update(state, model, grads, *more, loss=value)
             return value, state, arrays_of(new)
 
         def begin(factor: float) -> Any:
@@ -176,10 +205,12 @@ def _runs_of_jax(jax: Any, both: Callable[..., Any], rule: object, factors: Sequ
 
         alone = len(together) == 1
         held = begin(together[0]) if alone else jax.vmap(begin)(jax.numpy.asarray(together))
-        stepping = jax.jit(step if alone else jax.vmap(step, in_axes=(0, 0, None)))
+        ways = [functools.partial(step, now) for now in (False, True)]
+        ways = [jax.jit(way if alone else jax.vmap(way, in_axes=(0, 0, None, None))) for way in ways]
         values: list[Any] = []
-        for batch in batches:
-            value, *held = stepping(*held, batch)
+        for number, batch in enumerate(batches):
+            stepping = ways[curved(rule) and number % ESTIMATES == 0]
+            value, *held = stepping(*held, batch, number)
             values.append(jax.numpy.reshape(value, (len(together),)))
             stepped()
         losses = [list(each) for each in zip(*(value.tolist() for value in values), strict=True)]

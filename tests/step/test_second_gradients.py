@@ -1,5 +1,6 @@
 """Rules that live on second gradients: without any they raise, with None in their place they wait."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -89,19 +90,52 @@ def test_transformations_of_jax_raise_too() -> None:
     with pytest.raises(opt.BadState, match=ASKS):
         jax.jit(opt.update)(opt.setup(opt.AdaHessian(), x), x, x)
     tx = opt.as_optax(opt.Sophia())
-    with pytest.raises(opt.BadState, match=r"as_optax and race have none to give"):
+    with pytest.raises(opt.BadState, match=r"as_optax tx\.update\(\.\.\., hessian="):
         tx.update(x, tx.init(x), x)
 
     _, new = jax.jit(opt.update)(opt.setup(opt.AdaHessian(), x), x, x, None)
     assert new["a"].tolist() == [1.0, 1.0, 1.0]
 
 
-def test_an_optimiser_of_torch_says_that_it_has_none() -> None:
-    torch = pytest.importorskip("torch")
-    x = torch.nn.Parameter(torch.ones(3))
-    optimizer = opt.TorchOptimizer([x], opt.AdaHessian())
-    x.sum().backward()
-    with pytest.raises(opt.BadState, match=r"AdaHessian asks .* TorchOptimizer, as_optax and race have none"):
-        optimizer.step()
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("rule", ASKING[:4], ids=lambda r: type(r).__name__)
+def test_optax_hands_them_on_as_update_does(rule: opt.Rule, jitted: bool) -> None:
+    jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
+    jnp = jax.numpy
+    x = {"a": jnp.array([1.0, -2.0]), "b": {"c": jnp.array([[3.0]])}}
+    grads, second = jax.tree.map(jnp.cos, x), jax.tree.map(lambda v: 1 + v**2, x)
+    tx = opt.as_optax(rule)
+    run = jax.jit(tx.update) if jitted else tx.update
+    kept, p = tx.init(x), x
+    state, q = opt.setup(rule, x), x
+    for hessian in (second, None, second, None):
+        steps, kept = run(grads, kept, p, hessian=hessian)
+        p = optax.apply_updates(p, steps)
+        state, q = opt.update(state, q, grads, hessian)
 
-    assert x.tolist() == [1.0, 1.0, 1.0]
+    for got, wanted in zip(jax.tree.leaves(p), jax.tree.leaves(q), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_a_race_gives_them_every_tenth_step(library: str) -> None:
+    """The winner's losses are those of a loop of one's own."""
+    array = put(library)
+
+    def loss(model: Any, batch: Any) -> Any:
+        return ((model["a"] ** 4 * batch).sum() + (model["b"] ** 2).sum()) / 7
+
+    differentiated = functools.partial(opt.value_and_grad, loss)
+    if library == "jax":
+        differentiated = pytest.importorskip("jax").value_and_grad(loss)
+    model = {"a": array([1.0, -2.0]), "b": array([3.0])}
+    batches, steps = [array([1.0, 2.0])], 12
+    found = opt.race({"s": opt.Sophia(0.05)}, loss, model, batches, seeds=(0,), factors=(1,), steps=steps)
+    state, losses = opt.setup(opt.Sophia(0.05), model), []
+    for n in range(steps):
+        value, grads = differentiated(model, batches[0])
+        second = opt.hutchinson(loss, model, n, batches[0]) if n % 10 == 0 else None
+        losses.append(float(value))
+        state, model = opt.update(state, model, grads, second)
+
+    np.testing.assert_allclose(found.trials[0].losses, losses, rtol=1e-5)

@@ -56,6 +56,9 @@ from optimisers.tree.rebuild import rebuild, rebuilt
 __all__ = ["as_optax", "from_optax"]
 
 
+_ABSENT: Any = object()
+"""Tells what was not given from None."""
+
 # -- ours in Optax -------------------------------------------------------------------------------------------
 
 
@@ -64,11 +67,12 @@ def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransform
     trainers.
 
     Its `update` returns the step of the rule, with the sign that Optax adds; it needs the parameters where
-    the rule reads them, gives `value=`, the loss, to the rules that ask for it, and ignores further
-    arguments. Its state is read, adjusted and frozen as one of `setup`, with the paths of the parameters as
-    names; to Optax it has the form of Optax's own states, where eta is "learning_rate" and the clock "count".
-    A setting counts as whoever changed it last wrote it: the transformation (another one, or one around it
-    that injects hyper-parameters) or `adjust`.
+    the rule reads them, and ignores arguments that it does not know. Rules that ask for them are given
+    `value=`, the loss, and `hessian=`, a tree of second gradients, or None where there is none at this step.
+    Its state is read, adjusted and frozen as one of `setup`, with the paths of the parameters as names; to
+    Optax it has the form of Optax's own states, where eta is "learning_rate" and the clock "count". A setting
+    counts as whoever changed it last wrote it: the transformation (another one, or one around it that injects
+    hyper-parameters) or `adjust`.
 
     As in Optax, complex gradients are those of steepest ascent, the conjugates of what `jax.grad` gives; with
     `conjugate=True` they are what it gives.
@@ -99,7 +103,15 @@ def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransform
         about = About(jax.tree.structure(children, is_leaf=is_absent), given, place)
         return mirrored(store, node, path, about)
 
-    def update(updates: Any, state: object, params: Any = None, *, value: Any = None, **_: object) -> Any:
+    def update(
+        updates: Any,
+        state: object,
+        params: Any = None,
+        *,
+        value: Any = None,
+        hessian: Any = _ABSENT,
+        **_: object,
+    ) -> Any:
         if not isinstance(state, Mirrored):
             raise BadState(
                 f"a state of as_optax was wanted and a {type(state).__name__} came; write tx.init(params)"
@@ -112,6 +124,9 @@ def as_optax(rule: Rules, *, conjugate: bool = False) -> optax.GradientTransform
         store, node, path = parts(state)
         xs = _parameters(store, node, params)
         orders = [gradients_up_to(node, {k: slopes.get(k) for k in node.keys}, path)]
+        if hessian is not _ABSENT:
+            second = flat_dict(hessian)[0]
+            orders.append(gradients_up_to(node, {k: second.get(k) for k in node.keys}, path))
         done = stepped(store, node, path, xs, orders, value, changes=True)
         after, new = evaluated(store, node, xs, orders, value, changes=True) if done is None else done
         number = {str(p): leaf for leaf, p in enumerate(store.layout.paths)}

@@ -103,6 +103,8 @@ class Group:
     table: ScalarTable
     shared: bool = False
     """Whether another store may hold the same arrays: then they are copied before they are written."""
+    changes: bool = False
+    """Whether its programs give what is to be added to the parameters in place of new ones."""
     cache: Cache = dataclasses.field(default_factory=Cache)
     """What engines remember of this group."""
 
@@ -165,7 +167,8 @@ class Group:
         """The program for updates with this many gradients; raises TraceError if the rule needs more."""
         if gradients not in self.programs:
             state = self.stand_in(self.program.template)
-            self.programs[gradients] = program_of(self.rule, state, self.kind, gradients - 1)
+            made = program_of(self.rule, state, self.kind, gradients - 1)
+            self.programs[gradients] = of_changes(made) if self.changes else made
         return self.programs[gradients]
 
     def stand_in(self, template: Any) -> Any:
@@ -180,7 +183,7 @@ class Group:
     def of_changes(self) -> "Group":
         """The same leaves, whose steps give what is to be added to the parameters."""
         programs = {n: of_changes(p) for n, p in self.programs.items()}
-        return dataclasses.replace(self, program=of_changes(self.program), programs=programs)
+        return dataclasses.replace(self, program=of_changes(self.program), programs=programs, changes=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what can be made again: programs, and the tables of engines."""

@@ -84,7 +84,8 @@ def _of_examples(g: Any, shape: tuple[int, ...], dtype: Any, rule: str, path: st
         raise TreeMismatch(
             f"{what} for parameters of shape {shape}, at {path}; {rule} takes the gradients of single "
             f"examples, of shape {wanted}: write jax.vmap(jax.grad(loss), (None, 0, 0))(model, x, y), or "
-            "torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(model, x, y)"
+            "torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(model, x, y); TorchOptimizer takes them "
+            "from p.grad_sample"
         )
     if found[0] == 0:
         raise TreeMismatch(f"gradients of no example, at {path}; leave such a step out")

@@ -36,7 +36,7 @@ def by_orders(
             raise BadState(
                 f"{name} asks for second gradients; write update(state, model, grads, hessians), with None "
                 "in their place at a step without a new estimate; opt.hutchinson(loss, model, seed) makes "
-                "them. TorchOptimizer, as_optax and race have none to give"
+                "them. TorchOptimizer takes step(hessians=...), as_optax tx.update(..., hessian=...)"
             )
         return [(members, taken, orders)]
     known = np.array([[order[i] is not None for i in taken] for order in orders])

@@ -231,7 +231,7 @@ def evaluated(
     groups = [step.targets.get(g) or group.fork() for g, group in enumerate(run.groups)]
     if changes:
         groups = [
-            dataclasses.replace(g, program=old.program, programs=old.programs)
+            dataclasses.replace(g, program=old.program, programs=old.programs, changes=False)
             for g, old in zip(groups, store.groups, strict=True)
         ]
     return store.successor(groups), new
@@ -282,12 +282,13 @@ def update_listed(
     store: Store,
     node: Node,
     xs: Sequence[Any],
-    grads: Sequence[Any],
+    orders: list[Sequence[Any]],
     scaling: tuple[Any, Any] | None = None,
     loss: Any = None,
     after: Callable[[], object] = tuple,
 ) -> None:
-    """A step in place of parameters and gradients that come in the order of the walk; `after` it is called
+    """A step in place of parameters and gradients, of each order, that come in the order of the walk; `after`
+    it is called
     what belongs to it, before a handler of a signal sees anything.
 
     `scaling`, for states that say `takes_scaling`: the gradients are divided by its first number, and the
@@ -298,7 +299,7 @@ def update_listed(
         kind = store.groups[0].kind
         scaling = kind.library.moved(scaling[0], kind.device), kind.library.moved(scaling[1], kind.device)
     with store.lock:  # an edit from another thread waits for the step
-        step = Steps(store, node, xs, [grads], inplace=True, loss=loss, scaling=scaling)
+        step = Steps(store, node, xs, orders, inplace=True, loss=loss, scaling=scaling)
         for leaf in step.prepare():
             raise BadState(
                 f"{str(store.layout.paths[leaf])!r} cannot be written: it is an expanded tensor, or one that "

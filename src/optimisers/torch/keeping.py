@@ -252,6 +252,10 @@ class Keeper:
             self.note()
             self.forget()
 
+    def sampled(self) -> set[Any]:
+        """The parameters whose rules take the gradients of single examples."""
+        return {p for mine in self.groups if mine.per_example for p in mine.group["params"]}
+
     def refuse_lent(self, what: str) -> None:
         """Raise BadState while the parameters hold other values than those that are trained."""
         if self.held is not None:

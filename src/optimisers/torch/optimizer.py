@@ -24,6 +24,7 @@ from optimisers.step.update import takes_scaling, update_listed
 from optimisers.torch.classes import HOW, plain
 from optimisers.torch.convert import as_ours
 from optimisers.torch.entries import plain as entries_plainly
+from optimisers.torch.given import gradients, second_gradients
 from optimisers.torch.groups import (
     ASKING,
     by_depth,
@@ -48,7 +49,7 @@ __all__ = ["TorchOptimizer"]
 
 CALL = "TorchOptimizer(module, Adam())"
 
-_NO_CLOSURE: Any = False
+_ABSENT: Any = False
 """Tells `step()` from `step(closure=None)`."""
 
 
@@ -244,9 +245,14 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     @torch._disable_dynamo
     @torch.no_grad()
-    def step(self, closure: Any = _NO_CLOSURE) -> Any:
+    def step(self, closure: Any = _ABSENT, *, hessians: Any = _ABSENT) -> Any:
         """One step with the gradients that the parameters keep; returns what `closure`, which works out loss
         and gradients, returns.
+
+        `hessians` are second gradients for the rules that ask for them, such as Sophia: what `hutchinson`
+        gives, a list in the order of the parameters, or a dict by name or by parameter; None where there is
+        none at this step. A GradScaler does not scale them. Rules that take gradients of single examples
+        find them in `p.grad_sample`, where Opacus keeps them.
 
         Raises BadState, naming it, for a parameter that has a gradient and cannot be stepped; then, and
         whenever a step raises, parameters, gradients and state are as they were.
@@ -262,7 +268,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         if held is None:
             return loss
         keeper.refuse_lent("step")
-        grads = [p.grad for p in xs]
+        grads = gradients(xs, keeper.sampled())
         if closure is None and untouched and _asks_for_state_only(self.param_groups, grads):
             return loss
         scaling, grads = self._unscaled(held, grads)
@@ -273,8 +279,18 @@ class TorchOptimizer(torch.optim.Optimizer):
                 group.refuse_changed(n)
         else:
             keeper.read()
-        update_listed(held.store, held.store.layout.root, xs, grads, scaling, loss, after=held.refresh)
+        orders: list[Sequence[Any]] = [grads]
+        if hessians is not _ABSENT:
+            orders.append(second_gradients(hessians, keeper.names, xs))
+        update_listed(held.store, held.store.layout.root, xs, orders, scaling, loss, after=held.refresh)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of all parameters, those of single examples too."""
+        super().zero_grad(set_to_none)
+        for p in self._keeper.sampled():
+            if getattr(p, "grad_sample", None) is not None:
+                p.grad_sample = None
 
     def _unscaled(self, held: Published, grads: list[Any]) -> tuple[Any, list[Any] | None]:
         """(scale and what was found infinite, for a device that divides; the gradients, divided by the scale

@@ -57,6 +57,7 @@ class ParamGroup:
         self.meanings: dict[str, str] = {}
         """The field behind every key that the rule takes."""
         self.moving: list[tuple[str, Any, int]] = [] if rule is None else _moving(rule)
+        self.per_example = any(isinstance(part, Rule) and part.per_example for part in parts_of_value(rule))
         if rule is not None:
             foreign = of_wrapper(group)
             self._show(defaults_of(rule), foreign)
