@@ -5,6 +5,7 @@ with one skeleton share one traced program and one compiled kernel. Every walk o
 trace, print) goes through here, so a rule that wraps another cannot forget to forward.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -233,7 +234,7 @@ def number(name: str, want: type, value: object) -> Any:
         value = value.item()
     if isinstance(value, abstract.Real) and not _is_bool(value):
         return _real(name, want, value)
-    if is_number(value) or isinstance(value, Value):
+    if is_number(value) or (isinstance(value, Value) and callable(value)):
         return value
     if callable(value) and not isinstance(value, type):
         if not takes(value, 1):
@@ -241,8 +242,19 @@ def number(name: str, want: type, value: object) -> Any:
                 f"{name} is a function that cannot be called with one argument; a schedule is a function of "
                 "the clock: write lambda clock: 0.1 / (1 + clock)"
             )
+        if not _gives_number(value):
+            kind = type(value).__name__
+            raise BadSetting(f"{name} is a {kind}, which gives no number for the clock; it takes a schedule")
         return value
     raise BadSetting(f"{name} is {value!r}; it takes a real number, or a schedule of it")
+
+
+def _gives_number(schedule: Callable[[int], object]) -> bool:
+    """Whether an object that can be called is a schedule, and no model; functions are not called for that."""
+    with contextlib.suppress(Exception):
+        plain = hasattr(schedule, "__code__") or isinstance(schedule, functools.partial)
+        return plain or is_number(found := schedule(0)) or getattr(found, "shape", None) == ()
+    return False
 
 
 def _real(name: str, want: type, value: abstract.Real) -> Any:

@@ -143,3 +143,29 @@ def test_a_total_is_a_sum_or_a_norm() -> None:
     assert opt.total(-3.0, p=2) == 3.0
     with pytest.raises(opt.TraceError, match=r"p=3\); it takes 1 for the sum, or 2"):
         opt.total(3.0, p=3)
+
+
+@pytest.mark.parametrize("engine", [None, "interpret"])
+@pytest.mark.parametrize("size", [3e38, math.inf, math.nan])
+@pytest.mark.parametrize("rule", [opt.ClipNorm(1.0), opt.ClipGlobalNorm(1.0)], ids=repr)
+def test_inside_jit_a_norm_that_is_no_number_is_seen(rule: opt.Rule, size: float, engine: Any) -> None:
+    """Outside the check raises; there nothing can, and a step of 0 would be taken for one."""
+    with jax.enable_x64(False):
+        model = {"a": jnp.zeros(2), "b": jnp.zeros(70_000)}
+        grads = {"a": jnp.full(2, size, jnp.float32), "b": jnp.ones(70_000)}
+        state = opt.setup(opt.Chain(rule, opt.Descent(1.0)), model, engine=engine)
+        with pytest.raises(opt.DomainError, match="norm"):
+            opt.update(state, model, grads)
+        _, new = jax.jit(opt.update)(state, model, grads)
+
+        assert np.isnan(new["a"]).all()
+
+
+def test_inside_jit_a_check_that_is_skipped_spoils_nothing() -> None:
+    rule = opt.SkipNonFinite(opt.Chain(opt.ClipNorm(1.0), opt.Descent(1.0)))
+    model = {"a": jnp.zeros(2)}
+    state, new = jax.jit(opt.update)(opt.setup(rule, model), model, {"a": jnp.full(2, jnp.inf)})
+
+    assert new["a"].tolist() == [0.0, 0.0]
+    _, new = jax.jit(opt.update)(state, new, {"a": jnp.array([3.0, 4.0])})
+    np.testing.assert_allclose(new["a"], [-0.6, -0.8], rtol=1e-6)

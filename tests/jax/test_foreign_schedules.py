@@ -114,3 +114,42 @@ def test_a_rule_that_uses_a_traced_number_says_what_to_write() -> None:
 
     with pytest.raises(opt.TraceError, match="make it a field of the rule"):
         jax.jit(trained)(0.1)
+
+
+def modules() -> dict[str, Any]:
+    nnx, equinox = importlib.import_module("flax.nnx"), importlib.import_module("equinox")
+    return {
+        "NNX": nnx.Linear(2, 2, rngs=nnx.Rngs(0)),
+        "Equinox": equinox.nn.Linear(2, 2, key=jax.random.key(0)),
+        "a jitted function of an array": jax.jit(lambda x: x * jnp.ones(3)),
+        "a rule": opt.Adam(),
+    }
+
+
+@pytest.mark.parametrize("name", ["NNX", "Equinox", "a jitted function of an array", "a rule"])
+def test_a_model_is_no_schedule_though_it_can_be_called(name: str) -> None:
+    given = modules()[name]
+    state = opt.setup(opt.AdamW(), {"w": jnp.ones(2)})
+    for give in (
+        lambda: opt.AdamW(given),
+        lambda: opt.AdamW(beta=(given, 0.9)),
+        lambda: opt.AdamW(lam=given),
+        lambda: opt.adjust(state, given),
+    ):
+        with pytest.raises(opt.BadSetting, match=r"AdamW\.(eta|beta\[0\]|lam) is .*takes a"):
+            give()
+
+
+class Halving:
+    """A schedule that is an object."""
+
+    def __call__(self, clock: Any) -> Any:
+        return 0.1 * 0.5**clock
+
+
+def test_an_object_that_gives_numbers_is_a_schedule() -> None:
+    for schedule in (Halving(), jax.jit(Halving())):
+        state, model = opt.setup(Descent(schedule), jnp.zeros(1)), jnp.zeros(1)
+        for _ in range(2):
+            state, model = opt.update(state, model, jnp.ones(1))
+        np.testing.assert_allclose(model, -0.15, rtol=1e-6)

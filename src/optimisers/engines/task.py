@@ -4,6 +4,7 @@ levels of their program, the checks and the last pass. An engine is a value: its
 
 import contextvars
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -258,8 +259,8 @@ class Step:
     def verify(self) -> None:
         """Raise DomainError, naming the leaf, for the first check of the rule that fails.
 
-        Traced numbers are not read, and what is not finite spreads; unless they are noted in `watches`, to be
-        read later.
+        Traced numbers are not read: they are noted in `watches`, to be read later, or else a check that fails
+        makes every scalar NaN that the last pass reads, and so what it stores.
         """
         checks = self.program.checks
         if not checks or (self.abstract and not self.job.traced):
@@ -269,6 +270,8 @@ class Step:
                 for condition, message, values in checks:
                     found = [self.scalars.of_leaves(e) for e in (condition, *values)]
                     seen.append((found, message, [self.code(i, "grads") for i in range(self.leaves)]))
+            else:
+                self.scalars.near.spoilt = self._spoilt()
             return
         self.scalars.fetch([condition for condition, _, _ in checks])
         for condition, message, values in checks:
@@ -276,6 +279,11 @@ class Step:
             if not np.all(holds):
                 found = [self.scalars.of_leaves(v) for v in values]
                 refuse(holds, found, message, [self.code(i, "grads") for i in range(len(holds))])
+
+    def _spoilt(self) -> Any:
+        """0 where all checks hold, NaN where one fails, as the library of the scalars computes it."""
+        join, choose = (self.scalars.near.library.operations[name] for name in ("sum", "where"))
+        return sum(join(choose(self.scalars.of_leaves(c), 0.0, math.nan)) for c, _, _ in self.program.checks)
 
     def branches(self) -> list[tuple[Holds, Members]]:
         """The leaves for which the conditions of the program have the same answers, with these."""

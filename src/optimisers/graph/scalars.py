@@ -32,6 +32,8 @@ class Scalars:
         self.library = library
         self.values: dict[int, Any] = {}
         self.of_leaf: dict[int, bool] = {}
+        self.spoilt: Any = None
+        """What is added to all that `symbols` gives: NaN where a check has failed that cannot raise."""
 
     @property
     def near(self) -> "Scalars":
@@ -112,6 +114,8 @@ class Scalars:
     def symbols(self, scalars: tuple[Expr, ...]) -> tuple[Any, Any]:
         """The same as `table`, in arrays of the library."""
         found = [self.get(e) for e in scalars]
+        if self.spoilt is not None:
+            found = [v + self.spoilt for v in found]
         leafy = any(map(self.of_leaf.__getitem__, map(id, scalars)))
         if leafy:
             found = [self.spread(v, e) for v, e in zip(found, scalars, strict=True)]

@@ -295,7 +295,8 @@ def vmap_axes(state: Any, *names: str) -> Any:
 
     `states = vmap(lambda e: adjust(state, e), out_axes=axes)(rates)`, `vmap(step, in_axes=(axes, None))`.
     Counters that have come to differ stand in the same tables; states that have trained apart map whole, with
-    axis 0. Raises UnknownField for a name that no rule has.
+    axis 0. Where a setting follows a schedule, give another of its kind, `adjust(state, Cosine(e, 100))`;
+    with a number there the state has another structure. Raises UnknownField for a name that no rule has.
     """
     structure = _apart(opened(state)[0])[1]
     known, axes = set[str](), list[Any]()
