@@ -17,6 +17,7 @@ RULES: list[opt.Rule] = [
     opt.SM3(0.1),
     opt.AdamMini(0.1),
     opt.AdamMini(0.1, blocks="rows"),
+    opt.AdamMini(0.1, blocks=1),
 ]
 
 named = pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
@@ -254,6 +255,23 @@ def test_single_and_half_precision_stay_beside_double(rule: opt.Rule) -> None:
     assert (models[torch.float32].double() - models[torch.float64]).abs().max() <= 1e-5 * largest
     off = (half.double() - models[torch.float64]).abs()
     assert (off <= 2.0**-8 * models[torch.float64].abs() + 1e-5 * largest).all()
+
+
+@named
+def test_the_number_of_threads_changes_no_bit(rule: opt.Rule) -> None:
+    start, grads = np.float32(drawn(0, 300, 200)), [np.float32(drawn(t, 300, 200)) for t in (1, 2)]
+    before, found = opt.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            opt.set_num_threads(count)
+            state, x = opt.setup(rule, start), start
+            for g in grads:
+                state, x = opt.update(state, x, g)
+            found.append(x.tobytes())
+    finally:
+        opt.set_num_threads(before)
+
+    assert found[0] == found[1]
 
 
 # -- memory --------------------------------------------------------------------------------------------------

@@ -71,13 +71,13 @@ def averaged_squares(beta: Any, old: Any, square: Array, shape: tuple[int, ...],
 
 
 def over_root(y: Array, squares: Any, shape: tuple[int, ...], axes: Axes | None) -> Any:
-    """y over the root of second moments; of factors, v = rows columns / (mean of rows), as the product of two
-    roots, of which none vanishes where v would.
+    """y over the root of second moments; of factors, v = rows columns / (mean of rows), first by columns and
+    then by rows: their product may vanish where neither does, and would be as large as y.
     """
     if axes is None:
         return y / sqrt(squares)
     rows, columns = squares
-    return y / (sqrt(rows) * sqrt(columns / mean_along(rows, axes[0], shape)))
+    return y * sqrt(mean_along(rows, axes[0], shape) / columns) / sqrt(rows)
 
 
 def limited(u: Array, clip: Any) -> Any:
@@ -374,8 +374,8 @@ class AdamMini(Rule):
     def apply(self, state: AdamState, x: Array, dx: Array) -> Any:
         rows = mean(abs2(dx)) if self.blocks == "array" else self.by_output(abs2(dx), x.shape)
         state, m, v = moments(self.beta, state, dx, self.joined(rows, x.shape))
-        if not isinstance(self.blocks, str):  # 0 is added to each, to have as many as there are outputs
+        if not isinstance(self.blocks, str):  # as many as there are outputs
             outputs = self.outputs_of(x.shape)
-            nothing = minimum(ops.reshape(rows, (self.blocks, prod(outputs) // self.blocks)), 0)
-            v = ops.reshape(v + nothing, outputs)
+            each = ops.zeros((self.blocks, prod(outputs) // self.blocks), like=x)
+            v = ops.reshape(v + each, outputs)
         return state, self.eta * (m / (sqrt(v) + self.epsilon) + self.lam * x)
