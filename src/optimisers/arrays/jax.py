@@ -227,6 +227,17 @@ def _take(x: Array, index: Any, axis: int = -1) -> Array:
     return jnp.take_along_axis(x, jnp.broadcast_to(inside, wide), at)
 
 
+def _every(condition: Any, new: Callable[[], Any], old: Callable[[], Any]) -> Any:
+    if not isinstance(condition, Tracer):
+        return new() if condition else old()
+    olds = tuple(map(jnp.asarray, old()))
+
+    def computed() -> Any:
+        return tuple(jnp.asarray(v).astype(was.dtype) for v, was in zip(new(), olds, strict=True))
+
+    return jax.lax.cond(condition, computed, lambda: olds)
+
+
 def _made(like: Array, shape: Shape, dtype: Any, make: Callable[[], Array]) -> Any:
     """A new array, or what stands for it beside what stands for one."""
     if isinstance(like, jax.ShapeDtypeStruct):
@@ -246,6 +257,7 @@ OPERATIONS.update(
         "diagonal": lambda a: jnp.diagonal(a, axis1=-2, axis2=-1),
         "argsort": _argsort,
         "take": _take,
+        "every": _every,
         "zeros": lambda like, shape, dtype: _made(like, shape, dtype, lambda: jnp.zeros(shape, dtype)),
         "eye": lambda like, n, dtype: _made(like, (n, n), dtype, lambda: jnp.eye(n, dtype=dtype)),
     }

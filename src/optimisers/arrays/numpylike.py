@@ -198,6 +198,7 @@ def _matrices(xp: Any, found: dict[str, Callable[..., Any]]) -> dict[str, Callab
         "diagonal": lambda a: xp.diagonal(a, axis1=-2, axis2=-1),
         "argsort": functools.partial(_argsort, xp),
         "take": functools.partial(_take, xp),
+        "every": lambda condition, new, old: new() if condition else old(),
         "zeros": lambda _, shape, dtype: xp.zeros(shape, dtype),
         "eye": lambda _, n, dtype: xp.eye(n, dtype=dtype),
     }

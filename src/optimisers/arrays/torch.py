@@ -68,6 +68,14 @@ def is_traced(x: object) -> bool:
     )
 
 
+def every(condition: Any, new: Callable[[], Any], old: Callable[[], Any]) -> Any:
+    """One of two sides; both where a transform or the compiler looks at the condition."""
+    if not is_traced(condition):
+        return new() if condition else old()
+    sides = zip(new(), old(), strict=True)
+    return tuple(torch.where(condition, lift(v), lift(was)) for v, was in sides)
+
+
 @final
 class TorchScalars(Scalars):
     """Scalars in tensors."""
@@ -129,7 +137,7 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
 
     name = "torch"
     capturable = True
-    operations = OPERATIONS
+    operations = OPERATIONS | {"every": every}
     gradient_of = operator.attrgetter("grad")
     value_and_grad = staticmethod(value_and_grad)
     hessian_product = staticmethod(hessian_product)

@@ -41,6 +41,16 @@ _ALONG = {"argsort": -1, "take": -1}
 """Operations along an axis that is this one unless said."""
 
 
+def leaf_by_leaf(library: Library, e: Expr, args: Sequence[Any], count: int) -> Any:
+    """The same, one leaf after the other."""
+    operation, options = library.operations[e.op], dict(e.options)
+    found: list[Any] = []
+    for i in range(count):
+        own = [a[i] if np.ndim(a) else a for a in args]
+        found.append(operation(options["function"], *own) if e.op == "call" else operation(*own, **options))
+    return stack_of(library, found)
+
+
 def moved(axes: Any, rank: int) -> Any:
     """Axes of an array as they stand in a stack, all for None; None if they are not there."""
     if axes is None:
@@ -59,6 +69,11 @@ def raised(a: Any, rank: int) -> Any:
     return a.reshape(a.shape[0], *(1,) * missing, *a.shape[1:]) if missing > 0 else a
 
 
+def shaped(value: Any, rank: int) -> Any:
+    """A vector of numbers, one a leaf, as it stands beside stacks of arrays of this many axes."""
+    return value.reshape(value.shape[0], *(1,) * rank) if len(np.shape(value)) == 1 else value
+
+
 def stack_of(library: Library, arrays: Sequence[Any]) -> Any:
     """A stack of arrays of one shape; no copy of a single one. Of several results of an operation a stack
     each.
@@ -73,3 +88,8 @@ def stack_of(library: Library, arrays: Sequence[Any]) -> Any:
 def each(function: Callable[[Any], Any], value: Any) -> Any:
     """A function of a stack, or of each of the stacks of several results."""
     return tuple(map(function, value)) if isinstance(value, tuple) else function(value)
+
+
+def plain(x: Any) -> Any:
+    """An array that no gradient follows."""
+    return x.detach() if hasattr(x, "detach") else x

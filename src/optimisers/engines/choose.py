@@ -10,6 +10,7 @@ from optimisers.arrays.registry import TRITON, Plug
 from optimisers.engines import interpret
 from optimisers.engines.task import Engine
 from optimisers.errors import BadSetting
+from optimisers.graph.expr import order
 from optimisers.state.group import Group
 
 
@@ -112,5 +113,12 @@ def _captured(group: Group, wanted: str | None) -> Choice:
         raise BadSetting(
             f"capturable=True cannot run this model: {why}; it takes float16, bfloat16, float32 and float64 "
             "on a CUDA device, and the engine 'triton'"
+        )
+    nodes = order(group.program.roots, guards=True)
+    if group.program.choices and any(e.domain == "free" for e in nodes):
+        raise BadSetting(
+            f"capturable=True cannot run this model: {type(group.rule).__name__} computes with matrices at "
+            "some steps alone, and a captured graph leaves nothing out; leave capturable out, capture the "
+            "forward and the backward pass, and call update_ after each replay"
         )
     return Choice(engine_of(TRITON), ())

@@ -4,6 +4,8 @@ The interpreter, the operations of XLA and the functions that CuPy fuses are all
 the graph, the library knows its arrays, and whoever asks says where arrays and scalars come from.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 
 from optimisers.arrays.protocol import Library
 from optimisers.arrays.types import real_of
-from optimisers.graph.expr import Expr, order
+from optimisers.graph.expr import Expr, news_of, olds_of, order
 
 Values = dict[int, Any]
 """The value of each lowered node, by id."""
@@ -32,32 +34,66 @@ def evaluate(
     that are known already, and gets the new ones. `operation` gives the functions; that of random words
     knows how many elements they are for.
     """
-    found = {} if found is None else found
-    apply: Callable[[str], Callable[..., Any]] = operation or library.operations.__getitem__
     types = {"bool": np.dtype(bool), "real": real_of(library, wide), "complex": wide}
-    convert: Callable[[Any, Any], Any] = cast or library.cast
-    for e in order(roots, found):
-        args = [found[id(a)] for a in e.args]
+    apply: Callable[[str], Callable[..., Any]] = operation or library.operations.__getitem__
+    how = _Evaluation(library, types, given, apply, cast or library.cast, {} if found is None else found)
+    return how.values(roots)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Evaluation:
+    """What is found of a graph, and how."""
+
+    library: Library[Any, Any]
+    types: dict[str, Any]
+    given: Callable[[Expr], Any]
+    apply: Callable[[str], Callable[..., Any]]
+    cast: Callable[[Any, Any], Any]
+    found: Values
+
+    def values(self, roots: Iterable[Expr]) -> Values:
+        for e in order(roots, self.found, always=True):
+            self.found[id(e)] = self.chosen(e) if e.op == "every" else self.value(e)
+        return self.found
+
+    def value(self, e: Expr) -> Any:
+        """The value of a node whose arguments are known."""
+        args, dtype, options = [self.found[id(a)] for a in e.args], self.types[e.type], dict(e.options)
         match e.op:
             case "load":
-                found[id(e)] = convert(given(e), types[e.type])
+                found = self.cast(self.given(e), dtype)
             case "column":
-                found[id(e)] = given(e)
+                found = self.given(e)
             case "const":
-                found[id(e)] = constant(e, library, types[e.type])
+                found = constant(e, self.library, dtype)
             case "cast" if e.type == "bool":
-                found[id(e)] = args[0] != library.number(0, types[e.args[0].type])
+                found = args[0] != self.library.number(0, self.types[e.args[0].type])
             case "cast":
-                found[id(e)] = convert(args[0], types[e.type])
+                found = self.cast(args[0], dtype)
             case "spread" | "store":
-                found[id(e)] = args[0]
+                found = args[0]
             case "random_word" | "where" if e.domain != "scalar":  # which may know no type of their own
-                found[id(e)] = convert(apply(e.op)(*args, **dict(e.options)), types[e.type])
+                found = self.cast(self.apply(e.op)(*args, **options), dtype)
             case "call":
-                found[id(e)] = apply("call")(dict(e.options)["function"], *args)
+                found = self.apply("call")(options["function"], *args)
             case op:
-                found[id(e)] = apply(op)(*args, **dict(e.options))
-    return found
+                found = self.apply(op)(*args, **options)
+        return found
+
+    def chosen(self, e: Expr) -> Any:
+        """The results of a choice. New ones may be computed inside a transform, of which nothing is kept but
+        they: so their scalars are known before.
+        """
+        for column in order(news_of(e), self.found):
+            if column.op == "column":
+                self.found[id(column)] = self.given(column)
+        sides = [functools.partial(self.side, roots) for roots in (news_of(e), olds_of(e))]
+        return self.apply("every")(self.found[id(e.args[0])], *sides)
+
+    def side(self, roots: tuple[Expr, ...]) -> tuple[Any, ...]:
+        """The values of one side of a choice."""
+        inner = dataclasses.replace(self, found=dict(self.found)).values(roots)
+        return tuple(inner[id(e)] for e in roots)
 
 
 def constant(e: Expr, library: Any, dtype: Any) -> Any:

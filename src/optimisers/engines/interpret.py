@@ -33,6 +33,8 @@ class Values:
         self.wide = step.wide if wide is None else wide
         self.real = real_of(self.library, self.wide)
         self.found: dict[int, Any] = {}
+        if step.job.traced and step.program.choices:  # what a choice computes is traced once
+            self.found = step.found_traced.setdefault((leaf, self.wide), self.found)
         self.seen: list[Any] = []
 
     def get(self, e: Expr) -> Any:

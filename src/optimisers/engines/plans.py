@@ -19,6 +19,8 @@ from optimisers.state.group import Group
 
 PASSES = ("pass", "pass over rows")
 
+FACTORISATIONS = frozenset({"eigh", "qr", "svd", "cholesky", "solve_triangular"})
+
 
 @dataclasses.dataclass(frozen=True)
 class PlanStep:
@@ -41,6 +43,10 @@ class PlanStep:
     """Of all products and all leaves."""
     where: tuple[str, ...] = ()
     """The conditions without which it does not run."""
+    factorisations: tuple[str, ...] = ()
+    """Operations such as `eigh`, one for all leaves of a shape."""
+    sometimes: bool = False
+    """Whether it is what an `every` computes, for leaves of which the conditions hold."""
 
     def __str__(self) -> str:
         parts = [f"reads {', '.join(self.reads)}"] if self.reads else []
@@ -48,9 +54,10 @@ class PlanStep:
         parts += [counted(self.reductions, "reduction")] if self.reductions else []
         if self.products or self.flops:
             parts.append(f"{counted(self.products, 'product')} of matrices, {self.flops / 1e9:,.3f} Gflop")
+        parts += [f"{n} {name}" for name, n in Counter(self.factorisations).items()]
         parts.append(f"{counted(self.bytes, 'byte')} per parameter")
         only = f", only where {' and '.join(self.where)}" if self.where else ""
-        return f"{self.kind}: {'; '.join(parts)}{only}"
+        return f"{'every: ' * self.sometimes}{self.kind}: {'; '.join(parts)}{only}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,20 +140,28 @@ class _Writer:
         found: list[PlanStep] = []
         done: tuple[int, ...] = ()
         for level, stage in enumerate(stages(self.program)):
-            what = operations(self.program, level, None, done, self.rank)
-            if what is not None:
-                found, done = [*found, *self.round(what)], (*done, level)
+            rounds = operations(self.program, level, None, done, self.rank)
+            if rounds:
+                found, done = [*found, *self.rounds(rounds)], (*done, level)
             p = reduce_pass(self.program, level, (True,) * len(stage.reductions))
             if p is not None:
                 where = tuple(dict.fromkeys(show(g) for r in p.reductions for g in r.guard))
                 found.append(self.pass_over(p, where))
         holds = (True,) * len(self.program.guards)
-        what = operations(self.program, None, holds, done, self.rank)
-        if what is not None:
+        rounds = operations(self.program, None, holds, done, self.rank)
+        if rounds:
             idle = operations(self.program, None, tuple(not h for h in holds), done, self.rank)
-            found += self.round(what, self.guards if idle is None else ())
+            found += self.rounds(rounds, () if idle else self.guards)
         p = store_pass(self.program, holds)
         return found if p is None else [*found, self.pass_over(p)]
+
+    def rounds(self, rounds: Sequence[Round], where: tuple[str, ...] = ()) -> list[PlanStep]:
+        """The parts of rounds, one after the other; of one that only some steps need, with its conditions."""
+        found: list[PlanStep] = []
+        for what in rounds:
+            parts = self.round(what, (*where, *map(show, what.only)))
+            found += [dataclasses.replace(p, sometimes=bool(what.only)) for p in parts]
+        return found
 
     def round(self, what: Round, where: tuple[str, ...] = ()) -> list[PlanStep]:
         """The parts of array operations: sums that a pass takes, what a pass writes first, the rest."""
@@ -190,6 +205,7 @@ class _Writer:
             products,
             flops,
             where,
+            tuple(e.op for e in what.nodes if e.op in FACTORISATIONS for _ in self.shapes),
         )
 
     def pass_over(self, p: Pass, where: tuple[str, ...] = ()) -> PlanStep:

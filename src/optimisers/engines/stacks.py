@@ -10,14 +10,14 @@ array library cannot do on a stack it does leaf by leaf.
 import dataclasses
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.types import real_of
-from optimisers.engines.batched import batched, each, raised, stack_of
+from optimisers.engines.batched import batched, each, leaf_by_leaf, plain, raised, shaped, stack_of
 from optimisers.engines.task import Step
 from optimisers.engines.workspace import Batch, Bucket, Found, Workspace
 from optimisers.errors import TraceError
@@ -73,16 +73,24 @@ class Stacks:
     def addresses(self, e: Expr) -> Indices:
         """Where a value of each leaf lies, spread to the shape and layout of x; 0 where it is not known."""
         at = np.zeros(self.step.leaves, np.int64)
-        for found in self.found[id(e)]:
+        for found in self.known_of(e):
             if found.at is None:
                 found.at = self.spread(e, found)
             for bucket, _ in found.stacks:
                 at[bucket.leaves] = found.at[bucket.leaves]
         return at
 
+    def known_of(self, e: Expr) -> list[Found]:
+        """What is known of a value; of one of several results, where they are known."""
+        if e.op == "item" and id(e.args[0]) in self.found:
+            mine, index = self.found.setdefault(id(e), []), dict(e.options)["index"]
+            for whole in self.found[id(e.args[0])][len(mine) :]:
+                mine.append(Found([(bucket, stacks[index]) for bucket, stacks in whole.stacks]))
+        return self.found.get(id(e), [])
+
     def value(self, e: Expr, leaf: int) -> Any:
         """A value of one leaf."""
-        for found in self.found[id(e)]:
+        for found in self.known_of(e):
             for bucket, stack in found.stacks:
                 where = np.flatnonzero(bucket.leaves == leaf)
                 if len(where):
@@ -134,8 +142,35 @@ class Stacks:
 
     # -- a round --
 
-    def run(self, what: Round, members: Indices | None) -> None:
-        """Compute the values of a round, for some leaves (None for all)."""
+    def run(self, rounds: Sequence[Round], members: Indices | None) -> None:
+        """Compute the values of rounds, one after the other, for some leaves (None for all)."""
+        for what in rounds:
+            if what.chooses is not None:
+                self.choose(what, what.chooses, members)
+            elif not what.only or self.asked(what.only, members).any():
+                for e, stacks in zip(what.wanted, self.computed(what, members), strict=True):
+                    self.note(e, stacks)
+
+    def choose(self, what: Round, e: Expr, members: Indices | None) -> None:
+        """Take the new results of a choice where its condition holds, and else the old ones."""
+        assert what.otherwise is not None
+        holds = self.asked(what.only, members)
+        leaves = np.arange(self.step.leaves) if members is None else members
+        for side, chosen in ((what, holds), (what.otherwise, ~holds)):
+            if chosen.any():
+                found = self.computed(side, members if chosen.all() else leaves[chosen])
+                self.note(
+                    e, [(stacks[0][0], tuple(s for _, s in stacks)) for stacks in zip(*found, strict=True)]
+                )
+
+    def asked(self, only: Sequence[Expr], members: Indices | None) -> Any:
+        """Whether all of these conditions hold, of each leaf."""
+        self.scalars.fetch(only)
+        holds = np.all([self.scalars.of_leaves(c) for c in only], axis=0)
+        return holds if members is None else holds[members]
+
+    def computed(self, what: Round, members: Indices | None) -> list[list[tuple[Bucket, Any]]]:
+        """The wanted values of a round, each as stacks."""
         batch = self.batch(members)
         self.calls += 1
         if what.along:
@@ -147,8 +182,7 @@ class Stacks:
             stacks = [self.input(e, flats.get(j), bucket) for j, e in enumerate(what.inputs)]
             for at, stack in zip(held, self.bucket(what, bucket, stacks), strict=True):
                 at.append((bucket, stack))
-        for e, at in zip(what.wanted, held, strict=True):
-            self.note(e, at)
+        return held
 
     def note(self, e: Expr, stacks: list[tuple[Bucket, Any]]) -> None:
         """Keep a value of some leaves, for passes and later rounds."""
@@ -183,7 +217,7 @@ class Stacks:
     def input(self, e: Expr, flat: Any, bucket: Bucket) -> Any:
         """An input of a round for the leaves of a bucket; `flat` is what a pass wrote, if it did."""
         if flat is None:
-            return _plain(self.given(e.value, int(bucket.leaves[0])))[None]
+            return plain(self.given(e.value, int(bucket.leaves[0])))[None]
         stack = self.viewed(flat, bucket, bucket.offset)
         return stack != 0 if e.type == "bool" else stack
 
@@ -212,9 +246,10 @@ class Stacks:
         """The wanted values of a bucket, block by block."""
         todo = recipe(what, bucket.shape)
         n, each = len(bucket.leaves), max(1, math.prod(bucket.shape)) * self.real.itemsize
-        blocks = 1 if self.step.job.traced else -(-n // max(1, BLOCK // each))
+        still = n > 1 and not todo.operations  # what is known already is handed on
+        blocks = 1 if self.step.job.traced or still else -(-n // max(1, BLOCK // each))
         step = -(-n // blocks)
-        run = _Run(self, todo, what, bucket, n)
+        run = _Run(self, todo, what, bucket, n, still=still)
         for low in range(0, n, step):
             run.block(stacks, low, min(n, low + step))
         for r, parts in run.sums.items():
@@ -252,7 +287,9 @@ class _Vector:
 class _Run:
     """One bucket on its way through a recipe."""
 
-    def __init__(self, stacks: Stacks, todo: Recipe, what: Round, bucket: Bucket, n: int) -> None:
+    def __init__(
+        self, stacks: Stacks, todo: Recipe, what: Round, bucket: Bucket, n: int, *, still: bool
+    ) -> None:
         self.s, self.todo, self.what, self.bucket, self.n = stacks, todo, what, bucket, n
         self.library = stacks.library
         self.out: dict[int, Any] = {}
@@ -262,7 +299,7 @@ class _Run:
         }
         self.narrow: set[int] = set()
         """Values that may be of another type than that of the arithmetic."""
-        self.pure = stacks.step.job.traced or self.library.immutable
+        self.pure = still or stacks.step.job.traced or self.library.immutable
 
     def block(self, stacks: list[Any], low: int, high: int) -> None:
         self.low, self.high = low, high
@@ -295,8 +332,8 @@ class _Run:
     def old(self, e: Expr) -> Any:
         """A value of an earlier round, or an array of the state."""
         s, leaves = self.s, self.bucket.leaves[self.low : self.high]
-        if id(e) in s.found:
-            for f in s.found[id(e)]:
+        if known := s.known_of(e):
+            for f in known:
                 for bucket, stack in f.stacks:
                     if bucket is self.bucket:
                         return each(operator.itemgetter(slice(self.low, self.high)), stack)
@@ -413,13 +450,8 @@ class _Run:
         """The product of some scalars, shaped to multiply matrices in arrays of this many axes."""
         value: Any = float(sign)
         for e in scalars:
-            value = value * self.shaped(self.number(e), rank)
+            value = value * shaped(self.number(e), rank)
         return value
-
-    @staticmethod
-    def shaped(value: Any, rank: int) -> Any:
-        """A vector of numbers, one a matrix, as it stands beside stacks of arrays of this many axes."""
-        return value.reshape(value.shape[0], *(1,) * rank) if len(np.shape(value)) == 1 else value
 
     def applied(self, op: Operation, target: Any) -> Any:
         e, s = op.node, self.s
@@ -434,7 +466,7 @@ class _Run:
         if e.op in MADE:
             return self.made(e)
         found = batched(self.library, e, args)
-        return self.leaf_by_leaf(e, args) if found is None else found
+        return leaf_by_leaf(self.library, e, args, self.high - self.low) if found is None else found
 
     def made(self, e: Expr) -> Any:
         """The same new array for every leaf."""
@@ -445,7 +477,7 @@ class _Run:
     def elementwise(self, e: Expr, args: list[Any], target: Any) -> Any:
         numbers = [n.domain == "scalar" for n in e.args]
         rank = max(a.ndim - 1 for a, n in zip(args, numbers, strict=True) if not n and np.ndim(a) > 0)
-        args = [self.shaped(a, rank) if n else raised(a, rank) for a, n in zip(args, numbers, strict=True)]
+        args = [shaped(a, rank) if n else raised(a, rank) for a, n in zip(args, numbers, strict=True)]
         if e.op in ("add", "multiply"):
             args.sort(key=np.ndim, reverse=True)  # a number alone comes last
         if target is not None and e.op in self.library.into and self.are_plain(e, args):
@@ -457,16 +489,6 @@ class _Run:
         kinds = {a.dtype for a in args if np.ndim(a)}
         return np.ndim(args[0]) > 0 and kinds == {self.s.real} and all(n.type == "real" for n in e.args)
 
-    def leaf_by_leaf(self, e: Expr, args: list[Any]) -> Any:
-        operation, options = self.library.operations[e.op], dict(e.options)
-        found: list[Any] = []
-        for i in range(self.high - self.low):
-            own = [a[i] if np.ndim(a) else a for a in args]
-            found.append(
-                operation(options["function"], *own) if e.op == "call" else operation(*own, **options)
-            )
-        return stack_of(self.library, found)
-
     def reduce(self, op: Operation) -> None:
         """A reduction of every matrix to one number."""
         (o,) = op.args
@@ -475,8 +497,3 @@ class _Run:
             value = self.library.cast(value, self.s.real)
         found = self.library.operations[op.node.op](value.reshape(value.shape[0], -1), axis=1)
         self.sums.setdefault(id(op.node), []).append(found)
-
-
-def _plain(x: Any) -> Any:
-    """An array that no gradient follows."""
-    return x.detach() if hasattr(x, "detach") else x

@@ -153,6 +153,8 @@ class Step:
         self.level, self.reduced = 0, False
         self.work: Any = None
         """What the engine has made of the arrays."""
+        self.found_traced: dict[tuple[int, Any], dict[int, Any]] = {}
+        """The values of single leaves that the interpreter found in a type."""
         self.stores: list[Callable[[], None]] = []
         self.new: dict[int, Any] = {}
         """The new parameters of leaves, where they are other objects than the old."""

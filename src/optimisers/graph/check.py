@@ -68,7 +68,7 @@ def fault_of(e: Expr) -> str | None:
     if e.domain not in DOMAINS:
         return f"domain {e.domain}; a node is scalar, array or free"
     count = _ARGUMENTS.get(e.op, 1)
-    if e.op != "call" and len(e.args) != count:
+    if e.op not in ("call", "every") and len(e.args) != count:
         return f"{len(e.args)} arguments; {e.op} takes {count}"
     return _domain_fault(e) or _type_fault(e)
 
@@ -87,6 +87,7 @@ def _domain_fault(e: Expr) -> str | None:
     faults = {
         "shape": _shape_fault,
         "made": _shape_fault,
+        "choice": _shape_fault,
         "reduce": _reduction_fault,
         "random": _random_fault,
     }
@@ -132,7 +133,7 @@ def _type_fault(e: Expr) -> str | None:  # noqa: PLR0911 one a kind of node
         want = wanted(e, i)
         if not fits(have, want):
             return f"argument {i} is {have} where {want} goes: a cast is missing"
-    if e.op in LEAVES or e.op in ("call", "item", *MADE):
+    if e.op in LEAVES or e.op in ("call", "item", "every", *MADE):
         return None
     if e.op in _ORDERED and "complex" in types:
         return f"{e.op} of complex numbers"

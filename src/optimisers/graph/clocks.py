@@ -12,7 +12,7 @@ import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.errors import TraceError
-from optimisers.graph.symbol import Guard, Symbol, lift, make, merged
+from optimisers.graph.symbol import Guard, Symbol, lift, make, scoped
 from optimisers.rule import Rule
 from optimisers.settings import Value, parts, schedules
 
@@ -53,7 +53,7 @@ class Clocks:
 
     def here(self) -> tuple[int, Symbol]:
         """(number, symbol) of the clock of the scope."""
-        guard = merged((), ())
+        guard = scoped()
         if not guard:
             return UPDATES, self.updates
         key = tuple(sorted(id(g) for g in guard))

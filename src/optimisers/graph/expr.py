@@ -8,6 +8,8 @@ Grammar. A node is `op(arguments)`:
     <operation>   one of `OPERATIONS` (sum, max and min of a whole array give a scalar)
     random        random numbers of a kind, one an element of x, of (seed, step, leaf 0, leaf 1)
     total         the sum of a scalar over the leaves stepped together
+    every         several results: the new ones where a scalar condition holds, else the old ones
+    item          one of several results
 
 Domain: `scalar` (one number a leaf), `array` (one number an element of x), or `free` (an array of another
 shape, which the array library computes). Type: bool, real or complex. A node made under a condition (see
@@ -62,15 +64,30 @@ def is_full_reduction(e: Expr) -> bool:
     return e.op in _REDUCTIONS and e.domain == "scalar"
 
 
+def news_of(e: Expr) -> tuple[Expr, ...]:
+    """What an `every` gives where its condition holds."""
+    return e.args[1 : 1 + len(e.args) // 2]
+
+
+def olds_of(e: Expr) -> tuple[Expr, ...]:
+    """What it gives elsewhere."""
+    return e.args[1 + len(e.args) // 2 :]
+
+
 def order(
-    roots: Iterable[Expr], known: Iterable[int] = (), *, guards: bool = False, given: bool = False
+    roots: Iterable[Expr],
+    known: Iterable[int] = (),
+    *,
+    guards: bool = False,
+    given: bool = False,
+    always: bool = False,
 ) -> list[Expr]:
     """Every node below the roots, arguments first, but for those `known` by id and what lies below them
     alone.
 
     With `guards`, the conditions of reductions and totals count as their arguments; with `given`, their
-    values are given, and nothing below them is wanted. Without recursion, so that long chains do not
-    overflow.
+    values are given, and nothing below them is wanted; with `always`, what is computed at some steps alone is
+    left out. Without recursion, so that long chains do not overflow.
     """
     done = set(known)
     out: list[Expr] = []
@@ -82,7 +99,7 @@ def order(
         elif id(e) not in done:
             done.add(id(e))
             stack.append((e, True))
-            needs = e.args
+            needs = (e.args[0], *olds_of(e)) if always and e.op == "every" else e.args
             if is_full_reduction(e) or e.op == "total":
                 needs = () if given else (*e.args, *e.guard) if guards else e.args
             stack.extend((a, False) for a in reversed(needs) if id(a) not in done)

@@ -36,6 +36,9 @@ def wanted(e: Expr, i: int) -> str:
     """
     if e.op.startswith("logical") or (e.op == "where" and i == 0):
         return "bool"
+    if e.op == "every":
+        types = dict(e.options)["types"]
+        return "bool" if i == 0 else types[(i - 1) % len(types)]
     if e.op == "where" or e.op in _THROUGH:
         return e.type
     return "any" if e.op == "call" else "number"

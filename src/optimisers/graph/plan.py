@@ -15,8 +15,9 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 
 from optimisers.graph.cached import cached
-from optimisers.graph.expr import Expr, order
+from optimisers.graph.expr import Expr, news_of, olds_of, order
 from optimisers.graph.lower import Lowering, in_pass
+from optimisers.graph.parts import Part, below, parts, unconditional
 from optimisers.graph.passes import Outputs, Pass, outputs, pass_of, stages
 from optimisers.graph.trace import Program
 
@@ -39,6 +40,12 @@ class Round:
     """Where the pass that writes the inputs finds them lowered."""
     along: tuple[Expr, ...] = ()
     """Reductions along an axis of values of the shape of x, which a pass over rows takes first."""
+    only: tuple[Expr, ...] = ()
+    """The scalar conditions without which nobody reads what it computes; none where somebody always does."""
+    chooses: Expr | None = None
+    """The `every` whose new results are wanted here, of leaves for which the condition holds."""
+    otherwise: "Round | None" = None
+    """Where its old ones come from, of the others."""
 
 
 @cached
@@ -48,20 +55,33 @@ def operations(
     holds: tuple[bool, ...] | None = None,
     done: tuple[int, ...] = (),
     rank: int | None = None,
-) -> Round | None:
+) -> tuple[Round, ...]:
     """The array operations of a level, before its reductions are known; of None those before the last pass,
-    where the conditions of the program hold or not; None if there are none. What the levels `done` computed
-    is known already.
+    where the conditions of the program hold or not; one after the other, with those that only some steps need
+    apart. What the levels `done` computed is known already.
 
     `rank` is how many axes all arrays have, 0 if they differ, where passes go over rows; None where not.
     """
-    known = {id(e) for k in done for e in free_below(_needed_at(program, k).roots)}
+    known = {id(e) for k in done for e in unconditional(_needed_at(program, k).roots)}
     need = _needed_at_end(outputs(program, holds)) if level is None else _needed_at(program, level)
-    nodes = [e for e in free_below(need.roots) if id(e) not in known]
-    if not nodes and not need.reductions:
-        return None
-    read = need.read | ({} if level is None else _read_later(program, nodes, need.reductions))
-    return _round(nodes, need, read, program, rank)
+    readers = order(need.roots, given=True)
+    if level is not None:
+        readers = order([*program.roots, *program.guards], guards=True)
+    *before, last = parts(need.roots, known)
+    rounds = [_round_of(p, (), need, readers, program, rank) for p in before]
+    rounds.append(_round_of(last, need.reductions, need, readers, program, rank))
+    seen = known | {id(e) for e in unconditional(need.roots)}
+    for some in need.sometimes:
+        part = Part(tuple(below(some.roots, seen)), some.only)
+        rounds.append(_round_of(part, some.reductions, some, (), program, None))
+    return tuple(filter(_does_something, rounds))
+
+
+def _does_something(what: Round) -> bool:
+    """Whether a round computes, or keeps what others read."""
+    if what.wanted or what.along or what.reductions:
+        return True
+    return any(e.op not in ("input", "const") for e in what.nodes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,22 +91,34 @@ class _Need:
     roots: tuple[Expr, ...]
     read: dict[int, Expr]
     """Values that passes read, or that are stored."""
-    reductions: tuple[Expr, ...]
+    reductions: tuple[Expr, ...] = ()
+    sometimes: "tuple[_Need, ...]" = ()
+    """What is asked for under conditions."""
+    only: tuple[Expr, ...] = ()
+    """These conditions."""
 
 
 def _needed_at(program: Program, level: int) -> _Need:
-    chosen = stages(program)[level].reductions
-    free = tuple(r for r in chosen if r.args[0].domain == "free")
-    arrays = [r.args[0] for r in chosen if r.args[0].domain == "array"]
-    read = read_by(arrays)
-    return _Need((*(r.args[0] for r in free), *read.values()), read, free)
+    groups: dict[tuple[Expr, ...], list[Expr]] = {(): []}
+    for r in stages(program)[level].reductions:
+        only = tuple(g for g in r.guard if any(g is c for c in program.choices))
+        groups.setdefault(only, []).append(r)
+    always, *some = [_needed_by(reductions, only) for only, reductions in groups.items()]
+    inner = (e for e in order([e for each in some for e in each.roots], given=True) if e.op == "every")
+    return dataclasses.replace(always, roots=(*always.roots, *inner), sometimes=tuple(some))
+
+
+def _needed_by(reductions: Sequence[Expr], only: tuple[Expr, ...]) -> _Need:
+    free = tuple(r for r in reductions if r.args[0].domain == "free")
+    read = read_by(r.args[0] for r in reductions if r.args[0].domain == "array")
+    return _Need((*(r.args[0] for r in free), *read.values()), read, free, only=only)
 
 
 def _needed_at_end(out: Outputs) -> _Need:
     roots = [e for e in (*out.slots, out.x) if e is not None]
     read = read_by(e for e in roots if e.domain != "free")
     read |= {id(e): e for e in roots if e.domain == "free" and e.op != "input"}
-    return _Need(tuple(read.values()), read, ())
+    return _Need(tuple(read.values()), read)
 
 
 def read_by(roots: Iterable[Expr]) -> dict[int, Expr]:
@@ -106,35 +138,48 @@ def read_by(roots: Iterable[Expr]) -> dict[int, Expr]:
     return found
 
 
-def free_below(roots: Iterable[Expr]) -> list[Expr]:
-    """Every value of another shape below these, arguments first, scalars not looked into."""
-    return [e for e in order(roots, given=True) if e.domain == "free"]
-
-
-def _read_later(program: Program, nodes: Sequence[Expr], now: Sequence[Expr]) -> dict[int, Expr]:
-    """Those nodes that something else than themselves and the reductions of this level reads."""
-    mine = {id(e) for e in nodes} | {id(r) for r in now}
-    here = {id(e): e for e in nodes}
-    found: dict[int, Expr] = {}
-    for e in order([*program.roots, *program.guards], guards=True):
-        if id(e) not in mine:
-            found |= {id(a): a for a in e.args if id(a) in here}
-    return found | {id(e): e for e in program.new_slots if id(e) in here}
+def _round_of(
+    part: Part,
+    reductions: tuple[Expr, ...],
+    need: _Need,
+    readers: Sequence[Expr],
+    program: Program,
+    rank: int | None,
+) -> Round:
+    """A part as a round, which keeps what others read of it."""
+    if part.chooses is not None:
+        old = _round((), olds_of(part.chooses), (), program, None)
+        new = _round(part.nodes, news_of(part.chooses), (), program, None)
+        return dataclasses.replace(new, only=part.only, chooses=part.chooses, otherwise=old)
+    mine = {id(e) for e in (*part.nodes, *reductions)}
+    read = {id(a) for e in readers if id(e) not in mine for a in e.args} | need.read.keys()
+    wanted = tuple(e for e in part.nodes if id(e) in read)
+    return dataclasses.replace(_round(part.nodes, wanted, reductions, program, rank), only=part.only)
 
 
 def _round(
-    nodes: Sequence[Expr], need: _Need, read: Collection[int], program: Program, rank: int | None
+    nodes: Sequence[Expr],
+    wanted: Sequence[Expr],
+    reductions: tuple[Expr, ...],
+    program: Program,
+    rank: int | None,
 ) -> Round:
     """These nodes as one round."""
     along = () if rank is None else tuple(e for e in nodes if axis_of(e, rank))
     summed = set(map(id, along))
     rest = [e for e in nodes if id(e) not in summed]
-    arrays = {id(a): a for e in rest for a in e.args if a.domain == "array"}
+    inputs, scaled = _inputs((*(a for e in rest for a in e.args), *wanted))
+    kept = tuple(e for e in wanted if id(e) not in summed)
+    return Round(inputs, (*scaled, *rest), kept, reductions, program.lowering, along)
+
+
+def _inputs(read: Iterable[Expr]) -> tuple[tuple[Expr, ...], tuple[Expr, ...]]:
+    """(values of the shape of x that a pass writes, multiples of these) of what a round reads."""
+    arrays = {id(a): a for a in read if a.domain == "array"}
     scaled = {i: a for i, a in arrays.items() if _multiple_of(a, arrays)}
     inputs = tuple(a for i, a in arrays.items() if i not in scaled)
     assert not read_by(inputs)  # what products read is of their domain (see `turn.settled`)
-    wanted = tuple(filter(lambda e: id(e) in read, rest))
-    return Round(inputs, (*scaled.values(), *rest), wanted, need.reductions, program.lowering, along)
+    return inputs, tuple(scaled.values())
 
 
 def _multiple_of(e: Expr, others: Collection[int]) -> bool:

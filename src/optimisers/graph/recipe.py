@@ -306,7 +306,7 @@ class _Writer:
     def numbered(self) -> dict[int, Expr]:
         """The value of every number that is not one of the inputs alone."""
         nodes = (*self.what.nodes, *self.what.reductions)
-        by_id = {id(e): e for n in nodes for e in (n, *n.args)}
+        by_id = {id(e): e for n in nodes for e in (n, *n.args)} | {id(e): e for e in self.what.wanted}
         return {n: by_id[i] for i, n in self.numbers.items() if i in by_id}
 
     def sums(self) -> dict[int, _Sum]:

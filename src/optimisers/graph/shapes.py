@@ -118,6 +118,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "diagonal": lambda _, a: (*a[:-2], min(a[-2:])) if len(a) >= 2 else None,
     "argsort": lambda options, a: a if -len(a) <= options.get("axis", -1) < len(a) else None,
     "take": _taken,
+    "every": lambda _, __, *sides: sides[len(sides) // 2 :],
     "zeros": lambda options: options["shape"],
     "eye": lambda options: (options["n"], options["n"]),
 }
@@ -136,6 +137,16 @@ TAKES = {
     "take": "an axis that is there, and places along one axis",
 }
 """What an operation takes, for messages."""
+
+
+OPERANDS = {"matmul": 2, "solve_triangular": 2, "take": 2}
+"""How many arrays an operation of the array library takes; 1 unless it stands here."""
+
+SAID = {"reshape": ("shape",), "triu": ("k",), "argsort": ("axis",), "take": ("axis",)}
+"""What may stand after them."""
+
+RESULTS = {"eigh": ("real", "same"), "qr": ("same", "same"), "svd": ("same", "real", "same")}
+"""The types of several results."""
 
 
 def elements(shape: Any) -> int:

@@ -12,7 +12,7 @@ from optimisers import ops
 from optimisers.arrays import registry
 from optimisers.errors import ShapeError, TraceError
 from optimisers.graph.expr import Expr, Guard, Options, show
-from optimisers.graph.shapes import TAKES, shape_of
+from optimisers.graph.shapes import OPERANDS, RESULTS, SAID, TAKES, shape_of
 from optimisers.ops.dispatch import OPERATIONS, dispatch
 from optimisers.ops.primitives import ROUNDINGS
 from optimisers.ops.random import DRAWS
@@ -24,6 +24,10 @@ class Trace:
 
     def __init__(self) -> None:
         self.scope: list[Guard] = []
+        self.within: list[Guard] = []
+        """The conditions of `every` around what is traced now."""
+        self.choices: Any = None
+        """The `every` that were met."""
         self.checks: list[tuple[Expr, str, tuple[Expr, ...], Guard]] = []
         self.shape_read = False
         self.clocks: Any = None
@@ -225,6 +229,10 @@ class Symbol(Expr):
         return result
 
     @staticmethod
+    def __every__(condition: Any, compute: Callable[[], Any], olds: Any) -> Any:
+        return current().choices(condition, compute, olds)
+
+    @staticmethod
     def __clock__() -> "Symbol":
         return current().clocks.now()
 
@@ -322,25 +330,39 @@ _give_operators()
 
 
 @contextlib.contextmanager
-def scope(guard: Guard) -> Generator[None]:
-    trace = current()
-    trace.scope.append(guard)
+def _inside(guards: list[Guard], guard: Guard) -> Generator[None]:
+    guards.append(guard)
     try:
         yield
     finally:
-        trace.scope.pop()
+        guards.pop()
+
+
+def scope(guard: Guard) -> contextlib.AbstractContextManager[None]:
+    """What is made inside holds only with these conditions, and so does its clock."""
+    return _inside(current().scope, guard)
+
+
+def within(guard: Guard) -> contextlib.AbstractContextManager[None]:
+    """What is made inside is computed only with these conditions; its clock is that of what is around."""
+    return _inside(current().within, guard)
+
+
+def scoped() -> Guard:
+    """The conditions of the scope."""
+    trace = _current.get()
+    return _unique(g for guard in (trace.scope if trace else ()) for g in guard)
 
 
 def merged(first: Guard, second: Iterable[Expr]) -> Guard:
-    """Both guards and that of the scope, each condition once."""
+    """Both guards, that of the scope and what is around, each condition once."""
     trace = _current.get()
-    out: dict[int, Expr] = {id(g): g for g in first}
-    for g in second:
-        out.setdefault(id(g), g)
-    for guard in trace.scope if trace else ():
-        for g in guard:
-            out.setdefault(id(g), g)
-    return tuple(out.values())
+    around = [g for guard in trace.within for g in guard] if trace else []
+    return _unique((*first, *second, *scoped(), *around))
+
+
+def _unique(conditions: Iterable[Expr]) -> Guard:
+    return tuple({id(g): g for g in conditions}.values())
 
 
 # -- making nodes --------------------------------------------------------------------------------------------
@@ -395,8 +417,8 @@ def write(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
 
 def _shaped(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """The node of an operation that the array library computes; of several results one each."""
-    names = _SAID.get(name, ())
-    count = len(args) - len(names) if len(args) > _OPERANDS.get(name, 1) else len(args)
+    names = SAID.get(name, ())
+    count = len(args) - len(names) if len(args) > OPERANDS.get(name, 1) else len(args)
     chosen = dict(zip(names, args[count:], strict=False)) | options
     given = tuple(sorted((k, v) for k, v in chosen.items() if v is not None))
     found = make(name, tuple(lift(a) for a in args[:count]), domain="free", options=given)
@@ -404,23 +426,13 @@ def _shaped(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     if found.shape_ is None and name in TAKES and None not in operands:
         shapes = " and ".join(map(str, operands))
         raise ShapeError(f"{name}() of an array of shape {shapes}; it takes {TAKES[name]}")
-    if name not in _RESULTS:
+    if name not in RESULTS:
         return found
-    kinds = [found.type if kind == "same" else kind for kind in _RESULTS[name]]
+    kinds = [found.type if kind == "same" else kind for kind in RESULTS[name]]
     return tuple(
         make("item", (found,), domain="free", type=kind, options=(("index", i),))
         for i, kind in enumerate(kinds)
     )
-
-
-_OPERANDS = {"matmul": 2, "solve_triangular": 2, "take": 2}
-"""How many arrays an operation of the array library takes; 1 unless it stands here."""
-
-_SAID = {"reshape": ("shape",), "triu": ("k",), "argsort": ("axis",), "take": ("axis",)}
-"""What may stand after them."""
-
-_RESULTS = {"eigh": ("real", "same"), "qr": ("same", "same"), "svd": ("same", "real", "same")}
-"""The types of several results."""
 
 
 def reduced_type(name: str, x: Expr) -> str:

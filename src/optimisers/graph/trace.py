@@ -8,6 +8,7 @@ from typing import Any
 from optimisers.arrays import registry
 from optimisers.errors import TraceError
 from optimisers.graph.cached import cached
+from optimisers.graph.choices import Choices
 from optimisers.graph.clocks import Clocks
 from optimisers.graph.expr import GIVEN, Expr, Guard, order
 from optimisers.graph.lower import Lowering
@@ -58,6 +59,8 @@ class Program:
     checks: tuple[tuple[Expr, str, tuple[Expr, ...]], ...]
     guards: tuple[Expr, ...]
     """The scalar conditions of `when`."""
+    choices: tuple[Expr, ...]
+    """Those of `every`."""
     shape_read: bool
     """Whether the rule asked for the shape of its parameters: then the program serves that shape only."""
 
@@ -110,6 +113,7 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
         symbolic = fill(rule, iter(hypers))
         inputs = _inputs(dtype, shape, more)
         slots, names, symbols = _state_symbols(state, shape, len(hypers))
+        notes.choices = Choices()
         clocks = notes.clocks = Clocks(symbolic, len(hypers) + len(names))
         token = at_clock.set(clocks)
         try:
@@ -126,7 +130,7 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
         olds = [inputs[0], *symbols]
         outputs = [_guarded(e, old) for e, old in zip([new_x, *new], olds, strict=True)]
         outputs.append(_guarded(_change(inputs[0], dx), lift(0.0)))
-        (new_x, *new, change), conditions, checks = _cleaned(outputs, notes)
+        (new_x, *new, change), conditions, choices, checks = _cleaned(outputs, notes)
     return Program(
         title=repr(rule),
         template=unflatten(state, iter([_blank(v) for _, v in flatten(state)])),
@@ -141,6 +145,7 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
         new_counters=tuple(e for s, e in zip(symbols, new, strict=True) if s.op == "number"),
         checks=tuple(checks),
         guards=tuple(conditions),
+        choices=tuple(choices),
         shape_read=notes.shape_read or any(s.shape is not None for s in slots),
         type=kind,
     )
@@ -204,19 +209,28 @@ def _change(x: Symbol, dx: Any) -> Symbol:
 Check = tuple[Expr, str, tuple[Expr, ...]]
 
 
-def _cleaned(outputs: Sequence[Symbol], notes: Trace) -> tuple[list[Expr], list[Expr], list[Check]]:
-    """Outputs, the conditions of `when` on which they hang, and checks, as one simplified graph."""
-    checks = [
-        (make("logical_or", (make("logical_not", (_all(g),)), c)) if g else c, m, v)
-        for c, m, v, g in notes.checks
-    ]
-    conditions = unique(g for e in order([*outputs, *(c for c, _, _ in checks)]) for g in e.guard)
+def _cleaned(
+    outputs: Sequence[Symbol], notes: Trace
+) -> tuple[list[Expr], list[Expr], list[Expr], list[Check]]:
+    """Outputs, the conditions of `when` on which they hang, those of `every`, and checks, as one simplified
+    graph.
+    """
+    checks = [(_implied(g, c), m, v) for c, m, v, g in notes.checks]
+    chosen: dict[int, Expr] = {id(c): c for c in notes.choices.conditions}
+    guards = unique(g for e in order([*outputs, *(c for c, _, _ in checks)]) for g in e.guard)
+    conditions = [g for g in guards if id(g) not in chosen]
     cleaned, of = clean([*outputs, *conditions, *(e for c, _, v in checks for e in (c, *v))])
     return (
         cleaned[: len(outputs)],
         [of[id(c)] for c in conditions],
+        unique(of[i] for i in chosen if i in of),
         [(of[id(c)], m, tuple(of[id(e)] for e in v)) for c, m, v in checks],
     )
+
+
+def _implied(guard: Guard, condition: Expr) -> Expr:
+    """A condition that is asked for where a guard holds."""
+    return make("logical_or", (make("logical_not", (_all(guard),)), condition)) if guard else condition
 
 
 def _blank(value: Any) -> Any:

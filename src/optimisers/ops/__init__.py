@@ -88,6 +88,7 @@ from optimisers.ops.state import (
 from optimisers.ops.steps import (
     Becomes,
     check,
+    every,
     examples,
     loss,
     total,
@@ -117,6 +118,7 @@ __all__ = [
     "eigh",
     "ema",
     "equal",
+    "every",
     "examples",
     "exp",
     "expm1",

@@ -26,7 +26,7 @@ from optimisers.engines.memory import Spans
 from optimisers.engines.stacks import Stacks, Take, Workspace
 from optimisers.engines.task import Holds, Members, Step
 from optimisers.errors import BadState, TreeMismatch
-from optimisers.graph.expr import Expr
+from optimisers.graph.expr import Expr, olds_of
 from optimisers.graph.passes import Pass, draws, is_input, number_of, outputs, reduce_pass, store_pass
 from optimisers.graph.plan import operations
 from optimisers.graph.recipe import Shape
@@ -220,9 +220,7 @@ def reduce(
     found: dict[Expr, Any] = {}
     if others or (p is not None and p.free):
         stacks = stacks_of(step, launch)
-        what = operations(step.program, level, None, arrays.ran, arrays.tables.rank)
-        if what is not None:
-            stacks.run(what, None)
+        stacks.run(operations(step.program, level, None, arrays.ran, arrays.tables.rank), None)
         arrays.ran = (*arrays.ran, level)
         found.update((r, stacked(step, stacks.reduced(r))) for r in others)
     if p is not None:
@@ -307,18 +305,29 @@ def prepared(step: Step, holds: Holds, members: Members, launch: Callable[..., N
     arrays: Arrays = step.work
     out, p = outputs(step.program, holds), store_pass(step.program, holds)
     other: list[tuple[int, int, Any]] = []
-    what = operations(step.program, None, holds, arrays.ran, arrays.tables.rank)
-    if what is not None:
-        stacks_of(step, launch).run(what, members)
+    rounds = operations(step.program, None, holds, arrays.ran, arrays.tables.rank)
+    if rounds:
+        stacks_of(step, launch).run(rounds, members)
     for j, (spec, e, slot) in enumerate(zip(step.program.slots, out.slots, step.slots, strict=True)):
         if spec.shape is not None and not is_input(e, spec.name):
-            for k in every(step, members):
+            for k in changing(step, spec.name, e, members):
                 if e.domain == "free" and e.op != "input":
                     value = stacks_of(step, launch).value(e, k)
                 else:
                     value = step.library.duplicate(Values(step, k).get(e))
                 other.append((j, k, step.fitting(value, slot.places.shapes[k], k, "a state")))
     return Last(p, members, other)
+
+
+def changing(step: Step, name: str, e: Expr, members: Members) -> list[int]:
+    """The leaves for which a state array has a new value, as far as conditions tell."""
+    leaves = every(step, members)
+    choice = e.args[0] if e.op == "item" else e
+    if choice.op != "every" or not is_input(olds_of(choice)[dict(e.options)["index"]], name):
+        return leaves
+    step.scalars.fetch([choice.args[0]])
+    holds = step.scalars.of_leaves(choice.args[0])
+    return [k for k in leaves if holds[k]]
 
 
 def store(step: Step, last: Last, launch: Callable[..., None]) -> None:

@@ -68,7 +68,8 @@ def prepare(step: Step, holds: Holds, members: Members) -> Callable[[], None] | 
     p = store_pass(step.program, holds)
     if p is None or members is not None or not takes(step, p):
         return None
-    what = operations(step.program, None, holds)
+    rounds = operations(step.program, None, holds)
+    what = rounds[0] if rounds else None
     found: list[tuple[Bundles, dict[str, list[Any]]]] = []
     for part in _calls(units(step)):
         among = Together(step, [i for unit in part for i in unit])
@@ -93,7 +94,7 @@ def where_asked(
     one it is not read; else 0.
     """
     guards = step.program.guards
-    if not guards or operations(step.program, None, (False,) * len(guards)) is not None:
+    if not guards or operations(step.program, None, (False,) * len(guards)):
         return compute()
     asked = [jnp.any(step.scalars.of_leaves(g)[np.array(among.leaves)]) for g in guards]
     among.ahead(what)
@@ -111,7 +112,7 @@ def takes(step: Step, p: Pass) -> bool:
     """Whether a pass can be evaluated element by element on whole buckets of this step."""
     slots = all(s.shape is None for s in step.program.slots)
     whole = all(_held(slot) == len(slot) for slot in step.slots)
-    return slots and whole and (not p.free or step.kind.kernels)
+    return slots and whole and not step.program.choices and (not p.free or step.kind.kernels)
 
 
 def calls_kernels(step: Step) -> bool:
