@@ -9,7 +9,7 @@ once, when it is imported.
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -48,8 +48,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if id(item) in chosen]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected stays: it is looked through once, when all is there."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
-    """What frameworks and collected tests have made stays: nobody need look through it for what is gone."""
+    """Nobody need look again through what stays for what is gone."""
     gc.collect()
     gc.freeze()
 

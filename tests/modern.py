@@ -26,7 +26,9 @@ CASES: list[dict[str, Any]] = json.loads(
 )
 
 
-def run(case: Mapping[str, Any], library: str) -> "tuple[list[list[Any]], list[list[Any]] | None] | str":
+def run(
+    case: Mapping[str, Any], library: str, engine: str | None = None
+) -> "tuple[list[list[Any]], list[list[Any]] | None] | str":
     """(parameters after each step, those to evaluate with after each step or None where they are the same),
     as NumPy arrays; or why our rules do not walk this case.
     """
@@ -34,7 +36,7 @@ def run(case: Mapping[str, Any], library: str) -> "tuple[list[list[Any]], list[l
     if isinstance(rule, str):
         return rule
     with precise(library):
-        return walked(rule, case, FACES[library])
+        return walked(rule, case, FACES[library], engine)
 
 
 def chosen(case: Mapping[str, Any]) -> Any:
@@ -46,7 +48,7 @@ def chosen(case: Mapping[str, Any]) -> Any:
 
 
 def walked(
-    rule: Any, case: Mapping[str, Any], face: "Face"
+    rule: Any, case: Mapping[str, Any], face: "Face", engine: str | None
 ) -> "tuple[list[list[Any]], list[list[Any]] | None]":
     """The same, by one rule in one library."""
     dtype = case.get("dtype", "float64")
@@ -56,7 +58,7 @@ def walked(
         return dict(zip(names, (face.array(np.array(v, dtype)) for v in values), strict=True))
 
     model = tree(case["x0"])
-    state, step = opt.setup(rule, model), face.step()
+    state, step = opt.setup(rule, model, engine=engine), face.step()
     further = hessians(case)
     xs: list[list[Any]] = []
     evaluated: list[list[Any]] = []

@@ -58,6 +58,7 @@ def test_an_epoch_has_every_digit_once_in_the_order_of_its_seed() -> None:
     assert np.sort(first).tolist() == np.sort(data.train_y).tolist()
 
 
+@pytest.mark.slow
 def test_every_rule_learns_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = demo.run(epochs=4, picture=tmp_path / "demo.png")
     said = capsys.readouterr().out

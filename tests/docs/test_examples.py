@@ -40,6 +40,7 @@ def test_lbfgs_fits_the_sine() -> None:
     assert example("02_lbfgs").main() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_solver_for_whole_vectors_fits_the_sine() -> None:
     assert example("05_whole_vector").main() < 1e-6
 

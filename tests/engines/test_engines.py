@@ -593,6 +593,7 @@ sys.exit(0 if right and os.waitstatus_to_exitcode(status) == 0 else 1)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="this system has no fork")
 def test_a_forked_child_takes_a_step() -> None:
     """After the threads of its parent have started, none of which it has."""

@@ -359,6 +359,7 @@ def test_what_is_kept_stays_as_it_was() -> None:
     agree(have, seen.before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", [SHAPES, [(1000, 600), (5,)]], ids=["small", "large"])
 def test_eight_threads_may_step_at_once(shapes: list[tuple[int, ...]]) -> None:
     seen = steps(RULE, shapes)
@@ -446,6 +447,7 @@ def with_one_thread() -> None:
     sys.stdout.write(f"{ffi.available()}")
 
 
+@pytest.mark.slow
 def test_a_computation_without_threads_is_stepped_by_its_caller() -> None:
     assert fresh("with_one_thread", XLA_FLAGS="--xla_cpu_multi_thread_eigen=false") == "True"
 
@@ -667,6 +669,7 @@ def show_available() -> None:
     sys.stdout.write(f"{ffi.available()}")
 
 
+@pytest.mark.slow
 def test_without_compilation_there_are_no_kernels() -> None:
     assert fresh("show_available", NUMBA_DISABLE_JIT="1") == "False"
 

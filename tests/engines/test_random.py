@@ -213,6 +213,7 @@ def test_sums_over_rows_see_the_numbers_that_the_step_sees() -> None:
         assert np.abs(stepped(Rows(4), x, engine=engine) - wanted).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_packed_state_and_jit_and_vmap_draw_what_numpy_draws() -> None:
     jax = pytest.importorskip("jax")
     model = {k: jax.numpy.zeros(shape) for k, shape in SHAPES.items()}
@@ -275,6 +276,7 @@ for how, part in ((Shard(0), np.s_[3:]), (Shard(1), np.s_[:, 2:]), (Replicate(),
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "library"), [(SHARDED, "jax"), (DISTRIBUTED, "torch")])
 def test_every_shard_has_the_numbers_of_its_place_in_the_whole(program: str, library: str) -> None:
     pytest.importorskip(library)

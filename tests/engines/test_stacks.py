@@ -309,6 +309,7 @@ def primitives(traced: Any, *, inside: bool) -> Any:
                         yield from primitives(inner, inside=inside)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [True, False])
 def test_under_jit_products_run_only_in_steps_that_take_them(
     fast: bool, monkeypatch: pytest.MonkeyPatch

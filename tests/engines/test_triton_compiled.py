@@ -178,8 +178,8 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "float32": Way("float32", "float32", ARCHITECTURES, names=()),
-    "bfloat16": Way("bfloat16", "bfloat16", ARCHITECTURES, names=()),
+    "float32": Way("float32", "float32", (80,), names=()),
+    "bfloat16": Way("bfloat16", "bfloat16", (90,), names=()),
     "float16": Way("float16", "float16", (80,)),
     "float64": Way("float64", "float64", (90,)),
     "gradients of another type": Way("bfloat16", "float32", (80,)),

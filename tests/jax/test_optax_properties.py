@@ -138,6 +138,7 @@ def test_updates_have_the_type_of_parameters_for_every_rule(dtype: str) -> None:
 WRAPPERS = ("a group", "apply_if_finite", "MultiSteps")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "wrapper"),
     [

@@ -29,9 +29,9 @@ LAST = list({case["rule"]: case for case in WALKED}.values())
 """One case of each rule, with settings of its own."""
 
 
-def follows(case: Case, library: str) -> None:
+def follows(case: Case, library: str, engine: str | None = None) -> None:
     """The parameters after every step, and those to evaluate with, to 1e-10 of the largest move."""
-    answer = modern.run(case, library)
+    answer = modern.run(case, library, engine)
     assert not isinstance(answer, str)
     tolerance = 1e-10 if case["dtype"] == "float64" else 1e-5
     moved = [np.subtract(x, x0) for xs in case["xs"] for x, x0 in zip(xs, case["x0"], strict=True)]
@@ -44,9 +44,17 @@ def follows(case: Case, library: str) -> None:
                 assert np.abs(x - np.array(y)).max(initial=0) <= tolerance * largest
 
 
-@pytest.mark.parametrize("case", WALKED, ids=title)
-def test_numpy_walks_the_paths_of_the_packages(case: Case) -> None:
-    follows(case, "numpy")
+@pytest.mark.parametrize(
+    ("case", "engine"),
+    [
+        pytest.param(case, engine, id=f"{title(case)}-{engine or 'fastest'}")
+        for i, case in enumerate(WALKED)
+        for engine in [None if i % 2 or case in LAST else "interpret"]
+    ],
+)
+def test_numpy_walks_the_paths_of_the_packages(case: Case, engine: str | None) -> None:
+    """By kernels at least once for each rule, and else by turns: every case is a kernel to compile."""
+    follows(case, "numpy", engine)
 
 
 @pytest.mark.parametrize("library", ["torch", "jax"])
@@ -116,8 +124,8 @@ def test_kernels_step_as_the_interpreter_does(row: Row, dtype: str) -> None:
 
 @every_row
 def test_kernels_of_triton_step_as_the_interpreter_does(row: Row) -> None:
-    pytest.importorskip("triton")
     """With numbers on the host and on the device by turns."""
+    pytest.importorskip("triton")
     _, wanted = of(row, "float32", opt.update_, "interpret", np.array)
     model = [tensor(a) for a in arrays_of(row, "float32")]
     state = opt.setup(row.rule, model, engine="triton", capturable=MODERN.index(row) % 2 == 1)

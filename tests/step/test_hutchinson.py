@@ -72,6 +72,7 @@ def net(model: Any, x: Any, y: Any, tanh: Any) -> Any:
     return ((tanh(x @ model["w"] + model["b"]).sum(1) * model["s"] - y) ** 2).mean()
 
 
+@pytest.mark.slow
 def test_in_the_mean_it_is_the_diagonal_of_the_hessian_of_a_net() -> None:
     rng = np.random.default_rng(5)
     data, model = (rng.standard_normal((20, 2)), rng.standard_normal(20)), plain()

@@ -1961,12 +1961,14 @@ def test_a_model_in_shards_goes_the_way_of_a_whole_one(
     torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_model_in_shards_goes_on_from_a_distributed_checkpoint(rank: int, two_processes: Path) -> None:
     found = found_by(rank, "resumed", two_processes)
     torch.testing.assert_close(found["resumed"], found["whole"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_state_gathered_from_shards_goes_on_in_one_process(two_processes: Path) -> None:
     from torch.distributed.checkpoint import state_dict as dcp
 
