@@ -93,9 +93,12 @@ class Entries(dict[str, Any]):
             self.hidden[name] = value
 
     def whole(self) -> dict[str, Any]:
-        """All entries as a plain dict."""
-        found = {**self.hidden, **self}
-        return found if self.home is None else self.home[0].followed(self.home[1], found)
+        """All entries as a plain dict, as they were left; counters follow a step that was written."""
+        return self.settled() if self.home is None else self.home[0].followed(self.home[1], self.settled())
+
+    def settled(self) -> dict[str, Any]:
+        """All entries as a plain dict, where nothing was written that is not followed yet."""
+        return {**self.hidden, **self}
 
     def _own(self, key: str) -> str:
         """The key of an entry, by whatever name."""

@@ -23,7 +23,7 @@ from optimisers.step.layers import LayerDecay
 from optimisers.step.update import takes_scaling, update_listed
 from optimisers.torch.classes import HOW, plain
 from optimisers.torch.convert import as_ours
-from optimisers.torch.entries import plain as entries_plainly
+from optimisers.torch.entries import Entries
 from optimisers.torch.given import gradients, second_gradients
 from optimisers.torch.groups import (
     ASKING,
@@ -359,7 +359,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             for group, saved in zip(self.param_groups, packed["param_groups"], strict=True)
             for p, n in zip(group["params"], saved["params"], strict=True)
         }
-        state = {key: entries_plainly(entries) for key, entries in packed["state"].items()}
+        state = {k: e.settled() if isinstance(e, Entries) else e for k, e in packed["state"].items()}
         for p, (own, frozen, _) in self._keeper.own.items():
             if own is not None and number[p] in state:
                 state[number[p]]["settings"] = torch.tensor(numbers(own), dtype=torch.float64)
