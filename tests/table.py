@@ -150,6 +150,8 @@ class Row:
     """The engine of complex parameters."""
     passes: int = 1
     """How often a step reads through memory, for real parameters."""
+    captured: bool = True
+    """Whether its steps may be captured: they all do the same."""
 
     def takes(self, dtype: str) -> bool:
         return dtype in self.types
@@ -326,6 +328,8 @@ MODERN: tuple[Row, ...] = (
     Row("SM3", opt.SM3(0.05, 0.8, 1e-3), passes=2),
     Row("AdamMini", opt.AdamMini(0.05, (0.8, 0.95), 0.1, 1e-3), passes=2),
     Row("AdamMini-rows", opt.AdamMini(0.05, (0.8, 0.95), 0.1, 1e-3, "rows"), passes=2),
+    Row("APOLLO", opt.APOLLO(0.05, (0.8, 0.95), 0.1, 1e-3, rank=2, every=2), passes=4, captured=False),
+    Row("APOLLO-mini", opt.APOLLO(0.05, scale=9.0, rank=1, per="array"), passes=4, captured=False),
     Row("Adafactor-torch", opt.TorchAdafactor(0.5, -0.6, 1.5, 0.1, 0.5, 1e-3), passes=3),
     Row("Prodigy-plain", opt.Prodigy(d0=0.001, lam=0.1, couple=True, growth=1.5), types=REAL, passes=2),
     Row("DAdaptAdam", opt.DAdaptAdam(0.7, (0.8, 0.95), 0.1, d0=0.01, debias=True), types=REAL, passes=2),

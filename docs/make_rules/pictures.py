@@ -152,6 +152,7 @@ PATHS: dict[str, Drawn] = {
     "NorMuon": Drawn(opt.NorMuon(opt.Linear(0.1, 0.0, STEPS), 0.9), matrix=True),
     "AdaMuon": Drawn(opt.AdaMuon(opt.Linear(0.2, 0.0, STEPS)), matrix=True),
     "Scion": Drawn(opt.Scion(opt.Linear(0.1, 0.0, STEPS), 1.0, constrained=False), matrix=True),
+    "APOLLO": Drawn(opt.APOLLO(0.1, rank=1, every=10), matrix=True),
     "Adafactor": Drawn(opt.Adafactor(0.5)),
     "TorchAdafactor": Drawn(opt.TorchAdafactor(0.5)),
     "CAME": Drawn(opt.CAME(0.1)),

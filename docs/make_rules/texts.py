@@ -41,6 +41,10 @@ FAMILIES = {
         "Little memory",
         "Second moments are kept for rows and columns, for axes or for blocks, not for every element.",
     ),
+    "sketched": (
+        "Random directions",
+        "What a rule learns of a matrix, it learns of its projection on a few random directions.",
+    ),
     "momenta": (
         "Other momenta",
         "Adam's frame, with a momentum that looks ahead, remembers longer, or comes after the scaling.",
@@ -245,6 +249,11 @@ WHEN = {
         "For a whole model with one rate, which carries over from narrow models to wide ones: hidden layers "
         'by `Scion(rho=50)`, heads by `Scion(rho=3000, norm="sign")`. Half of Adam\'s state.'
     ),
+    "APOLLO": (
+        "For language models, at ten times the rate of AdamW, where the state must be small and a factored "
+        "one is too rough: `rank=256` up to a billion parameters, or one number a matrix by "
+        '`APOLLO(rank=1, scale=128.0, per="array")`. Embeddings, heads and vectors go to AdamW.'
+    ),
     "Adafactor": (
         "Where the state of Adam does not fit: it keeps a row and a column for each matrix. With a rate and "
         "a schedule of your own write `relative=False, scaled=False`; with Adam's rates also `rho=0.9`."
@@ -361,6 +370,7 @@ EXAMPLES: dict[str, Callable[[], opt.Rule]] = {
     "NorMuon": lambda: opt.NorMuon(steps=1),
     "AdaMuon": lambda: opt.AdaMuon(steps=1),
     "Scion": lambda: opt.Scion(steps=1),
+    "APOLLO": lambda: opt.APOLLO(rank=4),
     "Chain": lambda: opt.Chain(opt.ClipNorm(1.0), opt.WeightDecay(), opt.Momentum()),
     "MixedPrecision": lambda: opt.MixedPrecision(opt.Momentum()),
     "SplitPrecision": lambda: opt.SplitPrecision(opt.Momentum()),
@@ -387,7 +397,7 @@ HANDS_ON = ("AccumGrad", "AddNoise", "PrivateAggregate")
 """Rules outside the family gradient whose answer is not meant as a step."""
 
 
-OF_MATRICES = ("matrix", "factored")
+OF_MATRICES = ("matrix", "factored", "sketched")
 """Families that are shown for a matrix."""
 
 

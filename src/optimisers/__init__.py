@@ -89,6 +89,7 @@ from optimisers.rules.projected import SGDP, AdamP
 from optimisers.rules.rateless import DAdaptAdam, DAdaptLion, DAdaptSGD, DoG, DoWG, LDoG, Prodigy
 from optimisers.rules.scaled import FTRL, MADGRAD, AdamAtan2, StableAdamW, Yogi
 from optimisers.rules.sign import Grams, Lion, SignDescent, Signum
+from optimisers.rules.sketched import APOLLO
 from optimisers.rules.trust import LAMB, LARS, NovoGrad
 from optimisers.rules.variance import MARS, MARSLion
 from optimisers.schedules import (
@@ -147,6 +148,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "ADOPT",
     "AMSGrad",
+    "APOLLO",
     "ASGD",
     "AccumGrad",
     "AdEMAMix",

@@ -46,6 +46,7 @@ OF_CONSTRUCTORS = {
     "total_iters": "steps",
     "total_steps": "steps",
     "transition_steps": "steps",
+    "update_proj_gap": "every",
     "warmup_steps": "warmup",
     "T_0": "steps",
     "T_max": "steps",

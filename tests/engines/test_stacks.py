@@ -155,6 +155,27 @@ def test_state_of_another_shape_is_stacked(name: str) -> None:
             np.testing.assert_allclose(back(leaf.state[0]), c, rtol=1e-12)
 
 
+class Kept(opt.Rule):
+    """State of another shape that nothing reads but a reduction, and that is stored at the end."""
+
+    def init(self, x: Any) -> Any:
+        return opt.ops.sum(x, axis=-1) * 0
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        sums = opt.ops.sum(dx @ opt.ops.transpose(dx), axis=-1)
+        return sums, dx * opt.ops.sum(sums)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_state_that_a_reduction_alone_reads_is_stored(name: str) -> None:
+    to, back = library(name, "float64")
+    x, g = to(np.zeros((3, 4))), np.random.default_rng(3).standard_normal((3, 4))
+    state, x = opt.update(opt.setup(Kept(), x), x, to(g))
+
+    np.testing.assert_allclose(back(state.state), (g @ g.T).sum(1), rtol=1e-12)
+    np.testing.assert_allclose(back(x), -g * (g @ g.T).sum(), rtol=1e-12)
+
+
 @pytest.mark.parametrize("engine", [None, "interpret"])
 def test_leaves_of_other_rows_frozen_ones_and_those_without_gradients(engine: str | None) -> None:
     rng, rule = np.random.default_rng(3), Muon()

@@ -85,6 +85,13 @@ def stack_of(library: Library, arrays: Sequence[Any]) -> Any:
     return library.stack(arrays)
 
 
+def written(library: Library, value: Any, like: Any, dtype: Any) -> Any:
+    """An array that a rule has written; one of NumPy's as one of this library beside `like`, of this type."""
+    if not isinstance(value, np.ndarray) or library.name == "numpy":
+        return value
+    return library.scalars.constant(value, library.operations["zeros"](like, dtype=dtype, shape=(0,)))
+
+
 def each(function: Callable[[Any], Any], value: Any) -> Any:
     """A function of a stack, or of each of the stacks of several results."""
     return tuple(map(function, value)) if isinstance(value, tuple) else function(value)

@@ -17,7 +17,7 @@ import numpy as np
 
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.types import real_of
-from optimisers.engines.batched import batched, each, leaf_by_leaf, plain, raised, shaped, stack_of
+from optimisers.engines.batched import batched, each, leaf_by_leaf, plain, raised, shaped, stack_of, written
 from optimisers.engines.task import Step
 from optimisers.engines.workspace import Batch, Bucket, Found, Workspace
 from optimisers.errors import TraceError
@@ -397,7 +397,8 @@ class _Run:
         if o.scalar is not None:
             return self.number(o.scalar)
         if o.constant is not None:
-            value = stack_of(self.library, [o.constant.value] * (self.high - self.low))
+            one = written(self.library, o.constant.value, self.s.step.xs[0], self.s.real)
+            value = stack_of(self.library, [one] * (self.high - self.low))
         else:
             value = self.values[o.value]
         if kind is not None or o.value in self.narrow:

@@ -153,6 +153,7 @@ def _round_of(
         return dataclasses.replace(new, only=part.only, chooses=part.chooses, otherwise=old)
     mine = {id(e) for e in (*part.nodes, *reductions)}
     read = {id(a) for e in readers if id(e) not in mine for a in e.args} | need.read.keys()
+    read |= set(map(id, program.new_slots))
     wanted = tuple(e for e in part.nodes if id(e) in read)
     return dataclasses.replace(_round(part.nodes, wanted, reductions, program, rank), only=part.only)
 

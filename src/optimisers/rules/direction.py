@@ -131,6 +131,13 @@ class GrowthState(NamedTuple):
     """The norm of what went on at the step before; 0 before the first."""
 
 
+def grown(omega: float, before: float, dx: Array) -> tuple[Any, Any]:
+    """(the norm of what goes on, dx scaled to it): at most omega times the norm of the step before."""
+    size, most = norm(dx), omega * before
+    over = (size > most) & (before > 1e-7)
+    return where(over, most, size), dx * where(over, most / where(over, size, 1), 1)
+
+
 class NormGrowthCap(Rule):
     """Lets the norm of an array's gradient grow by the factor omega a step at most.
 
@@ -148,10 +155,8 @@ class NormGrowthCap(Rule):
         return GrowthState(0.0)
 
     def apply(self, state: GrowthState, x: Array, dx: Array) -> Any:
-        size = norm(dx)
-        most = self.omega * state.size
-        over = (size > most) & (state.size > 1e-7)
-        return GrowthState(where(over, most, size)), dx * where(over, most / where(over, size, 1), 1)
+        size, dx = grown(self.omega, state.size, dx)
+        return GrowthState(size), dx
 
 
 class GrokFastState(NamedTuple):
