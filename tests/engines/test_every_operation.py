@@ -28,7 +28,7 @@ from tests.operations import (
     same_bits,
 )
 from tests.table import DTYPES, REAL, dtype_of
-from tests.worlds import WORLDS, World, worlds
+from tests.worlds import WORLDS, World, by_engine, worlds, worlds_with
 
 PLACES = [w for w in WORLDS if w.step is opt.update_]
 """What an operation gives does not depend on where the step writes; the store does."""
@@ -146,8 +146,7 @@ def test_all_65536_halves_are_widened_as_numpy_widens_them(world: World, dtype: 
     same_bits(got, every.astype(np.float32))
 
 
-@worlds(*(w for w in WORLDS if not w.capturable))
-@pytest.mark.parametrize("dtype", HALVES)
+@worlds_with("dtype", {t: t for t in HALVES}, *by_engine([w for w in WORLDS if not w.capturable]))
 def test_the_store_rounds_to_halves_as_numpy_rounds(world: World, dtype: str) -> None:
     """To the nearest, ties to even; NaN stays NaN."""
     values = hard_to_round(dtype)

@@ -105,7 +105,9 @@ def of(row: Row, dtype: str, step: Callable[..., Any], engine: str | None, make:
     ],
 )
 def test_kernels_step_as_the_interpreter_does(row: Row, dtype: str) -> None:
-    """Halves and complex numbers by turns."""
+    """Halves and complex numbers by turns; and where a pass writes is printed alike for all rows: new arrays
+    of every other one, and of all with sums.
+    """
     if not row.takes("complex64"):
         with pytest.raises((opt.TraceError, opt.BadSetting)):
             of(row, "complex64", opt.update, "interpret", np.array)
@@ -115,11 +117,13 @@ def test_kernels_step_as_the_interpreter_does(row: Row, dtype: str) -> None:
 
     assert all(close(a, b, dtype) for a, b in zip(inplace, wanted, strict=True))
     if dtype == "float32":
-        _, pure = of(row, dtype, opt.update, None, np.array)
         _, tensors = of(row, dtype, opt.update_, None, tensor)
 
-        assert [bits(x) for x in pure] == [bits(x) for x in inplace]
         assert all(close(array(a), b, dtype) for a, b in zip(tensors, inplace, strict=True))
+    if dtype == "float32" and (row.passes > 1 or MODERN.index(row) % 2):
+        _, pure = of(row, dtype, opt.update, None, np.array)
+
+        assert [bits(x) for x in pure] == [bits(x) for x in inplace]
 
 
 @every_row
