@@ -267,6 +267,10 @@ def needed(rule: Rule) -> int:
 _further: "weakref.WeakKeyDictionary[type[Rule], tuple[int, int]]" = weakref.WeakKeyDictionary()
 
 
+EVERY = 1 << 30
+"""How many further gradients a rule takes that hands all of them on."""
+
+
 def further(cls: type[Rule]) -> tuple[int, int]:
     """How many gradients beyond the first `apply` of this class needs, and how many it takes."""
     if cls not in _further:
@@ -277,7 +281,7 @@ def further(cls: type[Rule]) -> tuple[int, int]:
 def _further_of(cls: type[Rule]) -> tuple[int, int]:
     parameters = list(inspect.signature(cls.apply).parameters.values())
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return 0, 1 << 30
+        return 0, EVERY
     extra = [p for p in parameters[4:] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return sum(p.default is p.empty for p in extra), len(extra)
 

@@ -225,6 +225,19 @@ def test_what_torch_does_not_keep_is_found_by_name_alone() -> None:
     assert "weight.0" in optimizer.state_dict()["state"][0]
 
 
+@pytest.mark.parametrize("key", ["step", "weight.0"])
+def test_a_counter_that_is_taken_out_is_as_it_was(key: str) -> None:
+    (p, mine), (q, wanted) = adam(3), adam(3)
+    walked(p, mine, range(3))
+    walked(q, wanted, range(3))
+    del mine.state[p][key]
+    walked(p, mine, range(3, 6))
+    walked(q, wanted, range(3, 6))
+
+    assert torch.equal(p, q)
+    assert mine.state[p]["step"] == 6
+
+
 def test_steps_behind_a_condition_correct_what_follows_them() -> None:
     """Under AccumGrad the moments follow the steps that were taken."""
     ends: list[Any] = []

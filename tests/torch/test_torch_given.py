@@ -81,6 +81,25 @@ def test_what_is_not_given_or_does_not_fit_is_said() -> None:
     torch.testing.assert_close(list(model.parameters()), before, rtol=0, atol=0)
 
 
+def test_those_that_no_rule_takes_are_refused() -> None:
+    class Both(opt.Rule):
+        def apply(self, state: Any, x: Any, dx: Any, dx2: Any = None) -> Any:
+            return state, dx if dx2 is None else dx2
+
+    for rule in (opt.Adam(0.1), opt.Chain(opt.ClipNorm(1.0), opt.Adam(0.1))):
+        x = torch.nn.Parameter(torch.ones(2))
+        optimizer = opt.TorchOptimizer([x], rule)
+        x.grad = torch.ones(2)
+        with pytest.raises(opt.BadState, match=r"no rule here takes second gradients; opt\.Sophia"):
+            optimizer.step(hessians=[torch.ones(2)])
+        assert x.tolist() == [1.0, 1.0]
+        optimizer.step(hessians=None)
+    optimizer = opt.TorchOptimizer([x], opt.Chain(opt.ClipNorm(9.0), Both()))
+    before = x.detach().clone()
+    optimizer.step(hessians=[torch.full((2,), 0.25)])
+    torch.testing.assert_close(x.detach(), before - 0.25)
+
+
 def test_a_closure_a_scheduler_and_a_hook_let_them_through() -> None:
     model = network()
     optimizer = opt.TorchOptimizer(model, opt.Sophia(0.1))

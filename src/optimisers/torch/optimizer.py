@@ -281,6 +281,11 @@ class TorchOptimizer(torch.optim.Optimizer):
             keeper.read()
         orders: list[Sequence[Any]] = [grads]
         if hessians is not _ABSENT:
+            if hessians is not None and not any(mine.second_order for mine in keeper.groups):
+                raise BadState(
+                    "step was given hessians, and no rule here takes second gradients; opt.Sophia and "
+                    "opt.AdaHessian do"
+                )
             orders.append(second_gradients(hessians, keeper.names, xs))
         update_listed(held.store, held.store.layout.root, xs, orders, scaling, loss, after=held.refresh)
         return loss

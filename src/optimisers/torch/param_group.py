@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 
 from optimisers.errors import BadSetting, BadState
-from optimisers.rule import Rule
+from optimisers.rule import EVERY, Rule, further
 from optimisers.settings import adjusted, fields, is_schedule
 from optimisers.settings import parts as parts_of_value
 from optimisers.torch.classes import plain
@@ -57,6 +57,9 @@ class ParamGroup:
         self.meanings: dict[str, str] = {}
         """The field behind every key that the rule takes."""
         self.moving: list[tuple[str, Any, int]] = [] if rule is None else _moving(rule)
+        takes = [further(type(part))[1] for part in parts_of_value(rule) if isinstance(part, Rule)]
+        self.second_order = any(0 < count < EVERY for count in takes)
+        """Whether a rule here, and not only one around it, takes second gradients."""
         self.per_example = any(isinstance(part, Rule) and part.per_example for part in parts_of_value(rule))
         if rule is not None:
             foreign = of_wrapper(group)

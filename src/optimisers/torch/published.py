@@ -171,7 +171,9 @@ class Block:
         return 0 if number == UPDATES else number - self.group.program.hypers + 1
 
     def followed(self, i: int, found: dict[str, Any]) -> dict[str, Any]:
-        """The entries of a member as they were left; counters follow a step that was written."""
+        """The entries of a member as they were left; counters follow a step that was written, and those that
+        were taken out are as they were.
+        """
         before, names = self.row_of(i), ("step", *self.columns)
         try:
             given = np.array([float(found.get(name, was)) for name, was in zip(names, before, strict=True)])
@@ -179,7 +181,8 @@ class Block:
             return found  # what is no number is refused where it is taken over
         now = self.follow(i, before, given.copy())
         rows = zip(names, now, given, strict=True)
-        return found | {name: torch.tensor(v, dtype=torch.float64) for name, v, was in rows if v != was}
+        moved = [(name, v) for name, v, was in rows if v != was or name not in found]
+        return found | {name: torch.tensor(v, dtype=torch.float64) for name, v in moved}
 
     def completed(self, i: int, found: Mapping[str, Any]) -> Any:
         """A row of clock and counters for a member whose entries were found to fit; those that they lack
