@@ -123,7 +123,8 @@ class Value:
     def __post_init__(self) -> None:
         held = vars(self)
         for field in fields(self):
-            held[field.name] = checked(type(self).__name__, field, getattr(self, field.name))
+            if not _stays(field.kind, value := getattr(self, field.name)):
+                held[field.name] = checked(type(self).__name__, field, value)
         self.check()
 
     def check(self) -> None:
@@ -215,15 +216,21 @@ def checked(owner: str, field: Form, value: object) -> Any:
             )
         if not isinstance(value, tuple | list) or len(value) != len(want):
             raise BadSetting(f"{name} is {value!r}; it takes a tuple of {len(want)} numbers")
-        if all(map(_stays, want, value)):
-            return tuple(value)
         return tuple(number(f"{name}[{i}]", k, v) for i, (k, v) in enumerate(zip(want, value, strict=True)))
     return number(f"{owner}.{field.name}", want, value)
 
 
 def _stays(want: Any, value: object) -> bool:
-    """Whether a value is stored as it is, without another look: a float where one is wanted."""
-    return want is float and type(value) is float and value == value  # noqa: PLR0124 no NaN
+    """Whether a value is stored as it is, without another look: floats where they are wanted."""
+    if want is float:
+        return type(value) is float and value == value  # noqa: PLR0124 no NaN
+    several: Any = value
+    return (
+        type(want) is tuple
+        and type(value) is tuple
+        and len(want) == len(several)
+        and all(map(_stays, want, several))
+    )
 
 
 def number(name: str, want: type, value: object) -> Any:
@@ -380,8 +387,7 @@ def rebuilt(old: "tuple[Any, ...]", items: list[Any]) -> Any:
 def replaced(value: object, changes: dict[str, Any]) -> Any:
     """`value` with some fields replaced, past every check: the new contents may be symbols."""
     new = object.__new__(type(value))
-    for name, old in vars(value).items():
-        object.__setattr__(new, name, changes.get(name, old))
+    vars(new).update((name, changes.get(name, old)) for name, old in vars(value).items())
     return new
 
 
@@ -442,6 +448,8 @@ def scheduled(value: object) -> set[str]:
 
 def is_schedule(value: object) -> bool:
     """Whether a setting, or a number in it, is a function of the clock."""
+    if type(value) is float:
+        return False
     return any(
         callable(v) and not is_number(v) for v in (value if isinstance(value, tuple | list) else (value,))
     )
@@ -459,14 +467,11 @@ def adjusted(value: object, changes: dict[str, Any]) -> Any:
     if not isinstance(value, Value):
         return value
     new: dict[str, Any] = {}
-    for field in fields(value):
-        old = getattr(value, field.name)
-        if field.kind is not None:
-            new[field.name] = changes.get(field.name, old)
-        elif field.static:
-            new[field.name] = old
-        else:
-            new[field.name] = inner(old, lambda v: adjusted(v, changes))
+    for name, kind, static, *_ in fields(value):
+        if kind is not None and name in changes:
+            new[name] = changes[name]
+        elif kind is None and not static:
+            new[name] = inner(getattr(value, name), lambda v: adjusted(v, changes))
     result = replaced(value, new)
     result.__post_init__()
     return result

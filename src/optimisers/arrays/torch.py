@@ -3,6 +3,7 @@
 # PyTorch answers some questions only in private.
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast, final
@@ -28,6 +29,12 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 def of_name(dtype: Any) -> torch.dtype:
     """An element type, which may be given by its name."""
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+@functools.cache
+def _name(dtype: torch.dtype) -> str:
+    """The name of an element type, which PyTorch puts together anew each time."""
+    return str(dtype).removeprefix("torch.")
 
 
 def value_and_grad(function: Callable[[Any], Any], arrays: object, has_aux: bool) -> Any:
@@ -154,7 +161,7 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
         return x.requires_grad or not isinstance(x, torch.nn.Parameter)
 
     def type_name(self, dtype: torch.dtype) -> str:
-        return str(dtype).removeprefix("torch.")
+        return _name(dtype)
 
     def dtype(self, name: str) -> torch.dtype:
         return getattr(torch, name)

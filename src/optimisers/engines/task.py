@@ -348,7 +348,8 @@ def _scalars(step: Step) -> Scalars:
     table = step.job.table
     names = _names(step) if draws(step.program) else None
     if not step.job.traced:
-        return Scalars(table.values, step.row, step.sizes, table.clock, host, names)
+        last = () if step.kind.capturable else step.program.new_counters
+        return Scalars(table.values, step.row, step.sizes, table.clock, host, names, last)
     values = step.library.on_device(table.values, step.kind.device)
     return Scalars(values, step.row, step.sizes, table.clock, step.library, names)
 

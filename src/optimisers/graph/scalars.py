@@ -17,21 +17,33 @@ from optimisers.graph.expr import GIVEN, INFIX, Expr, is_full_reduction, order
 
 Table = np.ndarray[Any, np.dtype[np.float64]]
 
+FEW = 4
+"""Rows that are computed one by one, by numbers: vectors of so few take longer."""
+
 
 class Scalars:
     """The values of scalar nodes for leaves that share a program.
 
     `numbers` is the table (rows, numbers), `clock` that of each row, `row` the row of each leaf, `sizes` its
-    number of elements, `names` its number in two halves, for random numbers.
+    number of elements, `names` its number in two halves, for random numbers. `last` are the counters that the
+    step ends with, which share most of what they need with the scalars of its passes.
     """
 
     def __init__(
-        self, numbers: Any, row: Any, sizes: Any, clock: Any, library: Any = host, names: Any = None
+        self,
+        numbers: Any,
+        row: Any,
+        sizes: Any,
+        clock: Any,
+        library: Any = host,
+        names: Any = None,
+        last: tuple[Expr, ...] = (),
     ) -> None:
         self.numbers, self.row, self.sizes, self.clock, self.names = numbers, row, sizes, clock, names
-        self.library = library
+        self.library, self.last = library, last
         self.values: dict[int, Any] = {}
-        self.of_leaf: dict[int, bool] = {}
+        self.leafy: set[int] = set()
+        """Those values that differ from leaf to leaf."""
         self.spoilt: Any = None
         """What is added to all that `symbols` gives: NaN where a check has failed that cannot raise."""
 
@@ -40,26 +52,49 @@ class Scalars:
         """The scalars that are computed here."""
         return self
 
+    @property
+    def on_host(self) -> bool:
+        """Whether NumPy computes them, of NumPy's numbers."""
+        return self.library is host and isinstance(self.numbers, np.ndarray)
+
     def put(self, e: Expr, value: Any, *, of_leaf: bool) -> None:
         """Say what a reduction (a value for each leaf) or a total (one for all) came to."""
-        self.values[id(e)], self.of_leaf[id(e)] = value, of_leaf
+        self.values[id(e)] = value
+        if of_leaf:
+            self.leafy.add(id(e))
 
     def fetch(self, wanted: Sequence[Expr]) -> None:
         """Bring nodes to the host, for those that compute elsewhere."""
 
     def ahead(self, wanted: Sequence[Expr]) -> None:
         """Compute at one stroke those nodes that depend on nothing but numbers of the host and the clock."""
-        if len(wanted) < 2 or self.library is not host or not isinstance(self.numbers, np.ndarray):
+        if len(wanted) < 2 or not self.on_host:
             return
-        plain = plain_of(*wanted)
+        plain = plain_of(*wanted, *self.last)
         if self.values:
             plain = tuple([e for e in plain if id(e) not in self.values])
-        if len(plain) > 1:
-            single = len(self.numbers) == 1
-            columns = self.numbers[0] if single else self.numbers.T
-            clock = self.clock[0] if single else self.clock
-            for e, value in zip(plain, written_out(*plain, single=single)(columns, clock), strict=True):
-                self.values[id(e)], self.of_leaf[id(e)] = value, False
+        if len(plain) < 2:
+            return
+        single = len(self.numbers) == 1
+        columns, clock = (self.numbers[0], self.clock[0]) if single else (self.numbers.T, self.clock)
+        found = written_out(*plain, single=single)(columns, clock)
+        self.values.update(zip(map(id, plain), found, strict=True))
+
+    def by_row(self, scalars: tuple[Expr, ...]) -> Table | None:
+        """The table of a pass, computed at one stroke for a few rows, and the last counters; None where it
+        depends on more than numbers of the host and the clock.
+        """
+        wanted, count = (*scalars, *self.last), len(scalars)
+        few = scalars and not self.values and len(self.numbers) <= FEW and self.on_host
+        if not few or len(plain_of(*wanted)) < len(wanted):
+            return None
+        table = np.array(list(map(written_out(*wanted, single=True), self.numbers, self.clock)), np.float64)
+        self.values.update(zip(map(id, self.last), table.T[count:], strict=True))
+        return np.ascontiguousarray(table[:, :count])
+
+    def differ(self, nodes: Sequence[Expr]) -> bool:
+        """Whether one of some nodes, whose values are known, differs from leaf to leaf."""
+        return bool(self.leafy) and not self.leafy.isdisjoint(map(id, nodes))
 
     def get(self, e: Expr) -> Any:
         """The value of a scalar node: an array over rows, over leaves, or a number for all."""
@@ -90,15 +125,15 @@ class Scalars:
             raise LookupError(f"{e.op} is not known yet")
         else:
             values = [self.values[id(a)] for a in e.args]
-            leafy = any(map(self.of_leaf.__getitem__, map(id, e.args)))
+            leafy = self.differ(e.args)
             if leafy:
                 values = [self.spread(v, a) for v, a in zip(values, e.args, strict=True)]
             value = self.library.operations[e.op](*values)
-        self.values[id(e)], self.of_leaf[id(e)] = value, leafy
+        self.put(e, value, of_leaf=leafy)
 
     def spread(self, value: Any, e: Expr) -> Any:
         """A value over rows as one over leaves."""
-        if self.of_leaf[id(e)] or np.ndim(value) == 0:
+        if id(e) in self.leafy or np.ndim(value) == 0:
             return value
         return value[self.row] if len(value) != 1 else value
 
@@ -116,7 +151,7 @@ class Scalars:
         found = [self.get(e) for e in scalars]
         if self.spoilt is not None:
             found = [v + self.spoilt for v in found]
-        leafy = any(map(self.of_leaf.__getitem__, map(id, scalars)))
+        leafy = self.differ(scalars)
         if leafy:
             found = [self.spread(v, e) for v, e in zip(found, scalars, strict=True)]
         rows = len(self.row) if leafy else len(self.numbers)
@@ -127,10 +162,13 @@ class Scalars:
         """(values, row of each leaf): the scalar table of a pass, one column a node; a row for
         leaves whose scalars are equal, or for each.
         """
+        out = self.by_row(scalars)
+        if out is not None:
+            return out, self.row
         self.ahead(scalars)
         known = self.values
         found = [known[id(e)] if id(e) in known else self.get(e) for e in scalars]
-        if any(map(self.of_leaf.__getitem__, map(id, scalars))):
+        if self.differ(scalars):
             found = [self.spread(v, e) for v, e in zip(found, scalars, strict=True)]
             rows, row = len(self.row), np.arange(len(self.row))
         else:
@@ -212,7 +250,7 @@ def counters(values: Scalars, new: tuple[Expr, ...]) -> tuple[list[Any], bool]:
     values.ahead(new)
     known = values.values
     found = [known[id(e)] if id(e) in known else values.get(e) for e in new]
-    leafy = any(map(values.of_leaf.__getitem__, map(id, new)))
+    leafy = values.differ(new)
     if leafy:
         found = [values.spread(v, e) for v, e in zip(found, new, strict=True)]
     return found, leafy

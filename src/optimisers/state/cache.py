@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from optimisers.state.buffers import FlatBuffers, Indices, Places
+from optimisers.state.rows import Columns
 
 SUBSETS = 16
 """How many patterns of stepped leaves a group remembers."""
@@ -44,10 +45,12 @@ class Cache:
     """Whether the rule takes gradients of single examples."""
     second_order: str | None = None
     """The name of the rule that must be given second gradients; empty if there is none."""
-    columns: dict[frozenset[str], dict[str, list[list[int]]] | None] = dataclasses.field(
-        default_factory=dict[frozenset[str], dict[str, list[list[int]]] | None]
+    columns: dict[tuple[str, ...], Columns | None] = dataclasses.field(
+        default_factory=dict[tuple[str, ...], Columns | None]
     )
-    """Which columns of the table bear some names."""
+    """Where hyper-parameters of some names stand in the table; None where one is a schedule."""
+    parted: tuple[Indices, Indices, tuple[Indices, Indices]] | None = None
+    """(lists of members, the row of each, (rows with one list alone, a member of each)) of the last edit."""
     wide: object = None
     """The type of the arithmetic."""
     whole: Subset | None = None

@@ -1,7 +1,7 @@
 """Rows of a scalar table and the leaves that share them, and scalars as the host takes them."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,13 @@ def labelled(row: Indices, label: Indices) -> tuple[Indices, Indices]:
     return row[first], new.ravel()
 
 
+def alike(row: Indices, members: Indices, values: Iterable[Any]) -> Indices:
+    """Labels by which some leaves share a row only where they are given equal numbers."""
+    label, known = np.full(len(row), -1), dict[Any, int]()
+    label[members] = [known.setdefault(value, len(known)) for value in values]
+    return label
+
+
 def own(row: Indices, members: Indices) -> Indices:
     """Labels by which each of some leaves has its own row."""
     label = np.full(len(row), -1)
@@ -48,6 +55,8 @@ def spread(counters: Sequence[Any], row: Indices, members: Indices | None) -> li
 
 def block(rows: Indices, columns: Any) -> Any:
     """The index of some rows and columns."""
+    if isinstance(columns, np.ndarray):
+        return rows[:, None], columns
     return (rows, columns) if np.ndim(columns) == 0 else (rows[:, None], np.asarray(columns))
 
 
@@ -61,6 +70,8 @@ def flat(values: Any) -> Iterator[Any]:
 
 def tracer_of(values: Any) -> Any:
     """The library that traces one of some scalars; None if they all may be read."""
+    if isinstance(values, np.ndarray):
+        return None
     for v in flat(values):
         if not isinstance(v, float | int) and not (library := registry.library(v)).scalars.is_fixed(v):
             return library
@@ -69,21 +80,36 @@ def tracer_of(values: Any) -> Any:
 
 def on_host(values: Any) -> Any:
     """Scalars that may be read, as NumPy takes them."""
+    if isinstance(values, np.ndarray):
+        return values
     if isinstance(values, list | tuple):
         items: Iterable[Any] = values
         return [on_host(v) for v in items]
     return registry.library(values).to_numpy(values) if registry.isarray(values) else float(values)
 
 
-def columns_of(rule: object, names: Iterable[str]) -> dict[str, list[list[int]]] | None:
-    """Which hyper-parameters of a rule bear some names, for those that it has: a list for each number of such
-    a setting, since a chain may have one in several rules; None where one is a schedule.
+class Columns(NamedTuple):
+    """Where hyper-parameters of some names stand in a table."""
+
+    names: tuple[str, ...]
+    """Those that the rule has."""
+    at: Indices
+    spread: Indices | None
+    """Which of their numbers goes into each of these columns, since a chain may have a setting in several
+    rules; None where each goes into one, in order.
     """
-    wanted = set(names)
-    if not wanted.isdisjoint(scheduled(rule)):
+
+
+def columns_of(rule: object, names: Sequence[str]) -> Columns | None:
+    """Which hyper-parameters of a rule bear some names; None where one is a schedule."""
+    if not set(names).isdisjoint(scheduled(rule)):
         return None
-    found: dict[str, dict[int, list[int]]] = {}
+    found: dict[str, dict[int, list[int]]] = {name: {} for name in names}
     for j, (name, place) in enumerate(owners(rule)):
-        if name in wanted:
-            found.setdefault(name, {}).setdefault(place, []).append(j)
-    return {name: list(places.values()) for name, places in found.items()}
+        if name in found:
+            found[name].setdefault(place, []).append(j)
+    places = [columns for name in names for columns in found[name].values()]
+    spread = np.repeat(np.arange(len(places)), [len(columns) for columns in places])
+    at = np.array([j for columns in places for j in columns], np.int64)
+    known = tuple(name for name in names if found[name])
+    return Columns(known, at, None if len(at) == len(places) else spread)

@@ -47,14 +47,17 @@ def _there(choice: Any, store: Store, found: Sequence[int]) -> str:
     return offered(choice, [store.layout.paths[i] for i in found])
 
 
+def _fits(glob: str, places: Sequence[KeyPath], depth: int) -> bool:
+    """Whether a glob fits one of some paths, or what is left of it below the handle."""
+    return any(matches(glob, p) or (depth > 0 and matches(glob, p[depth:])) for p in places)
+
+
 def picks(choice: Any, store: Store, leaf: int, depth: int) -> bool:
     """Whether one selector picks a leaf. Globs are tried on every place of a tie, from the handle's own
     root.
     """
     if isinstance(choice, str | KeyPath):
-        return any(
-            matches(str(choice), p[depth:]) or matches(str(choice), p) for p in store.layout.places[leaf]
-        )
+        return _fits(str(choice), store.layout.places[leaf], depth)
     if isinstance(choice, type) and issubclass(choice, Rule):
         group, _ = store.where(leaf)
         return any(isinstance(part, choice) for part in parts_of_value(group.rule))

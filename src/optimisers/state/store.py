@@ -20,7 +20,7 @@ from optimisers.rule import Rule
 from optimisers.settings import adjusted, numbers, skeleton
 from optimisers.state.buffers import Indices
 from optimisers.state.group import Entry, Group, Shape, grouped
-from optimisers.state.rows import columns_of, flat
+from optimisers.state.rows import Columns, columns_of, flat
 from optimisers.state.table import ScalarTable
 from optimisers.tree.layout import Layout
 
@@ -63,6 +63,8 @@ class Store:
     """The programs of its groups, by what they are made for."""
     known: Any = None
     """The structure found last, and what it depends on."""
+    lasting: Any = None
+    """What no edit changes of the structure."""
     compiled: Callable[["Store"], Any] | None = None
     """Finds the structure for a compiler, which cannot look for it; called whenever it may have changed."""
     structure: Any = None
@@ -71,6 +73,8 @@ class Store:
     """Held while groups or tables are exchanged."""
     loan: Loan | None = None
     """The last time that the parameters held other values than those that are trained."""
+    labels: "Labels | None" = None
+    """What the last edit has edited."""
 
     def __post_init__(self) -> None:
         self.capturable = any(kind is not None and kind.capturable for kind in self.shapes)
@@ -83,7 +87,7 @@ class Store:
         for g, group in enumerate(self.groups):
             self.group_of[group.leaves] = g
             self.index_of[group.leaves] = np.arange(len(group.leaves))
-        self.plans = {}
+        self.plans, self.labels = {}, None
 
     def where(self, leaf: int) -> tuple[Group, int]:
         return self.groups[self.group_of[leaf]], int(self.index_of[leaf])
@@ -131,7 +135,8 @@ class Store:
     def apart(self, groups: list[Group]) -> "Store":
         """A store of the same leaves with other groups."""
         new = object.__new__(Store)
-        vars(new).update(vars(self), groups=groups, handles={}, retired=[], lock=threading.RLock())
+        fresh = {"handles": {}, "retired": [], "labels": None, "lock": threading.RLock()}
+        vars(new).update(vars(self), groups=groups, **fresh)
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Store":
@@ -146,13 +151,13 @@ class Store:
     def become(self, other: "Store") -> None:
         """Go on as another store of the same leaves."""
         with self.lock:
-            self.groups, self.frozen = other.groups, other.frozen
+            self.groups, self.frozen, self.labels = other.groups, other.frozen, None
         self.changed()
 
     def __getstate__(self) -> dict[str, Any]:
         self.refuse_lent("pickle")
         fresh = {"handles": {}, "plans": {}, "retired": [], "programs": {}} | dict.fromkeys(
-            ("known", "compiled", "structure", "loan")
+            ("known", "compiled", "structure", "loan", "labels", "lasting")
         )
         return {k: v for k, v in vars(self).items() if k != "lock"} | fresh
 
@@ -167,7 +172,7 @@ class Store:
             self.groups = [*self.groups, *other.groups]
             self.shapes = [*self.shapes, *other.shapes]
             self.frozen = np.concatenate([self.frozen, other.frozen])
-            self.layout, self.handles = layout, {}
+            self.layout, self.handles, self.lasting = layout, {}, None
             self.index()
         self.changed()
 
@@ -285,17 +290,30 @@ class Store:
         """Edit the groups of the leaves in some lists. `edit` is given the list of each member of a group, -1
         for none, and returns the entries that belong there no longer.
         """
-        listed = [list(leaves) for leaves in lists]
-        of = np.repeat(np.arange(len(listed)), [len(leaves) for leaves in listed])
         moved: list[Entry] = []
         with self.lock:
-            for group, members, which in self.found(itertools.chain.from_iterable(listed)):
-                label = np.full(len(group.leaves), -1)
-                label[members] = of[which]
+            for group, label in self._labelled(lists):
                 moved += edit(group, label)
             if moved:
                 self.move(moved)
         self.changed()
+
+    def _labelled(self, lists: Sequence[Iterable[int]]) -> Sequence[tuple[Group, Indices]]:
+        """(group, the list of each of its members, -1 for none) of every group with leaves in some lists; the
+        same objects for the same lists, as long as these and the groups stay as they are.
+        """
+        listed = [leaves if isinstance(leaves, list) else list(leaves) for leaves in lists]
+        counts = [len(leaves) for leaves in listed]
+        known = self.labels
+        if known is None or not known.are_of(listed, counts):
+            of = np.repeat(np.arange(len(listed)), counts)
+            found: list[tuple[Group, Indices]] = []
+            for group, members, which in self.found(itertools.chain.from_iterable(listed)):
+                label = np.full(len(group.leaves), -1)
+                label[members] = of[which]
+                found.append((group, label))
+            known = self.labels = Labels(listed, counts, found)
+        return known.groups
 
     def move(self, moved: Sequence[Entry]) -> None:
         """Give leaves rules of another structure, or states of another form: they change group."""
@@ -323,11 +341,26 @@ def _to(fields: Mapping[str, Any]) -> Change:
     return lambda rule: adjusted(rule, dict(fields))
 
 
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """Which members of the groups stood in which of some lists of leaves, at the last edit."""
+
+    lists: list[list[int]]
+    counts: list[int]
+    groups: list[tuple[Group, Indices]]
+
+    def are_of(self, lists: list[list[int]], counts: list[int]) -> bool:
+        """Whether these are those lists: more leaves may have been put behind others."""
+        return self.counts == counts and all(map(operator.is_, self.lists, lists))
+
+
 def _parted(group: Group, label: Indices) -> tuple[ScalarTable, Indices, Indices]:
     """(the table of a group in which only members of one label share rows, the rows of those whose label is
     not -1, a member of each).
     """
-    table = group.table
+    table, known = group.table, group.cache.parted
+    if known is not None and known[0] is label and known[1] is table.row:
+        return table, *known[2]
     first = np.zeros(table.rows, np.int64)
     first[table.row] = np.arange(len(label))
     if not (label[first][table.row] == label).all():  # a row with members of several labels
@@ -335,6 +368,7 @@ def _parted(group: Group, label: Indices) -> tuple[ScalarTable, Indices, Indices
         first = np.zeros(table.rows, np.int64)
         first[table.row] = np.arange(len(label))
     rows = np.flatnonzero(label[first] >= 0)
+    group.cache.parted = label, table.row, (rows, first[rows])
     return table, rows, first[rows]
 
 
@@ -342,44 +376,35 @@ def _written(group: Group, label: Indices, given: Sequence[Mapping[str, Any]]) -
     """Write hyper-parameters of the members of a group, those of one label alike; False, and nothing is
     written, where a setting is no number before or after.
     """
-    asked = frozenset(name for fields in given for name in fields)
-    if asked not in group.cache.columns:
-        group.cache.columns[asked] = columns_of(group.rule, asked)
-    columns = group.cache.columns[asked]
-    if columns is None:
-        return False
     table, rows, first = _parted(group, label)
     alike: dict[tuple[str, ...], list[tuple[int, Mapping[str, Any]]]] = {}
     for row, k in zip(rows.tolist(), label[first].tolist(), strict=True):
         alike.setdefault(tuple(given[k]), []).append((row, given[k]))
-    edits: list[tuple[Any, list[int], Any]] = []
+    edits: list[tuple[list[int], Columns, list[list[float]]]] = []
     for names, found in alike.items():
-        written = _columns_written(columns, names, [fields for _, fields in found])
-        if written is None:
+        columns = _columns(group, names)
+        if columns is None:
             return False
-        at, values = written
-        if at:
-            edits.append((np.array([row for row, _ in found]), at, values))
-    for where, at, values in edits:
-        table = table.write_hypers(where, at, values)
-    group.table = table.merge_equal()
+        values = [list(flat([fields[name] for name in columns.names])) for _, fields in found]
+        if not all(isinstance(v, float | int) for row in values for v in row):
+            return False
+        if len(columns.at):
+            edits.append(([row for row, _ in found], columns, values))
+    for where, columns, values in edits:
+        given_there = np.array(values, np.float64)
+        spread = given_there if columns.spread is None else given_there[:, columns.spread]
+        table = table.write_hypers(np.array(where), columns.at, spread)
+    apart = len(edits) == 1 and len(edits[0][0]) == table.rows == len(set(map(tuple, edits[0][2])))
+    group.table = table if apart else table.merge_equal()
     return True
 
 
-def _columns_written(
-    columns: Mapping[str, Any], names: tuple[str, ...], given: Sequence[Mapping[str, Any]]
-) -> tuple[list[int], Any] | None:
-    """(columns, values for each of some rows) that settings of these names come to; None where one is no
-    number.
-    """
-    known = [name for name in names if name in columns]
-    values = [[*flat([fields[name] for name in known])] for fields in given]
-    if not all(isinstance(v, float | int) for row in values for v in row):
-        return None
-    places = [places for name in known for places in columns[name]]
-    spread = [n for n, same in enumerate(places) for _ in same]
-    at = [j for same in places for j in same]
-    return at, np.array(values, np.float64)[:, spread] if at else None
+def _columns(group: Group, names: tuple[str, ...]) -> Columns | None:
+    """The columns of settings of these names in the table of a group; None where one is a schedule."""
+    known = group.cache.columns
+    if names not in known:
+        known[names] = columns_of(group.rule, names)
+    return known[names]
 
 
 def _changed(group: Group, label: Indices, changes: Sequence[Change]) -> list[Entry]:

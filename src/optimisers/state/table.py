@@ -15,7 +15,7 @@ import numpy as np
 from optimisers.arrays import registry
 from optimisers.errors import BadState
 from optimisers.state.interface import ScalarTable
-from optimisers.state.rows import Indices, block, labelled, on_host, own, parted, spread, tracer_of
+from optimisers.state.rows import Indices, alike, block, labelled, on_host, own, parted, spread, tracer_of
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -109,7 +109,7 @@ class HostTable:
     ) -> "HostTable | TracedTable":
         if (library := tracer_of(values)) is not None:
             return self.to_traced(library).assign_counters(members, values, skip)
-        apart = self.split_by(own(self.row, members))
+        apart = self.split_by(alike(self.row, members, map(tuple, values)))
         new = apart.values.copy()
         at = self.hypers + skip
         new[apart.row[members], at : at + len(values[0])] = values
@@ -124,7 +124,7 @@ class HostTable:
         return HostTable(new.values, clock, new.row, self.hypers)
 
     def set_clocks(self, members: Indices, clocks: Sequence[float]) -> "HostTable":
-        new = self.split_by(own(self.row, members))
+        new = self.split_by(alike(self.row, members, clocks))
         clock = new.clock.copy()
         clock[new.row[members]] = clocks
         return HostTable(new.values, clock, new.row, self.hypers)

@@ -91,13 +91,14 @@ def _planned(store: Store, node: Node) -> Plan:
 
 def _parts(store: Store, leaves: list[int]) -> list[tuple[int, Any, Any]]:
     """Which of the leaves each group holds, as `Plan.parts` has it."""
-    at = {leaf: n for n, leaf in enumerate(leaves)}
+    at = np.full(len(store.shapes), -1)
+    at[leaves] = np.arange(len(leaves))
     parts: list[tuple[int, Any, Any]] = []
     for g, group in enumerate(store.groups):
-        members = np.array([m for m, leaf in enumerate(group.leaves) if int(leaf) in at], np.int64)
+        members = np.flatnonzero(at[group.leaves] >= 0)
         if len(members):
             inside = None if len(members) == len(group.leaves) else members
-            parts.append((g, inside, np.array([at[int(i)] for i in group.leaves[members]], np.int64)))
+            parts.append((g, inside, at[group.leaves[members]]))
     return parts
 
 
@@ -114,7 +115,7 @@ def active(store: Store, plan: Plan, orders: list[Sequence[Any]]) -> Any:
     some = any(map(operator.is_, orders[0], itertools.repeat(None)))
     missing = [n for n, g in enumerate(orders[0]) if g is None] if some else []
     frozen = store.frozen[plan.numbers]
-    if not missing and not frozen.any():
+    if not missing and not np.count_nonzero(frozen):
         return None
     active = ~frozen
     active[missing] = False

@@ -228,11 +228,11 @@ class Keeper:
 
     def take(self, held: Published, found: Mapping[Any, Mapping[str, Any]], state: Any) -> None:
         """Take over entries of parameters, and publish them; raises TreeMismatch for what does not fit."""
-        found = {p: held.place(p)[0].renamed(entries) for p, entries in found.items()}
+        found = {p: held.places[p][0].renamed(entries) for p, entries in found.items()}
         for p, entries in found.items():
             if _alike(entries, self.fitting.get(p)):
                 continue
-            block, i = held.place(p)
+            block, i = held.places[p]
             if any(name in entries for name in block.own) and (
                 reason := misfit(block, i, self.names[p], entries, None)
             ):

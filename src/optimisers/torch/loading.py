@@ -12,7 +12,9 @@ import torch
 from optimisers.errors import TreeMismatch
 from optimisers.nest import flatten
 from optimisers.settings import fill
+from optimisers.state.buffers import FlatBuffers
 from optimisers.state.group import started
+from optimisers.torch.classes import plain
 from optimisers.torch.entries import entry_name
 from optimisers.torch.published import Block, Published
 from optimisers.tree.path import KeyPath
@@ -145,6 +147,66 @@ def _common(
 # -- what is saved of one parameter --------------------------------------------------------------------------
 
 
+def all_fit(held: Published, saved: Mapping[Any, Any]) -> bool:
+    """Whether all saved entries are plainly what the rules keep; False where each must be looked at."""
+    by_block: dict[Block, list[tuple[int, Any]]] = {}
+    for p, found in saved.items():
+        if p not in held.places:
+            return False
+        block, i = held.places[p]
+        by_block.setdefault(block, []).append((i, found))
+    return all(_all_fit(block, given) for block, given in by_block.items())
+
+
+def _all_fit(block: Block, given: Sequence[tuple[int, Any]]) -> bool:
+    """The same of members of one block."""
+    found = [entries for _, entries in given]
+    keys = set(found[0]) if type(found[0]) is dict else set()
+    if not all(type(entries) is dict and entries.keys() == keys for entries in found):
+        return False
+    if not {"step", *block.needed} <= keys <= {*block.names}:
+        return False
+    columns = {key: [entries[key] for entries in found] for key in keys}
+    members = [i for i, _ in given]
+    return all(
+        _are_arrays(values, block.slots[key], members)
+        if key in block.slots
+        else _are_numbers(values, whole=key in block.progress)
+        for key, values in columns.items()
+    )
+
+
+def _are_arrays(values: Sequence[Any], slot: FlatBuffers, members: Sequence[int]) -> bool:
+    """Whether these are plain tensors of the type of a slot and of the shapes of its members."""
+    return (
+        PLAIN.issuperset(map(type, values))
+        and {v.dtype for v in values} == {slot.dtype}
+        and list(map(torch.Tensor.size, values)) == [slot.places.shapes[i] for i in members]
+    )
+
+
+def _are_numbers(values: Sequence[Any], *, whole: bool) -> bool:
+    """Whether these are plainly counters, or numbers of steps."""
+    found = scalars(values)
+    return found is not None and not np.isnan(found).any() and (not whole or bool((found >= 0).all()))
+
+
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def scalars(values: Sequence[Any]) -> Any:
+    """Numbers, or tensors of one number and type on the CPU, as a vector; None for others."""
+    kinds = set(map(type, values))
+    if kinds <= {float, int}:
+        return np.array(values, np.float64)
+    if not kinds <= PLAIN or len({(v.dtype, v.device, v.numel()) for v in values}) != 1:
+        return None
+    first: torch.Tensor = values[0]
+    if first.numel() != 1 or first.is_complex() or first.device.type != "cpu":
+        return None
+    return torch.stack([v.detach().reshape(()) for v in values]).double().numpy()
+
+
 def misfit(block: Block, i: int, name: str, found: Any, others: Collection[str] | None) -> str:
     """Why the saved entries of a parameter do not fit its leaf, number `i` of a block; empty if they do.
 
@@ -213,7 +275,7 @@ def adopt(held: Published, saved: Mapping[Any, Mapping[str, Any]]) -> None:
     """Take over the entries of parameters, which were found to fit, all at once."""
     by_block: dict[int, list[tuple[int, Any]]] = {}
     for p, found in saved.items():
-        block, i = held.place(p)
+        block, i = held.places[p]
         by_block.setdefault(id(block.group), []).append((i, entries_of(found, p, block, i)))
     with held.store.lock:
         for key, given in by_block.items():
@@ -227,8 +289,22 @@ def _adopt(block: Block, members: Any, found: Sequence[Mapping[str, Any]]) -> No
     block.group.owned()
     for key, slot in block.slots.items():
         slot.put_many(members, [each[key] for each in found])
-    rows = [block.completed(i, each) for i, each in zip(members.tolist(), found, strict=True)]
-    block.count(members, np.array(rows))
+    block.count(members, np.array(_completed(block, members, found)))
+
+
+def _completed(block: Block, members: Any, found: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """A row of clock and counters for each of some members; those of equal ones are worked out once."""
+    named = [[name for name in ("step", *block.columns) if name in each] for each in found]
+    given = [
+        {name: float(plain(each[name])) for name in names} for names, each in zip(named, found, strict=True)
+    ]
+    rows, known = block.group.table.row[members].tolist(), dict[Any, Any]()
+    for k, (i, row, own) in enumerate(zip(members.tolist(), rows, given, strict=True)):
+        key = row, block.row_of(i).tobytes(), *own.items()
+        if key not in known:
+            known[key] = block.completed(i, own)
+        rows[k] = known[key]
+    return rows
 
 
 def _mark(held: Published, saved: Mapping[Any, Mapping[str, Any]]) -> None:

@@ -37,7 +37,7 @@ from optimisers.torch.groups import (
     told,
 )
 from optimisers.torch.keeping import Keeper
-from optimisers.torch.loading import arranged, bare_name, misfit, names_of_others, saved_groups
+from optimisers.torch.loading import all_fit, arranged, bare_name, misfit, names_of_others, saved_groups
 from optimisers.torch.param_group import ParamGroup
 from optimisers.torch.published import Published
 from optimisers.torch.rates import marks
@@ -421,8 +421,10 @@ class TorchOptimizer(torch.optim.Optimizer):
         groups, state = self.param_groups, saved["state"]
         settings, numbered = arranged(saved, groups, left)
         incoming = _entries(groups, numbered, state, lenient=left is not None)
-        others = {*saved.get("others", ()), *self._others()}
-        self._incoming = {p: e for p, e in incoming.items() if self._fits(p, e, others, left)}
+        if self._keeper.held is None or not all_fit(self._keeper.held, incoming):
+            others = {*saved.get("others", ()), *self._others()}
+            incoming = {p: e for p, e in incoming.items() if self._fits(p, e, others, left)}
+        self._incoming = incoming
         new: list[dict[str, Any]] = []
         for n, (mine, own, ns) in enumerate(zip(self._keeper.groups, settings, numbered, strict=True)):
             names = {k: v for k, v in mine.group.items() if k == "param_names"}
@@ -438,7 +440,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         held = self._keeper.held
         if held is None or p not in held.leaf_of:
             return True  # it is seen when a state is made
-        reason = misfit(*held.place(p), self._keeper.names[p], entries, others)
+        reason = misfit(*held.places[p], self._keeper.names[p], entries, others)
         if reason and left is None:
             raise TreeMismatch(reason)
         if reason and left is not None:

@@ -31,6 +31,9 @@ from optimisers.torch.groups import (
 from optimisers.torch.published import written
 from optimisers.torch.rates import ABSOLUTE, has_scheduler, of_its_own, scaled
 
+NUMBERS = frozenset({bool, float, int, tuple, type(None)})
+"""Types of settings that hold no tensor."""
+
 
 @final
 class ParamGroup:
@@ -116,8 +119,8 @@ class ParamGroup:
 
         Raises BadSetting for a scheduler that sets rates of its own.
         """
-        schedule = self.rate
-        if key != "lr" or schedule is None or is_schedule(value):
+        schedule = self.rate if key == "lr" and self.moving else None
+        if schedule is None or is_schedule(value):
             return value
         if self._sets_rates():
             raise BadSetting(f"{where}: {of_its_own('a scheduler', schedule)}")
@@ -148,18 +151,17 @@ class ParamGroup:
     def renew(self, rule: Rule, found: dict[str, Any]) -> None:
         """Stand for a rule that differs by the fields that were found."""
         new = self.group.keys() != self.known.keys()
-        if new or self.moving or self.lent or any(is_schedule(value) for value in found.values()):
+        if new or self.moving or self.lent or any(map(is_schedule, found.values())):
             self.take(rule)
             return
         self.rule = rule
-        seen = list(self.seen)
-        for n, (key, field) in enumerate(self.watched.items()):
-            if field in found:
-                self.put(key, found[field])
-                seen[n] = found[field]
-        self.seen = tuple(seen)
+        seen = [found.get(field, was) for field, was in zip(self.watched.values(), self.seen, strict=False)]
+        for key, value, was in zip(self.watched, seen, self.seen, strict=False):
+            if value is not was:
+                self.put(key, value)
+        self.seen = (*seen, *self.seen[len(seen) :])
         held = self.fetch(self.group)
-        if any(isinstance(v, torch.Tensor) for v in held):
+        if not NUMBERS.issuperset(map(type, held)):
             self.raw = [written(v) for v in held]
 
     def put(self, key: str, value: Any) -> None:
@@ -264,18 +266,24 @@ class ParamGroup:
         Raises BadSetting for what the rule does not have, for a setting that is gone, and for two names of
         one setting with different values.
         """
+        keys = list(self.noted)
         try:
-            if self.fetch(self.group) == self.seen and self.group.keys() == self.known.keys():
+            now = self.fetch(self.group)
+            if now == self.seen and self.group.keys() == self.known.keys():
                 return {}
+            keys = [key for key, value, was in zip(keys, now, self.seen, strict=True) if value is not was]
         except (KeyError, RuntimeError):
             pass  # a key that is gone, a tensor that is no number
-        return {} if self.rule is None else self._edits(self.rule, f"group {n}")
+        if self.group.keys() != self.known.keys():
+            keys += [key for key in self.group if key not in self.known]
+        return {} if self.rule is None else self._edits(self.rule, keys, f"group {n}")
 
-    def _edits(self, rule: Rule, where: str) -> dict[str, Any]:
+    def _edits(self, rule: Rule, keys: list[str], where: str) -> dict[str, Any]:
+        """What was written under those of some keys that show something else than at the last look."""
         found: dict[str, Any] = {}
         seen = self.noted
         meanings = self.meanings
-        for key in (*seen, *(key for key in self.group if key not in self.known)):
+        for key in keys:
             if key not in self.group:
                 raise BadSetting(f"{where} has no {key} any more; write it again: it was {seen[key]!r}")
             held = self.group[key]

@@ -26,6 +26,42 @@ from optimisers.tree.layout import Layout
 
 
 @final
+class Shown:
+    """The tensors of one element type that are shown, and where they lay when they were put there."""
+
+    def __init__(self, slots: Mapping[str, FlatBuffers], arrays: Mapping[str, list[Any]]) -> None:
+        first, *_ = slots.values()
+        self.dtype = first.dtype
+        self.places = [(name, i) for name in slots for i in range(len(arrays[name]))]
+        """(entry, member) of each."""
+        self.arrays = [a for name in slots for a in arrays[name]]
+        self.full = np.concatenate([slot.places.sizes > 0 for slot in slots.values()])
+        self.lay = np.concatenate([slot.addresses for slot in slots.values()])
+        self.bytes = self.lay.tobytes()
+        self.at, self.misfit = np.empty_like(self.lay), np.empty_like(self.lay)
+        shapes = [shape for slot in slots.values() for shape in slot.places.shapes]
+        strides = [laid for slot in slots.values() for laid in slot.places.strides]
+        flat = [contiguous_strides(s) == tuple(laid) for s, laid in zip(shapes, strides, strict=True)]
+        self.form = Form(first.name, first.device, shapes, strides, flat)
+
+    def moved(self) -> list[tuple[str, int]]:
+        """(entry, member) of each tensor that was given other memory."""
+        at, misfits = self.form.addresses(self.arrays, self.dtype, self.at, self.misfit, write=True, name="s")
+        if not len(misfits) and at.tobytes() == self.bytes:
+            return []
+        other = at != self.lay
+        other[misfits] = True
+        return [self.places[k] for k in np.flatnonzero(other & self.full).tolist()]
+
+
+def _shown(slots: Mapping[str, FlatBuffers], arrays: Mapping[str, list[Any]]) -> list[Shown]:
+    """The tensors of some slots that keep their memory, by element type."""
+    lasting = {name: slot for name, slot in slots.items() if not isinstance(slot, Separate)}
+    kinds = dict.fromkeys(slot.dtype for slot in lasting.values())
+    return [Shown({n: s for n, s in lasting.items() if s.dtype == kind}, arrays) for kind in kinds]
+
+
+@final
 class Block:
     """The entries of the leaves of one group."""
 
@@ -50,25 +86,33 @@ class Block:
         self.hidden = [name for name in self.own if name not in {*self.needed, *self.aliases.values()}]
         """The names of counters that follow from others, and which torch does not keep."""
         self.arrays = {name: list(slot) for name, slot in self.slots.items()}
-        self.forms = {name: _form(slot) for name, slot in self.slots.items()}
-        self.clock = np.zeros(0, np.float32)
-        """What is shown of the clocks: in float32, as torch has its steps."""
-        self.numbers = np.zeros((0, 0))
-        """What is shown of the counters, in the order of `columns`."""
-        self.shown = self.clock, self.numbers
+        self.tensors = _shown(self.slots, self.arrays)
+        """The tensors among them whose memory stays where it is, by element type."""
+        self.memory = np.zeros(0, np.uint8)
+        """What is shown of counters and clocks."""
+        self.numbers, self.clock = self.views(self.memory)
+        self.shown = b""
         """The same as it was written last."""
         self.version: Any = None
         """How often the clocks of a device had been written then."""
         self.counters = self._counters()
+
+    def views(self, memory: Any) -> tuple[Any, Any]:
+        """(counters in the order of `columns`, clocks) in such memory, which are in float32 in torch."""
+        end = len(memory) // (8 * len(self.columns) + 4) * 8 * len(self.columns)
+        numbers = memory[:end].view(np.float64)
+        return numbers.reshape(len(self.columns), -1) if end else numbers, memory[end:].view(np.float32)
 
     @property
     def names(self) -> list[str]:
         """The names of all entries."""
         return [*self.progress, *self.own]
 
-    def renamed(self, found: Mapping[str, Any]) -> dict[str, Any]:
+    def renamed(self, found: Mapping[str, Any]) -> Mapping[str, Any]:
         """Entries of a parameter, by our names where they have those of torch."""
         names = {there: own for there, own in self.aliases.items() if own not in found}
+        if names.keys().isdisjoint(found):
+            return found
         return {names.get(key, key): value for key, value in found.items()}
 
     def _is_derived(self, name: str) -> bool:
@@ -85,9 +129,11 @@ class Block:
             parts = [table.clock, *(table.values[:, j] for j in self.columns.values())]
             return {n: [part[i] for i in rows] for n, part in zip(names, parts, strict=True)}
         count = len(self.group.leaves)
-        self.clock, self.numbers = np.zeros(count, np.float32), np.zeros((len(self.columns), count))
+        self.memory = np.zeros((8 * len(self.columns) + 4) * count, np.uint8)
+        self.numbers, self.clock = self.views(self.memory)
         self.refresh()
-        whole = [*torch.from_numpy(self.clock).unbind(), *torch.from_numpy(self.numbers).view(-1).unbind()]
+        parts = self.clock, self.numbers.reshape(-1)
+        whole = [tensor for part in parts for tensor in torch.from_numpy(part).unbind()]
         return {name: whole[k * count : (k + 1) * count] for k, name in enumerate(names)}
 
     def fill(self, entries: Entries, i: int) -> None:
@@ -103,19 +149,20 @@ class Block:
         if len(self.clock):
             row = table.row
             self.clock[:] = np.asarray(table.clock)[row]
-            for k, j in enumerate(self.columns.values()):
-                self.numbers[k] = np.asarray(table.values)[row, j]
-            self.shown = self.clock.copy(), self.numbers.copy()
+            if self.columns:
+                self.numbers[:] = np.asarray(table.values).T[table.hypers :, row]
+            self.shown = self.memory.tobytes()
         elif isinstance(table, DeviceTable):
             self.version = written(table.clock)
 
     def counted(self) -> Any:
         """The members whose counters were written: all of them where that was on a device."""
-        table, (clock, numbers) = self.group.table, self.shown
+        table = self.group.table
         if isinstance(table, DeviceTable):
             return () if written(table.clock) == self.version else np.arange(table.rows)
-        if np.array_equal(self.clock, clock) and np.array_equal(self.numbers, numbers):
+        if self.memory.tobytes() == self.shown:
             return ()
+        numbers, clock = self.views(np.frombuffer(self.shown, np.uint8))
         return np.flatnonzero((self.clock != clock) | (self.numbers != numbers).any(axis=0))
 
     def written(self, members: Any) -> Any:
@@ -124,7 +171,7 @@ class Block:
         Raises TreeMismatch for what is no number of steps.
         """
         if len(self.clock):
-            rows = np.column_stack([self.clock[members].astype(np.float64), self.numbers[:, members].T])
+            rows = np.array([self.clock[members], *(n[members] for n in self.numbers)], np.float64).T
         else:
             rows = np.array([self.row_of(i) for i in members])
         if np.isnan(rows).any() or (rows[:, 0] < 0).any():
@@ -143,8 +190,8 @@ class Block:
     def row_of(self, i: int) -> Any:
         """The clock and the counters of a member, as they were shown last; those of a device as they are."""
         if len(self.clock):
-            clock, numbers = self.shown
-            return np.array([clock[i], *numbers[:, i]])
+            numbers, clock = self.views(np.frombuffer(self.shown, np.uint8))
+            return np.array([clock[i], *(n[i] for n in numbers)], np.float64)
         table = self.group.table
         return np.array([table.read_clock(i), *table.read_counters(i)])
 
@@ -209,19 +256,7 @@ class Block:
 
     def turned(self) -> list[tuple[str, int]]:
         """(name, member) of each array whose tensor was given other memory."""
-        found: list[tuple[str, int]] = []
-        for name, form in self.forms.items():
-            if form is None:
-                continue
-            slot, arrays = self.slots[name], self.arrays[name]
-            at, misfit = np.empty(len(arrays), np.int64), np.empty(len(arrays), np.int64)
-            at, misfit = form.addresses(arrays, slot.dtype, at, misfit, write=True, name=name)
-            other = at != slot.addresses
-            if len(misfit) or other.any():
-                other[misfit] = True
-                full = np.flatnonzero(other & (slot.places.sizes > 0))
-                found += [(name, i) for i in full.tolist()]
-        return found
+        return [place for tensors in self.tensors for place in tensors.moved()]
 
     def restore_counters(self) -> None:
         """The same for counters, whose tensors stay parts of one array."""
@@ -254,15 +289,6 @@ def written(value: Any) -> Any:
     return id(value), None if value.is_inference() else value._version  # noqa: SLF001 there is no other name
 
 
-def _form(slot: FlatBuffers) -> Form | None:
-    """How the arrays of a slot lie, to be looked at; None where they are separate."""
-    if isinstance(slot, Separate):
-        return None
-    p = slot.places
-    flat = [contiguous_strides(shape) == tuple(laid) for shape, laid in zip(p.shapes, p.strides, strict=True)]
-    return Form(slot.name, slot.device, p.shapes, p.strides, flat)
-
-
 @final
 class Published:
     """The entries of all leaves of a store, in the `state` of an optimiser."""
@@ -281,7 +307,14 @@ class Published:
         """
         self.blocks = [Block(group) for group in self.store.groups]
         self.block_of = {id(block.group): block for block in self.blocks}
+        self.places = self._places(self.leaf_of)
+        """The block of each parameter, and its number in it."""
         self.put(p for p in self.leaf_of if p not in but)
+
+    def _places(self, leaf_of: Mapping[Any, int]) -> dict[Any, tuple[Block, int]]:
+        blocks = [self.block_of[id(group)] for group in self.store.groups]
+        group_of, index_of = self.store.group_of.tolist(), self.store.index_of.tolist()
+        return {p: (blocks[group_of[leaf]], index_of[leaf]) for p, leaf in leaf_of.items()}
 
     def grow(self, store: Store, layout: Layout, leaf_of: Mapping[Any, int]) -> None:
         """Publish the leaves of another store, which is put behind this one; `layout` is that of both."""
@@ -290,21 +323,17 @@ class Published:
         more = [Block(group) for group in store.groups]
         self.blocks += more
         self.block_of |= {id(block.group): block for block in more}
+        self.places |= self._places(leaf_of)
         self.put(leaf_of)
 
     def put(self, parameters: Iterable[Any]) -> None:
         """Put the entries of some parameters into `state`."""
         state = self.state
-        chosen: dict[int, list[Any]] = {}
         for p in parameters:
-            chosen.setdefault(int(self.store.group_of[self.leaf_of[p]]), []).append(p)
-        for g, ps in chosen.items():
-            block = self.block_of[id(self.store.groups[g])]
-            for p in ps:
-                held, i = state.get(p), int(self.store.index_of[self.leaf_of[p]])
-                if type(held) is not Entries or held.notes is not self.notes:
-                    held = state[p] = Entries(held or {}, self.notes)
-                block.fill(held, i)
+            held, (block, i) = state.get(p), self.places[p]
+            if type(held) is not Entries or held.notes is not self.notes:
+                held = state[p] = Entries(held or {}, self.notes)
+            block.fill(held, i)
         self.keys, self.values = list(state), list(state.values())
         self.notes.clear()
 
@@ -335,11 +364,6 @@ class Published:
         """Whether a parameter still has the shape for which its state was made, and lies where it did."""
         kind = self.store.shapes[self.leaf_of[p]]
         return kind is not None and tuple(p.shape) == kind.shape and kind.library.device(p) == kind.device
-
-    def place(self, p: Any) -> tuple[Block, int]:
-        """The block of a parameter, and its number in it."""
-        group, i = self.store.where(self.leaf_of[p])
-        return self.block_of[id(group)], i
 
     def recount(self) -> None:
         """Take over arrays that were given other memory, and counters that were written."""
@@ -373,7 +397,7 @@ class Published:
         """Show separate arrays, which a step replaces."""
         block.arrays = {name: list(slot) for name, slot in block.slots.items()}
         for p in self.leaf_of:
-            mine, i = self.place(p)
+            mine, i = self.places[p]
             if mine is block:
                 self.state[p].fill((name, arrays[i]) for name, arrays in block.arrays.items())
 

@@ -3,6 +3,7 @@ paths.
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex, overload
@@ -128,9 +129,10 @@ def matches(pattern: str, path: KeyPath) -> bool:
     """Whether a glob fits a path: `*` is any one key, `**` any number of keys, also none; keys are split at
     dots.
     """
-    return compiled(pattern).fullmatch("".join(f"{part}." for part in str(path).split("."))) is not None
+    return compiled(pattern).fullmatch(f"{path}.") is not None
 
 
+@functools.lru_cache(256)
 def compiled(pattern: str) -> "re.Pattern[str]":
     """The regular expression of a glob, over keys that each end in a dot."""
     text = ""

@@ -395,7 +395,7 @@ def separate(step: Step, begin: Indices, end: Indices) -> None:
     if (
         was is not None
         and was[0] is begin
-        and all((a == b).all() for a, b in zip(was[1], arrays.dx_at, strict=True))
+        and all(a.tobytes() == b.tobytes() for a, b in zip(was[1], arrays.dx_at, strict=True))
     ):
         return
     size = step.sizes * arrays.gradient.itemsize
@@ -420,7 +420,7 @@ def spans(step: Step) -> Spans:
     if (
         known is not None
         and arrays.x is step.xs
-        and (known.x_at == arrays.x_at).all()
+        and known.x_at.tobytes() == arrays.x_at.tobytes()
         and all(map(operator.is_, known.state_at, where))
     ):
         return known.spans

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from optimisers.engines.labels import fitting
+from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr, show
 from optimisers.graph.passes import Pass
 
@@ -433,6 +434,7 @@ def named(e: Expr) -> str:
     return f"random_{'_'.join(chosen(e))}"
 
 
+@cached
 def columns(p: Pass, *, inplace: bool) -> list[str]:
     """The arrays of a kernel in the order of its address table: those read, values of another shape, those
     written.

@@ -48,7 +48,12 @@ def unprintable(program: Program, dtype: str) -> str:
     """Why there is no kernel for a program over arrays of this type; empty if there is."""
     if dtype not in kernels.ARITHMETIC:
         return f"element type {dtype}"
-    return cache.switched_off() or printable(program, dtype, printed) or ""
+    return cache.switched_off() or _unprintable(program, dtype) or ""
+
+
+@cached
+def _unprintable(program: Program, dtype: str) -> str | None:
+    return printable(program, dtype, printed)
 
 
 def printed(program: Program, p: Pass, dtype: str, *, inplace: bool) -> str:
