@@ -5,7 +5,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -123,18 +123,51 @@ def test_a_tensor_that_changed_behind_its_object_is_seen() -> None:
 
 @pytest.mark.usefixtures("public_road")
 def test_a_tensor_that_became_a_negated_or_conjugated_view_is_seen() -> None:
-    for dtype, view in ((torch.float32, torch._neg_view), (torch.complex64, torch.conj)):
-        x, g = torch.zeros(2, 3, dtype=dtype), torch.full((2, 3), 1.0, dtype=dtype)
-        if dtype.is_complex:
-            g = g * (1 + 2j)
+    """A negated view is the imaginary part of a conjugate: in the place of what it was made of it is dense
+    where it is one number, or another object.
+    """
+    turned: list[tuple[tuple[int, int], Callable[[Any], Any], Callable[[Any], Any]]] = [
+        ((1, 1), lambda z: z.imag, lambda z: z.conj().imag),
+        ((2, 3), lambda z: z, lambda z: z.conj()),
+    ]
+    for shape, before, after in turned:
+        bases = [torch.full(shape, 1 + 2j), torch.full(shape, 3 + 4j)]
+        x, g = map(before, bases)
         state = opt.setup(opt.Descent(0.5), [x])
         for _ in range(4):
             opt.update_(state, [x], [g])
-        for written in (g, x):
-            written.data = view(written.data)
+        for written, base in ((g, bases[1]), (x, bases[0])):
+            at = written.data_ptr()
+            written.data = after(base)
+            assert written.data_ptr() == at
             expected = x.clone() - 0.5 * g
             opt.update_(state, [x], [g])
             torch.testing.assert_close(x.clone(), expected)
+
+
+@pytest.mark.usefixtures("public_road")
+def test_plain_tensors_are_never_asked_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(pointers.Form, "asked", asked)
+    for dtype in (torch.float32, torch.complex64):
+        for shapes in ([(2, 3), (4,)], [(1,), (), (3, 1)]):
+            model = [torch.zeros(s, dtype=dtype) for s in shapes]
+            state = opt.setup(opt.AdamW(0.1), model)
+            kept = [torch.ones(s, dtype=dtype) for s in shapes]
+            for n in range(5):
+                opt.update_(state, model, kept if n < 3 else [g.clone() for g in kept])
+
+
+@pytest.mark.usefixtures("public_road")
+def test_a_negated_gradient_in_another_object_is_seen_wherever_it_lies() -> None:
+    x, g = torch.zeros(2, 3), torch.ones(2, 3)
+    state = opt.setup(opt.Descent(0.5), [x])
+    for gradient in (g, g, g, torch._neg_view(g), g, torch._neg_view(g)):
+        expected = x.clone() - 0.5 * gradient
+        opt.update_(state, [x], [gradient])
+        torch.testing.assert_close(x, expected)
 
 
 def test_untested_versions_and_the_switch_take_the_public_road(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,8 @@ class Form:
         reach = [1 + sum((n - 1) * t for n, t in zip(*place, strict=True)) for place in places]
         self.reach = np.array([0 if 0 in s else r for s, r in zip(shapes, reach, strict=True)], np.int64)
         """How many elements of memory each array spans."""
+        self.single = np.flatnonzero(self.reach == 1)
+        """Those of one element."""
         self.known: dict[str, public.Known] = {}
         """What was looked at last on the public road, by name."""
 

@@ -30,6 +30,10 @@ class Known:
     """Empty until a list has come to the same place twice: most lists of gradients never come again."""
     at: Indices
 
+    def holds(self, arrays: Sequence[Any]) -> bool:
+        """Whether these are the very tensors."""
+        return len(self.arrays) > 0 and all(map(operator.is_, map(operator.call, self.arrays), arrays))
+
 
 class Tables(objects.Tables, Protocol):
     """Shapes and strides of a list of arrays, and what is known of those that came last."""
@@ -39,6 +43,7 @@ class Tables(objects.Tables, Protocol):
     strides: list[tuple[int, ...]]
     flat: list[bool]
     reach: Indices
+    single: Indices
     known: dict[str, Known]
 
 
@@ -129,17 +134,64 @@ def numpy_samples(_device: str) -> tuple[list[Any], list[tuple[int, ...]], list[
 
 # -- PyTorch -------------------------------------------------------------------------------------------------
 
-EXCHANGE = '''"""Asks tensors where they lie by DLPack's exchange in C, and marks those not as expected."""
+FUNCTIONS = """
+DESCRIBE, FORGET, OUT = 0, 1, 2  # describe a tensor, forget an error; where a description goes
+CALL, DROP, AS_NUMBER, FALSE = 3, 4, 5, 6  # of Python: call, drop a reference, read an int; False
+OFFSET, STORAGE, BYTES = 7, 8, 9  # methods of a tensor, and of its storage
+"""
+"""What stands where in the table of functions."""
+
+EXCHANGE = (
+    '''"""Asks tensors where they lie by DLPack's exchange in C, and marks those not as expected."""
 from numba import njit
 
 from optimisers.engines.cpu.intrinsics import peek32, peek64
 from optimisers.engines.xla.c_api import call
+'''
+    + FUNCTIONS
+    + '''
 
 
-@njit("void(i8[::1], i8, i8, i8, i8, i8[::1], i8[::1], i8[::1], i8[::1], b1[::1])",
+@njit("b1(i8[::1], i8, i8)", error_model="numpy", cache=True)
+def denies(functions, method, tensor):
+    """Whether a method of a tensor answers False."""
+    answer = call(functions[CALL], method, tensor)
+    if answer == 0:
+        call(functions[FORGET], 0, 0)
+        return False
+    call(functions[DROP], answer, 0)
+    return answer == functions[FALSE]
+
+
+@njit("i8(i8[::1], i8, i8)", error_model="numpy", cache=True)
+def number(functions, method, x):
+    """The whole number that a method answers; -1 where it raises."""
+    answer = call(functions[CALL], method, x)
+    if answer == 0:
+        call(functions[FORGET], 0, 0)
+        return -1
+    found = call(functions[AS_NUMBER], answer, 0)
+    call(functions[DROP], answer, 0)
+    return found
+
+
+@njit("b1(i8[::1], i8, i8, i8)", error_model="numpy", cache=True)
+def reaches(functions, tensor, reach, itemsize):
+    """Whether so many elements of a tensor lie in its storage."""
+    offset = number(functions, functions[OFFSET], tensor)
+    storage = call(functions[CALL], functions[STORAGE], tensor)
+    if storage == 0:
+        call(functions[FORGET], 0, 0)
+        return False
+    size = number(functions, functions[BYTES], storage)
+    call(functions[DROP], storage, 0)
+    return offset >= 0 and (offset + reach) * itemsize <= size
+
+
+@njit("void(i8[::1], i8[::1], i8, i8, i8, i8, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], b1[::1])",
       error_model="numpy", cache=True)
-def look(functions, tensors, device, kind, itemsize, begin, shape, stride, at, fits):
-    describe, forget, out = functions
+def look(functions, asked, tensors, device, kind, itemsize, begin, shape, stride, reach, at, fits):
+    describe, forget, out = functions[DESCRIBE], functions[FORGET], functions[OUT]
     for k in range(at.size):
         at[k] = 0
         fit = (call(describe, peek64(tensors + 8 * k), out) & 0xFFFFFFFF) == 0
@@ -157,8 +209,13 @@ def look(functions, tensors, device, kind, itemsize, begin, shape, stride, at, f
             data = peek64(out)
             at[k] = data + peek64(out + 40)
             fit = fit and at[k] % itemsize == 0 and (data != 0 or not some)
+        for method in asked:
+            fit = fit and denies(functions, method, peek64(tensors + 8 * k))
+        if asked.size and reach[k] > 0:
+            fit = fit and reaches(functions, peek64(tensors + 8 * k), reach[k], itemsize)
         fits[k] = fit
 '''
+)
 """A `DLTensor` has data, device (type and number), axes, element type (code, bits, lanes), shape, strides,
 and an offset in bytes.
 """
@@ -186,7 +243,6 @@ class Asker:
 
     look: Callable[..., None]
     functions: Indices
-    """The function that describes a tensor, the one that forgets an error, the address of a description."""
     described: Indices
     device: int
     """DLPack's type and number of the device, as one word."""
@@ -203,7 +259,11 @@ def _asker(device: str) -> Asker | None:
     describe = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)(table[5])
     if describe(sample, out.ctypes.data) != 0:
         return None
-    functions = np.array([table[5], _function("PyErr_Clear"), out.ctypes.data], np.int64)
+    of = torch.Tensor
+    methods = map(id, (False, of.storage_offset, of.untyped_storage, torch.UntypedStorage.nbytes))
+    python = map(_function, ("PyObject_CallOneArg", "Py_DecRef", "PyLong_AsLongLong"))
+    found = [table[5], _function("PyErr_Clear"), out.ctypes.data, *python, *methods]
+    functions = np.array(found, np.int64)
     return Asker(cache.lasting(EXCHANGE).look, functions, out, int(out[1]))
 
 
@@ -216,15 +276,20 @@ def _kind(dtype: Any) -> int:
     return code | 8 * dtype.itemsize << 8 | 1 << 16
 
 
-def _exchanged(form: Tables, held: Any, dtype: Any, at: Indices, asker: Asker) -> Any:
-    """Which tensors of an array of references lie as expected."""
-    fits = np.empty(len(held), bool)
-    where, tables = (held.ctypes.data, asker.device), (form.begin, form.shape, form.stride)
-    asker.look(asker.functions, *where, _kind(dtype), dtype.itemsize, *tables, at, fits)
+def _exchanged(
+    form: Tables, arrays: Sequence[Any], dtype: Any, at: Indices, asker: Asker, asked: Sequence[Any]
+) -> Any:
+    """Which tensors lie as expected, and answer no to what they are `asked`; if to anything, their storages
+    are long enough.
+    """
+    held = np.fromiter(arrays, object, len(arrays))
+    fits, methods = np.empty(len(held), bool), np.array(list(map(id, asked)), np.int64)
+    where = asker.functions, methods, held.ctypes.data, asker.device, _kind(dtype), dtype.itemsize
+    asker.look(*where, form.begin, form.shape, form.stride, form.reach, at, fits)
     return fits
 
 
-def _attributes(form: Tables, arrays: Sequence[Any], dtype: Any, at: Indices) -> Any:
+def _attributes(form: Tables, arrays: Sequence[Any], dtype: Any, at: Indices, asked: Sequence[Any]) -> Any:
     """The same, asked by one function of PyTorch after another; None to ask each tensor."""
     torch: Any = importlib.import_module("torch")
     of = torch.Tensor
@@ -243,6 +308,13 @@ def _attributes(form: Tables, arrays: Sequence[Any], dtype: Any, at: Indices) ->
     fits &= _are(list(map(attrgetter("dtype"), arrays)), dtype)
     fits &= _are(list(map(attrgetter("device"), arrays)), torch.device(form.device))
     fits &= (at % dtype.itemsize == 0) & ((at != 0) | (form.reach == 0))
+    for method in asked:
+        fits &= _are(list(map(method, arrays)), wanted=False)
+    if asked:
+        first = np.fromiter(map(of.storage_offset, arrays), np.int64, len(arrays))
+        storages = map(of.untyped_storage, arrays)
+        bytes_ = np.fromiter(map(torch.UntypedStorage.nbytes, storages), np.int64, len(arrays))
+        fits &= ((first + form.reach) * dtype.itemsize <= bytes_) | (form.reach == 0)
     return fits
 
 
@@ -250,36 +322,29 @@ def torch_addresses(
     form: Tables, arrays: Sequence[Any], dtype: Any, at: Indices, *, write: bool, name: str
 ) -> Any:
     """Which tensors fit; their addresses in `at`. Of objects that lie where they lay no more is asked than
-    how they are laid out.
+    how they are laid out: real numbers that became a negated view are the imaginary parts of a conjugate, of
+    which one alone is dense.
     """
     torch: Any = importlib.import_module("torch")
-    of, kinds = torch.Tensor, list(map(type, arrays))
-    if kinds.count(of) + kinds.count(torch.nn.Parameter) < len(kinds):
+    of = torch.Tensor
+    if not {of, torch.nn.Parameter}.issuperset(map(type, arrays)):
         return None
-    held = np.fromiter(arrays, object, len(arrays))
-    if (asker := _asker(form.device)) is not None:
-        fits = _exchanged(form, held, dtype, at, asker)
-    elif (fits := _attributes(form, arrays, dtype, at)) is None:
-        return None
-    fits &= _are(list(map(of.is_neg, arrays)), wanted=False)
-    if dtype.is_complex:
-        fits &= _are(list(map(of.is_conj, arrays)), wanted=False)
-    known = form.known.get(name)
-    if known is not None and np.array_equal(known.at, at):
-        if known.arrays and all(map(operator.is_, map(operator.call, known.arrays), arrays)):
+    asker = _asker(form.device)
+    look = _attributes if asker is None else functools.partial(_exchanged, asker=asker)
+    asked = [of.is_neg, *([of.is_conj] if dtype.is_complex else ()), *([of.is_inference] if write else ())]
+    known = form.known.get(name)  # what was made under inference_mode may be read
+    if known is not None and known.holds(arrays):
+        fits = look(form, arrays, dtype, at, asked=asked if dtype.is_complex else ())
+        if fits is None:
+            return None
+        if np.array_equal(known.at, at):
+            for k in form.single.tolist():
+                fits[k] &= not arrays[k].is_neg()
             return fits
-    else:
-        known = None
-    if write:  # what was made under inference_mode may be read
-        fits &= _are(list(map(of.is_inference, arrays)), wanted=False)
-    first = np.fromiter(map(of.storage_offset, arrays), np.int64, len(arrays))
-    storages = map(of.untyped_storage, arrays)
-    bytes_ = np.fromiter(map(torch.UntypedStorage.nbytes, storages), np.int64, len(arrays))
-    fits &= ((first + form.reach) * dtype.itemsize <= bytes_) | (form.reach == 0)
-    if known is None or not fits.all():
-        form.known[name] = Known([], at.copy())
-    else:
-        form.known[name] = Known(list(map(weakref.ref, arrays)), known.at)
+    fits = look(form, arrays, dtype, at, asked=asked)
+    if fits is not None:
+        again = known is not None and fits.all() and np.array_equal(known.at, at)
+        form.known[name] = Known(list(map(weakref.ref, arrays)) if again else [], at.copy())
     return fits
 
 
