@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch._C import _functorch as functorch
 
 from optimisers.arrays.layout import contiguous_strides
+from optimisers.arrays.pages import on_large_pages
 from optimisers.arrays.parts import Scalars, Sparse
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape, Strides
 from optimisers.arrays.torch_operations import OPERATIONS, lift, product_type
@@ -227,8 +228,12 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
         return tuple(torch.empty_like(x, device="meta", memory_format=torch.preserve_format).stride())
 
     def zeros(self, n: int, dtype: torch.dtype, device: str) -> Tensor:
-        with torch.inference_mode(False):
-            return torch.zeros(n, dtype=dtype, device=device)
+        """A vector of zeros, which is state that lives long: a large one is on large pages."""
+        with torch.inference_mode(False), torch.no_grad():
+            new = torch.empty(n, dtype=dtype, device=device)
+            if device == "cpu" and type(new) is Tensor:
+                on_large_pages(new.data_ptr(), new.nbytes)
+            return new.zero_()
 
     def empty(self, n: int, dtype: torch.dtype, device: str) -> Tensor:
         with torch.inference_mode(False):
