@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from optimisers.arrays import registry
+from optimisers.arrays.memory import laid_out
 from optimisers.errors import TreeMismatch
 from optimisers.nest import flatten, unflatten
 from optimisers.settings import fill, numbers
@@ -39,7 +40,7 @@ def state_dict(state: object) -> dict[str, Any]:
             elif kind.opaque:
                 found[_entry(name, path)] = library.copied(value, value.dtype)
             else:
-                found[_entry(name, path)] = library.laid_out(value, value.dtype, None, kind.device)
+                found[_entry(name, path)] = laid_out(library, value, value.dtype, None, kind.device)
         for key, value in _scalars(store, leaf, group, i).items():
             vector = _vector(library, value if isinstance(value, list) else [value])
             found[f"{name}@{key}"] = vector if isinstance(value, list) else vector.reshape(())
@@ -143,4 +144,4 @@ def _taken(group: Group, name: str, value: Any, was: Any) -> Any:
         return library.copied(value, was.dtype)
     if library.immutable:
         return library.cast(found, was.dtype)
-    return library.laid_out(found, was.dtype, None, group.kind.device)
+    return laid_out(library, found, was.dtype, None, group.kind.device)

@@ -28,14 +28,17 @@ def gradients(model: object) -> Any:
         return container.gradients(model)
     layout, arrays = flatten_model(model)
     library = registry.library(*arrays) if arrays else None
-    if library is not None and library.gradient_of is None:
+    if library is not None and library.derivatives.gradient_of is None:
         raise BadState(
             f"arrays of {library.name} keep no gradients; work them out, and give them to update(state, "
             "model, grads)"
         )
     found = flatten_up_to(layout.root, model, KeyPath())
     return mirrored(
-        layout.root, list(map(library.gradient_of, found)) if library and library.gradient_of else []
+        layout.root,
+        list(map(library.derivatives.gradient_of, found))
+        if library and library.derivatives.gradient_of
+        else [],
     )
 
 
@@ -53,7 +56,7 @@ def value_and_grad(loss: Callable[..., Any], model: object, *args: object, has_a
         return container.value_and_grad(loss, model, args, has_aux)
     layout, arrays = flatten_model(model)
     library = registry.library(*arrays) if arrays else registry.library(0.0)
-    if library.value_and_grad is None:
+    if library.derivatives.value_and_grad is None:
         raise BadState(
             f"value_and_grad takes models of tensors; for arrays of {library.name} use its own, and give the "
             "gradients to update(state, model, grads)"
@@ -62,7 +65,7 @@ def value_and_grad(loss: Callable[..., Any], model: object, *args: object, has_a
     def of(new: list[Any]) -> Any:
         return loss(rebuild(layout.root, model, dict(enumerate(new))), *args)
 
-    value, grads = library.value_and_grad(of, arrays, has_aux)
+    value, grads = library.derivatives.value_and_grad(of, arrays, has_aux)
     return value, mirrored(layout.root, [grads[leaf] for leaf in layout.root.leaves])
 
 
@@ -112,7 +115,7 @@ def _diagonal(
     if not arrays:
         return []
     library = registry.library(*arrays)
-    product = library.hessian_product
+    product = library.derivatives.hessian_product
     if product is None:
         raise BadState(
             f"hutchinson takes models of tensors and of arrays of JAX; arrays of {library.name} cannot be "

@@ -224,13 +224,9 @@ def _stays(want: Any, value: object) -> bool:
     """Whether a value is stored as it is, without another look: floats where they are wanted."""
     if want is float:
         return type(value) is float and value == value  # noqa: PLR0124 no NaN
-    several: Any = value
-    return (
-        type(want) is tuple
-        and type(value) is tuple
-        and len(want) == len(several)
-        and all(map(_stays, want, several))
-    )
+    if type(want) is not tuple or type(value) is not tuple:
+        return False
+    return len(want) == len(value) and all(map(_stays, want, value))
 
 
 def number(name: str, want: type, value: object) -> Any:
@@ -448,11 +444,8 @@ def scheduled(value: object) -> set[str]:
 
 def is_schedule(value: object) -> bool:
     """Whether a setting, or a number in it, is a function of the clock."""
-    if type(value) is float:
-        return False
-    return any(
-        callable(v) and not is_number(v) for v in (value if isinstance(value, tuple | list) else (value,))
-    )
+    values: Any = value if isinstance(value, tuple | list) else (value,)
+    return type(value) is not float and any(callable(v) and not is_number(v) for v in values)
 
 
 def adjustable(value: object) -> list[str]:

@@ -306,7 +306,7 @@ def test_arrays_lie_as_they_like(engine: str | None, step: Callable[..., Any]) -
 
 def test_state_lies_as_its_parameter_does() -> None:
     for a in (np.zeros((3, 4)), np.zeros((3, 4)).T, np.zeros((2, 3, 4)).transpose(1, 2, 0)[::-1]):
-        assert library().dense_strides(gpu_like(a)) == host.dense_strides(a)
+        assert library().memory.dense_strides(gpu_like(a)) == host.memory.dense_strides(a)
 
 
 def gpu_like(a: Any) -> Any:

@@ -1,5 +1,7 @@
 """A library from outside: one file and a record, and its arrays train as those of NumPy do."""
 
+import ast
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 import optimisers as opt
-from optimisers.arrays import registry
+from optimisers.arrays import parts, protocol, registry
 from optimisers.arrays.protocol import Library
 from tests.table import TABLE, Row
 from tests.toy_library import BACKEND, Toy, ToyLibrary, began
@@ -251,3 +253,16 @@ def test_the_contract_of_a_library_does_not_grow() -> None:
     asked = {name for name in (*vars(Library), *Library.__annotations__) if not name.startswith("_")}
 
     assert len(asked) <= 64, sorted(asked)
+
+
+def test_what_a_library_must_answer_does_not_grow() -> None:
+    """Members of the protocol, and of its records; what follows from others is a function beside it."""
+    counts = {
+        made.name: sum(isinstance(node, ast.FunctionDef | ast.AnnAssign) for node in made.body)
+        for module in (protocol, parts)
+        for made in ast.parse(inspect.getsource(module)).body
+        if isinstance(made, ast.ClassDef)
+    }
+    records = ("Memory", "Stacks", "Scalars", "Derivatives", "Sparse", "Shards", "Graphs")
+    assert counts["Library"] <= 42
+    assert sum(counts[name] for name in records) <= 42

@@ -473,7 +473,7 @@ def arrays_in(state: Any) -> list[torch.Tensor]:
 def test_a_fused_step_in_place_moves_nothing_and_asks_pytorch_for_nothing(rule: opt.Rule) -> None:
     model = [lay(two(shape)[0]) for n, (shape, lay, e) in LAYOUTS.items() if e == "numba" and " " not in n]
     model += [torch.nn.Parameter(torch.ones(2, 3)), torch.ones(2, 3, 4, 4).mT]
-    model = [x for x in model if library.dense_strides(x) == x.stride() and x.data_ptr() % 8 == 0]
+    model = [x for x in model if library.memory.dense_strides(x) == x.stride() and x.data_ptr() % 8 == 0]
     grads = [torch.empty_like(x.detach()).fill_(0.5) for x in model]
     state = opt.setup(rule, model, engine="numba")
     state, model = opt.update_(state, model, grads)

@@ -9,8 +9,9 @@ import numpy as np
 
 from optimisers.arrays.layout import contiguous_strides, dense_like, overlaps_itself
 from optimisers.arrays.numpy import library as host
-from optimisers.arrays.numpylike import Dtype, NumpyLike, operations
-from optimisers.arrays.protocol import HostArray, Run, Scalar, Shape, Strides
+from optimisers.arrays.numpylike import Dtype, NumpyLike, NumpyLikeMemory, NumpyLikeStacks, operations
+from optimisers.arrays.parts import Graphs, Strides
+from optimisers.arrays.protocol import HostArray, Run, Scalar, Shape
 
 cp: Any = importlib.import_module("cupy")
 """CuPy declares no types, and need not be there where types are checked."""
@@ -87,43 +88,28 @@ _choose = _operation("where")
 OPERATIONS: dict[str, Callable[..., Any]] = {name: _operation(name) for name in ON_DEVICE} | {"where": _where}
 
 
+def _device(x: HostArray) -> str:
+    where: Any = x.device
+    return f"cuda:{where.id}"
+
+
+def _is_writable(x: HostArray) -> bool:
+    return not overlaps_itself(x.shape, x.strides)
+
+
 @final
-class CupyLibrary(NumpyLike):
-    """CuPy."""
-
-    name = "cupy"
-    operations = OPERATIONS
-
-    # -- what an array is -----------------------------------------------------------------------------------
-
-    def is_array_type(self, kind: type) -> bool:
-        return issubclass(kind, cp.ndarray)
-
-    def is_writable(self, x: HostArray) -> bool:
-        return not overlaps_itself(x.shape, x.strides)
-
-    def is_opaque(self, x: HostArray) -> bool:
-        return False
-
-    def device(self, x: HostArray) -> str:
-        where: Any = x.device
-        return f"cuda:{where.id}"
-
-    # -- memory ---------------------------------------------------------------------------------------------
+class CupyMemory(NumpyLikeMemory):
+    """Where elements of CuPy's arrays lie."""
 
     def address(self, x: HostArray) -> int:
         start: Any = x.data
         return start.ptr
 
-    def is_dense_memory(self, x: HostArray, where: str, *, write: bool) -> bool:
-        return (
-            self.device(x) == where
-            and self.address(x) % x.itemsize == 0
-            and (not write or self.is_writable(x))
-        )
+    def is_dense(self, x: HostArray, where: str, *, write: bool) -> bool:
+        return _device(x) == where and self.address(x) % x.itemsize == 0 and (not write or _is_writable(x))
 
     def dense_strides(self, x: HostArray) -> tuple[int, ...]:
-        return contiguous_strides(x.shape) if self.is_contiguous(x) else dense_like(x.shape, x.strides)
+        return contiguous_strides(x.shape) if x.flags.c_contiguous else dense_like(x.shape, x.strides)
 
     def zeros(self, n: int, dtype: Dtype, device: str) -> HostArray:
         with _gpu(device):
@@ -142,12 +128,49 @@ class CupyLibrary(NumpyLike):
             new = cp.empty(shape, dtype)
         return new if strides is None else self.view(new, 0, shape, strides)
 
-    def laid_out(
-        self, x: HostArray | Scalar, dtype: Dtype, strides: Strides | None, device: str
-    ) -> HostArray:
-        new = self.fresh(x.shape if _is_ours(x) else np.shape(x), dtype, strides, device)
-        self.assign(new, x)
-        return new
+
+@final
+class CupyStacks(NumpyLikeStacks):
+    """Stacks in CuPy."""
+
+    def stack(self, arrays: Sequence[Any]) -> Any:
+        return cp.stack(list(arrays))
+
+
+@final
+class CupyGraphs(Graphs):
+    """Graphs of the streams of CuPy."""
+
+    def capturing(self, device: str) -> bool:
+        return cp.cuda.get_current_stream(_gpu(device).id).is_capturing()
+
+    def stream(self, device: str) -> int | None:
+        return cp.cuda.get_current_stream(_gpu(device).id).ptr
+
+
+@final
+class CupyLibrary(NumpyLike):
+    """CuPy."""
+
+    name = "cupy"
+    operations = OPERATIONS
+    memory = CupyMemory()
+    stacks = CupyStacks()
+    graphs = CupyGraphs()
+
+    # -- what an array is -----------------------------------------------------------------------------------
+
+    def is_array_type(self, kind: type) -> bool:
+        return issubclass(kind, cp.ndarray)
+
+    def is_writable(self, x: HostArray) -> bool:
+        return _is_writable(x)
+
+    def is_opaque(self, x: HostArray) -> bool:
+        return False
+
+    def device(self, x: HostArray) -> str:
+        return _device(x)
 
     # -- making arrays --------------------------------------------------------------------------------------
 
@@ -165,7 +188,7 @@ class CupyLibrary(NumpyLike):
 
     @there
     def cast(self, x: HostArray | Scalar, dtype: Dtype) -> Any:
-        return x.astype(dtype, copy=False) if _is_ours(x) else self.number(cast("Scalar", x), dtype)
+        return x.astype(dtype, copy=False) if _is_ours(x) else self.scalars.number(cast("Scalar", x), dtype)
 
     @there
     def broadcast(self, x: HostArray | Scalar, shape: Shape) -> HostArray:
@@ -216,17 +239,8 @@ class CupyLibrary(NumpyLike):
 
     # -- scalars --------------------------------------------------------------------------------------------
 
-    def stack(self, arrays: Sequence[Any]) -> Any:
-        return cp.stack(list(arrays))
-
     def stacked(self, values: Sequence[HostArray | Scalar]) -> Any:
         return np.array([self.to_host(v) for v in values])
-
-    def capturing(self, device: str) -> bool:
-        return cp.cuda.get_current_stream(_gpu(device).id).is_capturing()
-
-    def stream(self, device: str) -> int | None:
-        return cp.cuda.get_current_stream(_gpu(device).id).ptr
 
 
 library = CupyLibrary()

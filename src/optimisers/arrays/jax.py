@@ -14,7 +14,7 @@ from optimisers.arrays import philox
 from optimisers.arrays.factors import cholesky, factorised, places
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.norms import norm2
-from optimisers.arrays.parts import Scalars, Shards
+from optimisers.arrays.parts import Derivatives, Scalars, Shards, Stacks
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape
 from optimisers.errors import BadSetting
 
@@ -320,6 +320,20 @@ class JaxScalars(Scalars):
     def counted(self, clocks: object) -> Any:
         return jnp.add(jnp.asarray(clocks).astype(jnp.int32), jnp.int32(0))
 
+    def number(self, value: Scalar, dtype: Dtype) -> Any:
+        return jnp.asarray(value, dtype)
+
+
+@final
+class JaxStacks(Stacks[Array, Dtype]):
+    """Stacks in JAX."""
+
+    def stack(self, arrays: Sequence[Array]) -> Array:
+        return jnp.stack(list(arrays))
+
+    def product_type(self, dtype: Dtype, wanted: str, device: str) -> Dtype:
+        return product_type(dtype, wanted)
+
 
 @final
 class JaxShards(Shards[Array]):
@@ -356,9 +370,9 @@ class JaxLibrary(Library[Array, Dtype]):
 
     name = "jax"
     immutable = True
-    sorts_dicts = True
     operations = OPERATIONS
-    hessian_product = staticmethod(hessian_product)
+    derivatives = Derivatives(hessian_product=hessian_product)
+    stacks = JaxStacks()
     scalars = JaxScalars()
     shards = JaxShards()
 
@@ -382,8 +396,6 @@ class JaxLibrary(Library[Array, Dtype]):
     def device(self, x: Array) -> str:
         """A name for all of them: where an array lies is no part of a state, which may be moved."""
         return "any device"
-
-    # -- memory ---------------------------------------------------------------------------------------------
 
     def holds_same(self, a: Array, b: Array) -> bool:
         """In a transform it cannot be seen, and what `setup` saw counts."""
@@ -444,15 +456,6 @@ class JaxLibrary(Library[Array, Dtype]):
         return jnp.broadcast_to(jnp.asarray(value).astype(old.dtype), old.shape)
 
     # -- scalars --------------------------------------------------------------------------------------------
-
-    def number(self, value: Scalar, dtype: Dtype) -> Any:
-        return jnp.asarray(value, dtype)
-
-    def product_type(self, dtype: Dtype, wanted: str, device: str) -> Dtype:
-        return product_type(dtype, wanted)
-
-    def stack(self, arrays: Sequence[Array]) -> Array:
-        return jnp.stack(list(arrays))
 
     def stacked(self, values: Sequence[Array | Scalar]) -> Array:
         return jnp.stack([jnp.asarray(v) for v in values])

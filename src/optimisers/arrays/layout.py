@@ -13,6 +13,12 @@ def contiguous_strides(shape: Axes) -> Axes:
     return tuple(reversed(out))
 
 
+def is_contiguous(shape: Axes, strides: Axes, itemsize: int) -> bool:
+    """Whether the last axis is the fastest and nothing lies between the elements; strides in bytes."""
+    flat = zip(shape, strides, contiguous_strides(shape), strict=True)
+    return 0 in shape or all(n == 1 or s == itemsize * t for n, s, t in flat)
+
+
 def permutation(shape: Axes, strides: Axes, other_shape: Axes, other_strides: Axes) -> Axes | None:
     """The order of the axes of one view that gives another of the same memory; None if they are equal."""
     if shape == other_shape and strides == other_strides:

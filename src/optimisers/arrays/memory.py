@@ -6,8 +6,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from optimisers.arrays.layout import axes_in_memory, permutation
-from optimisers.arrays.protocol import Array
+from optimisers.arrays.layout import axes_in_memory, is_contiguous, permutation
+from optimisers.arrays.protocol import Array, DType, Library
 from optimisers.arrays.registry import library, library_of
 
 
@@ -16,7 +16,13 @@ def memory_of(x: Array) -> tuple[object, ...]:
     own = library(x)
     if own.is_opaque(x):
         return ("object", id(x))
-    return own.name, own.device(x), own.address(x), x.dtype.itemsize, axes_in_memory(*own.layout(x))
+    return (
+        own.name,
+        own.device(x),
+        own.memory.address(x),
+        x.dtype.itemsize,
+        axes_in_memory(*own.memory.layout(x)),
+    )
 
 
 def bounds(x: Array) -> tuple[int, int]:
@@ -24,8 +30,8 @@ def bounds(x: Array) -> tuple[int, int]:
     own = library(x)
     if own.is_opaque(x):
         return 0, 0
-    start, (shape, strides) = own.address(x), own.layout(x)
-    if own.is_contiguous(x):
+    start, (shape, strides) = own.memory.address(x), own.memory.layout(x)
+    if is_contiguous(shape, strides, x.dtype.itemsize):
         return start, start + math.prod(shape) * x.dtype.itemsize
     if 0 in shape:
         return start, start
@@ -45,12 +51,21 @@ def shares(x: object, others: Sequence[Any]) -> bool:
     return any(a < high and low < b for a, b in map(bounds, others))
 
 
+def laid_out(own: Library, x: Any, dtype: DType, strides: tuple[int, ...] | None, device: str) -> Array:
+    """A copy of an array or a number in this type with these dense strides (in elements); None for contiguous
+    ones.
+    """
+    new = own.memory.fresh(tuple(np.shape(x)), dtype, strides, device)
+    own.assign(new, x)
+    return new
+
+
 def axes_between(first: Array, other: Array) -> tuple[int, ...] | None:
     """The permutation of the axes of `first` that lays it out like `other`, for two views of one memory; None
     if they are equal.
     """
     own = library(first)
-    return None if first is other else permutation(*own.layout(first), *own.layout(other))
+    return None if first is other else permutation(*own.memory.layout(first), *own.memory.layout(other))
 
 
 def same_array(a: Array, b: Array) -> bool:

@@ -6,34 +6,19 @@ from typing import Any, final
 import numpy as np
 
 from optimisers.arrays.layout import contiguous_strides, overlaps_itself
-from optimisers.arrays.numpylike import Dtype, NumpyLike, operations
-from optimisers.arrays.protocol import HostArray, Scalar, Shape, Strides
+from optimisers.arrays.numpylike import Dtype, NumpyLike, NumpyLikeMemory, NumpyLikeStacks, operations
+from optimisers.arrays.parts import Strides
+from optimisers.arrays.protocol import HostArray, Scalar, Shape
 
 
 @final
-class NumpyLibrary(NumpyLike):
-    """NumPy."""
-
-    name = "numpy"
-    operations = operations(np)
-
-    # -- what an array is -----------------------------------------------------------------------------------
-
-    def is_array_type(self, kind: type) -> bool:
-        return issubclass(kind, np.ndarray)
-
-    def is_writable(self, x: HostArray) -> bool:
-        return x.flags.writeable and not overlaps_itself(x.shape, x.strides)
-
-    def is_opaque(self, x: HostArray) -> bool:
-        return False
-
-    # -- memory ---------------------------------------------------------------------------------------------
+class NumpyMemory(NumpyLikeMemory):
+    """Where elements of NumPy's arrays lie."""
 
     def address(self, x: HostArray) -> int:
         return x.__array_interface__["data"][0]
 
-    def is_dense_memory(self, x: HostArray, where: str, *, write: bool) -> bool:
+    def is_dense(self, x: HostArray, where: str, *, write: bool) -> bool:
         return (
             type(x) is np.ndarray
             and x.dtype.isnative
@@ -62,12 +47,63 @@ class NumpyLibrary(NumpyLike):
         axes = sorted(range(len(shape)), key=lambda a: -strides[a])
         return np.empty([shape[a] for a in axes], dtype).transpose(np.argsort(axes))
 
-    def laid_out(
-        self, x: HostArray | Scalar, dtype: Dtype, strides: Strides | None, device: str
-    ) -> HostArray:
-        new = self.fresh(np.shape(x), dtype, strides, device)
-        np.copyto(new, x, casting="unsafe")
-        return new
+
+def product(
+    a: HostArray,
+    b: HostArray,
+    target: HostArray | None,
+    c: HostArray | None,
+    alpha: Any,
+    beta: Any,
+    spare: Callable[[], HostArray | None],
+) -> HostArray:
+    found: HostArray = np.matmul(a, b) if target is None else np.matmul(a, b, out=target)
+    if np.ndim(alpha) or alpha != 1:
+        found *= np.asarray(alpha, found.dtype)
+    if c is None:
+        return found
+    if np.ndim(beta) or beta != 1:
+        c = np.multiply(c, np.asarray(beta, found.dtype), out=spare())
+    found += c
+    return found
+
+
+@final
+class NumpyStacks(NumpyLikeStacks):
+    """Stacks in NumPy."""
+
+    into: Mapping[str, Callable[..., Any]] = {
+        "add": np.add,
+        "subtract": np.subtract,
+        "multiply": np.multiply,
+        "divide": np.divide,
+        "negative": np.negative,
+    }
+    product = staticmethod(product)
+
+    def stack(self, arrays: Sequence[HostArray]) -> HostArray:
+        return np.stack(arrays)
+
+
+@final
+class NumpyLibrary(NumpyLike):
+    """NumPy."""
+
+    name = "numpy"
+    operations = operations(np)
+    memory = NumpyMemory()
+    stacks = NumpyStacks()
+
+    # -- what an array is -----------------------------------------------------------------------------------
+
+    def is_array_type(self, kind: type) -> bool:
+        return issubclass(kind, np.ndarray)
+
+    def is_writable(self, x: HostArray) -> bool:
+        return x.flags.writeable and not overlaps_itself(x.shape, x.strides)
+
+    def is_opaque(self, x: HostArray) -> bool:
+        return False
 
     # -- making arrays --------------------------------------------------------------------------------------
 
@@ -129,39 +165,6 @@ class NumpyLibrary(NumpyLike):
 
     def stacked(self, values: Sequence[HostArray | Scalar]) -> HostArray:
         return np.array(values)
-
-    # -- stacks of arrays of one shape -----------------------------------------------------------------------
-
-    into: Mapping[str, Callable[..., Any]] = {
-        "add": np.add,
-        "subtract": np.subtract,
-        "multiply": np.multiply,
-        "divide": np.divide,
-        "negative": np.negative,
-    }
-
-    def stack(self, arrays: Sequence[HostArray]) -> HostArray:
-        return np.stack(arrays)
-
-    def product(
-        self,
-        a: HostArray,
-        b: HostArray,
-        target: HostArray | None,
-        c: HostArray | None,
-        alpha: Any,
-        beta: Any,
-        spare: Callable[[], HostArray | None],
-    ) -> HostArray:
-        found: HostArray = np.matmul(a, b) if target is None else np.matmul(a, b, out=target)
-        if np.ndim(alpha) or alpha != 1:
-            found *= np.asarray(alpha, found.dtype)
-        if c is None:
-            return found
-        if np.ndim(beta) or beta != 1:
-            c = np.multiply(c, np.asarray(beta, found.dtype), out=spare())
-        found += c
-        return found
 
 
 library = NumpyLibrary()

@@ -10,10 +10,25 @@ import numpy as np
 from optimisers.arrays import philox
 from optimisers.arrays.factors import cholesky, factorised, places, solved
 from optimisers.arrays.norms import norm2
-from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape, Strides
+from optimisers.arrays.parts import Memory, Stacks, Strides
+from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape
 
 Dtype = np.dtype[Any]
 Axis = int | tuple[int, ...] | None
+
+
+class NumpyLikeMemory(Memory[HostArray, Dtype], Protocol):
+    """What is asked of shapes and strides alone."""
+
+    def layout(self, x: HostArray) -> tuple[Shape, Strides]:
+        return x.shape, x.strides
+
+
+class NumpyLikeStacks(Stacks[HostArray, Dtype], Protocol):
+    """What both multiply."""
+
+    def product_type(self, dtype: Dtype, wanted: str, device: str) -> Dtype:
+        return product_type(dtype, wanted)
 
 
 class NumpyLike(Library[HostArray, Dtype], Protocol):
@@ -26,12 +41,6 @@ class NumpyLike(Library[HostArray, Dtype], Protocol):
 
     def dtype(self, name: str) -> Dtype:
         return np.dtype(name)
-
-    def layout(self, x: HostArray) -> tuple[Shape, Strides]:
-        return x.shape, x.strides
-
-    def is_contiguous(self, x: HostArray) -> bool:
-        return x.flags.c_contiguous
 
     def permuted(self, x: HostArray, axes: tuple[int, ...]) -> HostArray:
         return x.transpose(axes)
@@ -53,12 +62,6 @@ class NumpyLike(Library[HostArray, Dtype], Protocol):
             else:
                 out.extend(part[i : i + 1].reshape(()) for i in range(count))
         return out
-
-    def product_type(self, dtype: Dtype, wanted: str, device: str) -> Dtype:
-        return product_type(dtype, wanted)
-
-    def number(self, value: Scalar, dtype: Dtype) -> Any:
-        return np.asanyarray(value).astype(dtype)[()]
 
 
 def product_type(dtype: Dtype, wanted: str) -> Dtype:

@@ -1,15 +1,29 @@
-"""What does a library answer beside, in records of their own? Most say nothing of their own here."""
+"""What does a library answer in records of their own? Of most a library says nothing."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar, final
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, TypeVar, cast, final
 
 import numpy as np
 
+from optimisers.arrays.layout import contiguous_strides
+
 A = TypeVar("A")
+D = TypeVar("D")
+Kind_contra = TypeVar("Kind_contra", contravariant=True)
+"""Arrays; element types, given and answered or given alone."""
+
+Shape = tuple[int, ...]
+Strides = tuple[int, ...]
 
 HostArray = np.ndarray[Any, np.dtype[Any]]
 """An array of NumPy."""
+
+
+def lacking(function: str) -> TypeError:
+    """What is raised where a library is asked what it does not answer."""
+    return TypeError(f"the array library declares no `{function}`")
 
 
 class Scalars(Protocol):
@@ -56,6 +70,24 @@ class Scalars(Protocol):
     def counted(self, clocks: Any) -> Any:
         """A vector of clocks, whole numbers, beside a table of scalars."""
         return clocks
+
+    def number(self, value: Any, dtype: Any) -> Any:
+        """A scalar of the host beside arrays of a type, rounded to theirs."""
+        return np.asanyarray(value).astype(dtype)[()]
+
+    def on_device(self, numbers: Any, device: str) -> Any:
+        """Scalars of the host where kernels of a device read them."""
+        return numbers
+
+    def moved(self, x: Any, device: str) -> Any:
+        """A scalar in float32 on a device, without synchronisation."""
+        raise lacking("moved")
+
+    def advanced_clocks(self, clock: Any, skipped: Any, covered: Any) -> Any:
+        """Clocks on a device after an update, in the same array; as they were where `skipped` is not 0, and
+        where `covered`, if given, is 0.
+        """
+        raise lacking("advanced_clocks")
 
 
 @final
@@ -110,3 +142,113 @@ class Shards(Protocol[A]):
 @final
 class NoShards(Shards[Any]):
     """Arrays that each lie on one device."""
+
+
+class Memory(Protocol[A, Kind_contra]):
+    """Where elements lie: asked of arrays that are not opaque."""
+
+    def address(self, x: A) -> int:
+        """Where the first element lies."""
+        raise lacking("address")
+
+    def layout(self, x: A) -> tuple[Shape, Strides]:
+        """(shape, strides in bytes), were it contiguous memory."""
+        shape: Shape = tuple(cast("Any", x).shape)
+        return shape, contiguous_strides(shape)
+
+    def is_dense(self, x: A, where: str, *, write: bool) -> bool:
+        """Whether kernels on a device may use the array where it lies, if its layout is the right one."""
+        return False
+
+    def dense_strides(self, x: A) -> Strides:
+        """The strides, in elements, of a dense array with the axes of `x` in the same order."""
+        return contiguous_strides(tuple(cast("Any", x).shape))
+
+    def zeros(self, n: int, dtype: Kind_contra, device: str) -> A:
+        """A vector of zeros."""
+        raise lacking("zeros")
+
+    def empty(self, n: int, dtype: Kind_contra, device: str) -> A:
+        """A vector not yet written."""
+        raise lacking("empty")
+
+    def view(self, buffer: A, offset: int, shape: Shape, strides: Strides) -> A:
+        """An array of this shape inside a flat buffer; offset and strides in elements."""
+        raise lacking("view")
+
+    def fresh(self, shape: Shape, dtype: Kind_contra, strides: Strides | None, device: str) -> A:
+        """An array not yet written, with these dense strides (in elements); None for contiguous ones."""
+        raise lacking("fresh")
+
+    def touched(self, arrays: Sequence[A]) -> None:
+        """Told which arrays a kernel has written, for a library that keeps count."""
+        del arrays
+
+
+@final
+class NoMemory(Memory[Any, Any]):
+    """Arrays that are no plain memory."""
+
+
+class Stacks(Protocol[A, D]):
+    """Arrays of one shape, side by side."""
+
+    into: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+    """Operations that write into the array that they are given as `out`."""
+
+    product: Callable[..., Any] | None = None
+    """alpha a @ b + beta c of stacks of matrices, of (a, b, target, c, alpha, beta, spare): in `target`, or
+    in a new array where that is None; None where products are taken by the operations.
+
+    `spare` gives a second buffer, as large as the target, which may be written; factors are floats, or
+    arrays of one number a matrix.
+    """
+
+    def stack(self, arrays: Sequence[A]) -> A:
+        """Arrays of one shape along a new first axis."""
+        raise lacking("stack")
+
+    def product_type(self, dtype: D, wanted: str, device: str) -> D:
+        """In which type products are taken of real matrices of a type: that which is wanted, by its name,
+        where the library multiplies such; `fast` stands for bfloat16 where matrices are float32 and the
+        device has units for it.
+        """
+        return dtype
+
+
+@final
+class NoStacks(Stacks[Any, Any]):
+    """Arrays that are taken one by one."""
+
+
+class Graphs(Protocol):
+    """Launches that are noted, to be replayed: by default none is."""
+
+    capturable: bool = False
+    """Whether the scalars of a state may live on a device, for graphs that are captured."""
+
+    def capturing(self, device: str) -> bool:
+        """Whether what is launched now is noted in a graph, to be replayed."""
+        return False
+
+    def stream(self, device: str) -> int | None:
+        """The handle of the stream on which arrays of a device are computed; None for that of PyTorch."""
+        return None
+
+
+@final
+class NoGraphs(Graphs):
+    """Launches of which none is noted."""
+
+
+class Derivatives(NamedTuple):
+    """Gradients of arrays, and what makes them: by default nothing."""
+
+    gradient_of: Callable[[Any], Any] | None = None
+    """The gradient that an array itself keeps, None for no step; None where arrays keep none."""
+    hessian_product: Callable[[Callable[[Any], Any], list[Any], list[Any]], list[Any]] | None = None
+    """The second derivative of a function of a list of arrays, there, times a list of vectors."""
+    value_and_grad: Callable[[Callable[[Any], Any], Any, bool], Any] | None = None
+    """(What a function of a list or dict of arrays gives, its gradients), of (function, arrays, has_aux);
+    with `has_aux` it gives (value, aux). None where nothing is differentiated.
+    """

@@ -8,21 +8,33 @@ shared. Functions take arrays of the library alone, unless a parameter says othe
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from optimisers.arrays.layout import contiguous_strides
-from optimisers.arrays.parts import HostArray, HostScalars, NoShards, Scalars, Shards, Sparse
+from optimisers.arrays.parts import (
+    Derivatives,
+    Graphs,
+    HostArray,
+    HostScalars,
+    Memory,
+    NoGraphs,
+    NoMemory,
+    NoShards,
+    NoStacks,
+    Scalars,
+    Shape,
+    Shards,
+    Sparse,
+    Stacks,
+    lacking,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
 else:
     from typing import TypeVar
 
-Shape = tuple[int, ...]
-Strides = tuple[int, ...]
 Scalar = bool | int | float | complex
 """A number of Python."""
 
@@ -78,12 +90,8 @@ else:
     A, D = TypeVar("A"), TypeVar("D")
 
 
-def _lacking(name: str, function: str) -> TypeError:
-    return TypeError(f"the array library {name} declares no `{function}`")
-
-
 class Library(Protocol[A, D]):
-    """What an array library answers, in five parts, about its arrays `A` and element types `D`."""
+    """What an array library answers, here and in records, about its arrays `A` and element types `D`."""
 
     # -- what an array is -----------------------------------------------------------------------------------
 
@@ -92,12 +100,6 @@ class Library(Protocol[A, D]):
 
     immutable: bool = False
     """Whether arrays cannot be written, so that a step in place replaces them."""
-
-    sorts_dicts: bool = False
-    """Whether the library hands dicts on with their keys sorted."""
-
-    capturable: bool = False
-    """Whether the scalars of a state may live on a device, for graphs that are captured."""
 
     @abstractmethod
     def is_array_type(self, kind: type) -> bool:
@@ -141,55 +143,12 @@ class Library(Protocol[A, D]):
         """Where the elements are; arrays of different devices are stepped apart."""
         return "cpu"
 
-    # -- memory: asked of arrays that are not opaque -----------------------------------------------
+    memory: Memory[A, D] = NoMemory()
+    """Where elements lie."""
 
     def holds_same(self, a: A, b: A) -> bool:
         """Whether two arrays that cannot be written may be taken for one: they hold the same numbers."""
         return a is b
-
-    def address(self, x: A) -> int:
-        """Where the first element lies."""
-        raise _lacking(self.name, "address")
-
-    def layout(self, x: A) -> tuple[Shape, Strides]:
-        """(shape, strides in bytes), were it contiguous memory."""
-        return tuple(x.shape), contiguous_strides(tuple(x.shape))
-
-    def is_contiguous(self, x: A) -> bool:
-        """Whether the last axis is the fastest and nothing lies between the elements."""
-        return True
-
-    def is_dense_memory(self, x: A, where: str, *, write: bool) -> bool:
-        """Whether kernels on a device may use the array where it lies, if its layout is the right one."""
-        return False
-
-    def dense_strides(self, x: A) -> Strides:
-        """The strides, in elements, of a dense array with the axes of `x` in the same order."""
-        return contiguous_strides(tuple(x.shape))
-
-    def zeros(self, n: int, dtype: D, device: str) -> A:
-        """A vector of zeros."""
-        raise _lacking(self.name, "zeros")
-
-    def empty(self, n: int, dtype: D, device: str) -> A:
-        """A vector not yet written."""
-        raise _lacking(self.name, "empty")
-
-    def view(self, buffer: A, offset: int, shape: Shape, strides: Strides) -> A:
-        """An array of this shape inside a flat buffer; offset and strides in elements."""
-        raise _lacking(self.name, "view")
-
-    def fresh(self, shape: Shape, dtype: D, strides: Strides | None, device: str) -> A:
-        """An array not yet written, with these dense strides (in elements); None for contiguous ones."""
-        raise _lacking(self.name, "fresh")
-
-    def laid_out(self, x: A | Scalar, dtype: D, strides: Strides | None, device: str) -> A:
-        """A copy of `x` in this type with these dense strides (in elements); None for contiguous ones."""
-        raise _lacking(self.name, "laid_out")
-
-    def touched(self, arrays: Sequence[A]) -> None:
-        """Told which arrays a kernel has written, for a library that keeps count."""
-        del arrays
 
     # -- making arrays --------------------------------------------------------------------------------------
 
@@ -223,7 +182,7 @@ class Library(Protocol[A, D]):
 
     def assign(self, target: A, value: A | Scalar) -> None:
         """Write `value` into `target`, rounding once to its type."""
-        raise _lacking(self.name, "assign")
+        raise lacking("assign")
 
     def assign_many(self, targets: Sequence[A], values: Sequence[A]) -> None:
         """Write arrays into arrays."""
@@ -284,88 +243,21 @@ class Library(Protocol[A, D]):
     shards: Shards[A] = NoShards()
     """Arrays that lie on several devices."""
 
-    gradient_of: Callable[[A], A | None] | None = None
-    """The gradient that an array itself keeps, None for no step; None where arrays keep none."""
-
-    hessian_product: Callable[[Callable[[Any], Any], list[Any], list[Any]], list[Any]] | None = None
-    """The second derivative of a function of a list of arrays, there, times a list of vectors."""
-
-    value_and_grad: Callable[[Callable[[Any], Any], Any, bool], Any] | None = None
-    """(What a function of a list or dict of arrays gives, its gradients), of (function, arrays, has_aux);
-    with `has_aux` it gives (value, aux). None where nothing is differentiated.
-    """
-
-    # -- scalars: by default those of a state are on the host, where NumPy keeps them -----------------------
+    derivatives: Derivatives = Derivatives()
+    """Gradients, and who makes them."""
 
     scalars: Scalars = HostScalars()
-    """Tables and vectors of them."""
+    """The scalars of states: by default they are on the host, where NumPy keeps them."""
 
-    @abstractmethod
-    def number(self, value: Scalar, dtype: D) -> Any:
-        """A scalar of the host beside arrays of a type, rounded to theirs."""
+    graphs: Graphs = NoGraphs()
+    """Launches that are noted, to be replayed."""
+
+    stacks: Stacks[A, D] = NoStacks()
+    """Arrays of one shape, side by side."""
 
     def stacked(self, values: Sequence[A | Scalar]) -> Any:
         """A vector of these scalars."""
         return np.array([self.to_host(v) for v in values])
-
-    def on_device(self, numbers: Any, device: str) -> Any:
-        """Scalars of the host where kernels of a device read them."""
-        return numbers
-
-    def moved(self, x: Any, device: str) -> A:
-        """A scalar in float32 on a device, without synchronisation."""
-        raise _lacking(self.name, "moved")
-
-    def advanced_clocks(self, clock: Any, skipped: Any, covered: Any) -> Any:
-        """Clocks on a device after an update, in the same array; as they were where `skipped` is not 0, and
-        where `covered`, if given, is 0.
-        """
-        raise _lacking(self.name, "advanced_clocks")
-
-    def capturing(self, device: str) -> bool:
-        """Whether what is launched now is noted in a graph, to be replayed."""
-        return False
-
-    def stream(self, device: str) -> int | None:
-        """The handle of the stream on which arrays of a device are computed; None for that of PyTorch."""
-        return None
-
-    # -- stacks of arrays of one shape -----------------------------------------------------------------------
-
-    into: Mapping[str, Callable[..., Any]] = MappingProxyType({})
-    """Operations that write into the array that they are given as `out`."""
-
-    def stack(self, arrays: Sequence[A]) -> A:
-        """Arrays of one shape along a new first axis."""
-        raise NotImplementedError
-
-    def product_type(self, dtype: D, wanted: str, device: str) -> D:
-        """In which type products are taken of real matrices of a type: that which is wanted, by its name,
-        where the library multiplies such; `fast` stands for bfloat16 where matrices are float32 and the
-        device has units for it.
-        """
-        return dtype
-
-    def product(
-        self,
-        a: A,
-        b: A,
-        target: A | None,
-        c: A | None,
-        alpha: Any,
-        beta: Any,
-        spare: Callable[[], A | None],
-    ) -> Any:
-        """alpha a @ b + beta c of stacks of matrices: in `target`, or in a new array.
-
-        `spare` gives a second buffer, as large as the target, which may be written; factors are floats, or
-        arrays of one number a matrix.
-        """
-        found: Any = self.operations["matmul"](a, b)
-        found = found if isinstance(alpha, float | int) and alpha == 1 else found * alpha
-        if c is None:
-            return found
-        return found + (c if isinstance(beta, float | int) and beta == 1 else c * beta)
 
     # -- operations -----------------------------------------------------------------------------------------
 

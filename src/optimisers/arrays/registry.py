@@ -91,6 +91,8 @@ class Backend:
     """The module that knows, by `is_registered(obj)`, objects of classes that users have registered with the
     library itself, and has their entry as `OTHERS`. Its transforms are handed states of other libraries too.
     """
+    sorts_dicts: bool = False
+    """Whether its transforms hand dicts on with their keys sorted."""
     hooks: str | Hooks = field(default_factory=Hooks)
     engines: tuple[Plug, ...] = ()
     """What steps its arrays, the fastest first; the interpreter comes last for all."""
@@ -120,6 +122,7 @@ BACKENDS: dict[str, Backend] = {
             "optimisers.arrays.jax:library",
             containers={"flax": "optimisers.tree.modules_jax", "equinox": "optimisers.tree.modules_jax"},
             others="optimisers.tree.modules_jax",
+            sorts_dicts=True,
             hooks="optimisers.jax.pytree:HOOKS",
             engines=(
                 Plug("numba", "optimisers.engines.xla.task:KERNELS"),
@@ -281,6 +284,11 @@ def library(*args: object) -> Library:
         else "a rule sees one array; for a model write opt.setup(rule, model)"
     )
     raise TypeError(f"no array among {', '.join(type(a).__name__ for a in args)}; {hint}")
+
+
+def sorts_dicts(x: object) -> bool:
+    """Whether transforms of the library of an array hand dicts on with their keys sorted."""
+    return BACKENDS[library(x).name].sorts_dicts
 
 
 def isarray(x: object) -> bool:

@@ -15,8 +15,8 @@ from torch._C import _functorch as functorch
 
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.pages import on_large_pages
-from optimisers.arrays.parts import Scalars, Sparse
-from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape, Strides
+from optimisers.arrays.parts import Derivatives, Graphs, Memory, Scalars, Sparse, Stacks, Strides
+from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape
 from optimisers.arrays.torch_operations import OPERATIONS, lift, product_type
 
 Tensor = torch.Tensor
@@ -116,6 +116,134 @@ class TorchScalars(Scalars):
     def counts(self, counts: Tensor) -> HostArray:
         return np.atleast_1d(counts.detach().cpu().numpy())
 
+    def number(self, value: Scalar, dtype: torch.dtype) -> Any:
+        return complex(value) if dtype.is_complex else float(cast("float", value))
+
+    def on_device(self, numbers: object, device: str) -> Tensor:
+        where = device.partition(" ")[0]  # behind a distributed one stands how it is shared out
+        if isinstance(numbers, Tensor):
+            return numbers.to(where)
+        with torch.inference_mode(False):
+            return torch.tensor(numbers, dtype=torch.float64, device=where)
+
+    def moved(self, x: Tensor, device: str) -> Tensor:
+        return x.to(device, torch.float32, non_blocking=True)
+
+    def advanced_clocks(self, clock: Any, skipped: object, covered: Any) -> Any:
+        with torch.no_grad():
+            one = 1 if skipped is None else (skipped.reshape(()) == 0)
+            return clock.add_(one if covered is None else one * covered)
+
+
+def is_opaque(x: Tensor) -> bool:
+    """Whether a tensor is no plain memory."""
+    return (
+        type(x) not in PLAIN
+        or x.layout is not torch.strided
+        or x.device.type == "meta"
+        or x.is_conj()
+        or x.is_neg()
+        or is_traced(x)
+    )
+
+
+def device_of(x: Tensor) -> str:
+    """Where a tensor is, and how it is shared out."""
+    shared_out = getattr(x, "placements", None)
+    return str(x.device) if shared_out is None else f"{x.device} {shared_out} of {x.device_mesh}"
+
+
+@final
+class TorchMemory(Memory[Tensor, torch.dtype]):
+    """Where elements of tensors lie."""
+
+    def address(self, x: Tensor) -> int:
+        return x.data_ptr()
+
+    def layout(self, x: Tensor) -> tuple[Shape, Strides]:
+        return tuple(x.shape), tuple(s * x.itemsize for s in x.stride())
+
+    def is_dense(self, x: Tensor, where: str, *, write: bool) -> bool:
+        return not is_opaque(x) and device_of(x) == where and x.data_ptr() % x.itemsize == 0
+
+    def dense_strides(self, x: Tensor) -> tuple[int, ...]:
+        if is_opaque(x) or x.is_contiguous():
+            return contiguous_strides(tuple(x.shape))
+        return tuple(torch.empty_like(x, device="meta", memory_format=torch.preserve_format).stride())
+
+    def zeros(self, n: int, dtype: torch.dtype, device: str) -> Tensor:
+        """A vector of zeros, which is state that lives long: a large one is on large pages."""
+        with torch.inference_mode(False), torch.no_grad():
+            new = torch.empty(n, dtype=dtype, device=device)
+            if device == "cpu" and type(new) is Tensor:
+                on_large_pages(new.data_ptr(), new.nbytes)
+            return new.zero_()
+
+    def empty(self, n: int, dtype: torch.dtype, device: str) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.empty(n, dtype=dtype, device=device)
+
+    def view(self, buffer: Tensor, offset: int, shape: Shape, strides: Strides) -> Tensor:
+        return buffer.as_strided(shape, strides, offset)
+
+    def fresh(self, shape: Shape, dtype: torch.dtype, strides: Strides | None, device: str) -> Tensor:
+        if strides is None:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    def touched(self, arrays: Sequence[Tensor]) -> None:
+        torch.autograd.graph.increment_version(arrays)
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    target: Tensor | None,
+    c: Tensor | None,
+    alpha: Any,
+    beta: Any,
+    spare: Callable[[], Tensor | None],
+) -> Tensor:
+    if a.ndim != 3 or isinstance(alpha, Tensor) or isinstance(beta, Tensor):
+        found = torch.matmul(a, b, out=target)
+        if isinstance(alpha, Tensor) or alpha != 1:
+            found = torch.mul(found, alpha, out=target)
+        return found if c is None else torch.add(found, c * beta, out=target)
+    if c is not None:
+        return torch.baddbmm(c, a, b, beta=beta, alpha=alpha, out=target)
+    found = torch.bmm(a, b, out=target)
+    return found if alpha == 1 else torch.mul(found, alpha, out=target)
+
+
+@final
+class TorchStacks(Stacks[Tensor, torch.dtype]):
+    """Stacks in PyTorch."""
+
+    into: Mapping[str, Callable[..., Any]] = {
+        "add": torch.add,
+        "subtract": torch.sub,
+        "multiply": torch.mul,
+        "divide": torch.div,
+        "negative": torch.neg,
+    }
+    product = staticmethod(product)
+
+    def stack(self, arrays: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(arrays))
+
+    def product_type(self, dtype: torch.dtype, wanted: str, device: str) -> torch.dtype:
+        return product_type(dtype, wanted, device)
+
+
+@final
+class TorchGraphs(Graphs):
+    """CUDA graphs."""
+
+    capturable = True
+
+    def capturing(self, device: str) -> bool:
+        return device.startswith("cuda") and torch.cuda.is_current_stream_capturing()
+
 
 @final
 class TorchSparse(Sparse[Tensor]):
@@ -144,11 +272,11 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
     """PyTorch."""
 
     name = "torch"
-    capturable = True
     operations = OPERATIONS | {"every": every}
-    gradient_of = operator.attrgetter("grad")
-    value_and_grad = staticmethod(value_and_grad)
-    hessian_product = staticmethod(hessian_product)
+    memory = TorchMemory()
+    stacks = TorchStacks()
+    graphs = TorchGraphs()
+    derivatives = Derivatives(operator.attrgetter("grad"), hessian_product, value_and_grad)
     scalars = TorchScalars()
     sparse = TorchSparse()
 
@@ -172,16 +300,6 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
             return False
         return x.numel() == 0 or not any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
 
-    def is_opaque(self, x: Tensor) -> bool:
-        return (
-            type(x) not in PLAIN
-            or x.layout is not torch.strided
-            or x.device.type == "meta"
-            or x.is_conj()
-            or x.is_neg()
-            or self.is_traced(x)
-        )
-
     def is_traced(self, x: object) -> bool:
         return is_traced(x)
 
@@ -200,62 +318,15 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
             isinstance(a, Tensor) and self.is_traced(a) for v in (xs, *gradients) for a in v
         )
 
+    def is_opaque(self, x: Tensor) -> bool:
+        return is_opaque(x)
+
+    def device(self, x: Tensor) -> str:
+        return device_of(x)
+
     def unready(self, x: Tensor) -> str:
         lazy = isinstance(x, torch.nn.parameter.UninitializedTensorMixin)
         return "is not initialized yet; call the module with an input before `setup`" if lazy else ""
-
-    def device(self, x: Tensor) -> str:
-        shared_out = getattr(x, "placements", None)
-        return str(x.device) if shared_out is None else f"{x.device} {shared_out} of {x.device_mesh}"
-
-    # -- memory ---------------------------------------------------------------------------------------------
-
-    def address(self, x: Tensor) -> int:
-        return x.data_ptr()
-
-    def layout(self, x: Tensor) -> tuple[Shape, Strides]:
-        return tuple(x.shape), tuple(s * x.itemsize for s in x.stride())
-
-    def is_contiguous(self, x: Tensor) -> bool:
-        return x.is_contiguous()
-
-    def is_dense_memory(self, x: Tensor, where: str, *, write: bool) -> bool:
-        return not self.is_opaque(x) and self.device(x) == where and x.data_ptr() % x.itemsize == 0
-
-    def dense_strides(self, x: Tensor) -> tuple[int, ...]:
-        if self.is_opaque(x) or x.is_contiguous():
-            return contiguous_strides(tuple(x.shape))
-        return tuple(torch.empty_like(x, device="meta", memory_format=torch.preserve_format).stride())
-
-    def zeros(self, n: int, dtype: torch.dtype, device: str) -> Tensor:
-        """A vector of zeros, which is state that lives long: a large one is on large pages."""
-        with torch.inference_mode(False), torch.no_grad():
-            new = torch.empty(n, dtype=dtype, device=device)
-            if device == "cpu" and type(new) is Tensor:
-                on_large_pages(new.data_ptr(), new.nbytes)
-            return new.zero_()
-
-    def empty(self, n: int, dtype: torch.dtype, device: str) -> Tensor:
-        with torch.inference_mode(False):
-            return torch.empty(n, dtype=dtype, device=device)
-
-    def view(self, buffer: Tensor, offset: int, shape: Shape, strides: Strides) -> Tensor:
-        return buffer.as_strided(shape, strides, offset)
-
-    def fresh(self, shape: Shape, dtype: torch.dtype, strides: Strides | None, device: str) -> Tensor:
-        if strides is None:
-            return torch.empty(shape, dtype=dtype, device=device)
-        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
-
-    def laid_out(
-        self, x: Tensor | Scalar, dtype: torch.dtype, strides: Strides | None, device: str
-    ) -> Tensor:
-        if not isinstance(x, Tensor):
-            return torch.as_tensor(x, dtype=dtype, device=device)
-        return self.fresh(tuple(x.shape), dtype, strides, device).copy_(x.detach())
-
-    def touched(self, arrays: Sequence[Tensor]) -> None:
-        torch.autograd.graph.increment_version(arrays)
 
     # -- making arrays --------------------------------------------------------------------------------------
 
@@ -349,65 +420,8 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
 
     # -- scalars --------------------------------------------------------------------------------------------
 
-    def number(self, value: Scalar, dtype: torch.dtype) -> Any:
-        return complex(value) if dtype.is_complex else float(cast("float", value))
-
     def stacked(self, values: Sequence[Tensor | Scalar]) -> Tensor:
         return torch.stack([lift(v) for v in values])
-
-    def on_device(self, numbers: object, device: str) -> Tensor:
-        where = device.partition(" ")[0]  # behind a distributed one stands how it is shared out
-        if isinstance(numbers, Tensor):
-            return numbers.to(where)
-        with torch.inference_mode(False):
-            return torch.tensor(numbers, dtype=torch.float64, device=where)
-
-    def moved(self, x: Tensor, device: str) -> Tensor:
-        return x.to(device, torch.float32, non_blocking=True)
-
-    def advanced_clocks(self, clock: Any, skipped: object, covered: Any) -> Any:
-        with torch.no_grad():
-            one = 1 if skipped is None else (skipped.reshape(()) == 0)
-            return clock.add_(one if covered is None else one * covered)
-
-    def capturing(self, device: str) -> bool:
-        return device.startswith("cuda") and torch.cuda.is_current_stream_capturing()
-
-    # -- stacks of arrays of one shape -----------------------------------------------------------------------
-
-    into: Mapping[str, Callable[..., Any]] = {
-        "add": torch.add,
-        "subtract": torch.sub,
-        "multiply": torch.mul,
-        "divide": torch.div,
-        "negative": torch.neg,
-    }
-
-    def stack(self, arrays: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(arrays))
-
-    def product_type(self, dtype: torch.dtype, wanted: str, device: str) -> torch.dtype:
-        return product_type(dtype, wanted, device)
-
-    def product(
-        self,
-        a: Tensor,
-        b: Tensor,
-        target: Tensor | None,
-        c: Tensor | None,
-        alpha: Any,
-        beta: Any,
-        spare: Callable[[], Tensor | None],
-    ) -> Tensor:
-        if a.ndim != 3 or isinstance(alpha, Tensor) or isinstance(beta, Tensor):
-            found = torch.matmul(a, b, out=target)
-            if isinstance(alpha, Tensor) or alpha != 1:
-                found = torch.mul(found, alpha, out=target)
-            return found if c is None else torch.add(found, c * beta, out=target)
-        if c is not None:
-            return torch.baddbmm(c, a, b, beta=beta, alpha=alpha, out=target)
-        found = torch.bmm(a, b, out=target)
-        return found if alpha == 1 else torch.mul(found, alpha, out=target)
 
 
 library = TorchLibrary()

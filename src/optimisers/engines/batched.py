@@ -82,7 +82,7 @@ def stack_of(library: Library, arrays: Sequence[Any]) -> Any:
         return tuple(stack_of(library, parts) for parts in zip(*arrays, strict=True))
     if len(arrays) == 1:
         return library.operations["reshape"](arrays[0], (1, *np.shape(arrays[0])))
-    return library.stack(arrays)
+    return library.stacks.stack(arrays)
 
 
 def written(library: Library, value: Any, like: Any, dtype: Any) -> Any:

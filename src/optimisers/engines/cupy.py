@@ -194,7 +194,8 @@ def columns(step: Step, p: Pass, wide: Any) -> list[Any]:
     """The scalars of a pass, each for all leaves, in the type of the arithmetic."""
     real = real_of(library, wide)
     return [
-        library.number(step.scalars.of_leaves(e), wide if e.type == "complex" else real) for e in p.scalars
+        library.scalars.number(step.scalars.of_leaves(e), wide if e.type == "complex" else real)
+        for e in p.scalars
     ]
 
 

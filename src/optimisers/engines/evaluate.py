@@ -67,7 +67,7 @@ class _Evaluation:
             case "const":
                 found = constant(e, self.library, dtype)
             case "cast" if e.type == "bool":
-                found = args[0] != self.library.number(0, self.types[e.args[0].type])
+                found = args[0] != self.library.scalars.number(0, self.types[e.args[0].type])
             case "cast":
                 found = self.cast(args[0], dtype)
             case "spread" | "store":
@@ -100,4 +100,4 @@ def constant(e: Expr, library: Any, dtype: Any) -> Any:
     """What a rule wrote: a number in the type of the arithmetic, an array as it is."""
     if e.domain == "free":
         return e.value
-    return np.bool_(e.value) if e.type == "bool" else library.number(e.value, dtype)
+    return np.bool_(e.value) if e.type == "bool" else library.scalars.number(e.value, dtype)

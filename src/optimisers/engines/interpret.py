@@ -65,7 +65,7 @@ class Values:
         dtype = self.wide if column.type == "complex" else self.real
         if registry.library_of(type(value)) is self.library and self.step.abstract:
             return self.library.cast(value, dtype)
-        return self.library.number(value, dtype)
+        return self.library.scalars.number(value, dtype)
 
     def operation(self, name: str) -> Callable[..., Any]:
         """A function of the library that says where it was called if it raises."""

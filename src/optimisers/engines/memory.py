@@ -71,7 +71,9 @@ def looked(library: Any, xs: Sequence[Any], slots: Sequence[FlatBuffers], subset
     ends = [bounds(a) for a in (*xs, *state)]
     owner = np.array([*range(len(xs)), *([-1] * len(state))], np.int64)
     pieces = np.array(ends, np.int64).reshape(-1, 2)
-    strides = [tuple(library.layout(x)[1]) if b[0] < b[1] else () for x, b in zip(xs, ends, strict=False)]
+    strides = [
+        tuple(library.memory.layout(x)[1]) if b[0] < b[1] else () for x, b in zip(xs, ends, strict=False)
+    ]
     found = Spans.of(pieces[:, 0], pieces[:, 1], owner, strides)
     if not (isinstance(subset.spans, Spans) and subset.spans.same(found)):
         subset.spans = found

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays.layout import contiguous_strides
+from optimisers.arrays.products import product
 from optimisers.arrays.types import real_of
 from optimisers.engines.batched import batched, each, leaf_by_leaf, plain, raised, shaped, stack_of, written
 from optimisers.engines.task import Step
@@ -108,13 +109,13 @@ class Stacks:
             if (
                 tuple(stack.shape) != (n, *bucket.shape)
                 or stack.dtype != kind
-                or (library.layout(stack)[1] != laid and n * each > 0)
+                or (library.memory.layout(stack)[1] != laid and n * each > 0)
             ):
                 self.calls += 1
                 whole = self.buffer(("spread", self.calls), (n, *bucket.shape), kind, laid=bucket)
                 library.assign(whole, self.widened(bucket, stack))
             found.hold = (found.hold, whole)
-            at[bucket.leaves] = library.address(whole) + kind.itemsize * each * np.arange(n)
+            at[bucket.leaves] = library.memory.address(whole) + kind.itemsize * each * np.arange(n)
         return at
 
     def widened(self, bucket: Bucket, stack: Any) -> Any:
@@ -209,7 +210,7 @@ class Stacks:
             kind = self.kind(what.inputs[j])
             purpose = ("w", self.calls, j)
             flats[j] = self.workspace.flat(self.library, purpose, batch.size, kind, self.step.kind.device)
-            at.append(self.library.address(flats[j]) + kind.itemsize * batch.at)
+            at.append(self.library.memory.address(flats[j]) + kind.itemsize * batch.at)
         if which:
             self.fill(filling(what, which), members, at)
         return flats
@@ -230,7 +231,7 @@ class Stacks:
     def viewed(self, flat: Any, bucket: Bucket, offset: int) -> Any:
         """The part of a buffer that holds the matrices of a bucket."""
         n, each = len(bucket.leaves), math.prod(bucket.shape)
-        return self.library.view(flat, offset, (n, *bucket.shape), (each, *bucket.strides))
+        return self.library.memory.view(flat, offset, (n, *bucket.shape), (each, *bucket.strides))
 
     def buffer(
         self, purpose: tuple[object, ...], shape: Shape, dtype: Any, laid: Bucket | None = None
@@ -240,7 +241,7 @@ class Stacks:
         flat = self.workspace.flat(self.library, purpose, n, dtype, self.step.kind.device)
         if laid is not None:
             return self.viewed(flat, laid, 0)
-        return self.library.view(flat, 0, shape, contiguous_strides(shape))
+        return self.library.memory.view(flat, 0, shape, contiguous_strides(shape))
 
     def bucket(self, what: Round, bucket: Bucket, stacks: list[Any]) -> list[Any]:
         """The wanted values of a bucket, block by block."""
@@ -270,11 +271,10 @@ class Stacks:
         if e.op == "const" or isinstance(values, np.ndarray):
             values = np.full(1, values) if e.op == "const" else values[bucket.leaves]
             if len(values) and (values == values[0]).all():
-                value = values[0]
-                return np.bool_(value) if e.type == "bool" else self.library.number(value.item(), kind)
+                one = values[0].item()
+                return np.bool_(one) if e.type == "bool" else self.library.scalars.number(one, kind)
         whole = len(bucket.leaves) == self.step.leaves
-        values = values if whole or isinstance(values, np.ndarray) else values[bucket.leaves.tolist()]
-        return _Vector(values)
+        return _Vector(values if whole or isinstance(values, np.ndarray) else values[bucket.leaves.tolist()])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -366,7 +366,7 @@ class _Run:
     def kind_of(self, op: Operation) -> Any:
         """The type of the real numbers that an operation gives: that of the arithmetic, but for products."""
         real, device = self.s.real, self.s.step.kind.device
-        return real if op.dtype is None else self.library.product_type(real, op.dtype, device)
+        return real if op.dtype is None else self.library.stacks.product_type(real, op.dtype, device)
 
     def keep(self, j: int, value: Any) -> None:
         """Note a wanted value of this block."""
@@ -445,7 +445,7 @@ class _Run:
         def spare() -> Any:
             return None if target is None else self.s.buffer(("t", op.spare), target.shape, target.dtype)
 
-        return self.library.product(a, b, target, rest[0] if rest else None, alpha, beta, spare)
+        return product(self.library, a, b, target, rest[0] if rest else None, alpha, beta, spare)
 
     def factor(self, scalars: tuple[Expr, ...], sign: int, rank: int) -> Any:
         """The product of some scalars, shaped to multiply matrices in arrays of this many axes."""
@@ -481,8 +481,8 @@ class _Run:
         args = [shaped(a, rank) if n else raised(a, rank) for a, n in zip(args, numbers, strict=True)]
         if e.op in ("add", "multiply"):
             args.sort(key=np.ndim, reverse=True)  # a number alone comes last
-        if target is not None and e.op in self.library.into and self.are_plain(e, args):
-            return self.library.into[e.op](*args, out=target)
+        if target is not None and e.op in self.library.stacks.into and self.are_plain(e, args):
+            return self.library.stacks.into[e.op](*args, out=target)
         return self.library.operations[e.op](*args, **dict(e.options))
 
     def are_plain(self, e: Expr, args: list[Any]) -> bool:

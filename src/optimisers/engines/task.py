@@ -131,7 +131,7 @@ class Step:
         group, subset, kind = job.group, job.subset, job.group.kind
         self.job, self.engine, self.kind = job, engine, kind
         self.library = kind.library
-        if not kind.capturable and self.library.capturing(kind.device):
+        if not kind.capturable and self.library.graphs.capturing(kind.device):
             raise BadState(
                 "a CUDA graph would replay this step with the numbers of today; write setup(rule, model, "
                 "capturable=True)"
@@ -185,9 +185,13 @@ class Step:
             return given
         here = registry.isarray(given) and registry.library(given) is self.library
         if self.kind.capturable and here:
-            return self.library.moved(given, self.kind.device).double()
+            return self.library.scalars.moved(given, self.kind.device).double()
         value = float(registry.library(given).to_host(given)) if registry.isarray(given) else float(given)
-        return self.library.on_device(np.float64(value), self.kind.device) if self.kind.capturable else value
+        return (
+            self.library.scalars.on_device(np.float64(value), self.kind.device)
+            if self.kind.capturable
+            else value
+        )
 
     @property
     def leaves(self) -> int:
@@ -350,7 +354,7 @@ def _scalars(step: Step) -> Scalars:
     if not step.job.traced:
         last = () if step.kind.capturable else step.program.new_counters
         return Scalars(table.values, step.row, step.sizes, table.clock, host, names, last)
-    values = step.library.on_device(table.values, step.kind.device)
+    values = step.library.scalars.on_device(table.values, step.kind.device)
     return Scalars(values, step.row, step.sizes, table.clock, step.library, names)
 
 

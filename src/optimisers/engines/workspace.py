@@ -23,7 +23,7 @@ class Workspace:
         """A vector of n elements at least, not to be trusted to hold anything."""
         found = self.buffers.get((purpose, dtype))
         if found is None or found.shape[0] < n:
-            found = self.buffers[purpose, dtype] = library.empty(n, dtype, device)
+            found = self.buffers[purpose, dtype] = library.memory.empty(n, dtype, device)
         return found
 
     @property

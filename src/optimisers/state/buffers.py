@@ -106,13 +106,17 @@ class FlatBuffers:
     @classmethod
     def zeros(cls, library: Any, dtype: Any, device: str, places: Places) -> "FlatBuffers":
         return cls(
-            library.name, dtype, device, places, [library.zeros(n, dtype, device) for n in places.lengths]
+            library.name,
+            dtype,
+            device,
+            places,
+            [library.memory.zeros(n, dtype, device) for n in places.lengths],
         )
 
     @functools.cached_property
     def addresses(self) -> Indices:
         """Where each array lies."""
-        base = np.array([self.library.address(b) for b in self.buffers], np.int64)
+        base = np.array([self.library.memory.address(b) for b in self.buffers], np.int64)
         return base[self.places.buffer] + self.places.offset * self.dtype.itemsize
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,7 +124,7 @@ class FlatBuffers:
 
     def empty(self) -> "FlatBuffers":
         """Buffers of the same form, not yet written."""
-        fresh = [self.library.empty(n, self.dtype, self.device) for n in self.places.lengths]
+        fresh = [self.library.memory.empty(n, self.dtype, self.device) for n in self.places.lengths]
         return FlatBuffers(self.name, self.dtype, self.device, self.places, fresh)
 
     def copy(self) -> "FlatBuffers":
@@ -148,13 +152,15 @@ class FlatBuffers:
 
     def __getitem__(self, i: int) -> Any:
         p = self.places
-        return self.library.view(self.buffers[p.buffer[i]], int(p.offset[i]), p.shapes[i], p.strides[i])
+        return self.library.memory.view(
+            self.buffers[p.buffer[i]], int(p.offset[i]), p.shapes[i], p.strides[i]
+        )
 
     def __len__(self) -> int:
         return len(self.places.shapes)
 
     def __iter__(self) -> Iterator[Any]:
-        p, view = self.places, self.library.view
+        p, view = self.places, self.library.memory.view
         where = zip(p.buffer.tolist(), p.offset.tolist(), p.shapes, p.strides, strict=True)
         return (view(self.buffers[b], offset, shape, strides) for b, offset, shape, strides in where)
 

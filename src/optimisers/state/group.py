@@ -55,7 +55,7 @@ class Shape:
         cls, x: Any, engine: str | None = None, *, packed: bool = False, capturable: bool = False
     ) -> "Shape":
         library = registry.library(x)
-        strides, opaque = library.dense_strides(x), library.is_opaque(x)
+        strides, opaque = library.memory.dense_strides(x), library.is_opaque(x)
         packed = packed and opaque and library.immutable
         return cls(
             library.name,

@@ -286,8 +286,8 @@ class DeviceTable:
     def __init__(self, host: HostTable, library: Any, device: str) -> None:
         self.library, self.device = library, device
         self.hypers, self.row, self.mirror = host.hypers, host.row, host.values[:, : host.hypers]
-        self.values = library.on_device(host.values, device)
-        self.clock = library.on_device(host.clock, device)
+        self.values = library.scalars.on_device(host.values, device)
+        self.clock = library.scalars.on_device(host.clock, device)
         self.covered: dict[bytes, Any] = {}
         """Which rows some leaves have, on the device."""
 
@@ -323,14 +323,16 @@ class DeviceTable:
         """
         if tracer_of(values) is not None:
             raise BadState(CAPTURED)
-        if self.library.capturing(self.device):
+        if self.library.graphs.capturing(self.device):
             raise BadState(
                 "the numbers of a capturable state were changed while a graph is captured; change them "
                 "before, or between its replays"
             )
         mirror = self.mirror.copy()
         mirror[block(rows, columns)] = on_host(values)
-        self.library.assign(self.values[:, : self.hypers], self.library.on_device(mirror, self.device))
+        self.library.assign(
+            self.values[:, : self.hypers], self.library.scalars.on_device(mirror, self.device)
+        )
         self.mirror = mirror
         return self
 
@@ -344,13 +346,13 @@ class DeviceTable:
         for j, value in enumerate(counters, self.hypers):
             column = self.library.to_numpy(self.values[:, j]).copy()
             column[self.row[stepped]] = value
-            self.library.assign(self.values[:, j], self.library.on_device(column, self.device))
+            self.library.assign(self.values[:, j], self.library.scalars.on_device(column, self.device))
         return self
 
     def assign_counters(self, members: Indices, values: Sequence[Sequence[Any]], skip: int = 0) -> Self:
         if tracer_of(values) is not None:
             raise BadState(CAPTURED)
-        given = self.library.on_device(np.array(values, np.float64), self.device)
+        given = self.library.scalars.on_device(np.array(values, np.float64), self.device)
         for i, new in zip(self.row[members].tolist(), given, strict=True):
             at = self.hypers + skip
             self.library.assign(self.values[i, at : at + len(new)], new)
@@ -363,15 +365,15 @@ class DeviceTable:
             if key not in self.covered:
                 mask = np.zeros(len(self.row))
                 mask[self.row[members]] = 1
-                self.covered[key] = self.library.on_device(mask, self.device)
+                self.covered[key] = self.library.scalars.on_device(mask, self.device)
             covered = self.covered[key]
-        self.clock = self.library.advanced_clocks(self.clock, skipped, covered)
+        self.clock = self.library.scalars.advanced_clocks(self.clock, skipped, covered)
         return self
 
     def set_clocks(self, members: Indices, clocks: Sequence[float]) -> Self:
         clock = self.library.to_numpy(self.clock).copy()
         clock[self.row[members]] = clocks
-        self.library.assign(self.clock, self.library.on_device(clock, self.device))
+        self.library.assign(self.clock, self.library.scalars.on_device(clock, self.device))
         return self
 
     def copy(self) -> "DeviceTable":

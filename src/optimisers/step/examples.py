@@ -100,7 +100,7 @@ def _norms(gradients: list[Any]) -> Any:
         raise BadState("the norms of examples are taken over arrays of one library; this model has several")
     library = registry.library(gradients[0])
     each = [ops.norm2(g, axis=1) for g in gradients]
-    return ops.norm2(library.stack(each), axis=0)
+    return ops.norm2(library.stacks.stack(each), axis=0)
 
 
 def _resolved(group: Group, member: int) -> Any:

@@ -163,7 +163,7 @@ def _refuse_cut(layout: Layout, shapes: Sequence[Shape | None], arrays: Sequence
 def _refuse_uncapturable(shapes: Sequence[Shape | None]) -> None:
     """Raise BadSetting unless the parameters are all on one device whose steps can be captured."""
     found = {(k.name, k.device) for k in shapes if k is not None}
-    if len(found) != 1 or not registry.named(next(iter(found))[0]).capturable:
+    if len(found) != 1 or not registry.named(next(iter(found))[0]).graphs.capturable:
         where = ", ".join(f"{name} on {device}" for name, device in sorted(found)) or "nothing"
         raise BadSetting(f"capturable=True takes tensors of torch on one CUDA device; this model has {where}")
 
@@ -246,7 +246,8 @@ def update_(state: S, model: M, grads: object = _MISSING, *more: object, loss: o
 
     While the step is stored, handlers of signals that are written in Python (Ctrl-C is one) wait, in the main
     thread: they are called when all of it is stored, and find no half step. For that they are replaced for
-    this moment, and put back; `update`, whose new arrays are in no use yet, replaces none.
+    this moment, and put back: at every step, since each stores several things, the arrays of its groups, then
+    their counters and clocks. `update`, whose new arrays are in no use yet, replaces none.
     """
     if _untrained(state):
         return state, model
@@ -297,7 +298,8 @@ def update_listed(
     """
     if scaling is not None:
         kind = store.groups[0].kind
-        scaling = kind.library.moved(scaling[0], kind.device), kind.library.moved(scaling[1], kind.device)
+        scale, found = (kind.library.scalars.moved(x, kind.device) for x in scaling)
+        scaling = scale, found
     with store.lock:  # an edit from another thread waits for the step
         step = Steps(store, node, xs, orders, inplace=True, loss=loss, scaling=scaling)
         for leaf in step.prepare():
@@ -330,7 +332,7 @@ def _opened(state: Any, model: Any, name: str) -> tuple[Store, Node, KeyPath]:
     kind = store.shapes[node.leaf] if node.leaf >= 0 and len(store.layout.places[node.leaf]) > 1 else None
     if kind is not None and registry.isarray(model):
         library = registry.library(model)
-        if (tuple(model.shape), library.dense_strides(model)) != (kind.shape, kind.strides):
+        if (tuple(model.shape), library.memory.dense_strides(model)) != (kind.shape, kind.strides):
             raise TreeMismatch(
                 f"this is a transposed view of {path.code()}, whose Leaf speaks for that place; update a "
                 "part of the model that holds it"

@@ -274,7 +274,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         scaling, grads = self._unscaled(held, grads)
         if grads is None:
             return loss
-        if keeper.capturable and tensors.capturing(str(xs[0].device)):
+        if keeper.capturable and tensors.graphs.capturing(str(xs[0].device)):
             for n, group in enumerate(keeper.groups):
                 group.refuse_changed(n)
         else:
@@ -306,7 +306,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             return None, grads
         if self._keeper.capturable and takes_scaling(held.store):
             return (torch.ones_like(found) if scale is None else scale, found), grads
-        if self._keeper.capturable and tensors.capturing(str(found.device)):
+        if self._keeper.capturable and tensors.graphs.capturing(str(found.device)):
             raise BadState(
                 "this rule computes values of another shape than the parameters; a step of it that a "
                 "GradScaler may skip cannot be captured"

@@ -76,7 +76,7 @@ class _Flattening:
                 f"the model is the Python number {model!r}; write np.array({model!r}) to train it"
             )
         root = self.visit(model, KeyPath(), listed=False)
-        if self.arrays and not self.ordered and all(registry.library(x).sorts_dicts for x in self.arrays):
+        if self.arrays and not self.ordered and all(registry.sorts_dicts(x) for x in self.arrays):
             return _Flattening(self.ties, self.trained, ordered=True).run(model)
         self.refuse_overlaps()
         for tie in self.ties:
@@ -287,9 +287,9 @@ def share_elements(a: object, b: object) -> bool:
 def _layout_only(x: Any) -> Any:
     """A NumPy array that has the layout of another array and is never read."""
     library = registry.library(x)
-    shape, strides = library.layout(x)
+    shape, strides = library.memory.layout(x)
     kind = f"|V{x.dtype.itemsize}"
-    about = {"data": (library.address(x), True), "shape": shape, "strides": strides, "typestr": kind}
+    about = {"data": (library.memory.address(x), True), "shape": shape, "strides": strides, "typestr": kind}
     return np.asarray(SimpleNamespace(__array_interface__={**about, "version": 3}))
 
 

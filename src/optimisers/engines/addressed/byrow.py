@@ -136,7 +136,7 @@ def _found(stacks: Stacks, e: Expr, lines: Lines) -> tuple[bool, Indices]:
 def _rows(stacks: Stacks, bucket: Bucket, stack: Any, *, narrow: bool) -> Indices | None:
     """Where the rows of a bucket find a value of theirs, as one number or as a row; None if they do not."""
     library, missing = stacks.library, len(bucket.shape) + 1 - stack.ndim
-    (apart, *strides), (*over, columns) = library.layout(stack)[1], bucket.shape
+    (apart, *strides), (*over, columns) = library.memory.layout(stack)[1], bucket.shape
     *outer, last = (*(1,) * missing, *stack.shape[1:])
     *steps, between = (*(0,) * missing, *strides)
     if last != (1 if narrow else columns) or not all(n in (1, m) for n, m in zip(outer, over, strict=True)):
@@ -147,7 +147,7 @@ def _rows(stacks: Stacks, bucket: Bucket, stack: Any, *, narrow: bool) -> Indice
     for axis, (n, m, stride) in enumerate(zip(outer, over, steps, strict=True)):
         if n > 1:
             offset += (stride * np.arange(m)).reshape(m, *(1,) * (len(over) - 1 - axis))
-    begin = library.address(stack) + apart * np.arange(len(bucket.leaves))
+    begin = library.memory.address(stack) + apart * np.arange(len(bucket.leaves))
     return begin[:, None] + offset.reshape(1, -1)
 
 
@@ -170,7 +170,7 @@ def take(step: Step, launch: Launch, stacks: Stacks, what: Round, members: Membe
     for name, e, begin in sums:
         flat = stacks.buffer(("rows", stacks.calls, name), (lines.width,), stacks.real)
         stacks.library.assign(flat, begin)
-        at[name] = (stacks.library.address(flat) + size * lines.places)[lines.block]
+        at[name] = (stacks.library.memory.address(flat) + size * lines.places)[lines.block]
         held.append((e, flat))
     partial = np.empty((len(p.reductions), len(lines.chunks.leaf)))
     launch(step, p, lines, at, *((partial,) if p.reductions else ()))
@@ -200,7 +200,9 @@ def _first(stacks: Stacks, e: Expr, bucket: Bucket, flat: Any, lines: Lines) -> 
     operation = stacks.library.operations[e.op]
     strides = (columns, 1)
     if n == 1 or (np.diff(first) == blocks * columns).all():
-        parts = stacks.library.view(flat, int(first[0]), (n, blocks, columns), (blocks * columns, *strides))
+        parts = stacks.library.memory.view(
+            flat, int(first[0]), (n, blocks, columns), (blocks * columns, *strides)
+        )
         return operation(parts, **options)
-    views = [stacks.library.view(flat, int(f), (1, blocks, columns), (0, *strides)) for f in first]
+    views = [stacks.library.memory.view(flat, int(f), (1, blocks, columns), (0, *strides)) for f in first]
     return stacks.library.scalars.joined([operation(v, **options) for v in views])

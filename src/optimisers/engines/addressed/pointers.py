@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import registry
+from optimisers.arrays.layout import is_contiguous
 from optimisers.engines.addressed import objects, public
 from optimisers.state.buffers import Indices
 
@@ -89,24 +90,24 @@ class Form:
         library = registry.named(self.library)
         fits = [self.fits(i, a, dtype, write=write) for i, a in enumerate(arrays)]
         at = np.array(
-            [library.address(a) if fit else 0 for a, fit in zip(arrays, fits, strict=True)], np.int64
+            [library.memory.address(a) if fit else 0 for a, fit in zip(arrays, fits, strict=True)], np.int64
         )
         return at, np.flatnonzero(~np.array(fits, bool))
 
     def fits(self, i: int, a: Any, dtype: Any, *, write: bool) -> bool:
         library = registry.named(self.library)
-        if registry.library_of(type(a)) is not library or not library.is_dense_memory(
+        if registry.library_of(type(a)) is not library or not library.memory.is_dense(
             a, self.device, write=write
         ):
             return False
         if self.library == "torch" and (a.is_inference() or lacks_memory(a)):
             return False
-        shape, strides = library.layout(a)
+        shape, strides = library.memory.layout(a)
         wanted = tuple(s * dtype.itemsize for s in self.strides[i])
         return (
             a.dtype == dtype
             and shape == self.shapes[i]
-            and (strides == wanted or (self.flat[i] and library.is_contiguous(a)))
+            and (strides == wanted or (self.flat[i] and is_contiguous(shape, strides, dtype.itemsize)))
         )
 
 

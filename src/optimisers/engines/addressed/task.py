@@ -16,7 +16,7 @@ import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.arrays.layout import contiguous_strides
-from optimisers.arrays.memory import bounds
+from optimisers.arrays.memory import bounds, laid_out
 from optimisers.engines.addressed.chunks import Chunks, Scratch
 from optimisers.engines.addressed.pointers import Form, is_fake, lacks_memory
 from optimisers.engines.checks import checked_gradient, checked_x
@@ -163,12 +163,12 @@ def _laid_out(
                 f"an array of shape {tables.form.shapes[i]} whose storage was freed or made smaller, "
                 f"at {step.code(i, 'model' if arrays is step.xs else 'grads')}"
             )
-        found[i] = step.library.laid_out(source, dtype, *layout(step, tables, i))
+        found[i] = laid_out(step.library, source, dtype, *layout(step, tables, i))
         if is_fake(found[i]) and not is_fake(source):
             raise BadState(
                 "a FakeTensorMode is on, in which tensors have no memory; take the step outside it"
             )
-        at[i] = step.library.address(found[i])
+        at[i] = step.library.memory.address(found[i])
     return found
 
 
@@ -360,12 +360,12 @@ def _targets(step: Step, members: Members) -> Indices:
     """Where new parameters go: fresh arrays, which become the results."""
     form, kind, library = step.work.tables.form, step.kind, step.library
     new = [
-        library.fresh(shape, kind.dtype, None if flat else laid, kind.device)
+        library.memory.fresh(shape, kind.dtype, None if flat else laid, kind.device)
         for shape, flat, laid in zip(form.shapes, form.flat, form.strides, strict=True)
     ]
     at, misfits = look(step, step.work.tables, "new x", new, kind.dtype, write=True)
     for k in misfits.tolist():
-        at[k] = library.address(new[k])
+        at[k] = library.memory.address(new[k])
     like, xs = library.like, step.xs
     for k in every(step, members):
         step.new[k] = like(xs[k], new[k])
@@ -378,9 +378,9 @@ def finish(step: Step) -> None:
     if not step.job.inplace:
         return
     if arrays.x is step.xs:
-        step.library.touched(step.xs)
+        step.library.memory.touched(step.xs)
         return
-    step.library.touched([x for x, was in zip(arrays.x, step.xs, strict=True) if x is was])
+    step.library.memory.touched([x for x, was in zip(arrays.x, step.xs, strict=True) if x is was])
     for i, (new, old) in enumerate(zip(arrays.x, step.xs, strict=True)):
         if new is not old and i not in step.new:
             step.library.stored(old, new, inplace=True)
@@ -404,8 +404,8 @@ def separate(step: Step, begin: Indices, end: Indices) -> None:
         before = np.searchsorted(begin, at + size) - 1
         for i in np.flatnonzero((end[before] > at) & (before >= 0) & (step.sizes > 0)).tolist():
             copies = arrays.dx[n] = list(arrays.dx[n])
-            copies[i] = step.library.laid_out(copies[i], arrays.gradient, *layout(step, arrays.tables, i))
-            at[i] = step.library.address(copies[i])
+            copies[i] = laid_out(step.library, copies[i], arrays.gradient, *layout(step, arrays.tables, i))
+            at[i] = step.library.memory.address(copies[i])
             apart = False
     if apart:
         arrays.tables.apart = begin, [at.copy() for at in arrays.dx_at]
@@ -425,14 +425,14 @@ def spans(step: Step) -> Spans:
     ):
         return known.spans
     buffers = [b for p in slots for b in p.buffers]
-    state_at = np.array([step.library.address(b) for b in buffers], np.int64)
+    state_at = np.array([step.library.memory.address(b) for b in buffers], np.int64)
     state_size = np.array([b.nbytes for b in buffers], np.int64)
     low, high = arrays.x_at.copy(), arrays.x_at + step.sizes * step.kind.dtype.itemsize
     strides: list[Any] = []
     for i, (new, old) in enumerate(zip(arrays.x, step.xs, strict=True)):
         if new is not old:  # a copy: what counts is where the original lies
             low[i], high[i] = bounds(old)
-            strides.append((i, step.library.layout(old)[1]))
+            strides.append((i, step.library.memory.layout(old)[1]))
     owner = np.concatenate([np.arange(step.leaves), np.full(len(buffers), -1)])
     begin, end = np.concatenate([low, state_at]), np.concatenate([high, state_at + state_size])
     found = Spans.of(begin, end, owner, strides)

@@ -439,11 +439,7 @@ def columns(p: Pass, *, inplace: bool) -> list[str]:
     """The arrays of a kernel in the order of its address table: those read, values of another shape, those
     written.
     """
-    written = [
-        s if inplace and s not in p.loads else f"new {s}"
-        for s, _ in p.stores
-        if not inplace or s not in p.loads
-    ]
+    written = [s if inplace else f"new {s}" for s, _ in p.stores if not inplace or s not in p.loads]
     return [*p.loads, *(f"f{j}" for j in range(len(p.free))), *written]
 
 

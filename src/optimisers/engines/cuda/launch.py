@@ -75,7 +75,7 @@ def support() -> Any:
 
 def capturing(step: Step) -> bool:
     """Whether what is launched now is noted in a graph, to be replayed."""
-    return step.library.capturing(step.kind.device)
+    return step.library.graphs.capturing(step.kind.device)
 
 
 def launched(step: Step, kernel: Any, programs: int, given: tuple[Any, ...], **options: Any) -> None:
@@ -117,7 +117,7 @@ def on(library: Any, device: Any) -> Any:
     """The device, and the stream on which an array library works there, as the place of launches."""
     if device.type == "cpu":
         return contextlib.nullcontext()
-    handle = library.stream(str(device))
+    handle = library.graphs.stream(str(device))
     if handle is not None and handle != torch.cuda.current_stream(device).cuda_stream:
         stream = torch.cuda.ExternalStream(handle, device) if handle else torch.cuda.default_stream(device)
         return _entered(device, stream)
