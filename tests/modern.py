@@ -327,6 +327,65 @@ def orthogonal(cls: Any, **at_first: Any) -> Callable[[Settings, Any], Any]:
     return make
 
 
+class Late(opt.Rule):
+    """A rule whose decay comes after the step, as some packages have it: x = (x - dx') (1 - rate lam)."""
+
+    whole = True
+
+    rule: opt.Rule
+    rate: float = 0.0
+    scale: Callable[[tuple[int, ...]], float] = opt.static(lambda _: 1.0)
+    """By what the rate is multiplied for arrays of a shape."""
+    lam: float = 0.0
+    from_: int = opt.static(0)
+    """How many gradients are not followed by a decay."""
+
+    def init(self, x: Any) -> Any:
+        return self.rule.init(x), 0
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        inner, step = self.rule.apply(state[0], x, dx)
+        part = opt.where(state[1] >= self.from_, self.scale(x.shape) * self.rate * self.lam, 0.0)
+        return (inner, state[1] + 1), step + part * (x - step)
+
+    def evaluate(self, state: Any, x: Any) -> Any:
+        return self.rule.evaluate(state[0], x) if hasattr(self.rule, "evaluate") else x
+
+
+def soap(settings: Settings, _: Any) -> Any:
+    lam = settings.pop("lam", 0.0)
+    rule = plain(opt.SOAP, settings | {"lam": 0.0})
+    return rule if isinstance(rule, str) else Late(rule, settings["eta"], lam=lam, from_=1)
+
+
+def splus(settings: Settings, _: Any) -> Any:
+    eta, lam = settings["eta"], settings.pop("lam", 0.01)
+    rule = plain(opt.SPlus, settings | {"lam": 0.0}, ema="rho")
+    if isinstance(rule, str):
+        return rule
+    return Late(rule, eta, lambda shape: 2 / sum(shape) if len(shape) == 2 else 1e-3, lam)
+
+
+def galore(settings: Settings, _: Any) -> Any:
+    lam = settings.pop("lam", 0.0)
+    rule = plain(opt.GaLore, settings)
+    return rule if isinstance(rule, str) else Late(rule, settings["eta"], lam=lam)
+
+
+def shampoo(settings: Settings, _: Any) -> Any:
+    lam = settings.pop("lam", 0.0)
+    if settings.pop("debias", False):
+        beta = settings.pop("beta1"), settings.pop("beta2")
+        return plain(opt.Shampoo, {"beta": beta, "lam": lam, "every": 1} | settings)
+    sums = {"beta": (0.0, 1.0), "epsilon": 1e-6, "graft": None, "every": 1}
+    rule = plain(opt.Shampoo, sums | settings)
+    return rule if isinstance(rule, str) or not lam else opt.Chain(opt.WeightDecay(lam), rule)
+
+
+def dion(settings: Settings, _: Any) -> Any:
+    return plain(opt.Dion, {"start": "identity"} | settings)
+
+
 def adafactor(settings: Settings, _: Any) -> Any:
     cls = opt.TorchAdafactor if settings.pop("variant", None) == "torch" else opt.Adafactor
     if "decay" in settings:
@@ -341,6 +400,14 @@ BUILT: dict[str, Callable[[Settings, Any], Any]] = {
     "NorMuon": orthogonal(opt.NorMuon),
     "AdaMuon": orthogonal(opt.AdaMuon),
     "Scion": orthogonal(opt.Scion, rho=1.0, constrained=False),
+    "SOAP": soap,
+    "SPlus": splus,
+    "Shampoo": shampoo,
+    "GaLore": galore,
+    "Dion": dion,
+    "Kron": refused("the noise that keeps the factors regular stays in the step", "noisy_step")(
+        simply(opt.Kron)
+    ),
     "Adafactor": adafactor,
     "Prodigy": prodigy,
     "AdEMAMix": ademamix,

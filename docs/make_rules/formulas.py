@@ -22,6 +22,8 @@ from docs.make_rules.letters import (
     PRODUCT,
     RANDOM,
     REDUCTIONS,
+    RESULTS,
+    SEVERAL,
     SUM,
     bars,
     letter,
@@ -32,7 +34,7 @@ from docs.make_rules.letters import (
     subscripted,
 )
 from docs.make_rules.texts import BEFORE, HANDS_ON, family_of, parameters
-from optimisers.graph.expr import Expr, order
+from optimisers.graph.expr import Expr, news_of, olds_of, order
 from optimisers.graph.trace import Program
 from optimisers.ops import orthogonal
 from optimisers.settings import walk
@@ -207,7 +209,7 @@ class Printer:
         for e in nodes:
             inner = (1 if id(a) in self.names else weights[id(a)] for a in e.args if a.args)
             weights[id(e)] = 1 + sum(inner) if e.args else 0
-            if not e.args or id(e) in self.names or e.op in (*THROUGH, "random"):
+            if not e.args or id(e) in self.names or e.op in (*THROUGH, *SEVERAL, "random"):
                 continue
             name = self._called(e, weights[id(e)], shared=uses[id(e)] > 1)
             if name is None:
@@ -259,7 +261,7 @@ class Printer:
         if id(e) in self.names and not own:
             return self.names[id(e)], ATOM
         if e.op == "const":
-            return number(e.value)
+            return number(e.value) if np.ndim(e.value) == 0 else (rf"1 \dots {len(e.value)}", ATOM)
         if e.op == "input":
             return self._input(e), ATOM
         if e.op == "number":
@@ -308,7 +310,7 @@ class Printer:
             return self._cases(e), 0
         if e.op == "total":
             return self._total(e)
-        if e.op in REDUCTIONS or e.op in ("matmul", "transpose"):
+        if e.op in REDUCTIONS or e.op in ("matmul", "transpose", "item"):
             return self._of_whole(e)
         name = FUNCTIONS.get(e.op, rf"\operatorname{{{e.op.replace('_', ' ')}}}")
         return f"{name}{parenthesised(', '.join(self.text(x) for x in a))}", ATOM
@@ -320,8 +322,18 @@ class Printer:
             return rf"{self.text(a[0], ATOM)} \mathbin{{@}} {self.text(a[1], ATOM)}", PRODUCT
         if e.op == "transpose":
             return rf"{self.text(a[0], ATOM)}^\top", ATOM
+        if e.op == "item":
+            return self._item(a[0], dict(e.options)["index"])
         along = "" if e.domain == "scalar" else "_" + ALONG[dict(e.options)["axis"]]
         return f"{REDUCTIONS[e.op]}{along} {self.text(a[0], PRODUCT)}", PRODUCT
+
+    def _item(self, e: Expr, index: int) -> tuple[str, int]:
+        """One of several results of an operation."""
+        if e.op == "every":
+            new, old = (self.text(of(e)[index]) for of in (news_of, olds_of))
+            return _either([rf"{new} & \text{{if }} {self.text(e.args[0])}", rf"{old} & \text{{else}}"]), 0
+        given = ", ".join(self.text(x) for x in e.args)
+        return rf"\operatorname{{{e.op}}}_{{{RESULTS[e.op][index]}}}{parenthesised(given)}", ATOM
 
     def _total(self, e: Expr) -> tuple[str, int]:
         over = r"\sum_{\text{leaves}}"
@@ -337,8 +349,7 @@ class Printer:
             if id(e) in self.names:
                 break
         rows.append(rf"{self.text(e)} & \text{{else}}")
-        inner = r" \\ ".join(rows)
-        return rf"\begin{{cases}} {inner} \end{{cases}}"
+        return _either(rows)
 
     def _sum(self, e: Expr) -> str:
         out = ""
@@ -407,6 +418,11 @@ class Printer:
             for e, n in ordered
         ]
         return r" \cdot ".join(texts) if any(t[:1].isdigit() for t in texts[1:]) else r" \, ".join(texts)
+
+
+def _either(rows: list[str]) -> str:
+    inner = r" \\ ".join(rows)
+    return rf"\begin{{cases}} {inner} \end{{cases}}"
 
 
 def _is(e: Expr, value: float) -> bool:

@@ -31,6 +31,16 @@ LETTERS = {
     "scale_epsilon": r"\epsilon_x",
     "step": r"\Delta",
     "temperature": "T",
+    "grams": "C",
+    "bases": "Q",
+    "basis": "P",
+    "roots": "P",
+    "factors": "Q",
+    "often": "p",
+    "credit": "n",
+    "graft_beta": r"\beta_g",
+    "graft_epsilon": r"\epsilon_g",
+    "precond_eta": r"\eta_Q",
 }
 """Letters of the papers for names of settings, of state and of variables."""
 
@@ -83,6 +93,12 @@ FUNCTIONS = {
 }
 ALONG = {-1: "j", -2: "i"}
 """The index along an axis of a matrix: j counts the elements of a row, i those of a column."""
+
+RESULTS = {"eigh": ("w", "Q"), "qr": ("Q", "R"), "svd": ("U", "s", "V^*")}
+"""What an operation gives, by its letters."""
+
+SEVERAL = ("every", *RESULTS)
+"""Operations that give several values, which are named, not they."""
 
 REDUCTIONS = {"sum": r"\sum", "max": r"\max", "min": r"\min"}
 

@@ -37,6 +37,18 @@ FAMILIES = {
             '`opt.setup({opt.hidden_matrices: opt.Muon(0.02), "**": opt.AdamW(3e-4)}, model)`.'
         ),
     ),
+    "preconditioned": (
+        "Steps in eigenvectors",
+        (
+            "The correlations of gradients along each axis are learned, and steps are taken in their "
+            "eigenvectors, which are renewed now and then."
+        ),
+    ),
+    "kron": (
+        "Fitted preconditioners",
+        "The correlations of gradients along each axis are fitted step by step, without eigenvectors.",
+    ),
+    "lowrank": ("Steps of low rank", "A matrix is stepped in its strongest directions alone, for memory."),
     "factored": (
         "Little memory",
         "Second moments are kept for rows and columns, for axes or for blocks, not for every element.",
@@ -254,6 +266,34 @@ WHEN = {
         "one is too rough: `rank=256` up to a billion parameters, or one number a matrix by "
         '`APOLLO(rank=1, scale=128.0, per="array")`. Embeddings, heads and vectors go to AdamW.'
     ),
+    "PolarGrad": (
+        "In place of Muon where steps are to fall with the gradient, without a schedule. The exact factor is "
+        'dear on GPUs: write `coefficients="polar_express"` there.'
+    ),
+    "SOAP": (
+        "In place of AdamW, at its rate or three times that, where steps are dear and memory is not: two "
+        "matrices more for each axis. The best at much data in comparisons at equal tuning."
+    ),
+    "Shampoo": (
+        "For large runs whose rate is tuned for Adam, which gives the length of its steps. Renew the roots "
+        "less often (`every=100`) where they cost too much."
+    ),
+    "SPlus": (
+        "As Shampoo, with eigenvectors that may be old and steps that cannot explode. Evaluate what "
+        "`averaged` gives."
+    ),
+    "Kron": (
+        "In place of AdamW, at a third of its rate, where memory for two matrices is there but no time for "
+        "eigenvectors."
+    ),
+    "GaLore": (
+        "To train large models where the state of Adam does not fit, at its rate: the moments are those of "
+        "`rank` directions. Give embeddings and vectors to AdamW."
+    ),
+    "Dion": (
+        "In place of Muon for matrices that are spread over devices: a few columns stand for each. Take a "
+        "rank of a quarter of the shorter side or more."
+    ),
     "Adafactor": (
         "Where the state of Adam does not fit: it keeps a row and a column for each matrix. With a rate and "
         "a schedule of your own write `relative=False, scaled=False`; with Adam's rates also `rho=0.9`."
@@ -397,7 +437,7 @@ HANDS_ON = ("AccumGrad", "AddNoise", "PrivateAggregate")
 """Rules outside the family gradient whose answer is not meant as a step."""
 
 
-OF_MATRICES = ("matrix", "factored", "sketched")
+OF_MATRICES = ("matrix", "factored", "sketched", "preconditioned", "kron", "lowrank")
 """Families that are shown for a matrix."""
 
 

@@ -80,11 +80,14 @@ from optimisers.rules.gradient import (
     SignDecay,
     WeightDecay,
 )
+from optimisers.rules.kron import Kron
 from optimisers.rules.losses import MoMo, MoMoAdam, PolyakSPS
-from optimisers.rules.matrix import AdaMuon, Muon, NorMuon, Scion
+from optimisers.rules.lowrank import Dion, GaLore
+from optimisers.rules.matrix import AdaMuon, Muon, NorMuon, PolarGrad, Scion
 from optimisers.rules.momenta import ADOPT, QHM, Adan, AdEMAMix, LaProp, NAdamW, QHAdam, SimplifiedAdEMAMix
 from optimisers.rules.noise import SGLD, AddNoise, PrivateAggregate
 from optimisers.rules.of_torch import ASGD, SparseAdam, TorchAdaMax, TorchRMSProp
+from optimisers.rules.preconditioned import SOAP, Shampoo, SPlus
 from optimisers.rules.projected import SGDP, AdamP
 from optimisers.rules.rateless import DAdaptAdam, DAdaptLion, DAdaptSGD, DoG, DoWG, LDoG, Prodigy
 from optimisers.rules.scaled import FTRL, MADGRAD, AdamAtan2, StableAdamW, Yogi
@@ -189,6 +192,7 @@ __all__ = [
     "DAdaptSGD",
     "DecoupledDecay",
     "Descent",
+    "Dion",
     "DoG",
     "DoWG",
     "DomainError",
@@ -197,11 +201,13 @@ __all__ = [
     "FTRL",
     "FloatParameter",
     "GPA",
+    "GaLore",
     "Grams",
     "GrokFast",
     "InverseSqrt",
     "Join",
     "KeyPath",
+    "Kron",
     "LAMB",
     "LARS",
     "LDoG",
@@ -234,6 +240,7 @@ __all__ = [
     "OptimiserError",
     "OrthoGrad",
     "Pair",
+    "PolarGrad",
     "PolyakSPS",
     "Polynomial",
     "PrivateAggregate",
@@ -250,6 +257,8 @@ __all__ = [
     "SGDP",
     "SGLD",
     "SM3",
+    "SOAP",
+    "SPlus",
     "SWA",
     "Scaled",
     "Schedule",
@@ -257,6 +266,7 @@ __all__ = [
     "Scion",
     "Selector",
     "Setting",
+    "Shampoo",
     "SignDecay",
     "SignDescent",
     "Signum",

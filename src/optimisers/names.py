@@ -72,6 +72,10 @@ ELSEWHERE = {
     "SingleDeviceMuonWithAuxAdam": WHOLE,
     "SingleDeviceNorMuon": "opt.NorMuon",
     "ScionLight": "opt.Scion",
+    "DistributedShampoo": "opt.Shampoo",
+    "ForeachSOAP": "opt.SOAP",
+    "GaLoreAdamW": "opt.GaLore",
+    "PSGDKron": "opt.Kron",
     # Optimisers.jl
     "OptimiserChain": "opt.Chain",
 }

@@ -82,8 +82,6 @@ OF_ANOTHER_RULE = {
 NOT_HERE = {
     "lbfgs": "it asks for the loss again within a step; keep torch.optim.LBFGS, or take "
     "from_optax(optax.lbfgs()) for arrays of JAX, or Adam()",
-    "shampoo": "this rule is not here; of its kind there is Muon()",
-    "soap": "this rule is not here; of its kind there is Muon()",
 }
 """Rules that are known elsewhere, in small letters, and not here -> why, and what to take."""
 

@@ -75,6 +75,6 @@ def depths(roots: Sequence[Expr], known: set[int]) -> dict[int, int]:
     """How many choices lie one below the other under each node, by id."""
     found = dict.fromkeys(known, 0)
     for e in order(roots, known, given=True):
-        inside = (a for a in e.args if a.domain != "scalar")
+        inside = () if e.domain == "scalar" else (a for a in e.args if a.domain != "scalar")
         found[id(e)] = max((found[id(a)] for a in inside), default=0) + (e.op == "every")
     return found

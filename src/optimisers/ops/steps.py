@@ -3,13 +3,14 @@ be; and what it knows of the steps of others.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from optimisers.arrays import registry
 from optimisers.arrays.protocol import Operand
 from optimisers.errors import DomainError, TraceError
+from optimisers.nest import unflatten, values
 from optimisers.ops.dispatch import OPERATIONS, Primitive
 from optimisers.ops.primitives import abs
 
@@ -55,47 +56,39 @@ def every(condition: Operand, compute: Callable[[], Any], old: Any) -> Any:
     """`compute()` where the scalar condition holds, else `old`: for work done at some steps alone, such as
     `every(state.t % 10 == 0, lambda: eigh(state.left)[1], state.basis)`.
 
-    `compute` takes nothing and gives a value, or a tuple of values, of the shapes of `old`. What the array
-    library has to do for them, and what is summed, is done only where the condition holds: for those arrays
-    of a group for which it does, and under `jax.jit` behind `lax.cond`; inside `jax.vmap` and the transforms
-    of torch both sides are computed, and one is chosen. What is made element by element is chosen in the pass
-    that reads it. Unlike after `when` the rest of the step goes on, and clocks tick.
+    `compute` takes nothing and gives a value, or values in tuples and dicts, of the form and the shapes of
+    `old`. What the array library has to do for them, and what is summed, is done only where the condition
+    holds: for those arrays of a group for which it does, and under `jax.jit` behind `lax.cond`; inside
+    `jax.vmap` and the transforms of torch both sides are computed, and one is chosen. What is made element by
+    element is chosen in the pass that reads it. Unlike after `when` the rest of the step goes on, and clocks
+    advance.
 
     A captured graph cannot leave anything out: such a rule is refused where `capturable=True`. Raises
     TraceError for a condition for each element, and for another number of values than there are old ones.
     """
-    olds = _values(old)
+    olds = values(old)
+    if not olds:
+        return old
 
     def computed() -> Any:
-        found = _values(compute())
+        found = values(compute())
         if len(found) != len(olds):
             raise TraceError(f"every() computes {len(found)} values where there are {len(olds)} old ones")
         return found
 
     for a in (condition, *olds):
         if (write := getattr(type(a), "__every__", None)) is not None:
-            return _as(old, write(condition, computed, olds))
+            return unflatten(old, iter(write(condition, computed, olds)))
     if getattr(condition, "shape", ()) != ():
         raise TraceError(
             "every() was given a condition for each element; it takes a scalar one: use where() for single "
             "elements"
         )
     library = registry.library(*olds, condition)
-    return _as(old, library.operations["every"](condition, computed, lambda: olds))
+    return unflatten(old, iter(library.operations["every"](condition, computed, lambda: olds)))
 
 
 OPERATIONS["every"] = Primitive("every", "choice", "same")
-
-
-def _values(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, tuple) else (value,)
-
-
-def _as(old: Any, values: Sequence[Any]) -> Any:
-    """Values in the form of the old ones: a tuple, a named one, or one value."""
-    if not isinstance(old, tuple):
-        return values[0]
-    return type(old)(*values) if hasattr(old, "_fields") else tuple(values)
 
 
 def clock(dx: Any, otherwise: Any) -> Any:

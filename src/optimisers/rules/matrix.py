@@ -6,7 +6,19 @@ from typing import Any, Literal, NamedTuple
 from optimisers import ops
 from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
-from optimisers.ops import abs2, ema, norm, norm2, orthogonal, real_zeros_like, sign, sqrt, zeros_like
+from optimisers.ops import (
+    abs2,
+    conj,
+    ema,
+    norm,
+    norm2,
+    orthogonal,
+    real,
+    real_zeros_like,
+    sign,
+    sqrt,
+    zeros_like,
+)
 from optimisers.ops.derived import rms
 from optimisers.ops.matrices import PRODUCTS, Coefficients, coefficients_of
 from optimisers.rule import (
@@ -100,7 +112,7 @@ def scale_of(scale: str, seen: Matrices) -> float:
 # -- what these rules have in common -------------------------------------------------------------------------
 
 
-def check_orthogonal(rule: "Muon | NorMuon | AdaMuon | Scion") -> None:
+def check_orthogonal(rule: "Muon | NorMuon | AdaMuon | Scion | PolarGrad") -> None:
     """Raise BadSetting where settings that all these rules have are out of range."""
     not_negative(rule, "epsilon")
     at_least_one(rule, "steps")
@@ -110,7 +122,7 @@ def check_orthogonal(rule: "Muon | NorMuon | AdaMuon | Scion") -> None:
         raise BadSetting(f"{name}.axes is {rule.axes!r}; it takes None or 2")
     if rule.dtype not in (None, *PRODUCTS):
         raise BadSetting(f"{name}.dtype is {rule.dtype!r}; it takes None, 'bfloat16' or 'float32'")
-    coefficients_of(rule.coefficients, f"{name}.coefficients")
+    coefficients_of(rule.coefficients or "exact", f"{name}.coefficients")
 
 
 def check_scaled(rule: "Muon | NorMuon | AdaMuon") -> None:
@@ -121,7 +133,7 @@ def check_scaled(rule: "Muon | NorMuon | AdaMuon") -> None:
     one_of(rule, "scale", ("original", "rms", "spectral", "max"))
 
 
-def seen_by(rule: "Muon | NorMuon | AdaMuon", shape: tuple[int, ...]) -> Matrices:
+def seen_by(rule: "Muon | NorMuon | AdaMuon | PolarGrad", shape: tuple[int, ...]) -> Matrices:
     """The matrices of an array; raises BadSetting for one that has none, or whose outputs do not divide into
     blocks.
     """
@@ -142,9 +154,9 @@ def seen_by(rule: "Muon | NorMuon | AdaMuon", shape: tuple[int, ...]) -> Matrice
     return matrices_of(shape, rule.layout, rule.axes, rule.blocks)
 
 
-def made_orthogonal(rule: "Muon | NorMuon | AdaMuon | Scion", seen: Matrices, w: Array) -> Any:
+def made_orthogonal(rule: "Muon | NorMuon | AdaMuon | Scion | PolarGrad", seen: Matrices, w: Array) -> Any:
     """NS of an array, as matrices."""
-    return orthogonal(seen.of(w), rule.coefficients, rule.steps, rule.epsilon, rule.dtype)
+    return orthogonal(seen.of(w), rule.coefficients or "exact", rule.steps, rule.epsilon, rule.dtype)
 
 
 def direction(rule: "Muon | NorMuon", old: Array, dx: Array) -> tuple[Any, Any]:
@@ -375,3 +387,50 @@ class Scion(Rule):
 
 SMALL = 1e-8
 """Is added to the sizes by which `Scion` divides."""
+
+
+class PolarGrad(Rule):
+    """Steepest descent in the spectral norm: m = rho m + (1 - rho) dx; dx' = eta (|m|_* o + lam x), o the
+    polar factor of m and |m|_* its nuclear norm, the sum of its singular values.
+
+    Lau, Long & Su, "PolarGrad: a class of matrix-gradient optimizers from a unifying preconditioning
+    perspective", 2025, arXiv:2505.21799, algorithm 1. The factor is that of a singular value decomposition,
+    or with `coefficients` and `steps` what Newton-Schulz makes of m, as in `Muon`; |m|_* is the product of o
+    and m then. Unlike those of Muon, steps fall with the gradient. `layout` and `axes` are as there.
+    """
+
+    eta: Setting = setting(0.02)
+    rho: Setting = setting(0.95)
+    lam: Setting = setting(0.0)
+    epsilon: Setting = setting(1e-7)
+    steps: int | None = static(None)
+    coefficients: str | Coefficients | None = static(None)
+    layout: Layout = static("rows")
+    axes: Literal[2] | None = static(None)
+    blocks: int = static(1)
+    dtype: Product = static(None)
+
+    def check(self) -> None:
+        in_unit_interval(self, "rho")
+        not_negative(self, "lam")
+        at_least_one(self, "blocks")
+        check_orthogonal(self)
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        seen_by(self, shape)
+
+    def init(self, x: Array) -> MuonState:
+        return MuonState(zeros_like(x))
+
+    def apply(self, state: MuonState, x: Array, dx: Array) -> Any:
+        seen = seen_by(self, x.shape)
+        m = ema(self.rho, state.m, dx)
+        w = seen.of(m)
+        if self.coefficients is None:
+            u, s, vh = ops.svd(w)
+            o, size = u @ vh, ops.sum(s, axis=-1, keepdims=True)
+            size = ops.reshape(size, (*seen.shape[:-2], 1, 1))
+        else:
+            o = made_orthogonal(self, seen, m)
+            size = ops.sum(real(conj(o) * w), axis=(-2, -1), keepdims=True)
+        return MuonState(m), self.eta * (seen.back(size * o) + self.lam * x)

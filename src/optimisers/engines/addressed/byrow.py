@@ -115,12 +115,12 @@ def narrowed(p: Pass, narrow: tuple[bool, ...]) -> Pass:
 
 
 def _is_whole(stacks: Stacks, e: Expr) -> bool:
-    return all(tuple(s.shape[1:]) == b.shape for f in stacks.found[id(e)] for b, s in f.stacks)
+    return all(tuple(s.shape[1:]) == b.shape for f in stacks.known_of(e) for b, s in f.stacks)
 
 
 def _found(stacks: Stacks, e: Expr, lines: Lines) -> tuple[bool, Indices]:
     """(whether a value is one number a row, where each row finds it)."""
-    held = [(b, s) for f in stacks.found[id(e)] for b, s in f.stacks]
+    held = [(b, s) for f in stacks.known_of(e) for b, s in f.stacks]
     size = stacks.kind(e).itemsize
     if all(s.dtype == stacks.kind(e) and s.ndim - 1 <= len(b.shape) for b, s in held):
         for last in (1, 0):
