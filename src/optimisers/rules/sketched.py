@@ -2,8 +2,6 @@
 
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from optimisers import ops
 from optimisers.arrays.protocol import Array
 from optimisers.ops import norm2, normal, sqrt
@@ -21,6 +19,7 @@ from optimisers.rule import (
 )
 from optimisers.rules.adam import AdamState, adam_state, check_decaying, moments
 from optimisers.rules.direction import grown
+from optimisers.rules.lowrank import leading, within
 
 
 def is_matrix(shape: tuple[int, ...]) -> bool:
@@ -74,7 +73,7 @@ class APOLLO(Rule):
         if not is_matrix(x.shape):
             return APOLLOState(adam_state(x), None, 0.0, 0)
         rows, columns = x.shape
-        rank = min(self.rank, *x.shape)
+        rank = within(self.rank, x.shape)
         kept = (rows, rank) if rows > columns else (rank, columns)
         basis = ops.zeros((min(rows, columns), rank), like=x)
         return APOLLOState(adam_state(ops.zeros(kept, like=x)), basis, 0.0, 0)
@@ -98,9 +97,9 @@ class APOLLO(Rule):
 
     def drawn(self, dx: Array, *, tall: bool) -> Any:
         """New random directions of the shorter side."""
-        rank = min(self.rank, *dx.shape)
+        rank = within(self.rank, dx.shape)
         numbers = normal(dx, self.seed)
-        first = ops.take(adjoint(numbers) if tall else numbers, np.arange(rank), axis=-1)
+        first = leading(adjoint(numbers) if tall else numbers, rank)
         return first * rank**-0.5
 
 
