@@ -987,7 +987,7 @@ def test_a_step_that_has_not_run_is_refused_in_a_capture_before_anything_is_note
 def test_numbers_are_not_changed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(3)
     state = opt.setup(opt.AdamW(0.1), x, engine="triton", capturable=True)
-    monkeypatch.setattr(library, "capturing", lambda _: True)
+    monkeypatch.setattr(library.graphs, "capturing", lambda _: True)
     with pytest.raises(BadState, match="change them before, or between its replays"):
         opt.adjust_(state, 0.5)
 
@@ -1054,7 +1054,7 @@ def test_a_rate_in_a_tensor_is_read_when_it_was_written(monkeypatch: pytest.Monk
     optimizer.step()
     assert len(reads) <= 2  # once to see that it is another, once to take it over
     assert p.tolist() == pytest.approx([-0.25] * 3)
-    monkeypatch.setattr(library, "capturing", lambda _: True)
+    monkeypatch.setattr(library.graphs, "capturing", lambda _: True)
     rate.fill_(0.5)
     with pytest.raises(BadState, match=r"write read_groups\(\) before"):
         optimizer.step()
