@@ -348,6 +348,39 @@ def test_choices_may_stand_in_each_other_and_after_each_other(world: World) -> N
                 near(world.get(state[i].state[key]), value)
 
 
+class Swaps(opt.Rule):
+    """Two matrices of the state that change places at every second step: old values lie in the state."""
+
+    def init(self, x: Any) -> Any:
+        n = x.shape[0]
+        return ops.eye(n, like=x), 2 * ops.eye(n, like=x), 0
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        a, b, t = state
+        a, b = ops.every(t % 2 == 0, lambda: (a @ b + 1, a), (b, a))
+        return (a, b, t + 1), b @ dx
+
+
+@wherever_it_runs
+def test_old_values_are_read_before_they_are_written(world: World) -> None:
+    shapes = [(40, 3), (40, 3), (3, 3), (3, 3), (2, 3)]
+    xs, grads = drawn(0, shapes), [drawn(k, shapes) for k in range(1, 5)]
+    with world.open():
+        model = world.put(xs)
+        state = world.setup(Swaps(), model)
+        for g in grads:
+            state, model = world.step(state, model, world.put(g))
+        for i, x in enumerate(xs):
+            n, wanted = len(x), x
+            a, b = np.eye(n), 2 * np.eye(n)
+            for t, g in enumerate(grads):
+                a, b = (a @ b + 1, a) if t % 2 == 0 else (b, a)
+                wanted = wanted - b @ g[i]
+            near(world.get(model[i]), wanted)
+            near(world.get(state[i].state[0]), a)
+            near(world.get(state[i].state[1]), b)
+
+
 class Periodic(opt.Rule):
     """Elements alone: a mean that is renewed at every second step."""
 
@@ -418,6 +451,53 @@ def test_a_step_with_it_is_differentiated() -> None:
 def unit(a: Any) -> Any:
     for i in range(a.size):
         yield np.eye(1, a.size, i).reshape(a.shape)
+
+
+def test_the_old_values_may_be_any_nest() -> None:
+    old = ({"a": np.ones(1), "b": None}, RotatedState(1.0, None, (2.0, 3.0), 4))
+    new = ({"a": np.zeros(1), "b": None}, RotatedState(5.0, None, (6.0, 7.0), 8))
+
+    assert repr(ops.every(True, lambda: new, old)) == repr(new)
+    assert repr(ops.every(False, lambda: new, old)) == repr(old)
+
+
+class Sequence(opt.Rule):
+    """Two choices one after the other, with numbers of whole arrays in them and after them."""
+
+    def init(self, x: Any) -> Any:
+        n = x.shape[0]
+        return (ops.zeros((n, n), like=x), opt.zeros_like(x)), ops.eye(n, like=x), 0
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        (a, v), q, t = state
+        size = ops.norm(dx)
+        q = ops.every(t % 2 == 0, lambda: q + dx @ ops.transpose(dx) / (1 + size + ops.norm(q @ q)), q)
+        p = q @ dx
+        a, v = ops.every(
+            t % 2 == 0,
+            lambda: (q @ q / ops.max(ops.abs(q)), ops.take(v, ops.argsort(-ops.sum(p, axis=0)), axis=-1) + p),
+            (a, v),
+        )
+        step = a @ dx + v / (1 + ops.norm(v))
+        rows = ops.sum(step * step, axis=-1, keepdims=True)
+        return ((a, v), q, t + 1), 0.01 * step / (1 + ops.sqrt(rows) + ops.norm(step))
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (5, 6), (96, 96), (96, 128)], ids=str)
+@pytest.mark.parametrize("array", [np.array, torch.tensor], ids=["numpy", "torch"])
+def test_choices_in_sequence_are_right_at_every_size(array: Any, shape: Any) -> None:
+    """Against the rule on plain arrays, where `every` is an `if`; long rows have passes over them."""
+    xs, grads = drawn(0, [shape] * 2), [drawn(k, [shape] * 2) for k in range(1, 5)]
+    model, rule = list(map(array, xs)), Sequence()
+    state = opt.setup(rule, model)
+    for g in grads:
+        state, model = opt.update_(state, model, list(map(array, g)))
+    for i, x in enumerate(xs):
+        plain, wanted = rule.init(x), x
+        for g in grads:
+            plain, step = rule.apply(plain, wanted, g[i])
+            wanted = wanted - step
+        np.testing.assert_allclose(np.asarray(model[i]), wanted, rtol=1e-8, atol=1e-10)
 
 
 # -- what is said of it --------------------------------------------------------------------------------------

@@ -41,6 +41,18 @@ _ALONG = {"argsort": -1, "take": -1}
 """Operations along an axis that is this one unless said."""
 
 
+_CONDITIONS = frozenset({"logical_and", "logical_or", "logical_not", "where", "call", "reshape", "transpose"})
+"""Operations that leave conditions as they are; for all others they count as 0 and 1."""
+
+
+def counted(library: Library, e: Expr, args: Sequence[Any], dtype: Any) -> list[Any]:
+    """The arguments of an operation, conditions as 0 and 1 unless it is one of conditions."""
+    if e.op in _CONDITIONS:
+        return list(args)
+    pairs = zip(args, e.args, strict=True)
+    return [library.cast(a, dtype) if node.type == "bool" else a for a, node in pairs]
+
+
 def leaf_by_leaf(library: Library, e: Expr, args: Sequence[Any], count: int) -> Any:
     """The same, one leaf after the other."""
     operation, options = library.operations[e.op], dict(e.options)

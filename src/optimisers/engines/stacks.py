@@ -18,12 +18,12 @@ import numpy as np
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.products import product
 from optimisers.arrays.types import real_of
-from optimisers.engines.batched import batched, each, leaf_by_leaf, plain, raised, shaped, stack_of, written
+from optimisers.engines import batched
 from optimisers.engines.task import Step
 from optimisers.engines.workspace import Batch, Bucket, Found, Workspace
 from optimisers.errors import TraceError
 from optimisers.graph.expr import Expr
-from optimisers.graph.passes import Pass
+from optimisers.graph.passes import Pass, number_of
 from optimisers.graph.plan import Round, filling
 from optimisers.graph.recipe import Operand, Operation, Recipe, Shape, recipe
 from optimisers.ops.dispatch import OPERATIONS
@@ -35,10 +35,6 @@ BLOCK = 1 << 21
 
 BATCHES = 16
 """How many patterns of stepped leaves are remembered."""
-
-_CONDITIONS = frozenset({"logical_and", "logical_or", "logical_not", "where", "call", "reshape", "transpose"})
-"""Operations that leave conditions as they are; for all others they count as 0 and 1."""
-
 
 Take = Callable[["Stacks", Round, Indices | None], None]
 """Notes the reductions of a round along an axis, of some leaves."""
@@ -86,7 +82,8 @@ class Stacks:
         if e.op == "item" and id(e.args[0]) in self.found:
             mine, index = self.found.setdefault(id(e), []), dict(e.options)["index"]
             for whole in self.found[id(e.args[0])][len(mine) :]:
-                mine.append(Found([(bucket, stacks[index]) for bucket, stacks in whole.stacks]))
+                stacks = [(bucket, several[index]) for bucket, several in whole.stacks]
+                mine.append(Found(stacks, borrowed=whole.borrowed))
         return self.found.get(id(e), [])
 
     def value(self, e: Expr, leaf: int) -> Any:
@@ -95,7 +92,8 @@ class Stacks:
             for bucket, stack in found.stacks:
                 where = np.flatnonzero(bucket.leaves == leaf)
                 if len(where):
-                    return each(operator.itemgetter(int(where[0])), stack)
+                    value = batched.each(operator.itemgetter(int(where[0])), stack)
+                    return batched.each(self.library.duplicate, value) if found.borrowed else value
         raise LookupError(f"{e.op} is not known yet")
 
     def spread(self, e: Expr, found: Found) -> Indices:
@@ -107,7 +105,8 @@ class Stacks:
             laid = tuple(s * kind.itemsize for s in (each, *bucket.strides))
             whole = stack
             if (
-                tuple(stack.shape) != (n, *bucket.shape)
+                found.borrowed
+                or tuple(stack.shape) != (n, *bucket.shape)
                 or stack.dtype != kind
                 or (library.memory.layout(stack)[1] != laid and n * each > 0)
             ):
@@ -159,10 +158,10 @@ class Stacks:
         leaves = np.arange(self.step.leaves) if members is None else members
         for side, chosen in ((what, holds), (what.otherwise, ~holds)):
             if chosen.any():
-                found = self.computed(side, members if chosen.all() else leaves[chosen])
-                self.note(
-                    e, [(stacks[0][0], tuple(s for _, s in stacks)) for stacks in zip(*found, strict=True)]
-                )
+                found = zip(*self.computed(side, members if chosen.all() else leaves[chosen]), strict=True)
+                self.note(e, [(parts[0][0], tuple(stack for _, stack in parts)) for parts in found])
+                nodes = set(map(id, side.nodes))
+                self.found[id(e)][-1].borrowed = any(id(w) not in nodes for w in side.wanted)
 
     def asked(self, only: Sequence[Expr], members: Indices | None) -> Any:
         """Whether all of these conditions hold, of each leaf."""
@@ -201,9 +200,9 @@ class Stacks:
         return batches[key]
 
     def filled(self, what: Round, batch: Batch, members: Indices | None) -> dict[int, Any]:
-        """Have a pass write the inputs of a round, but for arrays that are a stack of one as they are."""
-        single = all(len(b.leaves) == 1 for b in batch.buckets)
-        which = tuple(j for j, e in enumerate(what.inputs) if not (single and self.is_plain(e)))
+        """Have a pass write the inputs of a round, but for arrays that are stacks as they are."""
+        where = [[self.lying(e, b) is not None for b in batch.buckets] for e in what.inputs]
+        which = tuple(j for j, found in enumerate(where) if not all(found))
         flats: dict[int, Any] = {}
         at: list[Indices] = []
         for j in which:
@@ -218,15 +217,20 @@ class Stacks:
     def input(self, e: Expr, flat: Any, bucket: Bucket) -> Any:
         """An input of a round for the leaves of a bucket; `flat` is what a pass wrote, if it did."""
         if flat is None:
-            return plain(self.given(e.value, int(bucket.leaves[0])))[None]
+            return self.lying(e, bucket)
         stack = self.viewed(flat, bucket, bucket.offset)
         return stack != 0 if e.type == "bool" else stack
 
-    def is_plain(self, e: Expr) -> bool:
-        """Whether a value of the shape of x is an array that lies somewhere already, in the right type."""
+    def lying(self, e: Expr, bucket: Bucket) -> Any:
+        """A value that lies in memory as a stack already, in the right type; None for any other."""
         if e.op != "input" or e.type == "bool":
-            return False
-        return self.given(e.value, 0).dtype == self.kind(e)
+            return None
+        one = self.given(e.value, int(bucket.leaves[0]))
+        if one.dtype != self.kind(e):
+            return None
+        if len(bucket.leaves) == 1:
+            return batched.plain(one)[None]
+        return self.step.slots[number_of(e.value)].stacked(bucket.leaves) if e.value[0] == "s" else None
 
     def viewed(self, flat: Any, bucket: Bucket, offset: int) -> Any:
         """The part of a buffer that holds the matrices of a bucket."""
@@ -336,15 +340,17 @@ class _Run:
             for f in known:
                 for bucket, stack in f.stacks:
                     if bucket is self.bucket:
-                        return each(operator.itemgetter(slice(self.low, self.high)), stack)
-            return stack_of(self.library, [s.value(e, int(i)) for i in leaves])
-        kind = s.kind(e)
-        arrays = [self.library.cast(s.given(e.value, int(i)), kind) for i in leaves]
-        return stack_of(self.library, arrays)
+                        return batched.each(operator.itemgetter(slice(self.low, self.high)), stack)
+            return batched.stack_of(self.library, [s.value(e, int(i)) for i in leaves])
+        lying = None if s.step.job.traced else s.lying(e, self.bucket)
+        if lying is not None:
+            return lying[self.low : self.high]
+        arrays = [self.library.cast(s.given(e.value, int(i)), s.kind(e)) for i in leaves]
+        return batched.stack_of(self.library, arrays)
 
     def target(self, op: Operation) -> Any:
         """Where an operation writes its value; None where the library decides."""
-        if op.shape is None or op.node.type != "real" or self.pure or self.is_free(op):
+        if op.shape is None or op.node.type != "real" or self.pure or op.is_free:
             return None
         kind, count = self.kind_of(op), self.high - self.low
         if op.register < 0 and kind != self.s.real:
@@ -357,11 +363,6 @@ class _Run:
                 self.out[j] = self.s.buffer(purpose, (self.n, *shape), kind, laid)
             return self.out[j][self.low : self.high]
         return self.s.buffer(("t", op.register), (count, *op.shape), kind)
-
-    @staticmethod
-    def is_free(op: Operation) -> bool:
-        """Whether the library makes an array of its own, or sees another one."""
-        return op.kind == "apply" and OPERATIONS[op.node.op].family in ("shape", "made")
 
     def kind_of(self, op: Operation) -> Any:
         """The type of the real numbers that an operation gives: that of the arithmetic, but for products."""
@@ -397,8 +398,8 @@ class _Run:
         if o.scalar is not None:
             return self.number(o.scalar)
         if o.constant is not None:
-            one = written(self.library, o.constant.value, self.s.step.xs[0], self.s.real)
-            value = stack_of(self.library, [one] * (self.high - self.low))
+            one = batched.written(self.library, o.constant.value, self.s.step.xs[0], self.s.real)
+            value = batched.stack_of(self.library, [one] * (self.high - self.low))
         else:
             value = self.values[o.value]
         if kind is not None or o.value in self.narrow:
@@ -440,7 +441,7 @@ class _Run:
         a, b, *rest = (self.read(o, kind) for o in op.args)
         rank = max(a.ndim, b.ndim) - 1
         alpha, beta = self.factor(op.alpha, op.signs[0], rank), self.factor(op.beta, op.signs[1], rank)
-        a, b = raised(a, rank), raised(b, rank)
+        a, b = batched.raised(a, rank), batched.raised(b, rank)
 
         def spare() -> Any:
             return None if target is None else self.s.buffer(("t", op.spare), target.shape, target.dtype)
@@ -451,23 +452,19 @@ class _Run:
         """The product of some scalars, shaped to multiply matrices in arrays of this many axes."""
         value: Any = float(sign)
         for e in scalars:
-            value = value * shaped(self.number(e), rank)
+            value = value * batched.shaped(self.number(e), rank)
         return value
 
     def applied(self, op: Operation, target: Any) -> Any:
         e, s = op.node, self.s
         args = [self.read(o) for o in op.args]
-        if e.op not in _CONDITIONS:
-            args = [
-                self.library.cast(a, s.real) if n.type == "bool" else a
-                for a, n in zip(args, e.args, strict=True)
-            ]
+        args = batched.counted(self.library, e, args, s.real)
         if OPERATIONS[e.op].family == "elementwise":
             return self.elementwise(e, args, target)
         if e.op in MADE:
             return self.made(e)
-        found = batched(self.library, e, args)
-        return leaf_by_leaf(self.library, e, args, self.high - self.low) if found is None else found
+        found = batched.batched(self.library, e, args)
+        return batched.leaf_by_leaf(self.library, e, args, self.high - self.low) if found is None else found
 
     def made(self, e: Expr) -> Any:
         """The same new array for every leaf."""
@@ -478,7 +475,9 @@ class _Run:
     def elementwise(self, e: Expr, args: list[Any], target: Any) -> Any:
         numbers = [n.domain == "scalar" for n in e.args]
         rank = max(a.ndim - 1 for a, n in zip(args, numbers, strict=True) if not n and np.ndim(a) > 0)
-        args = [shaped(a, rank) if n else raised(a, rank) for a, n in zip(args, numbers, strict=True)]
+        args = [
+            (batched.shaped if n else batched.raised)(a, rank) for a, n in zip(args, numbers, strict=True)
+        ]
         if e.op in ("add", "multiply"):
             args.sort(key=np.ndim, reverse=True)  # a number alone comes last
         if target is not None and e.op in self.library.stacks.into and self.are_plain(e, args):

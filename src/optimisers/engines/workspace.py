@@ -75,4 +75,6 @@ class Found:
     stacks: list[tuple[Bucket, Any]]
     at: Indices | None = None
     """Where each leaf's lies, in the shape and layout of x; made when a pass asks."""
+    borrowed: bool = False
+    """Whether it may lie where the state does, which is about to be written."""
     hold: Any = None

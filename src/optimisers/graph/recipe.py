@@ -50,6 +50,11 @@ class Operation:
     dtype: str | None = None
     """In which type a product is taken; None for that of the arithmetic."""
 
+    @property
+    def is_free(self) -> bool:
+        """Whether the library makes an array of its own for it, or sees another one."""
+        return self.kind == "apply" and OPERATIONS[self.node.op].family in ("shape", "made")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recipe:

@@ -42,9 +42,16 @@ class Places:
     """Which of all arrays of the slot each is."""
 
     @classmethod
-    def of(cls, shapes: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...]]) -> "Places":
+    def of(
+        cls,
+        shapes: Sequence[tuple[int, ...]],
+        strides: Sequence[tuple[int, ...]],
+        *,
+        together: bool = False,
+    ) -> "Places":
+        """Side by side, but for large ones: each has a buffer of its own, unless all stay `together`."""
         sizes = np.array([int(np.prod(s)) for s in shapes], np.int64)
-        large = sizes >= LARGE
+        large = (sizes >= LARGE) & (not together)
         room = np.where(large, 0, -(-sizes // ALIGNED) * ALIGNED)
         offset = np.concatenate([[0], np.cumsum(room)[:-1]]) if len(sizes) else np.zeros(0, np.int64)
         lengths = [int(room.sum()), *(int(n) for n in sizes[large])]
@@ -156,6 +163,18 @@ class FlatBuffers:
             self.buffers[p.buffer[i]], int(p.offset[i]), p.shapes[i], p.strides[i]
         )
 
+    def stacked(self, members: Indices) -> Any:
+        """Arrays of one shape as one array with a new first axis, where they lie; None where they do not lie
+        evenly in one buffer.
+        """
+        p, first = self.places, int(members[0])
+        kinds = {(p.shapes[i], p.strides[i], int(p.buffer[i])) for i in members.tolist()}
+        gaps = set(np.diff(p.offset[members]).tolist()) or {int(p.sizes[first])}
+        if len(kinds) != 1 or len(gaps) != 1 or min(gaps) < 0:
+            return None
+        shape, strides = (len(members), *p.shapes[first]), (gaps.pop(), *p.strides[first])
+        return self.library.memory.view(self.buffers[p.buffer[first]], int(p.offset[first]), shape, strides)
+
     def __len__(self) -> int:
         return len(self.places.shapes)
 
@@ -192,6 +211,9 @@ class Separate(FlatBuffers):
     def put_many(self, members: Indices, values: Sequence[Any]) -> None:
         for i, value in zip(members.tolist(), values, strict=True):
             self.put(i, value)
+
+    def stacked(self, members: Indices) -> Any:
+        return None
 
     def __getitem__(self, i: int) -> Any:
         return self.buffers[self.places.number[i]]

@@ -287,7 +287,8 @@ def program_of(
 def _group(items: list[Entry], program: Program, shapes: Sequence[Shape | None]) -> Group:
     kinds = [k for e in items if (k := shapes[e.leaf]) is not None]
     first, rule = kinds[0], items[0].rule
-    places = Places.of([k.shape for k in kinds], [k.strides for k in kinds])
+    stacked = any(e.domain == "free" for e in order(program.roots, guards=True))
+    places = Places.of([k.shape for k in kinds], [k.strides for k in kinds], together=stacked)
     columns = zip(*([v for v in values(e.state) if registry.isarray(v)] for e in items), strict=True)
     slots = [
         _slot(kinds, places if slot.shape is None else None, list(arrays))
@@ -358,7 +359,8 @@ def depends_on_leaf(e: Expr) -> bool:
 
 
 def _places(arrays: list[Any]) -> Places:
-    return Places.of([tuple(a.shape) for a in arrays], [contiguous_strides(tuple(a.shape)) for a in arrays])
+    strides = [contiguous_strides(tuple(a.shape)) for a in arrays]
+    return Places.of([tuple(a.shape) for a in arrays], strides, together=True)
 
 
 def started(rule: Rule, x: Any, path: KeyPath) -> Any:

@@ -120,9 +120,12 @@ def _is_whole(stacks: Stacks, e: Expr) -> bool:
 
 def _found(stacks: Stacks, e: Expr, lines: Lines) -> tuple[bool, Indices]:
     """(whether a value is one number a row, where each row finds it)."""
-    held = [(b, s) for f in stacks.known_of(e) for b, s in f.stacks]
+    known = stacks.known_of(e)
+    held = [(b, s) for f in known for b, s in f.stacks]
     size = stacks.kind(e).itemsize
-    if all(s.dtype == stacks.kind(e) and s.ndim - 1 <= len(b.shape) for b, s in held):
+    if not any(f.borrowed for f in known) and all(
+        s.dtype == stacks.kind(e) and s.ndim - 1 <= len(b.shape) for b, s in held
+    ):
         for last in (1, 0):
             laid = [(b, at) for b, s in held if (at := _rows(stacks, b, s, narrow=bool(last))) is not None]
             if len(laid) == len(held):
