@@ -263,8 +263,17 @@ def _fill(step: Step, launch: Callable[..., None], p: Pass, members: Members, at
 
 def rows(step: Step, p: Pass, new: dict[str, Indices], members: Members) -> list[Indices]:
     """The address table of a pass, for all leaves or for some; `new` has the arrays that are written anew."""
-    out = [column(step, p, name, new) for name in kernels.columns(p, inplace=in_place(step, p))]
-    return out if members is None else [r[members] for r in out]
+    names = kernels.columns(p, inplace=in_place(step, p))
+    out = [column(step, p, name, new) for name in names]
+    if members is not None:
+        out = [r[members] for r in out]
+    if p.free:
+        sizes = step.job.subset.places.sizes
+        read = [r for name, r in zip(names, out, strict=True) if name.startswith("f")]
+        missing = np.equal(read, 0) & ((sizes if members is None else sizes[members]) > 0)
+        if missing.any():  # a kernel would read at address 0
+            raise LookupError(f"{type(step.job.group.rule).__name__}: a value that a pass reads is not known")
+    return out
 
 
 def in_place(step: Step, p: Pass) -> bool:
