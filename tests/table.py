@@ -375,6 +375,20 @@ those of the rows above.
 GIVEN_MORE = ("AdaHessian", "MoMo", "MoMoAdam", "PolyakSPS", "PrivateAggregate", "Sophia", "SophiaG")
 """Rules that are given second gradients or the loss: no rows, since rows are stepped by gradients alone."""
 
+FACTORISED: dict[str, opt.Rule] = {
+    "Shampoo": opt.Shampoo(0.05, (0.8, 0.9), 0.1, 1e-6, every=3),
+    "Shampoo-sum": opt.Shampoo(0.05, (0.0, 1.0), epsilon=1e-4, graft=None, every=2),
+    "SOAP": opt.SOAP(0.05, (0.8, 0.9), 0.1, every=2),
+    "SPlus": opt.SPlus(0.3, (0.8, 0.9), 0.1, 0.7, every=2),
+    "Kron": opt.Kron(0.05, 0.8, 0.1, seed=3),
+    "GaLore": opt.GaLore(0.05, (0.8, 0.9), 0.1, rank=2, every=3),
+    "Dion": opt.Dion(0.05, 0.8, 0.1, rank=3),
+    "PolarGrad": opt.PolarGrad(0.05, 0.8, 0.1),
+}
+"""Rules whose steps follow from eigenvectors and their like, which are anything where gradients leave them
+open, as they do for the shapes of the rows: so there are none for these.
+"""
+
 
 def name(row: Row) -> str:
     """For `pytest.mark.parametrize(..., ids=name)`."""

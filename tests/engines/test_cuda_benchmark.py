@@ -10,7 +10,7 @@ import pytest
 
 import optimisers as opt
 from optimisers.settings import parts
-from tests.table import GIVEN_MORE, MODERN
+from tests.table import FACTORISED, GIVEN_MORE, MODERN
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,7 +83,8 @@ def test_every_rule_is_checked_against_float64() -> None:
         n for n in opt.__all__ if isinstance(getattr(opt, n), type) and issubclass(getattr(opt, n), opt.Rule)
     }
 
-    later = {type(part).__name__ for row in MODERN for part in parts(row.rule)}
+    after = (*(row.rule for row in MODERN), *FACTORISED.values())
+    later = {type(part).__name__ for rule in after for part in parts(rule)}
     assert rules - found - later == {"Rule", *GIVEN_MORE}
 
 

@@ -134,7 +134,7 @@ def test_norms_of_plain_arrays_are_right_too(library: Any) -> None:
     assert float(opt.norm(x * 0)) == 0
     assert math.isnan(float(opt.norm(x * math.nan)))
     assert float(opt.norm(x[:0])) == 0
-    rows = opt.ops.norm2(library.stacks.stack([x, x / 2]), axis=1)
+    rows = opt.ops.norm2(library.stack([x, x / 2]), axis=1)
     np.testing.assert_allclose(np.asarray(rows), [1.25 * size, 0.625 * size], rtol=1e-6)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import optimisers as opt
-from tests.table import GIVEN_MORE, MODERN
+from tests.table import FACTORISED, GIVEN_MORE, MODERN
 from tests.worlds import STEPS, both_updates
 
 Step = Callable[..., Any]
@@ -86,8 +86,8 @@ def every_rule(problem: int) -> Any:
 
 
 def test_every_rule_that_steps_is_trained_here() -> None:
-    """Those that came later are held to trajectories, in test_modern."""
-    shown = " ".join(repr(r.rule) for r in (*RULES, *MODERN))
+    """Those that came later are held to trajectories, in test_modern and test_factorised."""
+    shown = " ".join(map(repr, (*(r.rule for r in (*RULES, *MODERN)), *FACTORISED.values())))
     public = [n for n in opt.__all__ if isinstance(v := getattr(opt, n), type) and issubclass(v, opt.Rule)]
 
     # SplitPrecision takes bfloat16 alone: test_compose trains it
