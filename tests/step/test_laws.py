@@ -13,6 +13,7 @@ from optimisers.engines.cpu import threads
 from optimisers.settings import parts
 from tests.table import (
     DTYPES,
+    FACTORISED,
     GIVEN_MORE,
     MODERN,
     TABLE,
@@ -201,7 +202,7 @@ def test_a_rule_that_writes_into_an_array_cannot_be_set_up() -> None:
 
 def test_every_built_in_rule_is_in_the_table() -> None:
     """Those that are given more than gradients are walked in rules/test_modern alone."""
-    shown = " ".join(repr(row.rule) for row in (*TABLE, *MODERN))
+    shown = " ".join(map(repr, (*(row.rule for row in (*TABLE, *MODERN)), *FACTORISED.values())))
     public = [n for n in opt.__all__ if isinstance(v := getattr(opt, n), type) and issubclass(v, opt.Rule)]
 
     assert {n for n in public if f"{n}(" not in shown} == {"Rule", *GIVEN_MORE}
