@@ -199,9 +199,10 @@ def _answer(rule: Rule, answer: Any, *, traced: bool) -> Any:
         and not (isinstance(dx, Becomes) or hasattr(type(dx), "shape") or is_number(dx))
     ):
         what = "a function" if callable(dx) else f"a {type(dx).__name__}"
+        hint = "; the state goes first: return state, dx" if hasattr(type(answer[0]), "shape") else ""
         raise TraceError(
             f"{name}.apply returned {what} as the step; it returns what is subtracted from x, an array of "
-            "its shape"
+            f"its shape{hint}"
         )
     return answer
 

@@ -11,6 +11,7 @@ import functools
 import inspect
 import numbers as abstract
 from collections.abc import Callable, Iterable, Iterator
+from types import BuiltinFunctionType
 from typing import Any, ClassVar, NamedTuple, Self, dataclass_transform
 
 import numpy as np
@@ -255,7 +256,7 @@ def number(name: str, want: type, value: object) -> Any:
 def _gives_number(schedule: Callable[[int], object]) -> bool:
     """Whether an object that can be called is a schedule, and no model; functions are not called for that."""
     with contextlib.suppress(Exception):
-        plain = hasattr(schedule, "__code__") or isinstance(schedule, functools.partial)
+        plain = hasattr(schedule, "__code__") or isinstance(schedule, functools.partial | BuiltinFunctionType)
         return plain or is_number(found := schedule(0)) or getattr(found, "shape", None) == ()
     return False
 

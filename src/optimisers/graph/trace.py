@@ -121,7 +121,7 @@ def trace(rule: Rule, state: Any, x: Any, more: int = 0) -> Program:
         finally:
             at_clock.reset(token)
         _whole(rule, shape, dx)
-        _same_form(rule, state, new_state, dx)
+        _same_form(rule, state, new_state)
         new_x = _new_x(inputs[0], dx)
         new = [lift(e) for _, e in flatten(new_state)]
         _types(rule, kind, new_x, state, new, symbols)
@@ -283,14 +283,12 @@ def _state_symbols(
     return slots, names, symbols
 
 
-def _same_form(rule: Rule, old: Any, new: Any, dx: Any) -> None:
+def _same_form(rule: Rule, old: Any, new: Any) -> None:
     want, got = form(old), form(new)
     if _loosened(want) != _loosened(got):
-        swapped = isinstance(dx, tuple | dict) and _loosened(form(dx)) == _loosened(want)
-        hint = "; the state goes first: return state, dx" if swapped else ""
         raise TraceError(
             f"{type(rule).__name__}.apply returned a state of another form than init: {_sketch(got)} instead "
-            f"of {_sketch(want)}{hint}"
+            f"of {_sketch(want)}"
         )
 
 
