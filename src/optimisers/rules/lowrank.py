@@ -6,7 +6,6 @@ import numpy as np
 
 from optimisers import ops
 from optimisers.arrays.protocol import Array
-from optimisers.errors import BadSetting
 from optimisers.ops import normal, sqrt, zeros_like
 from optimisers.ops.matrices import adjoint
 from optimisers.rule import (
@@ -22,6 +21,7 @@ from optimisers.rule import (
     static,
 )
 from optimisers.rules.adam import AdamState, adam_state, check_decaying, moments
+from optimisers.rules.matrix import no_matrix
 
 
 def leading(y: Array, count: int) -> Any:
@@ -32,6 +32,21 @@ def leading(y: Array, count: int) -> Any:
 def within(rank: int, shape: tuple[int, ...]) -> int:
     """A rank that matrices of this shape have."""
     return min(rank, *shape)
+
+
+def before_projecting(x: Array, rank: int, *, tall: bool) -> tuple[AdamState, Any]:
+    """(moments of the projected gradient, directions of the shorter side) of a matrix before the first step;
+    what is `tall` is multiplied by its directions from the right.
+    """
+    rank = within(rank, x.shape)
+    kept = (x.shape[0], rank) if tall else (rank, x.shape[1])
+    basis = ops.zeros((min(x.shape), rank), like=x)
+    return adam_state(ops.zeros(kept, like=x)), basis
+
+
+def projected(dx: Array, basis: Array, *, tall: bool) -> Any:
+    """A matrix in the directions of its shorter side."""
+    return ops.matmul(dx, basis) if tall else ops.matmul(adjoint(basis), dx)
 
 
 # -- GaLore --------------------------------------------------------------------------------------------------
@@ -74,11 +89,7 @@ class GaLore(Rule):
     def init(self, x: Array) -> GaLoreState:
         if x.ndim != 2:
             return GaLoreState(adam_state(x), None, 0)
-        rows, columns = x.shape
-        rank = within(self.rank, x.shape)
-        kept = (rows, rank) if rows >= columns else (rank, columns)
-        basis = ops.zeros((min(rows, columns), rank), like=x)
-        return GaLoreState(adam_state(ops.zeros(kept, like=x)), basis, 0)
+        return GaLoreState(*before_projecting(x, self.rank, tall=x.shape[0] >= x.shape[1]), 0)
 
     def apply(self, state: GaLoreState, x: Array, dx: Array) -> Any:
         basis, scale, tall = state.basis, 1.0, len(x.shape) == 2 and x.shape[0] >= x.shape[1]
@@ -90,7 +101,7 @@ class GaLore(Rule):
                 return leading(adjoint(vh) if tall else u, within(self.rank, x.shape))
 
             basis = ops.every(state.t % self.every == 0, renewed, basis)
-            g, scale = dx @ basis if tall else adjoint(basis) @ dx, self.scale
+            g, scale = projected(dx, basis, tall=tall), self.scale
         adam, _, _ = moments(self.beta, state.adam, g)
         mass, energy = adam.weight
         step = sqrt(energy) / mass * (adam.m / (sqrt(adam.v) + self.epsilon))
@@ -136,10 +147,7 @@ class Dion(Rule):
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 2:
-            raise BadSetting(
-                f"Dion steps matrices, and this array has shape {shape}; give it another rule: "
-                'write {opt.hidden_matrices: Dion(), "**": AdamW()} where the rule goes'
-            )
+            raise no_matrix(self, shape)
 
     def init(self, x: Array) -> DionState:
         return DionState(zeros_like(x), self.identity(x), 0)

@@ -133,23 +133,28 @@ def check_scaled(rule: "Muon | NorMuon | AdaMuon") -> None:
     one_of(rule, "scale", ("original", "rms", "spectral", "max"))
 
 
+def no_matrix(rule: Rule, shape: tuple[int, ...]) -> BadSetting:
+    """What a rule of matrices says of an array that is none."""
+    name = type(rule).__name__
+    return BadSetting(
+        f"{name} steps matrices, and this array has shape {shape}; give it another rule: "
+        f'write {{opt.hidden_matrices: {name}(), "**": AdamW()}} where the rule goes'
+    )
+
+
 def seen_by(rule: "Muon | NorMuon | AdaMuon | PolarGrad", shape: tuple[int, ...]) -> Matrices:
     """The matrices of an array; raises BadSetting for one that has none, or whose outputs do not divide into
     blocks.
     """
-    name = type(rule).__name__
     if len(shape) < 2:
-        raise BadSetting(
-            f"{name} steps matrices, and this array has shape {shape}; give it another "
-            f'rule: write {{opt.hidden_matrices: {name}(), "**": AdamW()}} where the rule goes'
-        )
+        raise no_matrix(rule, shape)
     whole = matrices_of(shape, rule.layout, rule.axes)
     if rule.blocks == 1:
         return whole
     if whole.outputs % rule.blocks:
         raise BadSetting(
-            f"{name} divides outputs into {rule.blocks} blocks, and an array of shape {shape} has "
-            f"{whole.outputs} of them"
+            f"{type(rule).__name__} divides outputs into {rule.blocks} blocks, and an array of shape "
+            f"{shape} has {whole.outputs} of them"
         )
     return matrices_of(shape, rule.layout, rule.axes, rule.blocks)
 

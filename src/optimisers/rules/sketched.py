@@ -19,7 +19,7 @@ from optimisers.rule import (
 )
 from optimisers.rules.adam import AdamState, adam_state, check_decaying, moments
 from optimisers.rules.direction import grown
-from optimisers.rules.lowrank import leading, within
+from optimisers.rules.lowrank import before_projecting, leading, projected, within
 
 
 def is_matrix(shape: tuple[int, ...]) -> bool:
@@ -72,18 +72,14 @@ class APOLLO(Rule):
     def init(self, x: Array) -> APOLLOState:
         if not is_matrix(x.shape):
             return APOLLOState(adam_state(x), None, 0.0, 0)
-        rows, columns = x.shape
-        rank = within(self.rank, x.shape)
-        kept = (rows, rank) if rows > columns else (rank, columns)
-        basis = ops.zeros((min(rows, columns), rank), like=x)
-        return APOLLOState(adam_state(ops.zeros(kept, like=x)), basis, 0.0, 0)
+        return APOLLOState(*before_projecting(x, self.rank, tall=x.shape[0] > x.shape[1]), 0.0, 0)
 
     def apply(self, state: APOLLOState, x: Array, dx: Array) -> Any:
         basis, r, size = state.basis, dx, state.size
         tall = is_matrix(x.shape) and x.shape[0] > x.shape[1]
         if basis is not None:
             basis = ops.every(state.t % self.every == 0, lambda: self.drawn(dx, tall=tall), basis)
-            r = dx @ basis if tall else adjoint(basis) @ dx
+            r = projected(dx, basis, tall=tall)
         adam, m, v = moments(self.beta, state.adam, r)
         u = m / (sqrt(v) + self.epsilon)
         if basis is None:
