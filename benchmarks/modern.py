@@ -1,172 +1,144 @@
-"""How fast are steps of the rules that people train with today? `python -m benchmarks.modern [--models small
-gpt2] [--rules NAdamW Lion ...] [--seconds 6]`.
+"""How fast are steps of the rules that people train with today?
+
+    python -m benchmarks.modern [--models small gpt2] [--rules NAdamW Lion ...] [--seconds 6]
+                                [--keep FILE.jsonl] [--out FILE.md]
 
 Float32 tensors on the CPU; ours by `update_`, each peer as its package steps it (Optax inside one jit, which
-gives new parameters back). Peers that are not installed are left out. A step of ours moves so many bytes a
-parameter (`explain` says them); the limit is what a kernel takes that only reads and writes as many arrays as
-the rule has, in the same rounds, and the share is how near the step is to moving its bytes at that speed.
+gives new parameters back). The packages: torch.optim, optax, timm, pytorch_optimizer, optimi, schedulefree,
+prodigyopt and dadaptation; what is not installed is left out, with a line. HeavyBall compiles each rule for
+minutes and stands in `benchmarks.torch_cpu --slow`.
+
+Each rule is measured in a process of its own, and meets its peers there one after the other, so that no more
+than one of them is in memory. With `--keep` every row is written to a file at once, and rows that stand there
+are not measured again: a run that was stopped goes on.
+
+A step of ours moves so many bytes a parameter (`explain` says them); the limit is what a kernel takes that
+only reads and writes as many arrays as the rule has, in the same rounds, and the share is how near the step
+is to moving its bytes at that speed. By minima a row says what the machine does undisturbed. Peers of Optax
+are fused by XLA; those of other packages are a call an operation.
 """
 
 import argparse
+import contextlib
+import datetime as dt
 import functools
 import gc
 import importlib
+import importlib.metadata
+import json
+import platform
 import statistics
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import optimisers as opt
 from benchmarks import shapes
 from benchmarks.limit import limit_of
-from benchmarks.printing import show
+from benchmarks.modern_rows import ETA, OVER, ROWS, THEN, Row
+from benchmarks.printing import Report, child
 from benchmarks.timing import Timings, interleaved
 from optimisers.state.leaf import parts
 
-ETA = 1e-3
 SHARE, FASTER = 0.9, 4.0
 """The targets: of the limit on GPT-2 small, and times as fast as the best peer."""
 
+EXAMPLES = 2
+"""Of how many examples gradients are, where a rule takes those of each."""
+
 Step = Callable[[], object]
-
-
-class Row(NamedTuple):
-    """A rule, and who else has it."""
-
-    rule: opt.Rule
-    peers: dict[str, dict[str, Any]]
-    """Path of a class or function -> its settings."""
-    loss: bool = False
-    elementwise: bool = True
-    """Whether each element is stepped by itself, in one pass."""
-
-
-TIMM, PO = "timm.optim.", "pytorch_optimizer."
-FOREACH = {"foreach": True, "triton": False}
-
-ROWS = {
-    "NAdamW": Row(opt.NAdamW(ETA), {TIMM + "NAdamW": {}, "optax.nadamw": {}}),
-    "Adan": Row(
-        opt.Adan(ETA),
-        {TIMM + "Adan": {}, "optimi.Adan": FOREACH, "optax.adan": {}},
-    ),
-    "ADOPT": Row(opt.ADOPT(ETA), {TIMM + "Adopt": {}, "optax.contrib.adopt": {}}),
-    "AdEMAMix": Row(opt.AdEMAMix(ETA), {PO + "AdEMAMix": {}, "optax.contrib.ademamix": {}}),
-    "SimplifiedAdEMAMix": Row(
-        opt.SimplifiedAdEMAMix(ETA), {PO + "SimplifiedAdEMAMix": {}, "optax.contrib.simplified_ademamix": {}}
-    ),
-    "StableAdamW": Row(
-        opt.StableAdamW(ETA),
-        {PO + "StableAdamW": {}, "optimi.StableAdamW": FOREACH},
-        elementwise=False,
-    ),
-    "LaProp": Row(opt.LaProp(ETA), {TIMM + "LaProp": {}, PO + "LaProp": {}}),
-    "Yogi": Row(opt.Yogi(ETA), {PO + "Yogi": {}, "optax.yogi": {}}),
-    "QHAdam": Row(opt.QHAdam(ETA), {PO + "QHAdam": {}}),
-    "MADGRAD": Row(opt.MADGRAD(ETA), {TIMM + "MADGRAD": {}, PO + "MADGRAD": {}}),
-    "AdamP": Row(opt.AdamP(ETA), {TIMM + "AdamP": {}, PO + "AdamP": {}}, elementwise=False),
-    "SGDP": Row(opt.SGDP(ETA), {TIMM + "SGDP": {}, PO + "SGDP": {}}, elementwise=False),
-    "AdamAtan2": Row(opt.AdamAtan2(ETA), {}),
-    "ASGD": Row(opt.ASGD(ETA), {"torch.optim.ASGD": {}}),
-    "SignDescent": Row(opt.SignDescent(ETA), {"optax.sign_sgd": {}}),
-    "Signum": Row(opt.Signum(ETA), {PO + "SignSGD": {}, "optax.signum": {}}),
-    "Lion": Row(opt.Lion(ETA), {TIMM + "Lion": {}, PO + "Lion": {}, "optax.lion": {}}),
-    "Grams": Row(opt.Grams(ETA), {PO + "Grams": {}}),
-    "MARS": Row(opt.MARS(ETA), {TIMM + "Mars": {}, PO + "MARS": {}}, elementwise=False),
-    "LARS": Row(opt.LARS(ETA), {TIMM + "Lars": {}, PO + "LARS": {}, "optax.lars": {}}, elementwise=False),
-    "LAMB": Row(opt.LAMB(ETA), {TIMM + "Lamb": {}, PO + "Lamb": {}, "optax.lamb": {}}, elementwise=False),
-    "NovoGrad": Row(
-        opt.NovoGrad(ETA),
-        {TIMM + "NvNovoGrad": {}, PO + "NovoGrad": {}, "optax.novograd": {}},
-        elementwise=False,
-    ),
-    "Prodigy": Row(
-        opt.Prodigy(), {"prodigyopt.Prodigy": {"lr": 1.0}, "optax.contrib.prodigy": {}}, elementwise=False
-    ),
-    "DAdaptAdam": Row(
-        opt.DAdaptAdam(),
-        {"dadaptation.DAdaptAdam": {"lr": 1.0}, "optax.contrib.dadapt_adamw": {}},
-        elementwise=False,
-    ),
-    "DoG": Row(opt.DoG(), {"optax.contrib.dog": {}}, elementwise=False),
-    "MoMoAdam": Row(opt.MoMoAdam(), {"optax.contrib.momo_adam": {}}, loss=True, elementwise=False),
-    "ScheduleFree": Row(
-        opt.ScheduleFree(opt.Descent(ETA)),
-        {"schedulefree.SGDScheduleFree": {"lr": ETA}},
-    ),
-    "Cautious AdamW": Row(
-        opt.Cautious(opt.Adam(ETA)), {TIMM + "AdamWLegacy": {"caution": True}}, elementwise=False
-    ),
-    "Lookahead Adam": Row(opt.Lookahead(opt.Adam(ETA)), {}),
-    "GPA": Row(opt.GPA(opt.Descent(ETA)), {}),
-}
-"""The rules; those with a norm, a mean or a total take two passes or more."""
+Found = dict[str, Any]
+"""What was measured of a rule on a model."""
 
 
 # -- ours and theirs -----------------------------------------------------------------------------------------
 
 
-def tensors(sizes: list[shapes.Shape]) -> tuple[dict[str, Any], dict[str, Any]]:
+def tensors(sizes: list[shapes.Shape], given: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
     """(parameters, gradients) by name."""
     import torch
 
+    front = (EXAMPLES,) if given == "examples" else ()
     rng = np.random.default_rng(0)
-    made = [{f"p{i}": 0.02 * torch.from_numpy(normal(rng, s)) for i, s in enumerate(sizes)} for _ in range(2)]
-    return made[0], made[1]
+    pools = [0.02 * rng.standard_normal(POOL, np.float32) for _ in range(2)]
+    return tuple(
+        {f"p{i}": torch.from_numpy(np.resize(pool, (*before, *s))) for i, s in enumerate(sizes)}
+        for pool, before in zip(pools, ((), front), strict=True)
+    )
 
 
-def normal(rng: np.random.Generator, shape: shapes.Shape) -> Any:
-    return rng.standard_normal(shape, np.float32)
+POOL = 1_000_003
+"""So many normal numbers are drawn, and repeated."""
 
 
-def ours(row: Row, sizes: list[shapes.Shape]) -> tuple[Step, Step, float, int]:
-    """(our step, the limit of as many arrays, times that its bytes are ours, our passes)."""
-    model, grads = tensors(sizes)
+def ours(row: Row, sizes: list[shapes.Shape]) -> tuple[Step, Step, Found]:
+    """(our step, the limit, what `explain` says of it, with how many times the limit's bytes are ours)."""
+    model, grads = tensors(sizes, row.given)
     state = opt.setup(row.rule, model)
-    loss = 1.0 if row.loss else None
+    further = [{k: x.abs() for k, x in grads.items()}] if row.given == "second" else []
+    step = functools.partial(
+        opt.update_, state, model, grads, *further, loss=1.0 if row.given == "loss" else None
+    )
     said = opt.explain(state).groups
     count = sum(g.parameters for g in said)
     moved = sum(g.bytes_per_parameter * g.parameters for g in said) / count
+    moved += 8 * len(further)  # read, and their mean written: explain tells of a step without
     (group, *_) = parts(state)[0].groups
     full = [pack for pack in group.slots if len(pack) and tuple(pack[0].shape) == sizes[group.leaves[0]]]
     like = [{k: np.zeros(x.shape, np.float32) for k, x in model.items()} for _ in full]
-    bare, other = ({k: x.numpy() for k, x in tensors(sizes)[n].items()} for n in (0, 1))
+    bare, other = ({k: x.numpy() for k, x in each.items()} for each in tensors(sizes))
     least = 4 * (3 + 2 * len(full))  # reads x, dx and state, writes x and state
-    step = functools.partial(opt.update_, state, model, grads, loss=loss)
-    return step, limit_of(bare, other, like), moved / least, max(g.passes for g in said)
+    about = {"passes": max(g.passes for g in said), "bytes": moved, "times": moved / least}
+    return step, limit_of(bare, other, like), about
 
 
-def peer(path: str, settings: dict[str, Any], sizes: list[shapes.Shape], *, loss: bool) -> Step:
-    """The step of a package; raises what it raises where it is not there."""
+def named(path: str) -> Any:
+    """What a package has by this name."""
     module, name = path.rsplit(".", 1)
-    made = getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(module), name)
+
+
+def peer(path: str, settings: dict[str, Any], sizes: list[shapes.Shape], given: str) -> Step:
+    """The step of a package; raises what it raises where it is not there."""
     if path.startswith("optax"):
-        return of_optax(made, settings, sizes, loss=loss)
+        return of_optax(path, settings, sizes, given)
     import torch
 
     model, grads = tensors(sizes)
     parameters = [torch.nn.Parameter(x) for x in model.values()]
     for p, g in zip(parameters, grads.values(), strict=True):
         p.grad = g
-    optimizer = made(parameters, **({"lr": ETA} | settings))
+    own = {k: v for k, v in settings.items() if k != OVER}
+    if OVER in settings:
+        optimizer = named(path)(named(settings[OVER])(parameters, lr=ETA), **own)
+    else:
+        optimizer = named(path)(parameters, **({"lr": ETA} | own))
     getattr(optimizer, "train", lambda: None)()
+    if given == "second":
+        return functools.partial(optimizer.step, hessian=[g.abs() for g in grads.values()])
     return optimizer.step
 
 
-def of_optax(
-    made: Callable[..., Any], settings: dict[str, Any], sizes: list[shapes.Shape], *, loss: bool
-) -> Step:
+def of_optax(path: str, settings: dict[str, Any], sizes: list[shapes.Shape], given: str) -> Step:
     """The same of Optax, update and application in one jit whose arguments are given up."""
     import jax
     import optax
 
-    model, grads = ({k: jax.numpy.asarray(x.numpy()) for k, x in each.items()} for each in tensors(sizes))
-    name = getattr(made, "func", made).__name__  # some are partial applications
-    own = any(word in name for word in ("prodigy", "dadapt", "momo", "dog"))
-    rate = {} if own else {"learning_rate": ETA}
-    rule = made(**(rate | settings))
-    further = {"value": 1.0} if loss else {}
+    model, grads = ({k: jax.numpy.asarray(x.numpy()) for k, x in d.items()} for d in tensors(sizes, given))
+    made = named(path)
+    own = {k: v for k, v in settings.items() if k not in (OVER, THEN)}
+    if OVER in settings:
+        rule = made(named(settings[OVER])(ETA), **own)
+    elif THEN in settings:
+        rule = optax.chain(made(**own), named(settings[THEN])(ETA))
+    else:
+        name = getattr(made, "func", made).__name__  # some are partial applications
+        rateless = any(word in name for word in ("prodigy", "dadapt", "momo", "dog", "dowg", "polyak"))
+        rule = made(**(({} if rateless else {"learning_rate": ETA}) | own))
+    further = {"value": 1.0} if given == "loss" else {}
 
     def step(state: Any, x: Any, grads: Any) -> Any:
         updates, state = rule.update(grads, state, x, **further)
@@ -181,75 +153,167 @@ def of_optax(
     return stepped
 
 
-# -- the tables ----------------------------------------------------------------------------------------------
+# -- one rule ------------------------------------------------------------------------------------------------
 
 
-def measured(row: Row, sizes: list[shapes.Shape], seconds: float) -> tuple[Timings, float, int, list[str]]:
-    """(timings of `ours`, `limit` and the peers, times that our bytes are the limit's, our passes, who is
-    left out).
+def measured(name: str, model: str, seconds: float) -> Found:
+    """Time a rule beside the limit and each of its peers in turn: medians and minima in seconds, ratios to
+    ours, what is left out.
     """
-    step, bound, times, passes = ours(row, sizes)
-    candidates: dict[str, Step] = {"ours": step, "limit": bound}
+    row, sizes = ROWS[name], list(shapes.ALL[model]())
+    step, bound, found = ours(row, sizes)
+    rounds: list[Timings] = []
+    peers: list[Found] = []
     missing: list[str] = []
     for path, settings in row.peers.items():
         try:
-            step = peer(path, settings, sizes, loss=row.loss)
-            step()
-            candidates[path] = step
+            theirs = peer(path, settings, sizes, row.given)
+            theirs()
         except Exception as error:  # noqa: BLE001 whatever a package of others does, the others are timed
-            missing.append(f"{path}: {error!r:.90}")
-    found = interleaved(candidates, seconds=seconds)
-    candidates.clear()
-    gc.collect()  # optimizers hold themselves, and a few of GPT-2 small fill the memory
-    return found, times, passes, missing
-
-
-def table(model: str, names: list[str], seconds: float) -> None:
-    """Print how fast each rule is on a model."""
-    sizes = list(shapes.ALL[model]())
-    lines: list[list[str]] = []
-    left_out: list[str] = []
-    shares: list[float] = []
-    for name in names:
-        row = ROWS[name]
-        timings, times, passes, missing = measured(row, sizes, seconds)
-        left_out += missing
-        share = times * timings.median("limit") / timings.median("ours")
-        by_minimum = times * timings.minimum("limit") / timings.minimum("ours")
-        if row.elementwise:
-            shares.append(share)
-        others = [p for p in timings.names if p not in ("ours", "limit")]
-        best = min(others, key=timings.median, default=None)
-        lines.append(
-            [
-                name,
-                f"{1e3 * timings.median('ours'):.2f}",
-                str(passes),
-                f"{share:.0%} ({by_minimum:.0%})",
-                best or "-",
-                f"{1e3 * timings.median(best):.2f}" if best else "-",
-                f"{timings.ratio(best, 'ours'):.1f} x" if best else "-",
-            ]
+            missing.append(f"{name}: {path}: {error!r:.90}")
+            continue
+        timings = interleaved(
+            {"ours": step, "limit": bound, "peer": theirs},
+            seconds=seconds / len(row.peers),
+            least=3,
+            warmup=1,
         )
-        print(*lines[-1], sep="\t", flush=True)
-    head = ["rule", "ms", "passes", "of the limit (minima)", "best peer", "its ms", "faster"]
-    show(f"{shapes.TITLES.get(model, model)}, float32: medians of interleaved rounds", head, lines)
-    print(f"the best peer is to take {FASTER:g} times as long, where it is not fused")
-    if shares:
-        middle = statistics.median(shares)
-        print(f"element by element, share of the limit: median {middle:.0%}, target {SHARE:.0%}")
-    for line in left_out:
-        print("left out:", line)
+        ratios = timings.ratio("peer", "ours"), timings.ratio_of_minima("peer", "ours")
+        peers.append({"path": path, "seconds": timings.median("peer"), "faster": ratios})
+        rounds.append(timings)
+        del theirs
+        gc.collect()  # optimizers hold themselves
+    if not rounds:
+        rounds.append(interleaved({"ours": step, "limit": bound}, seconds=seconds))
+    all_ = Timings({n: [s for t in rounds for s in t.seconds[n]] for n in ("ours", "limit")})
+    share = (
+        found["times"] * all_.ratio("limit", "ours"),
+        found["times"] * all_.ratio_of_minima("limit", "ours"),
+    )
+    times = {"median": all_.median("ours"), "minimum": all_.minimum("ours"), "share": share}
+    return found | times | {"peers": peers, "missing": missing}
+
+
+# -- all -----------------------------------------------------------------------------------------------------
+
+
+def rows(
+    models: Sequence[str], names: Sequence[str], seconds: float, keep: Path | None
+) -> Iterator[tuple[str, str, Found]]:
+    """(model, rule, what was measured): what stands in the file, else in a fresh process."""
+    kept: dict[tuple[str, str], Found] = {}
+    if keep is not None and keep.exists():
+        kept = {(f["model"], f["rule"]): f for f in map(json.loads, keep.read_text().splitlines())}
+    todo = [(model, name) for model in models for name in names]
+    begin = time.perf_counter()
+    for n, (model, name) in enumerate(todo, 1):
+        found = kept.get((model, name))
+        if found is None:
+            try:
+                found = child(name, model, str(seconds), module="benchmarks.modern")
+            except (RuntimeError, ValueError, IndexError) as error:  # it failed, or said nothing
+                found = {"failed": str(error).strip().splitlines()[-1]}
+            found |= {"model": model, "rule": name}
+            if keep is not None and "failed" not in found:
+                with keep.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+        print(
+            f"[{n}/{len(todo)}, {time.perf_counter() - begin:.0f} s]",
+            model,
+            *line(found),
+            sep="  ",
+            flush=True,
+        )
+        yield model, name, found
+
+
+def by_time(peer: Found) -> float:
+    """For `min`."""
+    return peer["seconds"]
+
+
+HEAD = ["rule", "ms", "passes", "bytes", "of limit (minima)", "best peer", "its ms", "faster (minima)"]
+
+
+def line(found: Found) -> list[str]:
+    """The cells of a rule."""
+    if "failed" in found:
+        return [found["rule"], "FAILED", "", "", found["failed"], "", "", ""]
+    best = min(found["peers"], key=by_time, default=None)
+    share, least = found["share"]
+    return [
+        found["rule"],
+        f"{1e3 * found['median']:.2f}",
+        str(found["passes"]),
+        f"{found['bytes']:.0f}",
+        f"{share:.0%} ({least:.0%})",
+        f"{best['path'].partition('.')[0]} {best['path'].rpartition('.')[2]}" if best else "-",
+        f"{1e3 * best['seconds']:.2f}" if best else "-",
+        "{:.1f} x ({:.1f})".format(*best["faster"]) if best else "-",
+    ]
+
+
+def show(report: Report, model: str, found: Sequence[Found]) -> None:
+    """The table of a model, and what the targets say of it."""
+    title = f"{shapes.TITLES[model]}, float32: medians of interleaved rounds"
+    report.table(title, HEAD, [line(f) for f in found])
+    well = [f for f in found if "failed" not in f]
+    apart = {f["rule"]: [p for p in f["peers"] if not p["path"].startswith("optax")] for f in well}
+    best = {name: min(peers, key=by_time)["faster"] for name, peers in apart.items() if peers}
+    slow = ", ".join(f"{name} {max(faster):.1f}" for name, faster in best.items() if max(faster) < FASTER)
+    report.line(f"Less than {FASTER:g} times as fast as the best peer that is not fused: {slow or 'none'}.")
+    shares = {f["rule"]: max(f["share"]) for f in well if ROWS[f["rule"]].elementwise}
+    if shares and model == "gpt2":
+        below = ", ".join(f"{rule} {share:.0%}" for rule, share in shares.items() if share < SHARE)
+        report.line(
+            f"Element by element, share of the limit: median {statistics.median(shares.values()):.0%}; below "
+            f"{SHARE:.0%}: {below or 'none'}."
+        )
+    for missing in [m for f in well for m in f["missing"]]:
+        report.line(f"Left out: {missing}")
+
+
+def header() -> str:
+    """What was measured with, and when."""
+    processor = platform.machine()
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text()
+        processor = next(x for x in text.splitlines() if x.startswith("model name")).partition(":")[2].strip()
+        processor += f", {text.count('model name')} cores"
+    found = [f"Python {platform.python_version()}"]
+    for name in ("numpy", "numba", "torch", "jax", "optax", *PACKAGES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return f"{processor}; {', '.join(found)}; {dt.datetime.now(dt.UTC).date().isoformat()}"
+
+
+PACKAGES = ("timm", "pytorch_optimizer", "torch-optimi", "schedulefree", "prodigyopt", "dadaptation")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.modern", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.modern",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--models", nargs="+", choices=list(shapes.ALL), default=["small", "gpt2"])
     parser.add_argument("--rules", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seconds", type=float, default=6, help="time for the rounds of each rule")
-    arguments = parser.parse_args()
-    for model in arguments.models:
-        table(model, arguments.rules, arguments.seconds)
+    parser.add_argument(
+        "--keep", type=Path, help="a file for rows, one a line: what stands there is not run again"
+    )
+    parser.add_argument("--out", type=Path, help="a file for the tables, as Markdown")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.child:
+        name, model, seconds = chosen.child
+        print(json.dumps(measured(name, model, float(seconds))))
+        return
+    report = Report(chosen.out)
+    report.line(header())
+    found = list(rows(chosen.models, chosen.rules, chosen.seconds, chosen.keep))
+    for model in chosen.models:
+        show(report, model, [f for of, _, f in found if of == model])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+Table = list[list[str]]
+"""Rows of cells."""
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -47,6 +50,27 @@ def show(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None
         table.add_row(*row)
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
+
+
+class Report:
+    """What is printed, and written as Markdown too if a file is named."""
+
+    def __init__(self, out: Path | None) -> None:
+        self.out, self.text = out, ""
+
+    def line(self, text: str) -> None:
+        print(text)
+        self.keep(text + "\n\n")
+
+    def table(self, title: str, head: Sequence[str], rows: Table) -> None:
+        show(title, head, rows)
+        lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+        self.keep(f"**{title}**\n\n" + "\n".join(lines) + "\n\n")
+
+    def keep(self, text: str) -> None:
+        self.text += text
+        if self.out is not None:  # a run that is cut short leaves what it has
+            self.out.write_text(self.text)
 
 
 def verdict(value: float, bound: float, *, least: bool = False) -> str:

@@ -1,6 +1,6 @@
 """How fast are steps on a CUDA device, beside torch.optim and Optax, and are they right there?
 
-    PYTHONPATH=src python -m benchmarks.cuda [--only gpt2 xl small resnet18] [--rows adamw recipe own]
+    PYTHONPATH=src python -m benchmarks.cuda [--only gpt2 xl small resnet18] [--rows adamw recipe own modern]
                                              [--out FILE]
 
 It first checks every rule against float64, and what only a device can show: CUDA graphs, a GradScaler, steps
@@ -35,9 +35,14 @@ from benchmarks import shapes
 from benchmarks.cuda.device import check_device
 from benchmarks.cuda.judge import targets, tune
 from benchmarks.cuda.measure import Session, agreement, measure
-from benchmarks.cuda.place import CHECKED, Place, Report, Table
+from benchmarks.cuda.modern import measure_modern
+from benchmarks.cuda.place import CHECKED, Place
 from benchmarks.cuda.rows import ROWS
 from benchmarks.cuda.rules import check_rules, checked, show_errors
+from benchmarks.printing import Report, Table
+
+MODERN = "modern"
+"""Beside the rows: one table of the rules of today."""
 
 
 # -- all -----------------------------------------------------------------------------------------------------
@@ -85,11 +90,19 @@ def run(chosen: argparse.Namespace) -> list[str]:
     if chosen.tune:
         tune(session)
         return session.failures
-    lines = [line for key in chosen.rows for line in agreement(key, session)]
+    time_rows(chosen, session)
+    return session.failures
+
+
+def time_rows(chosen: argparse.Namespace, session: Session) -> None:
+    """Whether the ways of each row agree, how fast they are, and what the targets say of it."""
+    place, report = session.place, session.report
+    rows = [key for key in chosen.rows if key in ROWS]
+    lines = [line for key in rows for line in agreement(key, session)]
     title = f"Same numbers? Mean difference from the first peer after {CHECKED} steps, as a share of the way"
     report.table(title, ["row", "way", "difference", ""], lines)
     judgements: Table = []
-    for name, key in itertools.product(chosen.only, chosen.rows):
+    for name, key in itertools.product(chosen.only, rows):
         if session.left() < 2 * chosen.seconds and not place.rehearse:
             report.line(f"left out: {shapes.TITLES[name]}, {ROWS[key].title}: no time is left")
             continue
@@ -98,13 +111,14 @@ def run(chosen: argparse.Namespace) -> list[str]:
             judgements += targets(key, name, m)
         del m
         place.free()
+    if MODERN in chosen.rows:
+        measure_modern(session)
     report.line(f"Bandwidth of a copy: {session.bandwidth / 1e9:.0f} GB/s")
     if place.rehearse:
         judgements = [[what, "no measurement", asked, "not judged"] for what, _, asked, _ in judgements]
     report.table(
         "Targets, and other ratios: by medians, by minima", ["what", "measured", "target", ""], judgements
     )
-    return session.failures
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -116,7 +130,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     models = ("gpt2", "xl", "small", "resnet18")
     parser.add_argument("--only", nargs="+", choices=models, default=models, help="models")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, MODERN], default=[*ROWS, MODERN])
     parser.add_argument("--seconds", type=float, default=6.0, help="time for the rounds of each table")
     parser.add_argument("--minutes", type=float, default=7.0, help="after which no table is begun")
     parser.add_argument("--workers", type=int, default=8, help="processes that check the rules")

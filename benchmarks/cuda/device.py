@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 import optimisers as opt
-from benchmarks.cuda.place import NEEDS, SCALE, WARM, Place, Report, Step, said
+from benchmarks.cuda.place import NEEDS, SCALE, WARM, Place, Step, said
+from benchmarks.printing import Report
 from benchmarks.torch_peers import LAM
 from optimisers.nest import flatten
 

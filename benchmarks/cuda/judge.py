@@ -5,10 +5,9 @@ import itertools
 import torch
 
 from benchmarks.cuda.measure import Measured, Session
-from benchmarks.cuda.place import Table
 from benchmarks.cuda.rows import FUSED
 from benchmarks.cuda.ways import Given, Running, adamw, ours
-from benchmarks.printing import verdict
+from benchmarks.printing import Table, verdict
 from benchmarks.timing import interleaved, judged
 
 

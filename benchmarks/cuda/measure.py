@@ -11,9 +11,10 @@ import torch
 
 import optimisers as opt
 from benchmarks import shapes
-from benchmarks.cuda.place import CHECKED, NEEDS, Place, Report, Table, said
+from benchmarks.cuda.place import CHECKED, NEEDS, Place, said
 from benchmarks.cuda.rows import ROWS
 from benchmarks.cuda.ways import Given, Row, Running, Way
+from benchmarks.printing import Report, Table
 from benchmarks.timing import Timings, interleaved
 from benchmarks.torch_cpu import quiet
 

@@ -4,17 +4,11 @@ import contextlib
 import dataclasses
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.printing import show
-
 Step = Callable[[], object]
-
-
-Table = list[list[str]]
 
 
 SCALE = 1024.0
@@ -75,27 +69,6 @@ class Place:
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-class Report:
-    """What is printed, and written as Markdown too if a file is named."""
-
-    def __init__(self, out: Path | None) -> None:
-        self.out, self.text = out, ""
-
-    def line(self, text: str) -> None:
-        print(text)
-        self.keep(text + "\n\n")
-
-    def table(self, title: str, head: Sequence[str], rows: Table) -> None:
-        show(title, head, rows)
-        lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-        self.keep(f"**{title}**\n\n" + "\n".join(lines) + "\n\n")
-
-    def keep(self, text: str) -> None:
-        self.text += text
-        if self.out is not None:  # a run that is cut short leaves what it has
-            self.out.write_text(self.text)
 
 
 def said(error: BaseException) -> str:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 import optimisers as opt
+from benchmarks.cuda.cases import Belief
 from benchmarks.cuda.place import SCALE
-from benchmarks.cuda.rules import Belief
 from benchmarks.cuda.ways import (
     Build,
     Given,

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from optimisers import ops
-from optimisers.arrays.protocol import Array, Operand
+from optimisers.arrays.protocol import Array
 from optimisers.ops import ema, sqrt, where, zeros_like
 from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting, static
 from optimisers.rules.adam import AdamState, adam_state, check_decaying, moments
@@ -13,7 +13,8 @@ def tangent(delta: float, ratio: float, x: Array, dx: Array, step: Array) -> tup
     """(the step, without its part along x where x and the gradient are nearly orthogonal; the factor of the
     decay).
 
-    Heo et al., algorithms 1 and 2: row by row first (all axes but the first), else for the whole array.
+    Heo et al., algorithms 1 and 2: row by row first (all axes but the first), else for the whole array, whose
+    sums are those of its rows.
     """
     if 0 in x.shape:
         return step, 1
@@ -21,24 +22,19 @@ def tangent(delta: float, ratio: float, x: Array, dx: Array, step: Array) -> tup
     columns = 1
     for n in x.shape[1:]:
         columns *= n
-    by_row = along(axes, columns, delta, x, dx, step)
-    whole = along(None, columns * x.shape[0], delta, x, dx, step)
-    projected = where(by_row[0], by_row[1], where(whole[0], whole[1], step))
-    return projected, where(by_row[0] | whole[0], ratio, 1)
+    rows = [ops.sum(a * b, axis=axes, keepdims=True) for a, b in ((x, x), (dx, dx), (x, dx), (x, step))]
+    by_row, of_row = along(delta, columns, *rows)
+    whole, of_whole = along(delta, columns * x.shape[0], *map(ops.sum, rows))
+    projected = step - where(by_row, of_row, of_whole) * x
+    return where(by_row | whole, projected, step), where(by_row | whole, ratio, 1)
 
 
-def along(
-    axes: tuple[int, ...] | None, size: int, delta: float, x: Array, dx: Array, step: Array
-) -> tuple[Any, Any]:
-    """(whether every unit is nearly orthogonal to its gradient, the step without its part along x)."""
-
-    def inner(a: Operand, b: Any) -> Any:
-        return ops.sum(a * b, axis=axes, keepdims=axes is not None)
-
-    long, steep = sqrt(inner(x, x)) + TINY, sqrt(inner(dx, dx)) + TINY
-    cosine = ops.abs(inner(x, dx)) / (long * steep)
-    unit = x / long
-    return ops.max(cosine) < delta / max(size, 1) ** 0.5, step - unit * inner(unit, step)
+def along(delta: float, size: int, xx: Any, gg: Any, xg: Any, xs: Any) -> tuple[Any, Any]:
+    """(whether every unit is nearly orthogonal to its gradient, how much of x is in its step), of the inner
+    products of parameters x, gradients g and steps s of each unit.
+    """
+    long, steep = sqrt(xx) + TINY, sqrt(gg) + TINY
+    return ops.max(ops.abs(xg) / (long * steep)) < delta / max(size, 1) ** 0.5, xs / long / long
 
 
 TINY = 1e-8
