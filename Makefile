@@ -1,7 +1,7 @@
 # Needs Python >= 3.11, make and git. Everything is made inside this folder; only pip keeps its own cache elsewhere.
 PYTHON ?= python3
 BIN := .venv/bin
-RUN := XDG_CACHE_HOME="$(CURDIR)/.cache" MPLCONFIGDIR="$(CURDIR)/.cache/matplotlib" $(BIN)/python
+RUN := XDG_CACHE_HOME="$(CURDIR)/.cache" MPLCONFIGDIR="$(CURDIR)/.cache/matplotlib" KERAS_HOME="$(CURDIR)/.cache/keras" $(BIN)/python
 
 .PHONY: demo test quick check bench docs clean
 

@@ -4,7 +4,7 @@
 none of what is marked slow: programs in processes of their own, compilers, whole trainings.
 
 Kernels for CUDA run on the CPU here, by Triton's interpreter, unless somebody says otherwise; Triton asks
-once, when it is imported.
+once, when it is imported. So Keras asks once for its backend.
 """
 
 import gc
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("KERAS_BACKEND", "torch")
 
 FEW = 1
 """Cases of one test in the quick lane."""

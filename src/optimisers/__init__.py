@@ -131,6 +131,7 @@ if TYPE_CHECKING:
     from optimisers.jax.optax import as_optax as as_optax
     from optimisers.jax.optax import from_optax as from_optax
     from optimisers.jax.pytree import vmap_axes as vmap_axes
+    from optimisers.keras.optimizer import KerasOptimizer as KerasOptimizer
     from optimisers.torch.classes import from_torch_class as from_torch_class
     from optimisers.torch.optimizer import TorchOptimizer as TorchOptimizer
 

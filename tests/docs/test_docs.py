@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.installed import NEEDS_KERAS
 from tests.prose import blocks
 
 PAGES = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
@@ -14,7 +15,10 @@ def read(page: str) -> str:
     return next(p for p in PAGES if p.name == page).read_text()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, id=p.stem, marks=[NEEDS_KERAS] * (p.stem == "keras")) for p in PAGES]
+)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, on torch
 def test_every_example_of_a_page_runs_and_prints_what_stands_there(
     page: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.installed import NEEDS_KERAS
+
 SHORTER: dict[str, dict[str, Any]] = {"06_transformer": {"steps": 2, "factors": (1.0,), "seeds": (0,)}}
 """Examples that train for minutes, and how they do for seconds."""
 
-SLOW = ("resnet18", "jax_resnet18", "transformer")
+SLOW = ("resnet18", "jax_resnet18", "transformer", "keras")
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("[0-9]*.py"))
 
@@ -27,7 +29,15 @@ def example(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem[3:] in SLOW)) for p in EXAMPLES]
+    "path",
+    [
+        pytest.param(
+            p,
+            id=p.stem,
+            marks=[pytest.mark.slow] * (p.stem[3:] in SLOW) + [NEEDS_KERAS] * (p.stem[3:] == "keras"),
+        )
+        for p in EXAMPLES
+    ],
 )
 def test_every_example_runs_and_says_something(
     path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -75,3 +85,12 @@ def test_the_gradient_by_hand_is_that_of_finite_differences() -> None:
             )
             slope = (module.loss_and_gradient(plus)[0] - module.loss_and_gradient(minus)[0]) / 2e-6
             np.testing.assert_allclose(grads[name][i], slope, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.slow
+@NEEDS_KERAS
+def test_both_backends_of_keras_train_alike() -> None:
+    losses = example("07_keras").main()
+
+    np.testing.assert_allclose(losses["torch"], losses["jax"], rtol=0.02)
+    assert losses["jax"][-1] < losses["jax"][0] / 4

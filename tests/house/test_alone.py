@@ -8,10 +8,11 @@ import pytest
 
 import optimisers as opt
 from optimisers.arrays.registry import load_public, public_names
+from tests.installed import loadable
 
 ROOT = Path(__file__).parents[2]
 
-FRAMEWORKS = ("torch", "triton", "jax", "jaxlib", "optax", "flax", "equinox", "cupy")
+FRAMEWORKS = ("torch", "triton", "jax", "jaxlib", "optax", "flax", "equinox", "cupy", "keras")
 
 HIDDEN = f"import sys\nfor name in {FRAMEWORKS!r}: sys.modules[name] = None\n"
 
@@ -49,7 +50,7 @@ def test_a_star_import_brings_every_name_that_needs_no_framework_and_loads_none(
     assert done.stdout == f"[] {opt.Adam}\n"
 
 
-@pytest.mark.parametrize("name", ["TorchOptimizer", "as_optax", "from_optax", "vmap_axes"])
+@pytest.mark.parametrize("name", ["TorchOptimizer", "as_optax", "from_optax", "vmap_axes", "KerasOptimizer"])
 def test_a_name_that_needs_a_library_says_so_where_it_is_missing(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,4 +64,4 @@ def test_a_name_that_needs_a_library_says_so_where_it_is_missing(
 
 def test_names_that_need_a_library_are_found_by_who_looks_for_names() -> None:
     assert {"TorchOptimizer", "as_optax"} <= public_names().keys() <= set(dir(opt))
-    assert [n for n in public_names() if getattr(opt, n).__name__ != n] == []
+    assert [n for n in public_names().keys() & set(loadable()) if getattr(opt, n).__name__ != n] == []

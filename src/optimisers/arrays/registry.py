@@ -245,9 +245,13 @@ def container_module(package: str) -> str | None:
     return next((b.containers[package] for b in BACKENDS.values() if package in b.containers), None)
 
 
+WITHOUT_ARRAYS = {"KerasOptimizer": "optimisers.keras.optimizer"}
+"""The same for names that need a library which has no arrays of its own."""
+
+
 def public_names() -> dict[str, str]:
     """Name of the root that needs a library -> its module."""
-    return {name: module for b in BACKENDS.values() for name, module in b.public.items()}
+    return WITHOUT_ARRAYS | {name: module for b in BACKENDS.values() for name, module in b.public.items()}
 
 
 def load_public(name: str) -> Any:
