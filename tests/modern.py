@@ -138,10 +138,14 @@ def precise(library: str) -> Any:
 def rule_of(given: Mapping[str, Any], shapes: list[tuple[int, ...]]) -> Any:
     """Our rule for settings in the words of the formulas, or why there is none."""
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k != "rule"}
-    name = given["rule"]
+    name, fields = given["rule"], getattr(getattr(opt, given["rule"], None), "_fields", ())
+    if "couple" not in fields and settings.pop("couple", False):
+        rest = {k: v for k, v in given.items() if k not in ("couple", "lam")}
+        rule = rule_of({**rest, "lam": 0.0} if "lam" in fields else rest, shapes)
+        return rule if isinstance(rule, str) else opt.Chain(opt.WeightDecay(settings["lam"]), rule)
     if name in BUILT:
         return BUILT[name](settings, shapes)
-    if not hasattr(opt, name):
+    if not fields:
         return f"{name} is not among the rules of the library"
     return plain(getattr(opt, name), settings)
 
@@ -215,8 +219,9 @@ def mars(settings: Settings, shapes: list[tuple[int, ...]]) -> Any:
 
 
 def lars(settings: Settings, _: Any) -> Any:
+    always = settings.pop("always", False)
     if settings.pop("variant", None) in ("timm", "paper"):
-        if not settings.get("lam"):
+        if not settings.get("lam") and not always:
             return "without decay there is no trust ratio: that is SGD"
         settings["apart"] = True
     return plain(opt.LARS, settings)
@@ -286,10 +291,15 @@ def base_of(given: Mapping[str, Any], eta: float, lam: float) -> Any:
         "Adam outside": lambda: EARLY,
         "NAdamW_timm": lambda: "one bias correction serves both momenta",
     }
-    return built.get(name, lambda: f"{name} is not among the rules of the library")()
+    if name in built:
+        return built[name]()
+    fields = getattr(getattr(opt, name, None), "_fields", ())
+    return rule_of({k: v for k, v in {"eta": eta, "lam": lam}.items() if k in fields} | {**given}, [])
 
 
 def cautious(settings: Settings, _: Any) -> Any:
+    if settings.get("fill", "mean") != "mean":
+        return "the mask is made up for otherwise than by its mean"
     base = base_of(settings["base"], settings["eta"], 0.0)
     if isinstance(base, str):
         return base
@@ -320,8 +330,9 @@ def orthogonal(cls: Any, **at_first: Any) -> Callable[[Settings, Any], Any]:
     def make(settings: Settings, _: Any) -> Any:
         if settings.pop("add", False):
             return "epsilon is added to the norm, where ours bounds it"
-        if "coefficients" in settings:
-            settings["coefficients"] = tuple(map(tuple, settings["coefficients"]))
+        given = settings.get("coefficients", "")
+        if not isinstance(given, str):
+            settings["coefficients"] = (given,) if isinstance(given[0], float) else tuple(map(tuple, given))
         return plain(cls, at_first | settings, beta2="beta")
 
     return make
@@ -354,7 +365,7 @@ class Late(opt.Rule):
 
 def soap(settings: Settings, _: Any) -> Any:
     lam = settings.pop("lam", 0.0)
-    rule = plain(opt.SOAP, settings | {"lam": 0.0})
+    rule = plain(opt.SOAP, settings | {"lam": 0.0}, one_d="vectors")
     return rule if isinstance(rule, str) else Late(rule, settings["eta"], lam=lam, from_=1)
 
 

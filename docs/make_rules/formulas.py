@@ -336,8 +336,9 @@ class Printer:
         return rf"\operatorname{{{e.op}}}_{{{RESULTS[e.op][index]}}}{parenthesised(given)}", ATOM
 
     def _total(self, e: Expr) -> tuple[str, int]:
-        over = r"\sum_{\text{leaves}}"
-        if dict(e.options)["join"] == "norm2":
+        join = dict(e.options)["join"]
+        over = rf"\{'max' if join == 'max' else 'sum'}_{{\text{{leaves}}}}"
+        if join == "norm2":
             return rf"\sqrt{{{over} {self.text(e.args[0], ATOM)}^2}}", ATOM
         return rf"{over} {self.text(e.args[0], PRODUCT)}", PRODUCT
 

@@ -138,10 +138,10 @@ def test_norms_of_plain_arrays_are_right_too(library: Any) -> None:
     np.testing.assert_allclose(np.asarray(rows), [1.25 * size, 0.625 * size], rtol=1e-6)
 
 
-def test_a_total_is_a_sum_or_a_norm() -> None:
+def test_a_total_is_a_sum_a_norm_or_the_largest() -> None:
     assert opt.total(-3.0) == -3.0
-    assert opt.total(-3.0, p=2) == 3.0
-    with pytest.raises(opt.TraceError, match=r"p=3\); it takes 1 for the sum, or 2"):
+    assert opt.total(-3.0, p=2) == opt.total(-3.0, p=math.inf) == 3.0
+    with pytest.raises(opt.TraceError, match=r"p=3\); it takes 1 for the sum, 2 .*, or inf for"):
         opt.total(3.0, p=3)
 
 

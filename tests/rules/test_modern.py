@@ -246,7 +246,8 @@ def test_a_loss_that_is_missing_or_no_number_is_pointed_out() -> None:
     x = np.ones(3)
     state = opt.setup(opt.MoMo(), x)
     with pytest.raises(
-        opt.BadState, match=r"MoMo asks for the loss; write update\(state, model, grads, loss=value\)"
+        opt.BadState,
+        match=r"MoMo asks .*update\(state, model, grads, loss=value\).*step\(closure\), as_optax",
     ):
         opt.update(state, x, x)
     with pytest.raises(opt.BadState, match=r"the loss has shape \(3,\); it is one number"):

@@ -121,6 +121,8 @@ MODELS: list[tuple[str, Callable[[], Any], set[str]]] = [
         linen,
         {"params.Block_0.Dense_0.kernel", "params.Block_0.MultiHeadDotProductAttention_0.query.kernel"},
     ),
+    ("counted by Linen", lambda: {"params": {f"Dense_{i}": {"kernel": np.zeros((3, 3))} for i in (0, 1, 10)}},
+     {"params.Dense_0.kernel", "params.Dense_1.kernel"}),
     ("sequence", lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2)),
      {"0.weight", "2.weight"}),
     ("list", lambda: [{"w": np.zeros((2, 3)), "b": np.zeros(3)}, {"w": np.zeros((3, 3))}], {"0.w"}),

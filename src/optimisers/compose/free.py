@@ -2,10 +2,11 @@
 is evaluated with.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
+from optimisers.nest import unflatten, values
 from optimisers.ops import copy, ema, floor, maximum, under, updated, where
 from optimisers.ops.derived import over
 from optimisers.rule import (
@@ -15,8 +16,10 @@ from optimisers.rule import (
     at_least_one,
     in_unit_interval,
     not_negative,
+    one_of,
     rate_of,
     setting,
+    static,
     stepped,
 )
 from optimisers.settings import adjusted
@@ -25,6 +28,8 @@ from optimisers.settings import adjusted
 class ScheduleFreeState(NamedTuple):
     z: Any
     """The parameters as the rule inside alone would step them."""
+    x: Any
+    """Their average; nothing where it is worked out from z and the model."""
     weight: Any
     """The sum of the weights of the average so far."""
     top: Any
@@ -41,9 +46,10 @@ class ScheduleFree(Rule):
     Defazio et al., "The road less scheduled", 2024, arXiv:2405.15682, eq. 4 to 6. The model holds y;
     `averaged(state, model)` is x, with which to evaluate and what to save. The rule inside has no momentum of
     its own: `ScheduleFree(Descent(1.0))`, `ScheduleFree(AdamW(0.0025, (0.0, 0.999)))`; its decay is taken at
-    y. The weight of a step in the average is t^r times the largest rate so far to `power`; the rate grows
-    linearly over the first `warmup` steps. Statistics of batches belong to y: compute them anew for x. It
-    must wrap a whole chain.
+    y, or with `decay_at="z"` at z. The weight of a step in the average is t^r times the largest rate so far
+    to `power`; the rate grows linearly over the first `warmup` steps. x is worked out from y and z, which
+    loses digits where parameters are halves or rho is near 0; `store="x"` keeps it, in one more array.
+    Statistics of batches belong to y: compute them anew for x. It must wrap a whole chain.
     """
 
     whole: ClassVar[bool] = True
@@ -53,24 +59,30 @@ class ScheduleFree(Rule):
     power: Setting = setting(2.0)
     r: Setting = setting(0.0)
     warmup: int = 0
+    decay_at: Literal["y", "z"] = static("y")
+    store: Literal["z", "x"] = static("z")
 
     def check(self) -> None:
         a_rule(self, self.rule)
         rate_of(self.rule)
         in_unit_interval(self, "rho")
-        if self.rho == 0:
+        one_of(self, "decay_at", ("y", "z"))
+        one_of(self, "store", ("z", "x"))
+        if self.rho == 0 and self.store == "z":
             raise BadSetting(
-                "ScheduleFree.rho is 0, where y tells nothing of x; write SWA(rule), or a rho above 0"
+                'ScheduleFree.rho is 0, where y tells nothing of x; write store="x", or a rho above 0'
             )
         not_negative(self, "power", "r")
 
     def init(self, x: Array) -> ScheduleFreeState:
-        return ScheduleFreeState(copy(x), 0.0, 0.0, 0, self.rule.init(x))
+        average = copy(x) if self.store == "x" else None
+        return ScheduleFreeState(copy(x), average, 0.0, 0.0, 0, self.rule.init(x))
 
     def apply(self, state: ScheduleFreeState, x: Array, dx: Array, *more: Array) -> Any:
         t = state.t + 1
         eta = rate_of(self.rule) * where(self.warmup > t, t / maximum(self.warmup, 1), 1)
-        inner, along = stepped(adjusted(self.rule, {"eta": 1.0}), state.inner, x, dx, more)
+        at = state.z if self.decay_at == "z" else x
+        inner, along = stepped(adjusted(self.rule, {"eta": 1.0}), state.inner, at, dx, more)
         if along is None:
             return state._replace(inner=inner), None
         with under(along):
@@ -81,10 +93,13 @@ class ScheduleFree(Rule):
             z = state.z - eta * along
             average = ema(1 - part, self.average(state, x), z)
             y = ema(self.rho, average, z)
-        return ScheduleFreeState(z, so_far, top, t, inner), x - y
+        kept = average if self.store == "x" else None
+        return ScheduleFreeState(z, kept, so_far, top, t, inner), x - y
 
     def average(self, state: ScheduleFreeState, y: Array) -> Any:
         """The average that belongs to the y that the model holds."""
+        if self.store == "x":
+            return state.x
         return (y - (1 - self.rho) * state.z) / self.rho
 
     def evaluate(self, state: ScheduleFreeState, x: Array) -> Any:
@@ -148,8 +163,8 @@ class Lookahead(Rule):
     = slow.
 
     Zhang et al., "Lookahead optimizer: k steps forward, 1 step back", 2019, arXiv:1907.08610, algorithm 1.
-    The state of the rule inside goes on. `averaged(state, model)` holds the slow parameters. It must wrap a
-    whole chain.
+    The state of the rule inside goes on, or with `reset` starts anew from there. `averaged(state, model)`
+    holds the slow parameters. It must wrap a whole chain.
     """
 
     whole: ClassVar[bool] = True
@@ -157,6 +172,7 @@ class Lookahead(Rule):
     rule: Rule
     every: int = 5
     alpha: Setting = setting(0.5)
+    reset: bool = static(False)
 
     def check(self) -> None:
         a_rule(self, self.rule)
@@ -173,6 +189,8 @@ class Lookahead(Rule):
             t, fast = state.t + 1, updated(x, step)
             back = divides(self.every, t)
             slow = where(back, state.slow + self.alpha * (fast - state.slow), state.slow)
+            if self.reset:
+                inner = chosen(back, self.rule.init(slow), inner)
         return LookaheadState(slow, t, inner), x - where(back, slow, fast)
 
     def evaluate(self, state: LookaheadState, x: Array) -> Any:
@@ -225,6 +243,12 @@ class SWA(Rule):
 
     def evaluate(self, state: SWAState, x: Array) -> Any:
         return where(state.n == 0, x, state.mean)
+
+
+def chosen(condition: Any, new: Any, old: Any) -> Any:
+    """One of two states of a rule."""
+    pairs = zip(values(new), values(old), strict=True)
+    return unflatten(old, iter([where(condition, a, b) for a, b in pairs]))
 
 
 def divides(every: Any, t: Any) -> Any:

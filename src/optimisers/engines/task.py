@@ -175,7 +175,8 @@ class Step:
         if given is None:
             raise BadState(
                 f"{type(self.job.group.rule).__name__} asks for the loss; write update(state, model, grads, "
-                "loss=value)"
+                "loss=value). TorchOptimizer takes it from step(closure), as_optax from tx.update(..., "
+                "value=value)"
             )
         if np.shape(given) != ():
             raise BadState(

@@ -6,6 +6,8 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from optimisers.arrays import registry
 from optimisers.graph.expr import Expr
 from optimisers.graph.passes import Stage
@@ -38,12 +40,13 @@ class Totals:
             return None
         if len({str(getattr(part, "device", "host")) for part in parts}) > 1 and not self.traced:
             parts = [on_host(part) for part in parts]
-        if total_join(total) == "sum" or len(parts) == 1:
+        join = total_join(total)
+        if join == "sum" or len(parts) == 1:
             return functools.reduce(operator.add, parts)
         if not any(map(registry.isarray, parts)):
-            return math.hypot(*parts)
+            return math.hypot(*parts) if join == "norm2" else float(np.max(parts))
         library = registry.library(*parts)
-        return library.operations["norm2"](library.stacked(parts))
+        return library.operations[join](library.stacked(parts))
 
 
 def on_host(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import math
 import numbers
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
@@ -206,15 +207,15 @@ class Symbol(Expr):
         return make("add", (lift(value), make("subtract", (x, x)))) if x.domain == "free" else lift(value)
 
     @staticmethod
-    def __total__(s: "Symbol", p: int) -> Any:
+    def __total__(s: "Symbol", p: float) -> Any:
         if s.domain != "scalar":
             raise TraceError("total() was given an array; it takes a scalar: total(sum(...))")
         trace, rule = current(), type(asking.get())
         name = f"{rule.__module__}.{rule.__qualname__}"
         count = trace.totals[name] = trace.totals.get(name, 0) + 1
-        return make(
-            "total", (s,), options=(("of", f"{name} {count}"), ("join", "norm2" if p == 2 else "sum"))
-        )
+        join = {1: "sum", 2: "norm2", math.inf: "max"}[p]
+        part = make("abs", (s,)) if join == "max" else s
+        return make("total", (part,), options=(("of", f"{name} {count}"), ("join", join)))
 
     @staticmethod
     def __when__(condition: Any, dx: Any) -> Any:

@@ -352,5 +352,5 @@ def total_key(e: Expr) -> str:
 
 
 def total_join(e: Expr) -> str:
-    """The reduction that makes one number of what the leaves give to a total: `sum` or `norm2`."""
+    """The reduction that makes one number of what the leaves give to a total: `sum`, `norm2` or `max`."""
     return dict(e.options)["join"]

@@ -5,6 +5,7 @@ be; and what it knows of the steps of others.
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from optimisers.arrays import registry
@@ -15,17 +16,19 @@ from optimisers.ops.dispatch import OPERATIONS, Primitive
 from optimisers.ops.primitives import abs
 
 
-def total(s: Operand, p: int = 1) -> Any:
+def total(s: Operand, p: float = 1) -> Any:
     """The sum of the scalar `s` over all leaves stepped together whose rule asks for it too; with p = 2 the
-    root of the sum of its squares: `total(norm(dx), p=2)` is the norm of all gradients together.
+    root of the sum of its squares: `total(norm(dx), p=2)` is the norm of all gradients together; with p = inf
+    the largest of its absolute values.
 
     The first total of a type of rule is one sum, whatever stands before and behind that rule and whatever its
     settings are; its second total is another. Called on a plain number, outside any update, there is one
     leaf, and the total is `s` itself.
     """
-    if p not in (1, 2):
+    if p not in (1, 2, inf):
         raise TraceError(
-            f"total(..., p={p!r}); it takes 1 for the sum, or 2 for the root of the sum of squares"
+            f"total(..., p={p!r}); it takes 1 for the sum, 2 for the root of the sum of squares, or inf for "
+            "the largest absolute value"
         )
     write = getattr(type(s), "__total__", None)
     if write is None and getattr(s, "shape", ()) != ():

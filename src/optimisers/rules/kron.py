@@ -127,6 +127,8 @@ class Kron(Rule):
 
     def apply(self, state: KronState, x: Array, dx: Array) -> Any:
         shape, factors = x.shape, state.factors
+        if 0 in shape:
+            return state, dx
         m, weight = ema(self.rho, state.m, dx), ema(self.rho, state.weight, 1)
         size = folded(shape) if len(shape) > 1 else (prod(shape), 1)
         w = ops.reshape(m * (1 / weight), size)

@@ -68,6 +68,24 @@ def rotated_back(y: Array, bases: tuple[Any, ...]) -> Any:
     return y
 
 
+def joined(shape: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """A shape whose neighbouring axes are joined, from the first on, as long as they have `most` elements at
+    most together.
+    """
+    found: list[int] = []
+    for n in shape:
+        if found and (1 in (n, found[-1]) or found[-1] * n <= most):
+            found[-1] *= n
+        else:
+            found.append(n)
+    return tuple(found)
+
+
+def seen_as(x: Array, shape: tuple[int, ...]) -> Any:
+    """An array in another shape."""
+    return x if x.shape == shape else ops.reshape(x, shape)
+
+
 def for_axes(x: Array, made: Callable[[int], Any], max_dim: int, least: int = 2) -> tuple[Any, ...]:
     """What is made of the length of every axis; None where it is above `max_dim`, or there are fewer axes
     than `least`.
@@ -119,8 +137,9 @@ class SOAP(Rule):
     The first gradient only makes the bases, without a step. Gram matrices decay with `shampoo_beta`, beta[1]
     if it is None; `every` so many steps one step of power iteration and a QR decomposition renew the bases,
     and v is put in their order. Axes longer than `max_dim`, and all of an array with fewer than two unless
-    `vectors`, keep their basis: that is Adam. The decay is taken beside the step, where the authors' code
-    takes it after.
+    `vectors`, keep their basis: that is Adam. `merge` joins neighbouring axes while their product is at most
+    `max_dim`, for kernels of convolutions; small matrices become vectors with one basis. The decay is taken
+    beside the step, where the authors' code takes it after.
     """
 
     eta: Setting = setting(3e-3)
@@ -131,19 +150,26 @@ class SOAP(Rule):
     shampoo_beta: float | None = static(None)
     max_dim: int = static(10000)
     vectors: bool = static(False)
+    merge: bool = static(False)
 
     def check(self) -> None:
         check_decaying(self)
         at_least_one(self, "every")
         at_least_one(self, "max_dim")
 
+    def seen(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape whose axes have bases."""
+        return joined(shape, self.max_dim) if self.merge else shape
+
     def init(self, x: Array) -> SOAPState:
-        least = 1 if self.vectors else 2
+        least = 1 if self.vectors or len(x.shape) > 1 else 2
+        x = seen_as(x, self.seen(x.shape))
         bases = for_axes(x, lambda n: ops.eye(n, like=x), self.max_dim, least)
         return SOAPState(adam_state(x), grams_of(x, self.max_dim, least), bases, 0)
 
     def apply(self, state: SOAPState, x: Array, dx: Array) -> Any:
         first, bases = state.t == 0, state.bases
+        dx = seen_as(dx, self.seen(x.shape))
         g = where(first, 0, dx)
         adam, _, _ = moments(self.beta, state.adam, g, abs2(rotated(g, bases)))
         step = rotated_back(rotated(adam.m, bases) / (sqrt(adam.v) + self.epsilon), bases)
@@ -153,7 +179,8 @@ class SOAP(Rule):
         due = (state.t % self.every == 0) & ~first
         v, bases = ops.every(due, lambda: renewed(adam.v, grams, bases), (adam.v, bases))
         new = AdamState(adam.m, v, (where(first, 0.0, mass), where(first, 0.0, energy)))
-        step = where(first, 0.0, self.eta) * (sqrt(energy) / mass * step + self.lam * x)
+        step = sqrt(energy) / mass * seen_as(step, x.shape) + self.lam * x
+        step = where(first, 0.0, self.eta) * step
         return SOAPState(new, grams, bases, state.t + 1), step
 
 
@@ -199,7 +226,8 @@ class Shampoo(Rule):
     with momentum, means and grafting as Anil et al., 2020, arXiv:2002.09018, and Shi et al., 2023,
     arXiv:2309.06497. The roots are renewed every `every` steps, from the first one on, by eigenvalues, of
     which negative ones count as 0. With beta[1] = 1 Gram matrices are sums. `graft=None` steps by u itself.
-    d counts the axes up to `max_dim` long; an array without any steps by Adam.
+    d counts the axes up to `max_dim` long; an array without any steps by Adam. `merge` as in `SOAP`: with a
+    max_dim of 1024 it is what Shi et al. do.
     """
 
     eta: Setting = setting(0.01)
@@ -211,6 +239,7 @@ class Shampoo(Rule):
     graft: Literal["adam"] | None = static("adam")
     every: int = static(10)
     max_dim: int = static(8192)
+    merge: bool = static(False)
 
     def check(self) -> None:
         in_unit_interval(self, "graft_beta")
@@ -225,10 +254,15 @@ class Shampoo(Rule):
         if self.graft not in ("adam", None):
             raise BadSetting(f"Shampoo.graft is {self.graft!r}; it takes 'adam' or None")
 
+    def seen(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape whose axes have Gram matrices."""
+        return joined(shape, self.max_dim) if self.merge else shape
+
     def init(self, x: Array) -> ShampooState:
-        grams = grams_of(x, self.max_dim, 1)
+        seen = seen_as(x, self.seen(x.shape))
+        grams = grams_of(seen, self.max_dim, 1)
         apart = self.graft is None and any(c is not None for c in grams)
-        roots = for_axes(x, lambda n: ops.eye(n, like=x), self.max_dim, 1)
+        roots = for_axes(seen, lambda n: ops.eye(n, like=x), self.max_dim, 1)
         v = None if apart else real_zeros_like(x)
         return ShampooState(zeros_like(x), grams, roots, v, (0.0, 0.0, 0.0), 0)
 
@@ -238,8 +272,9 @@ class Shampoo(Rule):
         m = ema(self.beta[0], state.m, dx)
         sums = self.beta[1] == 1
         part = where(sums, 1, 1 - self.beta[1])
+        g = seen_as(dx, self.seen(x.shape))
         grams = tuple(
-            None if c is None else self.beta[1] * c + part * gram(dx, i) for i, c in enumerate(state.grams)
+            None if c is None else self.beta[1] * c + part * gram(g, i) for i, c in enumerate(state.grams)
         )
         power = -1 / (2 * max(1, sum(c is not None for c in grams)))
         whole = where(sums, 1, weight[1])
@@ -249,9 +284,10 @@ class Shampoo(Rule):
             state.roots,
         )
         w = m * (1 / weight[0])
-        u, v = w, state.v
+        u, v = seen_as(w, g.shape), state.v
         for axis, p in enumerate(roots):
             u = u if p is None else along(p, u, axis)
+        u = seen_as(u, x.shape)
         if v is not None:
             v = ema(self.graft_beta, v, abs2(dx))
             h = w / (sqrt(v * (1 / weight[2])) + self.graft_epsilon)

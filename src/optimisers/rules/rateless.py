@@ -30,6 +30,13 @@ def inner(a: Array, b: Array) -> Any:
     return ops.sum(a * b)
 
 
+def shared(estimate: Operand) -> Any:
+    """The estimate of all arrays, which never falls: one that had no gradient for a while is behind. It is
+    known before the sums of a step: what they sum is multiplied by it, so that one pass takes them all.
+    """
+    return total(estimate, p=math.inf)
+
+
 def unbiased(beta: tuple[float, float], old: tuple[Any, Any], debias: bool) -> tuple[Any, Any]:
     """(the sums of the weights after this step, the factor that corrects both biases, or 1)."""
     weight = weights(beta, old)
@@ -86,11 +93,11 @@ class Prodigy(Rule):
 
     def apply(self, state: ProdigyState, x: Array, dx: Array) -> Any:
         new = state.weight[0] == 0
-        d, top = where(new, self.d0, state.d), where(new, self.d0, state.top)
+        d, top = shared(where(new, self.d0, state.d)), shared(where(new, self.d0, state.top))
         g = decayed(self.lam, x, dx) if self.couple else dx
         weight, correction = unbiased(self.beta, state.weight, self.debias)
         k, keep = d * self.eta * correction, sqrt(self.beta[1])
-        r = keep * state.r + d / self.d0 * k * inner(g, state.start - x)
+        r = keep * state.r + inner(d / self.d0 * k * g, state.start - x)
         m = self.beta[0] * state.m + (1 - self.beta[0]) * d * g
         v = self.beta[1] * state.v + (1 - self.beta[1]) * d * d * abs2(g)
         s = keep * state.s + d / self.d0 * (d if self.safeguard else k) * g
@@ -125,8 +132,9 @@ class DAdaptAdam(Rule):
     """AdamW that estimates its rate from correlations of its gradients: eta stays 1.
 
     Defazio & Mishchenko, "Learning-rate-free learning by D-adaptation", 2023, arXiv:2301.07733, algorithm 5.
-    All arrays stepped together share the estimate d, which starts at `d0` and never falls. `debias` and
-    `couple` as in `Prodigy`, which is the better of the two by its authors' experiments. For real parameters.
+    All arrays stepped together share the estimate d, which starts at `d0`, never falls, and grows at most by
+    the factor `growth` a step. `debias` and `couple` as in `Prodigy`, which is the better of the two by its
+    authors' experiments. For real parameters.
     """
 
     eta: Setting = setting(1.0)
@@ -134,26 +142,28 @@ class DAdaptAdam(Rule):
     lam: Setting = setting(0.0)
     epsilon: Setting = setting(1e-8)
     d0: Setting = setting(1e-6)
+    growth: Setting = setting(math.inf)
     debias: bool = static(False)
     couple: bool = static(False)
 
     def check(self) -> None:
         check_moments(self)
-        not_negative(self, "lam", "d0")
+        not_negative(self, "lam", "d0", "growth")
 
     def init(self, x: Array) -> DAdaptAdamState:
         return DAdaptAdamState(zeros_like(x), real_zeros_like(x), zeros_like(x), 0.0, 0.0, (0.0, 0.0))
 
     def apply(self, state: DAdaptAdamState, x: Array, dx: Array) -> Any:
-        d = where(state.weight[0] == 0, self.d0, state.d)
+        d = shared(where(state.weight[0] == 0, self.d0, state.d))
         g = decayed(self.lam, x, dx) if self.couple else dx
         weight, correction = unbiased(self.beta, state.weight, self.debias)
         k, keep = d * self.eta * correction, sqrt(self.beta[1])
-        r = ema(keep, state.r, k * inner(g, state.s / (sqrt(state.v) + self.epsilon)))
+        r = ema(keep, state.r, inner(k * g, state.s / (sqrt(state.v) + self.epsilon)))
         m = self.beta[0] * state.m + (1 - self.beta[0]) * k * g
         v = ema(self.beta[1], state.v, abs2(g))
         s = keep * state.s + (1 - keep) * k * g
         found = grown(d, total(r), (1 - keep) * total(ops.sum(ops.abs(s))))
+        found = minimum(found, self.growth * d)
         step = m / (sqrt(v) + self.epsilon)
         step = step if self.couple else step + k * self.lam * x
         return DAdaptAdamState(m, v, s, r, found, weight), step
@@ -182,17 +192,18 @@ class DAdaptSGD(Rule):
     gradients, each times d eta / |g0|.
 
     Defazio & Mishchenko, "Learning-rate-free learning by D-adaptation", 2023, arXiv:2301.07733, algorithm 4.
-    `lam` is added to the gradient, lam x. For real parameters.
+    `lam` is added to the gradient, lam x; `growth` as in `DAdaptAdam`. For real parameters.
     """
 
     eta: Setting = setting(1.0)
     rho: Setting = setting(0.0)
     lam: Setting = setting(0.0)
     d0: Setting = setting(1e-6)
+    growth: Setting = setting(math.inf)
 
     def check(self) -> None:
         in_unit_interval(self, "rho")
-        not_negative(self, "lam", "d0")
+        not_negative(self, "lam", "d0", "growth")
 
     def init(self, x: Array) -> DAdaptSGDState:
         return DAdaptSGDState(copy(x), zeros_like(x), 0.0, 0.0, 0.0)
@@ -200,12 +211,13 @@ class DAdaptSGD(Rule):
     def apply(self, state: DAdaptSGDState, x: Array, dx: Array) -> Any:
         g = decayed(self.lam, x, dx)
         first = total(norm(dx), p=2)
-        g0 = where(state.g0 == 0, first, state.g0)
-        d = where(state.d == 0, self.d0, state.d)
+        before = shared(state.g0)
+        g0 = where(before == 0, first, before)
+        d = shared(where(state.d == 0, self.d0, state.d))
         k = over(d * self.eta, g0)
         r = state.r + k * inner(g, state.s)
         s = state.s + k * g
-        found = grown(d, 2 * total(r), total(norm(s), p=2))
+        found = minimum(grown(d, 2 * total(r), total(norm(s), p=2)), self.growth * d)
         return DAdaptSGDState(state.start, s, r, found, g0), (1 - self.rho) * (x - state.start + s)
 
 
@@ -240,11 +252,11 @@ class DAdaptLion(Rule):
         return DAdaptLionState(zeros_like(x), zeros_like(x), 0.0, 0.0)
 
     def apply(self, state: DAdaptLionState, x: Array, dx: Array) -> Any:
-        d = where(state.d == 0, self.d0, state.d)
+        d = shared(where(state.d == 0, self.d0, state.d))
         k, keep = d * self.eta, sqrt(self.beta[1])
         u = sign(ema(self.beta[0], state.m, dx))
         m = ema(self.beta[1], state.m, k * dx)
-        r = ema(keep, state.r, k * inner(u, state.s))
+        r = ema(keep, state.r, inner(k * u, state.s))
         s = keep * state.s + (1 - keep) * k * u
         found = grown(d, total(r), (1 - keep) * total(ops.sum(ops.abs(s))))
         return DAdaptLionState(m, s, r, found), k * decayed(self.lam, x, u)

@@ -84,17 +84,31 @@ def is_flat(parameter: Parameter) -> bool:
 
 
 def last_of_sequence(parameters: Sequence[Parameter]) -> int:
-    """Which one is the last matrix of a model that is one sequence (a list, a tuple, `nn.Sequential`); -1 in
-    others.
+    """Which one is the last matrix of a model that is one sequence (a list, a tuple, `nn.Sequential`), or the
+    last `Dense` that stands at the root of the parameters of Linen, which counts them; -1 in others.
     """
-    matrices = [i for i, p in enumerate(parameters) if is_matrix(p)]
+    counted = [(_number(p), i) for i, p in enumerate(parameters) if is_matrix(p)]
     firsts = [keys_of(place)[:1] for p in parameters for place in p.places]
-    sequence = all(keys and keys[0].isdigit() for keys in firsts)
-    return max(matrices, key=lambda i: _number(parameters[i]), default=-1) if sequence else -1
+    if not all(keys and keys[0].isdigit() for keys in firsts):
+        counted = [(_dense(parameters[i]), i) for _, i in counted]
+    number, last = max(counted, default=(-1, -1), key=lambda pair: pair[0])
+    return last if number >= 0 else -1
 
 
 def _number(parameter: Parameter) -> int:
-    return max(int(keys_of(place)[0]) for place in parameter.places)
+    """The number that is the first name of a path; -1 without one."""
+    return max(_numbered(r"(\d+)$", keys_of(place)[:1]) for place in parameter.places)
+
+
+def _dense(parameter: Parameter) -> int:
+    """The number of a `Dense` of Linen at the root; -1 of others."""
+    paths = [[key for key in keys_of(place) if key not in WRAPPERS] for place in parameter.places]
+    return max(_numbered(r"Dense_(\d+)\.kernel$", [".".join(keys)]) for keys in paths)
+
+
+def _numbered(pattern: str, names: list[str]) -> int:
+    found = [re.match(pattern, name) for name in names]
+    return max((int(m[1]) for m in found if m), default=-1)
 
 
 def _own(place: Place) -> list[str]:

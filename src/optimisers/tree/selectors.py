@@ -209,7 +209,7 @@ def roles(parameters: Sequence[Parameter]) -> list[str]:
             return "a head"
         if is_flat(p):
             return "a vector"
-        return "the last of the sequence, its head" if i == last else ""
+        return "the last of the model, its head" if i == last else ""
 
     return [role(i, p) for i, p in enumerate(parameters)]
 

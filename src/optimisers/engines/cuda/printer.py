@@ -327,8 +327,8 @@ def scalar_source(
 
     `inputs` says for every known node where it stands: "number j" in a table of `width` columns, "vector j" a
     value for every leaf, "total j" one for all, "size", "clock". New `counters` are written back into the
-    table, from column `hypers` on. With `total`, `sum` or `norm2`, the only value wanted is reduced over all
-    leaves, by one program. Raises Unprintable.
+    table, from column `hypers` on. With `total`, `sum`, `norm2` or `max`, the only value wanted is reduced
+    over all leaves, by one program. Raises Unprintable.
     """
     maths = _Scalars("float64")
     given: dict[int, str] = {}
@@ -386,8 +386,11 @@ def _totalled(body: list[str], value: str, join: str) -> list[str]:
 
     if join == "sum":
         return [*loop("sum_of", f"sum_of + {value}"), "tl.store(out, tl.sum(sum_of))"]
+    largest = loop("most", f"larger(most, tl.abs({value}))")
+    if join == "max":
+        return [*largest, "tl.store(out, max_over(most))"]
     return [
-        *loop("most", f"larger(most, tl.abs({value}))"),
+        *largest,
         "scale = scale_of(max_over(most))",
         *loop("sum_of", f"sum_of + ({value} / scale) * ({value} / scale)"),
         "tl.store(out, root(tl.sum(sum_of)) * scale)",
