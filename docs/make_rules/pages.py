@@ -7,6 +7,8 @@ import re
 import textwrap
 from typing import Any
 
+import numpy as np
+
 import optimisers as opt
 from docs.make_rules.formulas import Printer, formula, owners, traced
 from docs.make_rules.letters import letters_of, short
@@ -20,7 +22,7 @@ from docs.make_rules.texts import (
     families,
     parameters,
 )
-from optimisers.nest import flatten
+from optimisers.nest import flatten, values
 from optimisers.settings import fields, walk
 
 
@@ -107,11 +109,14 @@ def state_of(rule: opt.Rule, x: Any) -> str:
 
 
 def costs(rule: opt.Rule, x: Any) -> str:
-    (group,) = opt.explain(opt.setup(rule, {"x": x})).groups
+    state = opt.setup(rule, {"x": x})
+    (group,) = opt.explain(state).groups
+    shapes = {np.shape(value) for value in values(state["x"].state)} - {(), x.shape}
+    of = f"; these are the figures of an array of shape {x.shape}" if shapes else ""
     passes = "one pass" if group.passes == 1 else f"{group.passes} passes"
     return (
         f"{group.state_bytes / x.size:g} bytes of state and {group.bytes_per_parameter} bytes moved per "
-        f"parameter of {x.dtype}, in {passes} over memory."
+        f"parameter of {x.dtype}, in {passes} over memory{of}."
     )
 
 
