@@ -12,7 +12,17 @@ from optimisers.arrays.registry import (
     register_backend,
 )
 from optimisers.averaged import averaged, averaged_
-from optimisers.checkpoint import load_state_dict, state_dict
+from optimisers.checkpoint.layouts import from_flax, from_torch
+from optimisers.checkpoint.save import (
+    Saved,
+    arrays,
+    from_arrays,
+    load,
+    load_state_dict,
+    save,
+    saved,
+    state_dict,
+)
 from optimisers.compose.accumulate import AccumGrad
 from optimisers.compose.average import EMA
 from optimisers.compose.cautious import Cautious
@@ -23,6 +33,7 @@ from optimisers.compose.precision import MixedPrecision, SplitPrecision
 from optimisers.compose.skip import SkipNonFinite
 from optimisers.engines.cpu.limits import get_num_threads, set_num_threads
 from optimisers.errors import (
+    BadFile,
     BadSetting,
     BadState,
     CacheRefused,
@@ -172,6 +183,7 @@ __all__ = [
     "AdaptiveClip",
     "AddNoise",
     "Backend",
+    "BadFile",
     "BadSetting",
     "BadState",
     "Branch",
@@ -261,6 +273,7 @@ __all__ = [
     "SOAP",
     "SPlus",
     "SWA",
+    "Saved",
     "Scaled",
     "Schedule",
     "ScheduleFree",
@@ -298,6 +311,7 @@ __all__ = [
     "abs2",
     "adjust",
     "adjust_",
+    "arrays",
     "averaged",
     "averaged_",
     "by_path",
@@ -309,6 +323,9 @@ __all__ = [
     "explain",
     "freeze",
     "freeze_",
+    "from_arrays",
+    "from_flax",
+    "from_torch",
     "get_num_threads",
     "gradients",
     "hidden_matrices",
@@ -317,6 +334,7 @@ __all__ = [
     "isnumeric",
     "kernel",
     "layer_decay",
+    "load",
     "load_state_dict",
     "matrices",
     "maximum",
@@ -327,6 +345,8 @@ __all__ = [
     "race",
     "register",
     "register_backend",
+    "save",
+    "saved",
     "set_num_threads",
     "setting",
     "setup",

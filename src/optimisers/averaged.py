@@ -173,9 +173,14 @@ def _beside(node: Node, model: Any) -> list[Callable[[], Any]]:
     if node.container is None:
         return []
     if node.container.beside is not None:
-        return [node.container.beside(model)]
+        return [functools.partial(b.write, _before(b.value)) for b in node.container.beside(model)]
     below = [_beside(child, value) for _, child, value in model_children(node, model, KeyPath(), "setup")]
     return [put_back for found in below for put_back in found]
+
+
+def _before(value: Any) -> Any:
+    """A value as it is now, whatever is written into it."""
+    return registry.library(value).duplicate(value) if registry.isarray(value) else value
 
 
 def _run(calls: list[Callable[[], Any]]) -> None:

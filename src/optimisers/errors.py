@@ -8,6 +8,7 @@
     ├── NoMatch         a selector that matches nothing, a leaf that no selector takes  (also a LookupError)
     ├── DomainError     a rule met a value that it cannot step with, such as a NaN norm (also a ValueError)
     ├── TraceError      a rule did what cannot be traced                                (also a TypeError)
+    ├── BadFile         a file that is no checkpoint, or a damaged one                  (also a ValueError)
     └── CacheRefused    the cache directory cannot be trusted (a warning, not an error)
 
 A message has up to four parts, in this order: where, what was there, what is accepted, what to write instead.
@@ -47,6 +48,10 @@ class DomainError(OptimiserError, ValueError):
 
 class TraceError(OptimiserError, TypeError):
     """A rule did something whose result is not known until the step runs."""
+
+
+class BadFile(OptimiserError, ValueError):
+    """A file that is no checkpoint, was damaged, or was written by a later version."""
 
 
 class ShapeError(TraceError):

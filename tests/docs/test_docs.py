@@ -20,8 +20,9 @@ def read(page: str) -> str:
 )
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, on torch
 def test_every_example_of_a_page_runs_and_prints_what_stands_there(
-    page: Path, capsys: pytest.CaptureFixture[str]
+    page: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": page.stem}
     said = ""
     for language, line, content in blocks(page.read_text()):

@@ -10,8 +10,9 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 def test_every_example_of_the_readme_runs_and_prints_what_stands_there(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "readme"}
     seen = set[str]()
     said = ""

@@ -234,7 +234,7 @@ class CupyLibrary(NumpyLike):
     @there
     def rounded(self, old: HostArray, value: HostArray | Scalar) -> HostArray:
         new = cp.empty_like(old)
-        self.assign(new, value)
+        self.assign(new, cp.asarray(value) if isinstance(value, np.ndarray) else value)
         return new
 
     # -- scalars --------------------------------------------------------------------------------------------

@@ -452,7 +452,12 @@ class JaxLibrary(Library[Array, Dtype]):
     def stand_in(self, shape: Shape, dtype: Dtype) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    def rounded(self, old: Array, value: Array | Scalar) -> Array:
+    def rounded(self, old: Array, value: Array | HostArray | Scalar) -> Array:
+        if isinstance(value, np.ndarray):
+            own = value.astype(old.dtype)  # a copy: what is put on a CPU may be the memory itself
+            return (
+                jax.device_put(own, old.sharding) if getattr(old, "_committed", False) else jnp.asarray(own)
+            )
         return jnp.broadcast_to(jnp.asarray(value).astype(old.dtype), old.shape)
 
     # -- scalars --------------------------------------------------------------------------------------------

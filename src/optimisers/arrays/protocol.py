@@ -221,8 +221,10 @@ class Library(Protocol[A, D]):
         return self.copied(x, x.dtype) if self.is_array_type(type(x)) and not self.immutable else x
 
     @abstractmethod
-    def rounded(self, old: A, value: A | Scalar) -> A:
-        """A new array of the type and shape of an old one that holds `value`."""
+    def rounded(self, old: A, value: A | HostArray | Scalar) -> A:
+        """A new array of the type and shape of an old one, and where that lies, that holds `value`: an array
+        of this library, or of NumPy.
+        """
 
     def like(self, x: A, new: A) -> A:
         """`new`, as the same kind of array as `x`: its subclass, its flags."""

@@ -400,7 +400,9 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
                 return x.clone()  # it may outlive this mode
         return x.clone() if isinstance(x, Tensor) else x
 
-    def rounded(self, old: Tensor, value: Tensor | Scalar) -> Tensor:
+    def rounded(self, old: Tensor, value: Tensor | HostArray | Scalar) -> Tensor:
+        if isinstance(value, np.ndarray):
+            return torch.from_numpy(value).to(old.device, old.dtype)
         if isinstance(value, Tensor):
             return value.to(old.dtype).expand(old.shape)
         return torch.full_like(old.detach(), value)

@@ -11,7 +11,7 @@ import torch
 
 from optimisers.errors import TreeMismatch
 from optimisers.nest import flatten
-from optimisers.settings import fill
+from optimisers.settings import fill, numbers
 from optimisers.state.buffers import FlatBuffers
 from optimisers.state.group import started
 from optimisers.torch.classes import plain
@@ -281,7 +281,7 @@ def adopt(held: Published, saved: Mapping[Any, Mapping[str, Any]]) -> None:
         for key, given in by_block.items():
             _adopt(held.block_of[key], np.array([i for i, _ in given]), [found for _, found in given])
     held.store.changed()
-    _mark(held, saved)
+    mark(held, saved)
 
 
 def _adopt(block: Block, members: Any, found: Sequence[Mapping[str, Any]]) -> None:
@@ -307,8 +307,10 @@ def _completed(block: Block, members: Any, found: Sequence[Mapping[str, Any]]) -
     return rows
 
 
-def _mark(held: Published, saved: Mapping[Any, Mapping[str, Any]]) -> None:
-    """Freeze and adjust what was frozen or adjusted when it was saved."""
+def mark(held: Published, saved: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Freeze and adjust what was frozen or adjusted when it was saved. Settings of a rule that is not here
+    yet, since its group was not read, wait until that was done.
+    """
     store = held.store
     frozen = [held.leaf_of[p] for p, found in saved.items() if found.get("frozen", 0)]
     if frozen:
@@ -316,7 +318,9 @@ def _mark(held: Published, saved: Mapping[Any, Mapping[str, Any]]) -> None:
     by_settings: dict[tuple[float, ...], list[int]] = {}
     for p, found in saved.items():
         if "settings" in found:
-            by_settings.setdefault(tuple(found["settings"].tolist()), []).append(held.leaf_of[p])
+            leaf, own = held.leaf_of[p], tuple(found["settings"].tolist())
+            if len(own) == len(numbers(store.where(leaf)[0].rule)):
+                by_settings.setdefault(own, []).append(leaf)
     for own, leaves in by_settings.items():
         store.change(leaves, lambda rule, own=own: fill(rule, iter(own)))
 

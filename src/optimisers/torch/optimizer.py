@@ -37,7 +37,8 @@ from optimisers.torch.groups import (
     told,
 )
 from optimisers.torch.keeping import Keeper
-from optimisers.torch.loading import all_fit, arranged, bare_name, misfit, names_of_others, saved_groups
+from optimisers.torch.loading import all_fit, arranged, bare_name, mark, misfit, names_of_others, saved_groups
+from optimisers.torch.named import Found, groups_to_save, packed_again
 from optimisers.torch.param_group import ParamGroup
 from optimisers.torch.published import Published
 from optimisers.torch.rates import marks
@@ -370,8 +371,7 @@ class TorchOptimizer(torch.optim.Optimizer):
                 state[number[p]]["settings"] = torch.tensor(numbers(own), dtype=torch.float64)
             if frozen and number[p] in state:
                 state[number[p]]["frozen"] = torch.tensor(1.0)
-        others = self._others()
-        return packed | {"state": state} | ({"others": others} if others else {})
+        return packed | {"state": state} | ({"others": others} if (others := self._others()) else {})
 
     def _others(self) -> list[str]:
         """The entries that other tools keep in `state`."""
@@ -392,11 +392,13 @@ class TorchOptimizer(torch.optim.Optimizer):
         )
         try:
             super().load_state_dict(state_dict)
-            keeper, state = self._keeper, self.state
-            keeper.own, keeper.fitting = {}, self._incoming or {}
+            keeper, state, incoming = self._keeper, self.state, self._incoming or {}
+            keeper.own, keeper.fitting = {}, incoming
             self._follow()
             keeper.include([p for p in keeper.idle if state.get(p)], state)
             keeper.read()
+            if keeper.held is not None:  # a group that was read has adjusted all of its parameters
+                mark(keeper.held, {p: e for p, e in incoming.items() if p in keeper.held.leaf_of})
             for group in keeper.groups:
                 group.warned = False
         except BaseException:
@@ -446,6 +448,14 @@ class TorchOptimizer(torch.optim.Optimizer):
         if reason and left is not None:
             left.append(reason)
         return not reason
+
+    def groups_to_save(self) -> list[dict[str, Any]]:
+        """The groups as `optimisers.save` keeps them."""
+        return groups_to_save(self.state_dict(), self._keeper)
+
+    def load_named(self, found: Found, groups: Sequence[Mapping[str, Any]] | None) -> None:
+        """Go on from what `optimisers.load` has found, by the names of parameters."""
+        self.load_state_dict(packed_again(self.state_dict(), self._keeper, found, groups))
 
     def __getstate__(self) -> dict[str, Any]:
         self._keeper.refuse_lent("pickle")

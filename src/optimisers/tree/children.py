@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from optimisers.arrays import registry
 from optimisers.tree.path import Attr
@@ -39,13 +39,22 @@ class Container:
     """Told all (old, new) containers of a rebuilt model, to replace what else they hold of each other."""
     partial: bool = False
     """Whether gradients in such a container may lack children, where there is no step."""
-    beside: Callable[[Any], Callable[[], None]] | None = None
-    """Notes what such a container has beside parameters that a call of it may change; what comes back puts it
-    back.
-    """
+    beside: "Callable[[Any], list[Beside]] | None" = None
+    """What such a container has beside parameters that a call of it may change, at every depth."""
     value_and_grad: Callable[..., Any] | None = None
     functional: Callable[..., Any] | None = None
     """Value and gradients of a loss: of (loss, container, arguments, has_aux)."""
+
+
+class Beside(NamedTuple):
+    """An array that a model holds and does not train: a buffer, a statistic, a key of random numbers."""
+
+    path: tuple[Any, ...]
+    value: Any
+    write: Callable[[Any], None]
+    """Puts another value in its place."""
+    lasting: bool = True
+    """Whether it is saved with the model."""
 
 
 # -- the built-in kinds --------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, default_registry
 
-from optimisers.tree.children import Container
+from optimisers.tree.children import Beside, Container
 from optimisers.tree.path import Attr
 
 
@@ -86,16 +87,24 @@ def _write(obj: Any, changes: dict[Any, Any]) -> Any:
     return obj
 
 
-def _beside(obj: object) -> Callable[[], None]:
-    """Puts back the variables of a module that are no parameters as they are now."""
+def _beside(obj: object) -> list[Beside]:
+    """The variables of a module that are no parameters; of keys of random numbers their data."""
     nnx = sys.modules["flax"].nnx
-    found = [(v, v[...]) for _, v in nnx.iter_graph(obj) if is_variable(v) and not isinstance(v, nnx.Param)]
+    found = [(path, v) for path, v in nnx.iter_graph(obj) if is_variable(v) and not isinstance(v, nnx.Param)]
+    return [Beside(tuple(path), _shown(v[...]), functools.partial(_put, v)) for path, v in found]
 
-    def put_back() -> None:
-        for v, before in found:
-            v[...] = before
 
-    return put_back
+def _shown(x: Any) -> Any:
+    return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _put(variable: Any, value: Any) -> None:
+    old = variable[...]
+    variable[...] = jax.random.wrap_key_data(value, impl=jax.random.key_impl(old)) if _is_key(old) else value
+
+
+def _is_key(x: object) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 PYTREE = Container(_keys, _read, _rebuild, direct=False)

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from optimisers.arrays.torch import value_and_grad as of_tensors
 from optimisers.errors import BadState
-from optimisers.tree.children import Container
+from optimisers.tree.children import Beside, Container
 from optimisers.tree.layout import Place
 from optimisers.tree.path import Attr, named_path
 
@@ -246,21 +246,25 @@ def gradients(module: object) -> dict[str, Any]:
     return {way.names[i]: found[i].grad for i in way.first}
 
 
-def beside(module: object) -> Callable[[], None]:
-    """Puts back the buffers of a module as they are now."""
-    found = [
-        (m._buffers, name, b, b.clone())
-        for m in (module.modules() if isinstance(module, nn.Module) else ())
+def beside(module: object) -> list[Beside]:
+    """The buffers of a module and of those in it, each once."""
+    named = module.named_modules() if isinstance(module, nn.Module) else ()
+    return [
+        Beside(
+            named_path(f"{prefix}.{name}" if prefix else name).keys,
+            b,
+            functools.partial(_write_buffer, m._buffers, name, b),
+            name not in m._non_persistent_buffers_set,
+        )
+        for prefix, m in named
         for name, b in m._buffers.items()
         if b is not None
     ]
 
-    def put_back() -> None:
-        with torch.no_grad():
-            for held, name, b, before in found:
-                held[name] = b.copy_(before)
 
-    return put_back
+def _write_buffer(held: dict[str, Any], name: str, b: torch.Tensor, value: Any) -> None:
+    with torch.no_grad():
+        held[name] = b.copy_(value)
 
 
 class _Loss(nn.Module):

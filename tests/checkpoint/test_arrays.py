@@ -48,7 +48,7 @@ def seen(model: dict[str, Any]) -> list[Any]:
 def test_a_state_that_was_written_and_read_goes_on_to_the_bit(rule: opt.Rule, library: str) -> None:
     state, model = trained(rule, library)
     fresh: Any = opt.setup(rule, arrays(library, 0))
-    again = opt.load_state_dict(fresh, opt.state_dict(state))
+    again = opt.from_arrays(fresh, opt.arrays(state))
 
     assert again == state
     assert opt.current(again) == opt.current(state)
@@ -63,18 +63,18 @@ def test_a_state_that_was_written_and_read_goes_on_to_the_bit(rule: opt.Rule, li
 def test_the_safe_loader_of_torch_takes_it() -> None:
     state, _ = trained(RULES["AdamW"], "torch")
     file = io.BytesIO()
-    torch.save(opt.state_dict(state), file)
+    torch.save(opt.arrays(state), file)
     file.seek(0)
     read = torch.load(file, weights_only=True)
 
-    assert opt.load_state_dict(opt.setup(RULES["AdamW"], arrays("torch", 0)), read) == state
+    assert opt.from_arrays(opt.setup(RULES["AdamW"], arrays("torch", 0)), read) == state
 
 
 def test_safetensors_takes_it_and_numpy_goes_on_with_what_torch_has_saved(tmp_path: Path) -> None:
     state, model = trained(RULES["AdamW"], "torch")
-    safetensors.torch.save_file(opt.state_dict(state), tmp_path / "state.safetensors")
+    safetensors.torch.save_file(opt.arrays(state), tmp_path / "state.safetensors")
     read = safetensors.numpy.load_file(tmp_path / "state.safetensors")
-    there = opt.load_state_dict(opt.setup(RULES["AdamW"], arrays("numpy", 0)), read)
+    there = opt.from_arrays(opt.setup(RULES["AdamW"], arrays("numpy", 0)), read)
 
     host = {name: x.numpy() for name, x in model.items()}
     wanted = opt.update(state, model, arrays("torch", 7))[1]
@@ -85,8 +85,8 @@ def test_safetensors_takes_it_and_numpy_goes_on_with_what_torch_has_saved(tmp_pa
 
 def test_numpys_own_format_takes_it_and_jax_goes_on(tmp_path: Path) -> None:
     state, _ = trained(RULES["chain"], "numpy")
-    np.savez(tmp_path / "state.npz", **opt.state_dict(state))
-    there: Any = opt.load_state_dict(
+    np.savez(tmp_path / "state.npz", **opt.arrays(state))
+    there: Any = opt.from_arrays(
         opt.setup(RULES["chain"], arrays("jax", 0)), dict(np.load(tmp_path / "state.npz"))
     )
 
@@ -96,7 +96,7 @@ def test_numpys_own_format_takes_it_and_jax_goes_on(tmp_path: Path) -> None:
 
 def test_arrays_that_lie_side_by_side_or_transposed_are_written_each_for_itself() -> None:
     model = {"w": np.ones((4, 3), np.float32).T, "b": np.ones(3, np.float32)}
-    saved = opt.state_dict(opt.setup(opt.Adam(), model))
+    saved = opt.arrays(opt.setup(opt.Adam(), model))
 
     assert saved["w/m"].flags.c_contiguous
     assert saved["w/m"].shape == (3, 4)
@@ -106,18 +106,18 @@ def test_arrays_that_lie_side_by_side_or_transposed_are_written_each_for_itself(
 
 def test_a_part_of_a_state_is_written_and_read_alone() -> None:
     state, _ = trained(RULES["descent"], "numpy")
-    saved = opt.state_dict(state["w"])
+    saved = opt.arrays(state["w"])
 
     assert sorted(saved) == ["w@frozen", "w@settings", "w@step"]
     fresh: Any = opt.setup(RULES["descent"], arrays("numpy", 0))
-    assert opt.load_state_dict(fresh["w"], saved).rule.eta == 0.05
+    assert opt.from_arrays(fresh["w"], saved).rule.eta == 0.05
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda d: d.pop("w/m"), "the saved state has no 'w/m'; load it into"),
-        (lambda d: d.update(x=np.ones(3)), "the saved state has 'x', which this state does not"),
+        (lambda d: d.pop("w/m"), "there is no 'w/m' in what was saved; load into"),
+        (lambda d: d.update(x=np.ones(3)), "'x' was saved, and is not here"),
         (
             lambda d: d.update({"w/m": np.ones((2, 2))}),
             r"'w/m' has shape \(2, 2\); this state takes \(4, 3\)",
@@ -128,10 +128,10 @@ def test_a_part_of_a_state_is_written_and_read_alone() -> None:
 )
 def test_what_does_not_fit_is_named_and_changes_nothing(change: Any, text: str) -> None:
     state, _ = trained(RULES["AdamW"], "numpy")
-    saved = opt.state_dict(state)
+    saved = opt.arrays(state)
     change(saved)
     fresh: Any = opt.setup(RULES["AdamW"], arrays("numpy", 0))
     with pytest.raises(opt.TreeMismatch, match=text):
-        opt.load_state_dict(fresh, saved)
+        opt.from_arrays(fresh, saved)
 
     assert fresh == opt.setup(RULES["AdamW"], arrays("numpy", 0))

@@ -1,0 +1,159 @@
+"""How does what was saved come into a state and a model? In place where arrays can be written, as `update_`
+writes them; else into new ones.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from optimisers.arrays import registry
+from optimisers.checkpoint.entries import Modelled, form_of
+from optimisers.checkpoint.fit import Fitted, Plan, Source
+from optimisers.engines.signals import held
+from optimisers.errors import BadState
+from optimisers.settings import fill
+from optimisers.state.leaf import parts
+from optimisers.state.store import Store
+from optimisers.tree.rebuild import rebuilt
+
+
+def placed(tree: Any, model: Modelled | None, plan: Plan, source: Source) -> tuple[Any, Any]:
+    """(the state, the model) with everything of a plan.
+
+    Raises BadState, before anything is written, for an array of the model that cannot be.
+    """
+    refuse_read_only(model, plan)
+    with held():
+        state = tree if not plan.leaves else _state(tree, plan.leaves, source)
+        return state, None if model is None else _model(model, plan, source)
+
+
+def refuse_read_only(model: Modelled | None, plan: Plan) -> None:
+    """Raise BadState for an array of the model that cannot be written."""
+    for name, (_, x) in ({} if model is None else model.leaves).items():
+        library = registry.library(x)
+        if name in plan.model and not library.immutable and not library.is_writable(x):
+            raise BadState(f"{name} cannot be written, for it is read-only; load into a copy of the model")
+
+
+# -- states --------------------------------------------------------------------------------------------------
+
+
+def _state(tree: Any, leaves: Sequence[Fitted], source: Source) -> Any:
+    """The state after the leaves have taken everything over; a new one where arrays cannot be written."""
+    if any(each.kept.group.kind.library.immutable for each in leaves):
+        tree = copy.copy(tree)
+    store = parts(tree)[0]
+    by_leaf = {each.kept.leaf: each for each in leaves}
+    with store.lock:
+        for group, members, which in store.found(by_leaf):
+            own = [leaves[w] for w in which]
+            group.owned()
+            for j, slot in enumerate(group.slots):
+                _fill(slot, members, [_slots(each)[j] for each in own], source)
+            if group.types:
+                counters = [each.counters for each in own]
+                group.table = group.table.assign_counters(members, counters).merge_equal()
+    store.changed()
+    _numbers(store, by_leaf)
+    return tree
+
+
+def _slots(each: Fitted) -> list[Any]:
+    return [where for where in each.arrays if where is not None]
+
+
+def _fill(slot: Any, members: Any, wanted: Sequence[Any], source: Source) -> None:
+    """Read the arrays of one slot, as many at a time as one large one takes room."""
+    most = max(form.bytes for form in source.forms.values())
+    for part in _batches([source.forms[where.name].bytes for where in wanted], most):
+        some = members[part]
+        values = [
+            _ours(wanted[k].of(source), slot[i])
+            for k, i in zip(range(len(wanted))[part], some.tolist(), strict=True)
+        ]
+        slot.put_many(some, values)
+
+
+def _batches(sizes: Sequence[int], most: int) -> Iterator[slice]:
+    """Runs of neighbours that together take at most so many bytes, or are alone."""
+    start, room = 0, most
+    for k, size in enumerate(sizes):
+        if k > start and size > room:
+            yield slice(start, k)
+            start, room = k, most
+        room -= size
+    yield slice(start, len(sizes))
+
+
+def _numbers(store: Store, leaves: dict[int, Fitted]) -> None:
+    """Set clocks, settings and what is frozen."""
+    store.set_progress({leaf: each.progress for leaf, each in leaves.items()})
+    by_settings: dict[tuple[float, ...], list[int]] = {}
+    for leaf, each in leaves.items():
+        by_settings.setdefault(each.settings, []).append(leaf)
+    for own, several in by_settings.items():
+        store.change(several, lambda rule, own=own: fill(rule, iter(own)))
+    for frozen in (False, True):
+        some = [leaf for leaf, each in leaves.items() if each.frozen is frozen]
+        if some:
+            store.freeze(some, frozen)
+
+
+# -- models --------------------------------------------------------------------------------------------------
+
+
+def _model(model: Modelled, plan: Plan, source: Source) -> Any:
+    new: dict[int, Any] = {}
+    for name, where in plan.model.items():
+        if name in model.beside:
+            own = model.beside[name]
+            own.write(_ours(where.of(source), own.value))
+            continue
+        leaf, x = model.leaves[name]
+        library = registry.library(x)
+        value = _ours(where.of(source), x)
+        if library.immutable:
+            new[leaf] = value
+        else:
+            library.assign(x, value)
+    made, writes = rebuilt(model.node, model.model, new)
+    _run(writes)
+    return made
+
+
+def _ours(host: Any, x: Any) -> Any:
+    """An array of NumPy as one of the library of `x`, of its type and where it lies."""
+    library = registry.library(x)
+    return host if library.is_array_type(type(host)) else library.rounded(x, host)
+
+
+def _run(calls: Sequence[Callable[[], Any]]) -> None:
+    for call in calls:
+        call()
+
+
+class Given:
+    """Arrays that were saved elsewhere, by name."""
+
+    typed = False
+    rules: dict[str, str]
+    ties: list[list[str]]
+
+    def __init__(self, arrays: "dict[str, Any]") -> None:
+        self.arrays, self.rules, self.ties = arrays, {}, []
+        self.groups = None
+        self.forms = {name: form_of(name, value) for name, value in arrays.items()}
+
+    def view(self, name: str) -> Any:
+        """An array, as one of NumPy."""
+        return self.read(name)
+
+    def read(self, name: str) -> Any:
+        value = self.arrays[name]
+        found = registry.library(value).to_numpy(value) if registry.isarray(value) else np.asarray(value)
+        if found.dtype.kind not in "fciub":  # one of ml_dtypes
+            found = found.astype(np.float32)
+        return found if found.flags.writeable else found.copy()
