@@ -12,6 +12,7 @@ from optimisers.arrays.registry import (
     register_backend,
 )
 from optimisers.averaged import averaged, averaged_
+from optimisers.checkpoint.folder import Checkpoints, Resumed
 from optimisers.checkpoint.layouts import from_flax, from_torch
 from optimisers.checkpoint.save import (
     Saved,
@@ -141,6 +142,8 @@ from optimisers.tree.selectors import Selector, by_path, by_type, hidden_matrice
 if TYPE_CHECKING:
     from optimisers.jax.optax import as_optax as as_optax
     from optimisers.jax.optax import from_optax as from_optax
+    from optimisers.jax.optax_states import from_optax_state as from_optax_state
+    from optimisers.jax.optax_states import to_optax_state as to_optax_state
     from optimisers.jax.pytree import vmap_axes as vmap_axes
     from optimisers.keras.optimizer import KerasOptimizer as KerasOptimizer
     from optimisers.torch.classes import from_torch_class as from_torch_class
@@ -193,6 +196,7 @@ __all__ = [
     "CautiousDecay",
     "Centralize",
     "Chain",
+    "Checkpoints",
     "ClipGlobalNorm",
     "ClipGrad",
     "ClipNorm",
@@ -264,6 +268,7 @@ __all__ = [
     "RMSProp",
     "Race",
     "Restructure",
+    "Resumed",
     "Rprop",
     "Rule",
     "SGD",

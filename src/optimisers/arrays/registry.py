@@ -131,6 +131,8 @@ BACKENDS: dict[str, Backend] = {
             public={
                 "as_optax": "optimisers.jax.optax",
                 "from_optax": "optimisers.jax.optax",
+                "from_optax_state": "optimisers.jax.optax_states",
+                "to_optax_state": "optimisers.jax.optax_states",
                 "vmap_axes": "optimisers.jax.pytree",
             },
         ),

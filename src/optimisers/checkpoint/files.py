@@ -149,6 +149,12 @@ def _divided(names: Sequence[str], forms: Mapping[str, Form], limit: int) -> lis
     return parts
 
 
+def remove(target: Path) -> None:
+    """Take a checkpoint away, in one file or in several."""
+    target.unlink(missing_ok=True)
+    _forget(target, keep=set())
+
+
 def _forget(target: Path, keep: set[str]) -> None:
     """Take away the index and the parts of checkpoints that were here before."""
     stem = _literal(target.name.removesuffix(".safetensors"))

@@ -228,12 +228,17 @@ def shape_of(name: str, source: Source) -> tuple[int, ...]:
 
 def _leaf(leaf: Kept, known: Known, ruled: bool) -> Fitted | str:
     """What a leaf takes over, or why it does not."""
-    source, there = known.source, known.there
+    there = known.there
     places = [place for place in leaf.straight if place in there and there[place].name in known.saved]
     if len(places) != 1:
         known.used.update(f"{there[place].name}{SUFFIX}" for place in places)
-        return _apart([there[place].name for place in places]) if places else _missing(leaf, source)
-    at = there[places[0]]
+        return _apart([there[place].name for place in places]) if places else _missing(leaf, known.source)
+    return _from(leaf, there[places[0]], known, ruled)
+
+
+def _from(leaf: Kept, at: Where, known: Known, ruled: bool) -> Fitted | str:
+    """What a leaf takes over from one that was saved, or why it does not."""
+    source = known.source
     wanted = {name: at.name + name[len(leaf.name) :] for name, _ in leaf.entries()}
     known.used.update(wanted.values())
     own, theirs = structure(leaf.row.rule), source.rules.get(at.name)
