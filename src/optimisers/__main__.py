@@ -29,10 +29,22 @@ from optimisers.engines.cpu import threads
 from optimisers.engines.cpu.limits import limits
 
 NEEDED = ("optimisers", "numpy", "numba", "platformdirs")
-OPTIONAL = ("matplotlib", "rich", "scikit-learn", "ml_dtypes", "attrs", "torch", "triton", "jax", "cupy")
+OPTIONAL = (
+    *("matplotlib", "rich", "scikit-learn", "ml_dtypes", "attrs"),
+    *("torch", "triton", "jax", "cupy", "optax", "flax", "keras"),
+)
 
 SAME = 4
 """Units in the last place by which two engines may differ."""
+
+SHAPES = {"w": (30, 40), "b": (40,)}
+"""The arrays of the self-check."""
+
+MAKERS = {"numpy": ("numpy", "array"), "torch": ("torch", "tensor"), "jax": ("jax.numpy", "array")}
+"""What makes an array of each library, on its usual device."""
+
+WITHIN = 2e-6
+"""How far a few steps in float32 may end from those in float64, as a part of the largest parameter."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -149,6 +161,7 @@ def doctor() -> int:
     """Check this machine: versions, cache, threads, and whether the fused engine works."""
     works, step = fused_step("numba")
     works_there, step_there = cuda_step()
+    right, lines = self_check()
     for name, found in {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         **{name: version(name) for name in NEEDED},
@@ -159,9 +172,10 @@ def doctor() -> int:
         "fused engine": step,
         "addresses": "; ".join(f"{name}: {road}" for name, road in addresses().items()),
         "CUDA engine": step_there,
+        "self-check": f"\n{'':<14}".join(lines),
     }.items():
         print(f"{name:<14}{found}")
-    return 0 if works and works_there else 1
+    return 0 if works and works_there and right else 1
 
 
 def said_of_threads() -> str:
@@ -199,6 +213,51 @@ def described(directory: Path) -> str:
     mode = stat.S_IMODE(directory.stat().st_mode)
     owner = f", owner {directory.owner()}" if os.name == "posix" else ""
     return f"{directory}, mode {mode:o}{owner}"
+
+
+def self_check() -> tuple[bool, list[str]]:
+    """Whether every engine of the libraries that are installed steps as float64 does, and a line on each: the
+    one that is chosen, with why it is no faster one, and the interpreter.
+    """
+    wanted, _ = few_steps("numpy", "interpret", "float64")
+    right, lines = True, list[str]()
+    for library in MAKERS:
+        if importlib.util.find_spec(library) is None:
+            lines.append(f"{library:<7}is not installed")
+            continue
+        for engine in (None, "interpret"):
+            start = time.perf_counter()
+            try:
+                found, name = few_steps(library, engine, "float32")
+            except Exception as error:  # noqa: BLE001 whatever is wrong is what was asked for
+                right = False
+                lines.append(f"{library:<7}fails: {type(error).__name__}: {error}")
+                continue
+            off = float(np.max(np.abs(found - wanted)) / np.max(np.abs(wanted)))
+            right = right and off <= WITHIN
+            verdict = "right" if off <= WITHIN else "WRONG"
+            lines.append(
+                f"{library:<7}{name}: {verdict}, within {off:.1e} of float64, "
+                f"{time.perf_counter() - start:.2f} s"
+            )
+    return right, lines
+
+
+def few_steps(library: str, engine: str | None, dtype: str) -> tuple[Any, str]:
+    """(two arrays after three steps, as one of NumPy; the engine that ran them, and why no faster one)."""
+    module, maker = MAKERS[library]
+    make: Any = getattr(importlib.import_module(module), maker)
+    rng = np.random.default_rng(0)
+    model, *grads = (
+        {name: make(rng.standard_normal(shape).astype(dtype)) for name, shape in SHAPES.items()}
+        for _ in range(4)
+    )
+    state = opt.setup(opt.Chain(opt.ClipGlobalNorm(1.0), opt.AdamW(0.01)), model, engine=engine)
+    for each in grads:
+        state, model = opt.update(state, model, each)
+    (group,) = opt.explain(state).groups
+    why = f" ({group.reason})" if group.reason and engine is None else ""
+    return np.concatenate([np.ravel(np.asarray(x)) for x in model.values()]), f"{group.engine}{why}"
 
 
 def cuda_step() -> tuple[bool, str]:

@@ -1,5 +1,6 @@
 """What does `python -m optimisers` print?"""
 
+import re
 import sys
 
 import pytest
@@ -37,6 +38,18 @@ def test_doctor_runs_a_fused_step(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "fused engine  works: within" in said
     assert "mode 700" in said
+    for library in ("numpy", "torch", "jax"):
+        assert re.search(rf"{library} +numba.*: right, within", said)
+        assert re.search(rf"{library} +interpret: right, within", said)
+
+
+def test_doctor_finds_what_is_wrong(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optimisers.__main__.WITHIN", 0.0)
+
+    assert main(["doctor"]) == 1
+    assert "numba: WRONG, within" in capsys.readouterr().out
 
 
 def test_the_demo_says_how_to_install_what_it_needs(

@@ -4,6 +4,7 @@
 
 import dataclasses
 import importlib.util
+import logging
 
 from optimisers.arrays import registry
 from optimisers.arrays.registry import TRITON, Plug
@@ -12,6 +13,8 @@ from optimisers.engines.task import Engine
 from optimisers.errors import BadSetting
 from optimisers.graph.expr import order
 from optimisers.state.group import Group
+
+LOG = logging.getLogger("optimisers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,16 @@ def choice_for(group: Group, wanted: str | None) -> Choice:
     found = group.cache.choice
     if not isinstance(found, Choice):
         found = group.cache.choice = _choose(group, wanted)
+        LOG.info(
+            "%s: %d arrays of %s in %s on %s go to the engine %s%s",
+            group.program.title,
+            len(group.leaves),
+            group.kind.name,
+            group.kind.dtype,
+            group.kind.device,
+            found.name,
+            "".join(f"; {name} {why}" for name, why in found.refusals if name),
+        )
     return found
 
 

@@ -9,6 +9,7 @@ NUMBA_CACHE_DIR says is for the kernels of others, and their compilations go on 
 # pyright: reportPrivateUsage=false
 
 import contextlib
+import logging
 import os
 import sys
 import uuid
@@ -24,6 +25,8 @@ from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
 
 from optimisers.engines.trust import Untrusted, untrusted
+
+LOG = logging.getLogger("optimisers")
 
 lock: Any = global_compiler_lock
 """Held by whoever compiles, ours or others': one lock, so that there is no deadlock."""
@@ -77,6 +80,11 @@ class Kept(FunctionCache):
     """The compiled code of one function, on disk."""
 
     _impl_class = Form
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep what was compiled."""
+        LOG.info("kernel %s was compiled, and is kept in %s", self._name, self._cache_path)
+        super().save_overload(sig, data)
 
 
 def kept(function: Any) -> Kept:

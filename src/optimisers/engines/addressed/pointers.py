@@ -8,6 +8,7 @@ something odd, Python asks each array.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from optimisers.arrays import registry
 from optimisers.arrays.layout import is_contiguous
 from optimisers.engines.addressed import objects, public
 from optimisers.state.buffers import Indices
+
+LOG = logging.getLogger("optimisers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +141,7 @@ def road(library: str, device: str) -> Road | None:
     found = _roads.get((library, device))
     if found is None and library in LOOKS:
         found, lasting = _chosen(library, device)
+        LOG.info("addresses of arrays of %s on %s are %s", library, device, found)
         if lasting:
             _roads[library, device] = found
     return found
