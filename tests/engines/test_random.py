@@ -356,8 +356,8 @@ def test_a_run_that_is_stored_goes_on_bit_by_bit() -> None:
     state = opt.setup(Noise(7), model)
     for _ in range(3):
         state, model = opt.update(state, model, model)
-    kept = opt.state_dict(state)
-    again = opt.load_state_dict(opt.setup(Noise(0), model), kept)
+    kept = opt.arrays(state)
+    again = opt.from_arrays(opt.setup(Noise(0), model), kept)
 
     assert again["w"].rule == Noise(7)
     _, there = opt.update(again, model, model)

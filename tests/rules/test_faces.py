@@ -91,8 +91,8 @@ def test_a_run_goes_on_from_a_checkpoint(rule: opt.Rule, library: str) -> None:
     state, model = opt.setup(rule, of(0)), of(0)
     for t in range(2):
         state, model = opt.update(state, model, of(t + 1))
-    saved = opt.state_dict(state)
-    again = opt.load_state_dict(opt.setup(rule, model), saved)
+    saved = opt.arrays(state)
+    again = opt.from_arrays(opt.setup(rule, model), saved)
     _, wanted = opt.update(state, model, of(3))
     _, found = opt.update(again, model, of(3))
 

@@ -276,8 +276,8 @@ def test_inside_what_would_take_averages_for_parameters_is_refused(name: str) ->
             actions(net, optimizer)[name]()
         with pytest.raises(BadState, match="averaged was called inside"), opt.averaged_(optimizer):
             pass
-        with pytest.raises(BadState, match="state_dict was called inside"):
-            opt.state_dict(optimizer.tree)
+        with pytest.raises(BadState, match="arrays was called inside"):
+            opt.arrays(optimizer.tree)
         with pytest.raises(BadState, match="pickle was called inside"):
             pickle.dumps(optimizer.tree)
         optimizer.param_groups[0]["params"].pop()
