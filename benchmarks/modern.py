@@ -26,6 +26,7 @@ import gc
 import importlib
 import importlib.metadata
 import json
+import math
 import platform
 import statistics
 import time
@@ -65,13 +66,18 @@ def tensors(sizes: list[shapes.Shape], given: str = "") -> tuple[dict[str, Any],
     rng = np.random.default_rng(0)
     pools = [0.02 * rng.standard_normal(POOL, np.float32) for _ in range(2)]
     return tuple(
-        {f"p{i}": torch.from_numpy(np.resize(pool, (*before, *s))) for i, s in enumerate(sizes)}
+        {f"p{i}": torch.from_numpy(repeated(pool, (*before, *s))) for i, s in enumerate(sizes)}
         for pool, before in zip(pools, ((), front), strict=True)
     )
 
 
 POOL = 1_000_003
 """So many normal numbers are drawn, and repeated."""
+
+
+def repeated(pool: Any, shape: shapes.Shape) -> Any:
+    """An array of its own with these numbers one after the other."""
+    return np.resize(pool[: math.prod(shape)], shape)
 
 
 def ours(row: Row, sizes: list[shapes.Shape]) -> tuple[Step, Step, Found]:
