@@ -1,7 +1,7 @@
 """How fast are steps of the rules that people train with today?
 
     python -m benchmarks.modern [--models small gpt2] [--rules NAdamW Lion ...] [--seconds 6]
-                                [--keep FILE.jsonl] [--out FILE.md]
+                                [--cpu] [--keep FILE.jsonl] [--out FILE.md]
 
 Float32 tensors on the CPU; ours by `update_`, each peer as its package steps it (Optax inside one jit, which
 gives new parameters back). The packages: torch.optim, optax, timm, pytorch_optimizer, optimi, schedulefree,
@@ -14,8 +14,9 @@ are not measured again: a run that was stopped goes on.
 
 A step of ours moves so many bytes a parameter (`explain` says them); the limit is what a kernel takes that
 only reads and writes as many arrays as the rule has, in the same rounds, and the share is how near the step
-is to moving its bytes at that speed. By minima a row says what the machine does undisturbed. Peers of Optax
-are fused by XLA; those of other packages are a call an operation.
+is to moving its bytes at that speed. Minima say what the machine does undisturbed; with `--cpu` times are
+those of the processor, of all threads together: on a machine that others keep busy they still tell what a
+step costs. Peers of Optax are fused by XLA; those of other packages are a call an operation.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def tensors(sizes: list[shapes.Shape], given: str = "") -> tuple[dict[str, Any],
     rng = np.random.default_rng(0)
     pools = [0.02 * rng.standard_normal(POOL, np.float32) for _ in range(2)]
     return tuple(
-        {f"p{i}": torch.from_numpy(repeated(pool, (*before, *s))) for i, s in enumerate(sizes)}
+        {f"p{i}": torch.from_numpy(repeated(pool, i, (*before, *s))) for i, s in enumerate(sizes)}
         for pool, before in zip(pools, ((), front), strict=True)
     )
 
@@ -75,9 +76,9 @@ POOL = 1_000_003
 """So many normal numbers are drawn, and repeated."""
 
 
-def repeated(pool: Any, shape: shapes.Shape) -> Any:
-    """An array of its own with these numbers one after the other."""
-    return np.resize(pool[: math.prod(shape)], shape)
+def repeated(pool: Any, i: int, shape: shapes.Shape) -> Any:
+    """Array i: these numbers one after the other, from another one on than the arrays beside it."""
+    return np.resize(np.roll(pool, 7919 * i)[: math.prod(shape)], shape)
 
 
 def ours(row: Row, sizes: list[shapes.Shape]) -> tuple[Step, Step, Found]:
@@ -162,11 +163,18 @@ def of_optax(path: str, settings: dict[str, Any], sizes: list[shapes.Shape], giv
 # -- one rule ------------------------------------------------------------------------------------------------
 
 
-def measured(name: str, model: str, seconds: float) -> Found:
+def by_processor(function: Step) -> float:
+    """Seconds of the processor for a call, of all threads."""
+    begin = time.process_time()
+    function()
+    return time.process_time() - begin
+
+
+def measured(name: str, model: str, seconds: float, *, cpu: bool) -> Found:
     """Time a rule beside the limit and each of its peers in turn: medians and minima in seconds, ratios to
     ours, what is left out.
     """
-    row, sizes = ROWS[name], list(shapes.ALL[model]())
+    row, sizes, clock = ROWS[name], list(shapes.ALL[model]()), by_processor if cpu else None
     step, bound, found = ours(row, sizes)
     rounds: list[Timings] = []
     peers: list[Found] = []
@@ -183,6 +191,7 @@ def measured(name: str, model: str, seconds: float) -> Found:
             seconds=seconds / len(row.peers),
             least=3,
             warmup=1,
+            clock=clock,
         )
         ratios = timings.ratio("peer", "ours"), timings.ratio_of_minima("peer", "ours")
         peers.append({"path": path, "seconds": timings.median("peer"), "faster": ratios})
@@ -190,7 +199,7 @@ def measured(name: str, model: str, seconds: float) -> Found:
         del theirs
         gc.collect()  # optimizers hold themselves
     if not rounds:
-        rounds.append(interleaved({"ours": step, "limit": bound}, seconds=seconds))
+        rounds.append(interleaved({"ours": step, "limit": bound}, seconds=seconds, clock=clock))
     all_ = Timings({n: [s for t in rounds for s in t.seconds[n]] for n in ("ours", "limit")})
     share = (
         found["times"] * all_.ratio("limit", "ours"),
@@ -204,9 +213,11 @@ def measured(name: str, model: str, seconds: float) -> Found:
 
 
 def rows(
-    models: Sequence[str], names: Sequence[str], seconds: float, keep: Path | None
+    models: Sequence[str], names: Sequence[str], how: Sequence[str], keep: Path | None
 ) -> Iterator[tuple[str, str, Found]]:
-    """(model, rule, what was measured): what stands in the file, else in a fresh process."""
+    """(model, rule, what was measured): what stands in the file, else in a fresh process, for so many seconds
+    of this clock.
+    """
     kept: dict[tuple[str, str], Found] = {}
     if keep is not None and keep.exists():
         kept = {(f["model"], f["rule"]): f for f in map(json.loads, keep.read_text().splitlines())}
@@ -216,7 +227,7 @@ def rows(
         found = kept.get((model, name))
         if found is None:
             try:
-                found = child(name, model, str(seconds), module="benchmarks.modern")
+                found = child(name, model, *how, module="benchmarks.modern")
             except (RuntimeError, ValueError, IndexError) as error:  # it failed, or said nothing
                 found = {"failed": str(error).strip().splitlines()[-1]}
             found |= {"model": model, "rule": name}
@@ -259,9 +270,9 @@ def line(found: Found) -> list[str]:
     ]
 
 
-def show(report: Report, model: str, found: Sequence[Found]) -> None:
+def show(report: Report, model: str, found: Sequence[Found], clock: str) -> None:
     """The table of a model, and what the targets say of it."""
-    title = f"{shapes.TITLES[model]}, float32: medians of interleaved rounds"
+    title = f"{shapes.TITLES[model]}, float32: medians of interleaved rounds, by the {clock}"
     report.table(title, HEAD, [line(f) for f in found])
     well = [f for f in found if "failed" not in f]
     apart = {f["rule"]: [p for p in f["peers"] if not p["path"].startswith("optax")] for f in well}
@@ -305,21 +316,23 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(shapes.ALL), default=["small", "gpt2"])
     parser.add_argument("--rules", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seconds", type=float, default=6, help="time for the rounds of each rule")
+    parser.add_argument("--cpu", action="store_true", help="time of the processor, not of the clock")
     parser.add_argument(
         "--keep", type=Path, help="a file for rows, one a line: what stands there is not run again"
     )
     parser.add_argument("--out", type=Path, help="a file for the tables, as Markdown")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.child:
-        name, model, seconds = chosen.child
-        print(json.dumps(measured(name, model, float(seconds))))
+        name, model, seconds, clock = chosen.child
+        print(json.dumps(measured(name, model, float(seconds), cpu=clock == "cpu")))
         return
     report = Report(chosen.out)
     report.line(header())
-    found = list(rows(chosen.models, chosen.rules, chosen.seconds, chosen.keep))
+    how = str(chosen.seconds), "cpu" if chosen.cpu else "wall"
+    found = list(rows(chosen.models, chosen.rules, how, chosen.keep))
     for model in chosen.models:
-        show(report, model, [f for of, _, f in found if of == model])
+        show(report, model, [f for of, _, f in found if of == model], "processor" if chosen.cpu else "clock")
 
 
 if __name__ == "__main__":

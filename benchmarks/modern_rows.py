@@ -24,6 +24,8 @@ OVER, THEN = "over", "then"
 
 TIMM, PO, CONTRIB, DADAPT = "timm.optim.", "pytorch_optimizer.", "optax.contrib.", "dadaptation."
 FOREACH = {"foreach": True, "triton": False}
+ADAPTED = {"always_adapt": True}
+"""Else timm leaves out the ratio of the norms where nothing decays."""
 ADAMW, DESCENT = "torch.optim.AdamW", {THEN: "optax.sgd"}
 
 
@@ -63,8 +65,14 @@ ROWS = {
     "Lion": Row(opt.Lion(ETA), {TIMM + "Lion": {}, PO + "Lion": {}, "optax.lion": {}}),
     "Grams": Row(opt.Grams(ETA), {PO + "Grams": {}}),
     "MARS": Row(opt.MARS(ETA), {TIMM + "Mars": {}, PO + "MARS": {}}, elementwise=False),
-    "LARS": Row(opt.LARS(ETA), {TIMM + "Lars": {}, PO + "LARS": {}, "optax.lars": {}}, elementwise=False),
-    "LAMB": Row(opt.LAMB(ETA), {TIMM + "Lamb": {}, PO + "Lamb": {}, "optax.lamb": {}}, elementwise=False),
+    "LARS": Row(
+        opt.LARS(ETA),
+        {TIMM + "Lars": ADAPTED | {"momentum": 0.9}, PO + "LARS": {}, "optax.lars": {}},
+        elementwise=False,
+    ),
+    "LAMB": Row(
+        opt.LAMB(ETA), {TIMM + "Lamb": ADAPTED, PO + "Lamb": {}, "optax.lamb": {}}, elementwise=False
+    ),
     "NovoGrad": Row(
         opt.NovoGrad(ETA),
         {TIMM + "NvNovoGrad": {}, PO + "NovoGrad": {}, "optax.novograd": {}},
