@@ -175,7 +175,9 @@ def label(p: float) -> str:
 
 def _clip_norm(p: float) -> Row:
     return Row(
-        f"ClipNorm-{label(p)}", opt.Chain(opt.ClipNorm(0.5, p), opt.Descent(0.1)), passes=1 if p == 0 else 2
+        f"ClipNorm-{label(p)}",
+        opt.Chain(opt.ClipNorm(0.5, p), opt.Descent(0.1)),
+        passes={0: 1, 1: 2, 2: 2, math.inf: 2, -math.inf: 2}.get(p, 3),
     )
 
 

@@ -169,3 +169,47 @@ def test_inside_jit_a_check_that_is_skipped_spoils_nothing() -> None:
     assert new["a"].tolist() == [0.0, 0.0]
     _, new = jax.jit(opt.update)(state, new, {"a": jnp.array([3.0, 4.0])})
     np.testing.assert_allclose(new["a"], [-0.6, -0.8], rtol=1e-6)
+
+
+BY_NORMS: dict[str, opt.Rule] = {
+    "to a norm that float32 hardly has": opt.ClipNorm(1e-6),
+    "to the cubic mean": opt.ClipNorm(0.5, 3.0),
+    "to the largest": opt.ClipNorm(0.5, math.inf),
+    "all arrays": opt.ClipGlobalNorm(1.0),
+    "by rows": opt.AdaptiveClip(epsilon=1.0),
+    "root mean square": opt.ClipRMS(0.5),
+    "normalised": opt.NormalizeGrad(2.0),
+    "grown": opt.NormGrowthCap(1.5),
+    "outliers": opt.ZClip(0.9, 2.5, 1.0, 1),
+}
+STEPS: dict[str, opt.Rule] = {
+    **{name: opt.Chain(rule, opt.Descent(1.0)) for name, rule in BY_NORMS.items()},
+    "LARS": opt.LARS(0.5, 0.9, trust=0.1),
+    "LARS apart": opt.LARS(0.5, 0.9, trust=0.1, apart=True),
+    "NovoGrad": opt.NovoGrad(0.1),
+    "DoG": opt.DoG(1.0, 1e-2),
+    "LDoG": opt.LDoG(1.0, 1e-2),
+    "DoWG": opt.DoWG(1.0, 1e-2),
+    "DAdaptSGD": opt.DAdaptSGD(1.0, 0.5, d0=1e-2),
+}
+
+
+@pytest.mark.parametrize("world", ["numpy", "numba", "jitted"])
+@pytest.mark.parametrize("rule", STEPS.values(), ids=STEPS)
+def test_a_step_by_norms_is_that_of_float64(rule: opt.Rule, world: str) -> None:
+    """The formula itself, in numbers whose squares are never too large, says what float32 should find."""
+    draws = np.random.default_rng(0).uniform(0.2, 1.0, (2, 3, 4)).astype(np.float32)
+    engine = {"numpy": "interpret", "numba": "numba", "jitted": None}[world]
+    step = jax.jit(opt.update) if world == "jitted" else opt.update
+    wrap: Any = jnp.asarray if world == "jitted" else np.array
+    with jax.enable_x64(False):
+        start = opt.setup(rule, wrap(np.ones((3, 4), np.float32)), engine=engine)
+        for size in (1e-30, 1e19, 2e25, 8e37):
+            x, kept = np.ones((3, 4)), rule.init(np.ones((3, 4)))
+            state, found = start, wrap(x.astype(np.float32))
+            for draw in draws:
+                g = (draw * size).astype(np.float32)
+                kept, by = rule.apply(kept, x, g.astype(np.float64))
+                x = x - by
+                state, found = step(state, found, wrap(g))
+                np.testing.assert_allclose(np.asarray(found), x, rtol=2e-5, atol=2e-6, err_msg=f"{size:g}")

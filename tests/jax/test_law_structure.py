@@ -99,6 +99,16 @@ def test_a_state_with_frozen_parts_is_still_stepped_by_the_kernel(frozen: str) -
     assert "optimisers_" in text
 
 
+def test_where_two_structures_differ_the_message_of_jax_says_by_what() -> None:
+    state = opt.setup(opt.Descent(opt.Cosine(0.1, 10)), {"w": jnp.ones(2)})
+    axes = opt.vmap_axes(state, "eta")
+    with pytest.raises(ValueError, match="metadata") as caught:
+        jax.vmap(lambda eta: opt.adjust(state, eta), out_axes=axes)(jnp.arange(3.0))
+
+    assert "1 arrays: Descent(Cosine(#, #, #, #, #, 1, #, #))>" in str(caught.value)
+    assert "1 arrays: Descent(#)>" in str(caught.value)
+
+
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np, optimisers as opt
 from jax.sharding import NamedSharding, PartitionSpec as P

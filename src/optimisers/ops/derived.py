@@ -87,9 +87,13 @@ def norm(x: Operand, p: float = 2.0) -> Any:
     if p == 0:
         return sum(where(not_equal(size, 0), 1.0, 0.0))
     zero = equal(size, 0)  # of which neither power nor root is differentiated
-    powers = sum(where(zero, 0.0 if p > 0 else float("inf"), where(zero, 1.0, size) ** p))
-    nothing = equal(powers, 0) | equal(powers, 0.0 if p > 0 else float("inf"))
-    return where(nothing, 0.0, where(nothing, 1.0, powers) ** (1 / p))
+    absent = 0.0 if p > 0 else float("inf")
+    edge = norm(x, float("inf") if p > 0 else -float("inf"))  # its power might be no number
+    nothing = equal(edge, 0) | equal(edge, float("inf"))
+    edge = where(nothing, 1.0, edge)
+    powers = sum(where(zero, absent, where(zero, 1.0, size / edge) ** p))
+    nothing = equal(powers, 0) | equal(powers, absent)
+    return where(nothing, 0.0, where(nothing, 1.0, powers) ** (1 / p)) * edge
 
 
 def rms(x: Operand) -> Any:
@@ -97,6 +101,29 @@ def rms(x: Operand) -> Any:
     return norm2(x) / sqrt(size_of(x))
 
 
+def scaled_to(x: Operand, to: Operand, size: Operand) -> Any:
+    """x times `to / size`, where size is not 0: what has norm `size` brought to norm `to`.
+
+    In two steps, since the quotient may be no float32, or have few digits there; elsewhere the second is 1.
+    """
+    near = clip(size, to / FAR, to * FAR + 1 / FAR)
+    return x * (to / near) * (near / size)
+
+
+FAR = 2.0**100
+
+
+def hypot(a: Operand, b: Operand) -> Any:
+    """sqrt(a^2 + b^2) of numbers that are not negative, also where their squares are no numbers."""
+    top = maximum(a, b)
+    return top * sqrt(1 + square(over(minimum(a, b), top)))
+
+
 def over(a: Operand, b: Operand) -> Any:
     """a / b, 0 where b is 0."""
-    return where(b == 0, 0, a / where(b == 0, 1, b))
+    return where(b == 0, 0, a / nonzero(b))
+
+
+def nonzero(x: Operand) -> Any:
+    """x, 1 where it is 0."""
+    return where(equal(x, 0), 1, x)

@@ -6,23 +6,23 @@ from typing import Any, Literal, NamedTuple
 from optimisers import ops
 from optimisers.arrays.protocol import Array
 from optimisers.ops import (
-    abs2,
     dot,
     ema,
     isfinite,
     isnan,
     maximum,
-    mean,
     minimum,
     norm,
+    norm2,
     real,
     sqrt,
     total,
     where,
     zeros_like,
 )
-from optimisers.ops.derived import over
+from optimisers.ops.derived import hypot, nonzero, rms, scaled_to
 from optimisers.rule import Rule, Setting, in_unit_interval, not_negative, one_of, setting, static
+from optimisers.rules.gradient import shrunk
 
 
 def other_axes(x: Array, layout: str) -> tuple[int, ...]:
@@ -53,10 +53,8 @@ class AdaptiveClip(Rule):
     def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
         axes = other_axes(x, self.layout) if x.ndim > 1 else None
         keep = axes is not None
-        long = sqrt(ops.sum(abs2(x), axis=axes, keepdims=keep))
-        size = sqrt(ops.sum(abs2(dx), axis=axes, keepdims=keep))
-        most = self.omega * maximum(long, self.epsilon)
-        return state, dx * where(size > most, most / maximum(size, 1e-6), 1)
+        long, size = (norm2(y, axis=axes, keepdims=keep) for y in (x, dx))
+        return state, shrunk(dx, self.omega * maximum(long, self.epsilon), size)
 
 
 class Centralize(Rule):
@@ -106,8 +104,7 @@ class ClipRMS(Rule):
         not_negative(self, "omega")
 
     def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
-        over = sqrt(mean(abs2(dx))) / self.omega
-        return state, dx * (1 / maximum(over, 1))
+        return state, shrunk(dx, self.omega, rms(dx))
 
 
 class NormalizeGrad(Rule):
@@ -122,8 +119,7 @@ class NormalizeGrad(Rule):
         not_negative(self, "scale", "epsilon")
 
     def apply(self, state: tuple[()], x: Array, dx: Array) -> Any:
-        size = total(norm(dx), p=2) + self.epsilon
-        return state, dx * over(self.scale, size)
+        return state, scaled_to(dx, self.scale, nonzero(total(norm(dx), p=2) + self.epsilon))
 
 
 class GrowthState(NamedTuple):
@@ -134,8 +130,8 @@ class GrowthState(NamedTuple):
 def grown(omega: float, before: float, dx: Array) -> tuple[Any, Any]:
     """(the norm of what goes on, dx scaled to it): at most omega times the norm of the step before."""
     size, most = norm(dx), omega * before
-    over = (size > most) & (before > 1e-7)
-    return where(over, most, size), dx * where(over, most / where(over, size, 1), 1)
+    let = where(before > 1e-7, minimum(size, most), size)
+    return let, scaled_to(dx, let, nonzero(size))
 
 
 class NormGrowthCap(Rule):
@@ -214,8 +210,8 @@ ALONG = 1e-6
 class ZClipState(NamedTuple):
     mean: Any
     """The mean of the norms; during warm-up of those so far, then decaying with rho."""
-    variance: Any
-    """Their variance, likewise."""
+    deviation: Any
+    """Their standard deviation, likewise."""
     t: Any
     """How many steps were seen."""
 
@@ -245,18 +241,12 @@ class ZClip(Rule):
         size = total(norm(dx), p=2)
         t = state.t + 1
         warming = state.t < self.warmup
-        deviation = sqrt(state.variance)
-        score = (size - state.mean) / (deviation + 1e-6)
-        high = (score > self.z) & ~warming
-        target = where(high, state.mean + self.z**2 * deviation / where(high, score, 1), size)
         off = size - state.mean
-        early = state.mean + off / t
-        m = where(warming, early, ema(self.rho, state.mean, target))
-        away = target - m
-        v = where(
-            warming,
-            state.variance + (off * (size - early) - state.variance) / t,
-            ema(self.rho, state.variance, away * away),
-        )
+        score = off / (state.deviation + 1e-6)
+        high = (score > self.z) & ~warming
+        target = where(high, state.mean + self.z**2 * state.deviation / where(high, score, 1), size)
+        m = where(warming, state.mean + off / t, ema(self.rho, state.mean, target))
+        early = sqrt(1 - 1 / t) * hypot(state.deviation, ops.abs(off) / sqrt(t))
+        late = hypot(sqrt(self.rho) * state.deviation, sqrt(1 - self.rho) * ops.abs(target - m))
         most = minimum(where(high, target, inf), self.omega)
-        return ZClipState(m, v, t), dx * minimum(most / (size + 1e-6), 1)
+        return ZClipState(m, where(warming, early, late), t), shrunk(dx, most, size + 1e-6)

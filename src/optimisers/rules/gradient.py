@@ -5,7 +5,7 @@ from typing import Any
 from optimisers.arrays.protocol import Array, Operand
 from optimisers.errors import BadSetting
 from optimisers.ops import check, clip, isfinite, minimum, norm, sign, total, where
-from optimisers.ops.derived import by_parts
+from optimisers.ops.derived import by_parts, nonzero, scaled_to
 from optimisers.rule import Rule, Setting, not_negative, rate_before, setting, static
 
 
@@ -120,7 +120,8 @@ class ClipNorm(Rule):
                 "lets others pass",
                 size,
             )
-        return state, dx * shrink(self.omega, size)
+        most = where(size == 0, 1, self.omega) if self.p < 0 else self.omega  # the least element may be 0
+        return state, shrunk(dx, most, size)
 
 
 class ClipGlobalNorm(Rule):
@@ -150,9 +151,10 @@ class ClipGlobalNorm(Rule):
             )
             check(isfinite(own), message, size)  # names the leaf at fault, if it is one
             check(isfinite(size), message, size)
-        return state, dx * shrink(self.omega, size)
+        return state, shrunk(dx, self.omega, size)
 
 
-def shrink(omega: float, size: Operand) -> Any:
-    """The factor that brings a norm of `size` down to omega, where it is larger; 1 for a norm of 0."""
-    return where(size == 0, 1, minimum(omega / where(size == 0, 1, size), 1))
+def shrunk(dx: Array, omega: Operand, size: Operand) -> Any:
+    """A gradient of norm `size` brought down to norm omega, where it is longer."""
+    some = nonzero(size)
+    return scaled_to(dx, minimum(omega, some), some)

@@ -19,7 +19,7 @@ from optimisers.ops import (
     where,
     zeros_like,
 )
-from optimisers.ops.derived import over
+from optimisers.ops.derived import hypot, nonzero, over, scaled_to
 from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting, static
 from optimisers.rules.adam import check_moments, weights
 from optimisers.rules.gradient import decayed
@@ -214,9 +214,8 @@ class DAdaptSGD(Rule):
         before = shared(state.g0)
         g0 = where(before == 0, first, before)
         d = shared(where(state.d == 0, self.d0, state.d))
-        k = over(d * self.eta, g0)
-        r = state.r + k * inner(g, state.s)
-        s = state.s + k * g
+        r = state.r + scaled_to(inner(g, state.s), d * self.eta, nonzero(g0))
+        s = state.s + scaled_to(g, d * self.eta, nonzero(g0))
         found = minimum(grown(d, 2 * total(r), total(norm(s), p=2)), self.growth * d)
         return DAdaptSGDState(state.start, s, r, found, g0), (1 - self.rho) * (x - state.start + s)
 
@@ -267,8 +266,8 @@ class DistanceState(NamedTuple):
     """The parameters before the first step."""
     r: Any
     """The largest distance from the start so far."""
-    sum: Any
-    """The sum of |dx|^2, weighted as the rule says."""
+    root: Any
+    """The root of the sum of |dx|^2, weighted as the rule says."""
 
 
 class DoG(Rule):
@@ -292,7 +291,7 @@ class DoG(Rule):
         return DistanceState(copy(x), 0.0, 0.0)
 
     def apply(self, state: DistanceState, x: Array, dx: Array) -> Any:
-        return by_distance(self, state, x, decayed(self.lam, x, dx), total)
+        return by_distance(self, state, x, decayed(self.lam, x, dx), lambda size: total(size, p=2))
 
 
 class LDoG(Rule):
@@ -314,26 +313,24 @@ class LDoG(Rule):
         return DistanceState(copy(x), 0.0, 0.0)
 
     def apply(self, state: DistanceState, x: Array, dx: Array) -> Any:
-        return by_distance(self, state, x, decayed(self.lam, x, dx), lambda s: s)
+        return by_distance(self, state, x, decayed(self.lam, x, dx), lambda size: size)
 
 
 def by_distance(rule: "DoG | LDoG", state: DistanceState, x: Array, g: Array, join: Any) -> Any:
-    """(new state, step) of DoG, whose squares are summed by `join`."""
+    """(new state, step) of DoG, whose norms are joined by `join`."""
     new = state.r == 0
-    come = sqrt(join(ops.sum(abs2(where(new, x, x - state.start)))))
+    come = join(norm(where(new, x, x - state.start)))
     r = where(new, rule.reps * (1 + come), maximum(state.r, come))
-    squares = where(new, rule.epsilon, state.sum) + join(ops.sum(abs2(g)))
-    root = sqrt(squares)
-    rate = over(rule.eta * r, root)
-    return DistanceState(state.start, r, squares), rate * g
+    root = hypot(where(new, sqrt(rule.epsilon), state.root), join(norm(g)))
+    return DistanceState(state.start, r, root), scaled_to(g, rule.eta * r, nonzero(root))
 
 
 class DoWG(Rule):
-    """DoG with weighted gradients: r = max(r, |x - x0|^2); v = v + r |dx|^2; dx' = eta r / (sqrt(v) +
+    """DoG with weighted gradients: r = max(r, |x - x0|); v = v + r^2 |dx|^2; dx' = eta r^2 / (sqrt(v) +
     epsilon) dx, over all arrays.
 
     Khaled, Mishchenko & Jin, "DoWG unleashed: an efficient universal parameter-free gradient descent method",
-    2023, arXiv:2305.16284, algorithm 1. r starts at `epsilon`.
+    2023, arXiv:2305.16284, algorithm 1. r starts at sqrt(epsilon).
     """
 
     eta: Setting = setting(1.0)
@@ -346,7 +343,8 @@ class DoWG(Rule):
         return DistanceState(copy(x), 0.0, 0.0)
 
     def apply(self, state: DistanceState, x: Array, dx: Array) -> Any:
-        come = total(ops.sum(abs2(x - state.start)))
-        r = maximum(where(state.r == 0, self.epsilon, state.r), come)
-        v = state.sum + r * total(ops.sum(abs2(dx)))
-        return DistanceState(state.start, r, v), self.eta * r / (sqrt(v) + self.epsilon) * dx
+        come = total(norm(x - state.start), p=2)
+        r = maximum(where(state.r == 0, sqrt(self.epsilon), state.r), come)
+        root = hypot(state.root, r * total(norm(dx), p=2))
+        step = scaled_to(dx, self.eta * r * r, nonzero(root + self.epsilon))
+        return DistanceState(state.start, r, root), step

@@ -2,20 +2,20 @@
 
 from typing import Any, NamedTuple
 
-from optimisers import ops
 from optimisers.arrays.protocol import Array
-from optimisers.ops import abs2, ema, norm, sqrt, where, zeros_like
-from optimisers.ops.derived import over
+from optimisers.ops import norm, sqrt, where, zeros_like
+from optimisers.ops.derived import hypot, nonzero, scaled_to
 from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting, static
 from optimisers.rules.adam import AdamState, adam_state, check_decaying, moments
 
 
-def trusted(along: Array, against: Array) -> Any:
-    """|x| / |step|, the trust ratio of a layer; 1 where one of them is 0, so that what starts at 0 can leave
-    it.
+def trusted(eta: float, x: Array, q: Array) -> Any:
+    """A step as long as eta |x| along q, by the trust ratio |x| / |q| of a layer; the ratio is 1 where one of
+    them is 0, so that what starts at 0 can leave it.
     """
+    along, against = norm(x), norm(q)
     usable = (along > 0) & (against > 0)
-    return where(usable, along / where(usable, against, 1), 1)
+    return scaled_to(q, where(usable, eta * along, eta), where(usable, against, 1))
 
 
 class LARSState(NamedTuple):
@@ -53,8 +53,8 @@ class LARS(Rule):
         long, steep = norm(x), norm(dx if self.apart else q)
         usable = (long > 0) & (steep > 0)
         against = steep + self.lam * long if self.apart else steep
-        ratio = where(usable, self.trust * long / where(usable, against + self.epsilon, 1), 1)
-        pull = self.eta * ratio * q
+        most = where(usable, self.eta * self.trust * long, self.eta)
+        pull = scaled_to(q, most, where(usable, against + self.epsilon, 1))
         v = self.rho * state.v + pull
         return LARSState(v), self.rho * v + pull if self.nesterov else v
 
@@ -82,24 +82,24 @@ class LAMB(Rule):
     def apply(self, state: AdamState, x: Array, dx: Array) -> Any:
         state, m, v = moments(self.beta, state, dx)
         q = m / (sqrt(v) + self.epsilon) + self.lam * x
-        return state, self.eta * trusted(norm(x), norm(q)) * q
+        return state, trusted(self.eta, x, q)
 
 
 class NovoGradState(NamedTuple):
     m: Any
     """The momentum of the gradients, each divided by its norm."""
     v: Any
-    """The mean of |dx|^2 of the whole array, decaying with beta[1]; one number."""
+    """The root of the mean of |dx|^2 of the whole array, decaying with beta[1]; one number."""
     t: Any
     """How many steps were taken."""
 
 
 class NovoGrad(Rule):
-    """Momentum of gradients that are divided by the norm of their array: v = beta[1] v + (1 - beta[1])
-    |dx|^2; m = beta[0] m + dx / (sqrt(v) + epsilon) + lam x; dx' = eta m.
+    """Momentum of gradients that are divided by the norm of their array: v^2 = beta[1] v^2 + (1 - beta[1])
+    |dx|^2; m = beta[0] m + dx / (v + epsilon) + lam x; dx' = eta m.
 
     Ginsburg et al., "Stochastic gradient methods with layer-wise adaptive moments for training of deep
-    networks", 2019, arXiv:1905.11286, algorithm 1. v starts at the first |dx|^2; it is one number for each
+    networks", 2019, arXiv:1905.11286, algorithm 1. v starts at the first |dx|; it is one number for each
     array.
     """
 
@@ -115,8 +115,7 @@ class NovoGrad(Rule):
         return NovoGradState(zeros_like(x), 0.0, 0)
 
     def apply(self, state: NovoGradState, x: Array, dx: Array) -> Any:
-        square = ops.sum(abs2(dx))
-        v = where(state.t == 0, square, ema(self.beta[1], state.v, square))
-        root = sqrt(v) + self.epsilon
-        m = self.beta[0] * state.m + over(1, root) * dx + self.lam * x
+        size, keep = norm(dx), self.beta[1]
+        v = where(state.t == 0, size, hypot(sqrt(keep) * state.v, sqrt(1 - keep) * size))
+        m = self.beta[0] * state.m + scaled_to(dx, 1, nonzero(v + self.epsilon)) + self.lam * x
         return NovoGradState(m, v, state.t + 1), self.eta * m

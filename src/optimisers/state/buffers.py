@@ -7,6 +7,7 @@ is made into an array of its own only when it is looked at.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ class Places:
         together: bool = False,
     ) -> "Places":
         """Side by side, but for large ones: each has a buffer of its own, unless all stay `together`."""
-        sizes = np.array([int(np.prod(s)) for s in shapes], np.int64)
+        sizes = np.array([math.prod(s) for s in shapes], np.int64)
         large = (sizes >= LARGE) & (not together)
         room = np.where(large, 0, -(-sizes // ALIGNED) * ALIGNED)
         offset = np.concatenate([[0], np.cumsum(room)[:-1]]) if len(sizes) else np.zeros(0, np.int64)
@@ -69,7 +70,7 @@ class Places:
     @classmethod
     def bucketed(cls, shapes: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...]]) -> "Places":
         """Small arrays in buckets of `BUCKET` neighbours without gaps, large ones each in its own buffer."""
-        sizes = np.array([int(np.prod(s)) for s in shapes], np.int64)
+        sizes = np.array([math.prod(s) for s in shapes], np.int64)
         buffer, offset = np.zeros(len(sizes), np.int64), np.zeros(len(sizes), np.int64)
         lengths: list[int] = []
         room = 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from optimisers.arrays import registry
 from optimisers.errors import BadState
-from optimisers.settings import skeleton
+from optimisers.settings import Value, skeleton
 from optimisers.state.buffers import Bucketed, FlatBuffers, Separate
 from optimisers.state.group import Group
 from optimisers.state.store import Store
@@ -77,7 +77,8 @@ class Structure:
         return self.hashed
 
     def __repr__(self) -> str:
-        return f"<structure of a state of {len(self.store.shapes)} arrays>"
+        rules = ", ".join(dict.fromkeys(written(skeleton(g.rule)) for g in self.store.groups))
+        return f"<structure of a state of {len(self.store.shapes)} arrays{rules and ': '}{rules}>"
 
     def counts(self) -> list[tuple[int, int]]:
         """(buffers, leaves) of every group."""
@@ -107,6 +108,23 @@ class Structure:
         new.known = token_of(new), self
         new.changed()
         return new
+
+
+def written(form: object) -> str:
+    """The skeleton of a rule as text, with # in the place of each number: what two structures differ by, in
+    messages of JAX.
+    """
+    match form:
+        case (type() as kind, tuple() as settings) if issubclass(kind, Value):
+            return f"{kind.__name__}({', '.join(map(written, settings))})"
+        case ("static", inner):
+            return written(inner)
+        case (type(), value):
+            return repr(value)
+        case tuple():
+            return f"({', '.join(map(written, form))})"
+        case _:
+            return str(form)
 
 
 def structure_of(store: Store) -> Structure:

@@ -1,10 +1,9 @@
 """Which rule is a class of torch.optim, with which keywords?"""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-
-import numpy as np
 
 from optimisers.compose.chain import Chain
 from optimisers.errors import BadSetting, BadState, UnknownField
@@ -80,7 +79,7 @@ def plain(value: Any) -> Any:
         return tuple(plain(v) for v in items)
     if not hasattr(value, "item"):
         return value
-    if np.prod(value.shape) != 1:
+    if math.prod(value.shape) != 1:
         raise BadSetting(f"a setting is an array of shape {tuple(value.shape)}; it takes one number")
     return value.item()
 
