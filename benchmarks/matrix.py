@@ -1,275 +1,256 @@
-"""How fast is a rule that multiplies matrices? `python -m benchmarks.matrix [--peers] [WORLD ...]`.
+"""How fast are the rules that multiply, factorise or sum along matrices? `python -m benchmarks.matrix
+[--rules Muon SOAP ...] [--sizes gpt2 24x256 ...] [--worlds torch numpy jax] [--seconds 10] [--out FILE]`.
 
-Muon as a user writes it (see `benchmarks.muon`), in float32: five Newton-Schulz steps on the hidden matrices
-of four layers of GPT-2 small, on 24 and 200 matrices of 256 x 256 and on 1,000 of 64 x 64, for tensors on the
-CPU, for NumPy, and under `jit`. The limit is the bare products, fifteen for every stack of equal shape, by
-the batched product of the library. Beside it stand torch.optim.Muon, in bfloat16 as it comes and with its
-formula in float32, and optax.contrib.muon under `jit`; with `--peers`, the Muon of pytorch_optimizer, in both
-types too, and of HeavyBall, which works in bfloat16, where they are installed. All take turns in one process;
-ratios are of medians.
+Float32 on the CPU: the hidden matrices of four layers of GPT-2 small, the kernels of ResNet-18, 24 and 200
+matrices of 256 x 256 and 1,000 of 64 x 64. Ours by `update_` (under `jit` by `update`), each peer as its
+package steps it; a peer that is not installed, or does not take the shapes, is named and left out. Every rule
+and size has a process of its own, in which all take turns; figures are medians of rounds.
+
+The limit is what cannot be saved: the bare batched products of the library (Muon, NorMuon, Scion), those and
+the factorisations of a period divided by its length (SOAP, Shampoo, SPlus), those and two triangular solves
+(Kron), or reading and writing the arrays once (Adafactor, CAME, SM3). Rules with factorisations renew them
+every ten steps, ours and all others, and a round is ten steps.
 """
 
 import argparse
-import functools
 import importlib
-import importlib.util
-from collections.abc import Callable
-from typing import Any
+import json
+import os
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 import optimisers as opt
-from benchmarks.muon import QUINTIC, STEPS, Muon, stepped
+from benchmarks import matrix_limits as limits
+from benchmarks import shapes
+from benchmarks.limit import limit_of
+from benchmarks.matrix_peers import PEERS, PERIOD, Shape, Step, arrays, step_of
+from benchmarks.printing import child
 from benchmarks.timing import Timings, interleaved
-
-Shapes = list[tuple[int, int]]
-Candidate = Callable[[], object]
 
 LAYER = [(768, 2304), (768, 768), (768, 3072), (3072, 768)]
 
-SIZES: dict[str, Shapes] = {
-    "4 layers of GPT-2 small": LAYER * 4,
-    "24 x (256, 256)": [(256, 256)] * 24,
-    "200 x (256, 256)": [(256, 256)] * 200,
-    "1,000 x (64, 64)": [(64, 64)] * 1000,
+MAX_DIM = 1024
+"""Axes above have no Gram matrix, here and in peers that can be told so: an eigendecomposition of 3,072 rows
+takes seconds."""
+
+SIZES: dict[str, tuple[str, list[Shape]]] = {
+    "gpt2": ("4 layers of GPT-2 small", [s for _ in range(4) for s in LAYER]),
+    "resnet18": ("kernels of ResNet-18", [s for s in shapes.resnet18() if len(s) == 4]),
+    "24x256": ("24 x (256, 256)", [(256, 256)] * 24),
+    "200x256": ("200 x (256, 256)", [(256, 256)] * 200),
+    "1000x64": ("1,000 x (64, 64)", [(64, 64)] * 1000),
 }
 
-TARGET = 1.15
-"""How many times as long as the bare products the whole rule may take."""
+
+class Row(NamedTuple):
+    """A rule, and the most times of its limit that it may take; none where there is no target."""
+
+    rule: opt.Rule
+    target: float | None = None
 
 
-def arrays(shapes: Shapes, seed: int) -> list[Any]:
-    rng = np.random.default_rng(seed)
-    return [rng.standard_normal(s).astype(np.float32) / 16 for s in shapes]
+ROWS = {
+    "Muon": Row(opt.Muon(0.02), 1.15),
+    "NorMuon": Row(opt.NorMuon(0.02), 1.3),
+    "Scion": Row(opt.Scion(0.01), 1.15),
+    "SOAP": Row(opt.SOAP(every=PERIOD, max_dim=MAX_DIM), 1.3),
+    "Shampoo": Row(opt.Shampoo(every=PERIOD, max_dim=MAX_DIM), 1.3),
+    "SPlus": Row(opt.SPlus(every=PERIOD, max_dim=MAX_DIM)),
+    "Kron": Row(opt.Kron()),
+    "Adafactor": Row(opt.Adafactor()),
+    "CAME": Row(opt.CAME()),
+    "SM3": Row(opt.SM3()),
+}
+
+ORTHOGONAL = ("Muon", "NorMuon", "Scion")
+
+FASTER = 2.0
+"""How many times as long the best peer is to take on many small matrices."""
+
+SMALL = ("200x256", "1000x64")
+
+# -- who takes turns -----------------------------------------------------------------------------------------
 
 
-def stacks(shapes: Shapes) -> list[tuple[int, int, int]]:
-    """(how many, short side, long side) of every stack of equal shape."""
-    short = [(min(s), max(s)) for s in shapes]
-    return [(short.count(s), *s) for s in dict.fromkeys(short)]
+def ours(rule: opt.Rule, sizes: list[Shape], world: str) -> Step:
+    """Our step in a library."""
+    model, grads = arrays(sizes, 0), arrays(sizes, 1)
+    if world == "jax":
+        jax: Any = importlib.import_module("jax")
+        start = list(map(jax.numpy.array, model))
+        held, slopes = [opt.setup(rule, start), start], list(map(jax.numpy.asarray, grads))
+        step = jax.jit(opt.update, donate_argnums=(0, 1))
 
+        def run() -> None:
+            held[:] = step(*held, slopes)
+            jax.block_until_ready(held[1])
 
-# -- the limit -----------------------------------------------------------------------------------------------
-
-
-def bare_torch(shapes: Shapes) -> Candidate:
-    """The products of all stacks by torch.bmm."""
-    held = [
-        (torch.randn(b, n, m) / 16, torch.empty(b, n, n), torch.empty(b, n, n), torch.empty(b, n, m))
-        for b, n, m in stacks(shapes)
-    ]
-
-    def products() -> None:
-        for x, g, h, y in held:
-            for _ in range(STEPS):
-                torch.bmm(x, x.mT, out=g)
-                torch.bmm(g, g, out=h)
-                torch.bmm(h, x, out=y)
-
-    return products
-
-
-def bare_numpy(shapes: Shapes) -> Candidate:
-    """The same by numpy.matmul."""
-    rng = np.random.default_rng(0)
-    held = [
-        (
-            rng.standard_normal((b, n, m), np.float32) / 16,
-            *(np.empty((b, n, k), np.float32) for k in (n, n, m)),
-        )
-        for b, n, m in stacks(shapes)
-    ]
-
-    def products() -> None:
-        for x, g, h, y in held:
-            for _ in range(STEPS):
-                np.matmul(x, x.swapaxes(1, 2), out=g)
-                np.matmul(g, g, out=h)
-                np.matmul(h, x, out=y)
-
-    return products
-
-
-def bare_jax(shapes: Shapes) -> Candidate:
-    """The same under `jit`; each product is made of the one before, so that none is left out."""
-    jax: Any = importlib.import_module("jax")
-    held = [jax.numpy.ones((b, n, m)) / 16 for b, n, m in stacks(shapes)]
-
-    @jax.jit
-    def products(held: list[Any]) -> list[Any]:
-        for _ in range(STEPS):
-            grams = [x @ x.mT for x in held]
-            held = [(g @ g) @ x for g, x in zip(grams, held, strict=True)]
-        return held
-
-    return lambda: jax.block_until_ready(products(held))
-
-
-# -- the rule ------------------------------------------------------------------------------------------------
-
-
-def ours_in_place(model: list[Any], grads: list[Any]) -> Candidate:
-    state = opt.setup(Muon(), model)
+        return run
+    if world == "torch":
+        model, grads = (list(map(torch.from_numpy, xs)) for xs in (model, grads))
+    state = opt.setup(rule, model)
     return lambda: opt.update_(state, model, grads)
 
 
-def ours_jitted(model: list[Any], grads: list[Any]) -> Candidate:
-    jax: Any = importlib.import_module("jax")
-    held = [opt.setup(Muon(), model), model]
-    step = jax.jit(opt.update, donate_argnums=(0, 1))
-
-    def run() -> None:
-        held[:] = step(*held, grads)
-        jax.block_until_ready(held[1])
-
-    return run
-
-
-def checked(name: str, step: Candidate, model: Callable[[], list[Any]], shapes: Shapes) -> None:
-    """Raise AssertionError unless the first step is that of plain NumPy in float64."""
-    xs, grads = arrays(shapes, 0), arrays(shapes, 1)
-    step()
-    for i in {shape: i for i, shape in enumerate(shapes)}.values():
-        want, _ = stepped(xs[i], 0 * xs[i], grads[i], Muon())
-        error = np.abs(np.asarray(model()[i]) - want).max()
-        assert error < 1e-5, f"{name}: wrong by {error} at {shapes[i]}"
+def bare(name: str, sizes: list[Shape], world: str) -> dict[str, Step]:
+    """The parts of the limit."""
+    if name in ORTHOGONAL:
+        return {"limit": getattr(limits, f"orthogonal_{world}")(sizes)}
+    if name in limits.AXES:
+        flat = [s for s in sizes if name != "SPlus" or (len(s) == 2 and max(s) <= MAX_DIM)]
+        products, factorisations = limits.along_axes(name, flat, MAX_DIM)
+        return {"limit": repeated(products), "factorisations": factorisations}
+    if name == "Kron":
+        return {"limit": limits.kron(sizes)}
+    model, grads = ({str(i): x for i, x in enumerate(arrays(sizes, k))} for k in (0, 1))
+    full = {k: np.zeros_like(x) for k, x in model.items()}
+    return {"limit": limit_of(model, grads, [full] if name in ("CAME", "SM3") else [])}
 
 
-# -- peers ---------------------------------------------------------------------------------------------------
-
-
-def torch_formula(x: torch.Tensor, *_: Any) -> torch.Tensor:
-    """The Newton-Schulz steps of torch.optim.Muon, in the type of the gradient."""
-    a, b, c = QUINTIC
-    y = x.mT if x.size(0) > x.size(1) else x
-    y = y / y.norm().clamp(min=1e-7)
-    for _ in range(STEPS):
-        g = y @ y.mT
-        y = torch.addmm(y, torch.addmm(g, g, g, beta=b, alpha=c), y, beta=a)
-    return y.mT if x.size(0) > x.size(1) else y
-
-
-def parameters(shapes: Shapes) -> list[torch.nn.Parameter]:
-    held = [torch.nn.Parameter(torch.from_numpy(x)) for x in arrays(shapes, 0)]
-    for p, g in zip(held, arrays(shapes, 1), strict=True):
-        p.grad = torch.from_numpy(g)
-    return held
-
-
-def torch_muon(shapes: Shapes, *, wide: bool) -> Candidate:
-    """torch.optim.Muon, which works in bfloat16; `wide` puts the same formula in float32 in its place."""
-    own: Any = importlib.import_module("torch.optim._muon")
-    there = own._zeropower_via_newtonschulz
-    stepper = torch.optim.Muon(parameters(shapes), lr=0.02, weight_decay=0.0)
-
-    def step() -> None:
-        own._zeropower_via_newtonschulz = torch_formula if wide else there
-        try:
-            stepper.step()
-        finally:
-            own._zeropower_via_newtonschulz = there
-
+def once(step: Step) -> Step:
+    """One step."""
     return step
 
 
-def in_type(kind: torch.dtype, step: Candidate) -> Candidate:
-    """A step of pytorch_optimizer's Muon, whose iteration takes its type as an argument that nobody gives."""
-    own: Any = importlib.import_module("pytorch_optimizer.optimizer.muon.base")
-    there = own.zero_power_via_newton_schulz_5
+def repeated(step: Step) -> Step:
+    """The steps of a period."""
 
     def run() -> None:
-        own.zero_power_via_newton_schulz_5 = functools.partial(there, dtype=kind)
-        try:
+        for _ in range(PERIOD):
             step()
-        finally:
-            own.zero_power_via_newton_schulz_5 = there
 
     return run
 
 
-def torch_peers(shapes: Shapes, *, more: bool) -> dict[str, Candidate]:
-    found = {
-        "torch.optim.Muon, float32 formula": torch_muon(shapes, wide=True),
-        "torch.optim.Muon, bfloat16": torch_muon(shapes, wide=False),
-    }
-    if more and importlib.util.find_spec("pytorch_optimizer"):
-        module: Any = importlib.import_module("pytorch_optimizer")
-        for name, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-            held = [{"params": parameters(shapes), "use_muon": True}]
-            step = module.Muon(held, lr=0.02).step
-            found[f"pytorch_optimizer Muon, {name}"] = in_type(kind, step)
-    if more and importlib.util.find_spec("heavyball"):
-        module = importlib.import_module("heavyball")
-        stepper = module.Muon(parameters(shapes), lr=0.02, consume_grad=False)
-        found["HeavyBall Muon, bfloat16"] = stepper.step
+def measured(name: str, size: str, world: str, seconds: float) -> dict[str, Any]:
+    """Milliseconds a step of everyone, and who is left out."""
+    sizes, found = SIZES[size][1], dict[str, Step]()
+    begin = bare(name, sizes, world)
+    often = repeated if name in limits.AXES else once
+    found = {**begin, "ours": often(ours(ROWS[name].rule, sizes, world))}
+    missing: list[str] = []
+    for peer in PEERS[name] if world == "torch" else ():
+        label = f"{peer.path} {peer.note}".strip()
+        try:
+            step = step_of(peer, sizes)
+            step()
+            found[label] = often(step)
+        except Exception as error:  # noqa: BLE001 whatever a package of others does, the others are timed
+            missing.append(f"{label}: {type(error).__name__}: {error!s:.90}")
+    taken = interleaved(found, seconds=seconds, least=2, warmup=1)
+    return {"ms": milliseconds(taken, name), "missing": missing, "rounds": len(taken.seconds["ours"])}
+
+
+def milliseconds(taken: Timings, name: str) -> dict[str, tuple[float, float]]:
+    """(median, minimum) a step of everyone, the limit first and as one."""
+    part = PERIOD if name in limits.AXES else 1
+    both = [taken.median, taken.minimum]
+    found = {n: (1e3 * both[0](n) / part, 1e3 * both[1](n) / part) for n in taken.names}
+    extra = found.pop("factorisations", (0.0, 0.0))
+    found["limit"] = found["limit"][0] + extra[0], found["limit"][1] + extra[1]
     return found
 
 
-def optax_muon(shapes: Shapes) -> dict[str, Candidate]:
-    if importlib.util.find_spec("optax") is None:
-        return {}
-    jax: Any = importlib.import_module("jax")
-    optax: Any = importlib.import_module("optax")
-    tx = optax.contrib.muon(0.02, ns_coeffs=QUINTIC, ns_steps=STEPS)
-    model, grads = (list(map(jax.numpy.asarray, arrays(shapes, k))) for k in (0, 1))
-
-    def step(state: Any, model: Any, grads: Any) -> Any:
-        updates, state = tx.update(grads, state, model)
-        return state, optax.apply_updates(model, updates)
-
-    jitted = jax.jit(step, donate_argnums=(0, 1))
-    held = [tx.init(model), model]
-
-    def run() -> None:
-        held[:] = jitted(*held, grads)
-        jax.block_until_ready(held[1])
-
-    return {"optax.contrib.muon, jitted": run}
+# -- the table -----------------------------------------------------------------------------------------------
 
 
-# -- worlds --------------------------------------------------------------------------------------------------
+def lines_of(name: str, size: str, world: str, answer: dict[str, Any]) -> list[str]:
+    """A row of the table for everyone."""
+    ms = answer["ms"]
+    whole = f"{name}, {SIZES[size][0]}" + ("" if world == "torch" else f", {world}")
+    found = [f"| **{whole}** | | | | |"]
+    for who, (median, minimum) in ms.items():
+        times = [(median / ms[o][0], minimum / ms[o][1]) for o in ("limit", "ours")]
+        ratios = (f"{a:.2f} ({b:.2f})" for a, b in times)
+        found.append(f"| {who} | {median:.1f} | {minimum:.1f} | {' | '.join(ratios)} |")
+    found += [f"| left out: {what} | | | | |" for what in answer["missing"]]
+    return found
 
 
-def candidates(world: str, shapes: Shapes, *, peers: bool) -> dict[str, Candidate]:
-    """What is timed for one library: the limit first, then the rule, then peers."""
-    model, grads = arrays(shapes, 0), arrays(shapes, 1)
-    if world == "torch":
-        tensors, slopes = ([torch.from_numpy(x) for x in xs] for xs in (model, grads))
-        ours = ours_in_place(tensors, slopes)
-        checked(world, ours, lambda: tensors, shapes)
-        return {"bare": bare_torch(shapes), "ours": ours, **torch_peers(shapes, more=peers)}
-    if world == "numpy":
-        ours = ours_in_place(model, grads)
-        checked(world, ours, lambda: model, shapes)
-        return {"bare": bare_numpy(shapes), "ours": ours}
-    jax: Any = importlib.import_module("jax")
-    ours = ours_jitted(list(map(jax.numpy.array, model)), list(map(jax.numpy.asarray, grads)))
-    return {"bare": bare_jax(shapes), "ours": ours, **optax_muon(shapes)}
+def verdict(name: str, size: str, world: str, answer: dict[str, Any]) -> str:
+    """What was asked of a rule, and what is."""
+    ms, target = answer["ms"], ROWS[name].target
+    said: list[str] = []
+    ratio = min(ms["ours"][k] / ms["limit"][k] for k in (0, 1))
+    if target is not None:
+        said.append(f"{ratio:.2f} x its limit (at most {target:g}: {'met' if ratio <= target else 'missed'})")
+    others = {who: v for who, v in ms.items() if who not in ("ours", "limit")}
+    if others:
+        best = min(others, key=lambda who: others[who][0])
+        times, least = others[best][0] / ms["ours"][0], FASTER if size in SMALL else 1.0
+        said.append(f"{times:.1f} x as fast as {best} (at least {least:g}: {judge(times >= least)})")
+    return f"{name}, {SIZES[size][0]}, {world}: {'; '.join(said)}" if said else ""
 
 
-def table(title: str, times: Timings) -> str:
-    lines = [title]
-    for name in times.names:
-        ratio = times.ratio(name, "bare")
-        lines.append(f"  {name:36}{1e3 * times.median(name):10.1f} ms{ratio:8.2f} x the bare products")
-    least = "ours" if times.ratio("ours", "bare") <= TARGET else "missed"
-    return "\n".join([*lines, f"  target {TARGET}: {'met' if least == 'ours' else least}"])
+def judge(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def machine() -> str:
+    """The machine and what is installed, in words."""
+    packages = ["torch", "numpy", "jax", "optax", "heavyball", "pytorch_optimizer", "timm", "came_pytorch"]
+    found: list[str] = []
+    for package in packages:
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"no {package}")
+    system = f"{platform.system()}, {platform.machine()}, {os.cpu_count()} cores"
+    versions = f"Python {platform.python_version()}, {', '.join(found)}"
+    return f"{system}, {torch.get_num_threads()} threads; {versions}; {time.strftime('%Y-%m-%d')}."
+
+
+HEAD = """\
+# Rules of matrices on the CPU
+
+{machine}
+
+Float32. Milliseconds a step: the median and the least of rounds in which all took turns, and how many times
+the limit and ours that is (of the least in brackets).
+
+| | median | least | x limit | x ours |
+|---|---:|---:|---:|---:|
+"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("worlds", nargs="*", default=[], help="torch, numpy, jax; all of them unless given")
-    parser.add_argument("--peers", action="store_true", help="HeavyBall and pytorch_optimizer too")
-    parser.add_argument("--seconds", type=float, default=10.0, help="how long each table takes")
-    parser.add_argument("--only", default="", help="sizes whose name has this in it")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.matrix", description=__doc__)
+    parser.add_argument("--rules", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--worlds", nargs="+", choices=["torch", "numpy", "jax"], default=["torch"])
+    parser.add_argument("--seconds", type=float, default=10.0, help="how long each process measures")
+    parser.add_argument("--out", type=Path, help="a file for the table")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    for size, shapes in SIZES.items():
-        for world in given.worlds or ("torch", "numpy", "jax"):
-            if given.only in size:
-                todo = candidates(world, shapes, peers=given.peers)
-                times = interleaved(todo, seconds=given.seconds, least=3, warmup=1)
-                print(table(f"{size}, {world}, float32", times), flush=True)
+    if given.child:
+        print(json.dumps(measured(given.rules[0], given.sizes[0], given.worlds[0], given.seconds)))
+        return
+    rows, said = list[str](), list[str]()
+    for name in given.rules:
+        for size in given.sizes:
+            for world in given.worlds:
+                if world != "torch" and name not in ORTHOGONAL:
+                    continue
+                print(f"{name}, {SIZES[size][0]}, {world} ...", file=sys.stderr, flush=True)
+                words = ["--rules", name, "--sizes", size, "--worlds", world, "--seconds", str(given.seconds)]
+                try:
+                    answer = child(*words, module="benchmarks.matrix")
+                except RuntimeError as error:
+                    print(f"left out: {error!s:.2000}", file=sys.stderr, flush=True)
+                    continue
+                new, what = lines_of(name, size, world, answer), verdict(name, size, world, answer)
+                print("\n".join([*new, what]), flush=True)
+                rows, said = [*rows, *new], [*said, *([f"- {what}"] if what else [])]
+    if given.out:
+        text = [HEAD.format(machine=machine()) + "\n".join(rows), "", "What was asked:", "", *said]
+        given.out.write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":

@@ -508,7 +508,7 @@ def test_the_plan_says_what_only_some_steps_do() -> None:
 
     text = str(opt.explain(opt.setup(Rotated(period=2), model)))
 
-    assert "every: array operations: reads stack 0; 1 product of matrices, 0.000 Gflop; 1 eigh;" in text
+    assert "every: array operations: 1 eigh;" in text
     assert "only where ((t - (period * floor((t / period)))) == 0)" in text
 
 

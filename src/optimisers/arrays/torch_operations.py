@@ -242,10 +242,10 @@ def _lower(a: Tensor) -> Tensor:
 
 
 def _solve_triangular(a: Tensor, b: Tensor, *, upper: bool = True, transposed: bool = False) -> Tensor:
+    """From the right, x^T a^T = b^T: so LAPACK has the rows of PyTorch as the columns that it takes."""
     a, b = _wide(a), _wide(b)
-    if transposed:
-        return torch.linalg.solve_triangular(a.mT, b, upper=not upper)
-    return torch.linalg.solve_triangular(a, b, upper=upper)
+    a, upper = (a, upper) if transposed else (a.mT, not upper)
+    return torch.linalg.solve_triangular(a, b.mT, upper=upper, left=False).mT
 
 
 def _argsort(x: Tensor, axis: int = -1) -> Tensor:

@@ -21,7 +21,7 @@ from optimisers.engines.interpret import input_of
 from optimisers.engines.task import Engine, Holds, Members, Step
 from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr
-from optimisers.graph.passes import Pass, number_of, reduce_pass, store_pass
+from optimisers.graph.passes import Pass, keeps, number_of, reduce_pass, store_pass
 from optimisers.ops.dispatch import OPERATIONS
 from optimisers.ops.primitives import ROUNDINGS
 from optimisers.state.buffers import Indices
@@ -49,7 +49,7 @@ def refusal(group: Group) -> str:
     """Why CuPy does not fuse the steps of a group; empty if it does."""
     program = group.program
     p = store_pass(program, (True,) * len(program.guards))
-    if any(s.shape is not None for s in program.slots):
+    if keeps(program) or any(s.shape is not None for s in program.slots):
         return "values of another shape than the parameters"
     kinds = [library.type_name(group.kind.dtype), *(s.dtype for s in program.slots)]
     odd = next((kind for kind in kinds if kind not in TYPES), None)
@@ -187,7 +187,8 @@ def reduce(step: Step, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any] 
 def takes(step: Step, p: Pass) -> bool:
     """Whether CuPy fuses a pass over the arrays of this step."""
     kinds = {a.dtype for g in step.grads for a in g}
-    return unfused(p) is None and all(d.kind in "biu" or library.type_name(d) in TYPES for d in kinds)
+    fused = unfused(p) is None and not keeps(step.program)
+    return fused and all(d.kind in "biu" or library.type_name(d) in TYPES for d in kinds)
 
 
 def columns(step: Step, p: Pass, wide: Any) -> list[Any]:

@@ -7,6 +7,7 @@ that give it values and those that read its results.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 from optimisers.graph.expr import Expr, news_of, order
 
@@ -20,6 +21,10 @@ class Part:
     """The scalar conditions under which they are needed; none for always."""
     chooses: Expr | None = None
     """The `every` whose new results these are."""
+
+
+Held: TypeAlias = list[tuple[tuple[Expr, ...], set[int]]]
+"""Conditions, and the values by id that are known where they hold."""
 
 
 def unconditional(roots: Iterable[Expr]) -> list[Expr]:
@@ -48,15 +53,22 @@ def is_choice(e: Expr) -> bool:
     return e.op == "every" or (e.op == "item" and e.args[0].op == "every")
 
 
-def parts(roots: Sequence[Expr], known: set[int]) -> list[Part]:
-    """The parts that compute the roots, but for what is `known` by id and lies below that alone."""
+def under(only: Sequence[Expr], held: Held) -> set[int]:
+    """What is known, by id, where these conditions hold."""
+    return {i for conditions, ids in held if set(map(id, conditions)) <= set(map(id, only)) for i in ids}
+
+
+def parts(roots: Sequence[Expr], known: set[int], held: Held) -> list[Part]:
+    """The parts that compute the roots, but for what is `known` by id, or `held` where conditions hold, and
+    lies below that alone.
+    """
     always = [e for e in unconditional(roots) if id(e) not in known]
     seen = {id(e) for e in always} | known
     depth = depths(roots, known)
     found: list[Part] = []
     for k in range(max((depth[id(e)] for e in always), default=0) + 1):
         here = [e for e in always if depth[id(e)] == k]
-        found += [choice(e, seen) for e in here if e.op == "every"]
+        found += [choice(e, seen | under(e.args[:1], held)) for e in here if e.op == "every"]
         found.append(Part(tuple(e for e in here if not is_choice(e))))
     return found
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from optimisers.graph.cached import cached
 from optimisers.graph.check import check
-from optimisers.graph.expr import Expr, is_full_reduction, order
+from optimisers.graph.expr import Expr, is_full_reduction, olds_of, order
 from optimisers.graph.lower import Lowering
 from optimisers.graph.simplify import Table, fold
 from optimisers.graph.trace import Program
@@ -120,13 +120,13 @@ def reduce_pass(program: Program, level: int, wanted: tuple[bool, ...]) -> Pass 
 
 @cached
 def store_pass(program: Program, holds: tuple[bool, ...] | None) -> Pass | None:
-    """The last pass: stores everything that changes and has the shape of the parameters; None if nothing
-    does.
+    """The last pass: stores everything that changes at every step and has the shape of the parameters; None
+    if nothing does.
     """
     new = outputs(program, holds)
     stores: list[tuple[str, Expr, str]] = []
     for slot, e in zip(program.slots, new.slots, strict=True):
-        if slot.shape is None and not is_input(e, slot.name):
+        if slot.shape is None and not is_input(e, slot.name) and not is_kept(e, slot.name):
             stores.append((slot.name, e, slot.type))
     if new.x is not None and not is_input(new.x, "x"):
         stores.append(("x", new.x, program.type))
@@ -142,6 +142,20 @@ def number_of(array: str) -> int:
 
 def is_input(e: Expr, name: str) -> bool:
     return e.op == "input" and e.value == name
+
+
+def is_kept(e: Expr, name: str) -> bool:
+    """Whether the new value of an array of the state is the old one but at some steps."""
+    return (
+        e.op == "item"
+        and e.args[0].op == "every"
+        and is_input(olds_of(e.args[0])[dict(e.options)["index"]], name)
+    )
+
+
+def keeps(program: Program) -> bool:
+    """Whether some of the state changes at some steps alone; the last pass does not store that."""
+    return any(is_kept(e, slot.name) for slot, e in zip(program.slots, program.new_slots, strict=True))
 
 
 def pass_of(lowering: Lowering, values: list[tuple[str, Expr, str]], reductions: list[Expr]) -> Pass:

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Sequence
 from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr, news_of, olds_of, order
 from optimisers.graph.lower import Lowering, in_pass
-from optimisers.graph.parts import Part, below, parts, unconditional
+from optimisers.graph.parts import Held, Part, below, parts, unconditional, under
 from optimisers.graph.passes import Outputs, Pass, outputs, pass_of, stages
 from optimisers.graph.trace import Program
 
@@ -67,14 +67,28 @@ def operations(
     readers = order(need.roots, given=True)
     if level is not None:
         readers = order([*program.roots, *program.guards], guards=True)
-    *before, last = parts(need.roots, known)
+    held = _held(program, done)
+    *before, last = parts(need.roots, known, held)
     rounds = [_round_of(p, (), need, readers, program, rank) for p in before]
     rounds.append(_round_of(last, need.reductions, need, readers, program, rank))
     seen = known | {id(e) for e in unconditional(need.roots)}
     for some in need.sometimes:
-        part = Part(tuple(below(some.roots, seen)), some.only)
-        rounds.append(_round_of(part, some.reductions, some, (), program, None))
+        part = Part(tuple(below(some.roots, seen | under(some.only, held))), some.only)
+        rounds.append(_round_of(part, some.reductions, some, readers, program, None))
     return tuple(filter(_does_something, rounds))
+
+
+def _held(program: Program, done: tuple[int, ...]) -> Held:
+    """What the levels `done` computed where conditions hold, for what is computed under the same later."""
+    found: Held = []
+    known: set[int] = set()
+    for k in done:
+        need = _needed_at(program, k)
+        known |= {id(e) for e in unconditional(need.roots)}
+        for some in need.sometimes:
+            nodes = below(some.roots, known | under(some.only, found))
+            found.append((some.only, {id(e) for e in nodes}))
+    return found
 
 
 def _does_something(what: Round) -> bool:
@@ -104,8 +118,18 @@ def _needed_at(program: Program, level: int) -> _Need:
         only = tuple(g for g in r.guard if any(g is c for c in program.choices))
         groups.setdefault(only, []).append(r)
     always, *some = [_needed_by(reductions, only) for only, reductions in groups.items()]
-    inner = (e for e in order([e for each in some for e in each.roots], given=True) if e.op == "every")
-    return dataclasses.replace(always, roots=(*always.roots, *inner), sometimes=tuple(some))
+    inside = {id(e) for each in some for e in order(each.roots, given=True)}
+    nodes = order([*always.roots, *(e for each in some for e in each.roots)], given=True)
+    soon = _needed_in_any_case(program) if program.choices else set[int]()
+    early = (e for e in nodes if id(e) in soon or (e.op == "every" and id(e) in inside))
+    return dataclasses.replace(always, roots=(*always.roots, *early), sometimes=tuple(some))
+
+
+@cached
+def _needed_in_any_case(program: Program) -> set[int]:
+    """What every step computes, by id: where that is read at some steps before, it is computed then."""
+    roots = _needed_at_end(outputs(program, None)).roots if not program.guards else ()
+    return {id(e) for e in unconditional(roots) if e.op not in ("input", "const")}
 
 
 def _needed_by(reductions: Sequence[Expr], only: tuple[Expr, ...]) -> _Need:

@@ -170,8 +170,8 @@ class SOAP(Rule):
     def apply(self, state: SOAPState, x: Array, dx: Array) -> Any:
         first, bases = state.t == 0, state.bases
         dx = seen_as(dx, self.seen(x.shape))
-        g = where(first, 0, dx)
-        adam, _, _ = moments(self.beta, state.adam, g, abs2(rotated(g, bases)))
+        square = where(first, 0, abs2(rotated(dx, bases)))
+        adam, _, _ = moments(self.beta, state.adam, where(first, 0, dx), square)
         step = rotated_back(rotated(adam.m, bases) / (sqrt(adam.v) + self.epsilon), bases)
         mass, energy = adam.weight
         grams = mean_grams(self.beta[1] if self.shampoo_beta is None else self.shampoo_beta, state.grams, dx)

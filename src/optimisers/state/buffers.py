@@ -154,9 +154,14 @@ class FlatBuffers:
         self.library.assign(self[i], value)
 
     def put_many(self, members: Indices, values: Sequence[Any]) -> None:
-        """Write several arrays."""
+        """Write several arrays, or numbers into all of an array."""
         arrays = self if 4 * len(members) < len(self) else list(self)
-        self.library.assign_many([arrays[i] for i in members.tolist()], values)
+        targets = [arrays[i] for i in members.tolist()]
+        if all(np.shape(v) == t.shape for v, t in zip(values, targets, strict=True)):
+            self.library.assign_many(targets, values)
+        else:
+            for target, value in zip(targets, values, strict=True):
+                self.library.assign(target, value)
 
     def __getitem__(self, i: int) -> Any:
         p = self.places

@@ -26,8 +26,17 @@ from optimisers.engines.memory import Spans
 from optimisers.engines.stacks import Stacks, Take, Workspace
 from optimisers.engines.task import Holds, Members, Step
 from optimisers.errors import BadState, TreeMismatch
-from optimisers.graph.expr import Expr, olds_of
-from optimisers.graph.passes import Pass, draws, is_input, number_of, outputs, reduce_pass, store_pass
+from optimisers.graph.expr import Expr
+from optimisers.graph.passes import (
+    Pass,
+    draws,
+    is_input,
+    is_kept,
+    number_of,
+    outputs,
+    reduce_pass,
+    store_pass,
+)
 from optimisers.graph.plan import operations
 from optimisers.graph.recipe import Shape
 from optimisers.state.buffers import FlatBuffers, Indices
@@ -305,38 +314,43 @@ class Last:
 
     p: Pass | None
     members: Members
-    other: list[tuple[int, int, Any]]
-    """(slot, leaf, value) of state of another shape."""
+    other: list[tuple[int, Indices, list[Any]]]
+    """(slot, leaves, values) of state that the pass does not store."""
 
 
 def prepared(step: Step, holds: Holds, members: Members, launch: Callable[..., None]) -> Last:
     """Everything about the last pass that is not the kernel, nor where it finds values of another shape."""
     arrays: Arrays = step.work
     out, p = outputs(step.program, holds), store_pass(step.program, holds)
-    other: list[tuple[int, int, Any]] = []
     rounds = operations(step.program, None, holds, arrays.ran, arrays.tables.rank)
     if rounds:
         stacks_of(step, launch).run(rounds, members)
+    other: list[tuple[int, Indices, list[Any]]] = []
     for j, (spec, e, slot) in enumerate(zip(step.program.slots, out.slots, step.slots, strict=True)):
-        if spec.shape is not None and not is_input(e, spec.name):
-            for k in changing(step, spec.name, e, members):
-                if e.domain == "free" and e.op != "input":
-                    value = stacks_of(step, launch).value(e, k)
-                else:
-                    value = step.library.duplicate(Values(step, k).get(e))
-                other.append((j, k, step.fitting(value, slot.places.shapes[k], k, "a state")))
+        kept = is_kept(e, spec.name)
+        if kept or (spec.shape is not None and not is_input(e, spec.name)):
+            leaves = changing(step, e, members) if kept else np.array(every(step, members), np.int64)
+            if not len(leaves):
+                continue
+            values = [value_of(step, e, k, launch) for k in leaves.tolist()]
+            shapes = slot.places.shapes
+            fitting = [step.fitting(v, shapes[k], k, "a state") for k, v in zip(leaves, values, strict=True)]
+            other.append((j, leaves, fitting))
     return Last(p, members, other)
 
 
-def changing(step: Step, name: str, e: Expr, members: Members) -> list[int]:
-    """The leaves for which a state array has a new value, as far as conditions tell."""
-    leaves = every(step, members)
-    choice = e.args[0] if e.op == "item" else e
-    if choice.op != "every" or not is_input(olds_of(choice)[dict(e.options)["index"]], name):
-        return leaves
-    step.scalars.fetch([choice.args[0]])
-    holds = step.scalars.of_leaves(choice.args[0])
-    return [k for k in leaves if holds[k]]
+def value_of(step: Step, e: Expr, leaf: int, launch: Callable[..., None]) -> Any:
+    """A value of another shape of one leaf."""
+    if e.domain == "free" and e.op != "input":
+        return stacks_of(step, launch).value(e, leaf)
+    return step.library.duplicate(Values(step, leaf).get(e))
+
+
+def changing(step: Step, e: Expr, members: Members) -> Indices:
+    """The leaves for which the condition of a choice holds, of which `e` is a result."""
+    condition, leaves = e.args[0].args[0], np.array(every(step, members), np.int64)
+    step.scalars.fetch([condition])
+    return leaves[step.scalars.of_leaves(condition)[leaves]]
 
 
 def store(step: Step, last: Last, launch: Callable[..., None]) -> None:
@@ -353,16 +367,16 @@ def store(step: Step, last: Last, launch: Callable[..., None]) -> None:
         new["new x"] = step.work.x_at
     if p is not None:
         launch(step, p, chunks_of(step, members), members, new)
-    for j, k, value in last.other:
-        step.out[j].put(k, value)
+    for j, leaves, values in last.other:
+        step.out[j].put_many(leaves, values)
 
 
 def _keep(step: Step, stored: set[str], members: Members) -> None:
     """Carry over the state that this step leaves as it was."""
+    kept = np.array(every(step, members), np.int64)
     for j, (slot, old) in enumerate(zip(step.out, step.slots, strict=True)):
         if f"s{j}" not in stored:
-            for k in every(step, members):
-                slot.put(k, old[k])
+            slot.put_many(kept, [old[k] for k in kept.tolist()])
 
 
 def _targets(step: Step, members: Members) -> Indices:
