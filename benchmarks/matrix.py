@@ -1,5 +1,6 @@
 """How fast are the rules that multiply, factorise or sum along matrices? `python -m benchmarks.matrix
-[--rules Muon SOAP ...] [--sizes gpt2 24x256 ...] [--worlds torch numpy jax] [--seconds 10] [--out FILE]`.
+[--rules Muon SOAP ...] [--sizes gpt2 24x256 ...] [--worlds torch numpy jax] [--seconds 10]
+[--processor] [--out FILE]`.
 
 Float32 on the CPU: the hidden matrices of four layers of GPT-2 small, the kernels of ResNet-18, 24 and 200
 matrices of 256 x 256 and 1,000 of 64 x 64. Ours by `update_` (under `jit` by `update`), each peer as its
@@ -9,7 +10,8 @@ and size has a process of its own, in which all take turns; figures are medians 
 The limit is what cannot be saved: the bare batched products of the library (Muon, NorMuon, Scion), those and
 the factorisations of a period divided by its length (SOAP, Shampoo, SPlus), those and two triangular solves
 (Kron), or reading and writing the arrays once (Adafactor, CAME, SM3). Rules with factorisations renew them
-every ten steps, ours and all others, and a round is ten steps.
+every ten steps, ours and all others, and a round is ten steps. With `--processor` figures are seconds of the
+processor, of all threads: with one thread (OMP_NUM_THREADS=1) they can be compared where others work too.
 """
 
 import argparse
@@ -114,6 +116,13 @@ def bare(name: str, sizes: list[Shape], world: str) -> dict[str, Step]:
     return {"limit": limit_of(model, grads, [full] if name in ("CAME", "SM3") else [])}
 
 
+def of_processor(step: Step) -> float:
+    """Seconds of the processor, of all threads."""
+    begin = time.process_time()
+    step()
+    return time.process_time() - begin
+
+
 def once(step: Step) -> Step:
     """One step."""
     return step
@@ -129,7 +138,7 @@ def repeated(step: Step) -> Step:
     return run
 
 
-def measured(name: str, size: str, world: str, seconds: float) -> dict[str, Any]:
+def measured(name: str, size: str, world: str, seconds: float, *, processor: bool) -> dict[str, Any]:
     """Milliseconds a step of everyone, and who is left out."""
     sizes, found = SIZES[size][1], dict[str, Step]()
     begin = bare(name, sizes, world)
@@ -144,7 +153,8 @@ def measured(name: str, size: str, world: str, seconds: float) -> dict[str, Any]
             found[label] = often(step)
         except Exception as error:  # noqa: BLE001 whatever a package of others does, the others are timed
             missing.append(f"{label}: {type(error).__name__}: {error!s:.90}")
-    taken = interleaved(found, seconds=seconds, least=2, warmup=1)
+    clock = of_processor if processor else None
+    taken = interleaved(found, seconds=seconds, least=2, warmup=1, clock=clock)
     return {"ms": milliseconds(taken, name), "missing": missing, "rounds": len(taken.seconds["ours"])}
 
 
@@ -212,8 +222,8 @@ HEAD = """\
 
 {machine}
 
-Float32. Milliseconds a step: the median and the least of rounds in which all took turns, and how many times
-the limit and ours that is (of the least in brackets).
+Float32. Milliseconds {kind} a step: the median and the least of rounds in which all took turns, and
+how many times the limit and ours that is (of the least in brackets).
 
 | | median | least | x limit | x ours |
 |---|---:|---:|---:|---:|
@@ -226,11 +236,13 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--worlds", nargs="+", choices=["torch", "numpy", "jax"], default=["torch"])
     parser.add_argument("--seconds", type=float, default=10.0, help="how long each process measures")
+    parser.add_argument("--processor", action="store_true", help="seconds of the processor, not of the clock")
     parser.add_argument("--out", type=Path, help="a file for the table")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        print(json.dumps(measured(given.rules[0], given.sizes[0], given.worlds[0], given.seconds)))
+        asked = given.rules[0], given.sizes[0], given.worlds[0], given.seconds
+        print(json.dumps(measured(*asked, processor=given.processor)))
         return
     rows, said = list[str](), list[str]()
     for name in given.rules:
@@ -240,6 +252,7 @@ def main() -> None:
                     continue
                 print(f"{name}, {SIZES[size][0]}, {world} ...", file=sys.stderr, flush=True)
                 words = ["--rules", name, "--sizes", size, "--worlds", world, "--seconds", str(given.seconds)]
+                words += ["--processor"] * given.processor
                 try:
                     answer = child(*words, module="benchmarks.matrix")
                 except RuntimeError as error:
@@ -249,7 +262,8 @@ def main() -> None:
                 print("\n".join([*new, what]), flush=True)
                 rows, said = [*rows, *new], [*said, *([f"- {what}"] if what else [])]
     if given.out:
-        text = [HEAD.format(machine=machine()) + "\n".join(rows), "", "What was asked:", "", *said]
+        kind = "of the processor" if given.processor else "of the clock"
+        text = [HEAD.format(machine=machine(), kind=kind) + "\n".join(rows), "", "What was asked:", "", *said]
         given.out.write_text("\n".join(text) + "\n")
 
 
