@@ -43,6 +43,8 @@ class GroupCost:
     """How kernels find the arrays; empty where none do."""
     plan: Plan
     """What a step does, one thing after the other."""
+    crossing: int | None
+    """How many numbers processes sum in a step, where each steps its part of every array; None elsewhere."""
     trained: tuple[tuple[str, tuple[str, ...]], ...]
     """(rule, the paths that it trains) for every different rule of the group."""
 
@@ -91,6 +93,9 @@ class Explanation:
             )
             if several:
                 lines += _trained(g.trained)
+            if g.crossing is not None:
+                over = f", and {g.crossing} numbers are summed over all of them" if g.crossing else ""
+                lines.append(f"  each process steps its part of every array{over}")
             if "(" in g.addresses:  # not the fastest road
                 lines.append(f"  addresses are {g.addresses}")
             lines += [f"  {line}" for line in g.plan.describe()]
@@ -148,6 +153,7 @@ def _cost(store: Store, group: Group, members: Any) -> GroupCost:
         rows=rows,
         addresses=str(pointers.road(group.kind.name, group.kind.device) or "") if not choice.reason else "",
         plan=plan,
+        crossing=sum(s.reductions for s in plan.steps) * len(members) if group.spread else None,
         trained=_rules(store, group, members),
     )
 

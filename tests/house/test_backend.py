@@ -265,4 +265,4 @@ def test_what_a_library_must_answer_does_not_grow() -> None:
     }
     records = ("Memory", "Stacks", "Scalars", "Derivatives", "Sparse", "Shards", "Graphs")
     assert counts["Library"] <= 42
-    assert sum(counts[name] for name in records) <= 42
+    assert sum(counts[name] for name in records) <= 43

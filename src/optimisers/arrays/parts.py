@@ -119,8 +119,50 @@ class Sparse(Protocol[A]):
         """Write some rows."""
 
 
+class Part(Protocol[A]):
+    """How the part of an array that lies here belongs to the whole of it, which is spread over processes."""
+
+    shape: Shape
+    """That of the part."""
+    strides: Strides
+    """Those of a dense array of this shape, in elements."""
+    of: Shape
+    """The shape of the whole."""
+    device: str
+    """Where the part lies."""
+
+    @abstractmethod
+    def local(self, x: A) -> A | None:
+        """The part of an array that is spread like this one; None for any other."""
+
+    @abstractmethod
+    def cut(self, x: A) -> A:
+        """The part of an array, which may be spread otherwise or not at all."""
+
+    @abstractmethod
+    def whole(self, local: A) -> A:
+        """The array of which this is the part that lies here; nothing is copied."""
+
+    @property
+    @abstractmethod
+    def across(self) -> object:
+        """The processes that hold the other parts; equal for arrays that are cut over the same ones."""
+
+    @abstractmethod
+    def joined(self, values: HostArray, how: str) -> HostArray:
+        """The sums (`sum`) or largest (`max`) of numbers over all processes that hold other parts: one
+        collective for every axis of processes along which the array is cut.
+        """
+
+
 class Shards(Protocol[A]):
     """Arrays that lie on several devices: by default none does."""
+
+    def part(self, x: A) -> Part[A] | None:
+        """How the part that lies here, in plain memory, belongs to the whole; None for an array that is not
+        spread over processes, or whose parts are not plain memory.
+        """
+        return None
 
     def is_spread(self, x: A) -> bool:
         """Whether the elements are shared out over several devices."""

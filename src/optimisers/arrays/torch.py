@@ -18,6 +18,7 @@ from optimisers.arrays.pages import on_large_pages
 from optimisers.arrays.parts import Derivatives, Graphs, Memory, Scalars, Sparse, Stacks, Strides
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape
 from optimisers.arrays.torch_operations import OPERATIONS, lift, product_type
+from optimisers.arrays.torch_shards import TorchShards
 
 Tensor = torch.Tensor
 
@@ -279,6 +280,7 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
     derivatives = Derivatives(operator.attrgetter("grad"), hessian_product, value_and_grad)
     scalars = TorchScalars()
     sparse = TorchSparse()
+    shards = TorchShards()
 
     # -- what an array is -----------------------------------------------------------------------------------
 

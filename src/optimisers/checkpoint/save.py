@@ -240,7 +240,7 @@ def arrays(state: object, model: object = None) -> dict[str, Any]:
         for name, value in whole([leaf], None).items():
             if not registry.isarray(value):
                 found[name] = _scalars(library, value)
-            elif kind.opaque:
+            elif library.is_opaque(value):
                 found[name] = library.copied(value, value.dtype)
             else:
                 found[name] = laid_out(library, value, value.dtype, None, kind.device)

@@ -14,6 +14,7 @@ from optimisers.arrays import registry
 from optimisers.arrays.numpy import library as host
 from optimisers.arrays.types import arithmetic, promoted
 from optimisers.engines.memory import Known, Spans, merged
+from optimisers.engines.spread import SpreadStep, joined
 from optimisers.engines.totals import Totals, on_host
 from optimisers.errors import BadState, DomainError, TraceError
 from optimisers.graph.expr import Expr
@@ -142,6 +143,8 @@ class Step:
         """Whether scalars are abstract, traced or read when a captured graph runs: none may be looked at."""
         self.xs, self.grads = job.xs, job.grads
         self.shapes, self.sizes = subset.places.shapes, subset.places.sizes
+        self.whole_sizes = self.sizes
+        """How many elements each array has, with the parts that other processes hold."""
         if stores_free(self.program):
             self._refuse_misfits()
         self.slots, self.out, self.row = group.slots, job.target.slots, job.table.row
@@ -149,8 +152,16 @@ class Step:
             self.slots = picked(self.slots, subset)
             self.out = picked(self.out, subset)
             self.row = self.row[subset.members]
+        self.spread: SpreadStep | None = None
+        if group.spread and job.traced:
+            self.slots = tuple(slot.separated() for slot in self.slots)
+            self.shapes = [
+                group.parts[i].of for i in (range(self.leaves) if subset.members is None else subset.members)
+            ]
+        elif group.spread:
+            self.spread = SpreadStep(self)  # from here on the step sees the parts that lie here
         self.scalars: StepScalars = _scalars(self)
-        self.level, self.reduced = 0, False
+        self.level, self.reduced, self.given = 0, False, False
         self.work: Any = None
         """What the engine has made of the arrays."""
         self.found_traced: dict[tuple[int, Any], dict[int, Any]] = {}
@@ -213,27 +224,37 @@ class Step:
 
     # -- sums ------------------------------------------------------------------------------------------------
 
+    def sum_up(self) -> tuple[Expr, ...] | None:
+        """Compute the reductions of the level at which the step stands: those that were wanted; None where
+        that is done already.
+        """
+        if self.reduced or self.level == len(self.stages):
+            return None
+        reductions = self.stages[self.level].reductions
+        wanted = tuple(self.needed(r) for r in reductions)
+        found = self.found(self.level, wanted) if any(wanted) else {}
+        for r in reductions:
+            self.scalars.put(r, found.get(r, np.zeros(self.leaves)), of_leaf=True)
+        self.reduced = True
+        return tuple(found)
+
     def advance(self, totals: Totals) -> bool:
-        """Go on as far as the totals known allow; whether anything moved."""
-        moved = False
-        while self.level < len(self.stages):
-            stage = self.stages[self.level]
-            if not self.reduced:
-                wanted = tuple(self.needed(r) for r in stage.reductions)
-                found = self.found(self.level, wanted) if any(wanted) else {}
-                for r in stage.reductions:
-                    self.scalars.put(r, found.get(r, np.zeros(self.leaves)), of_leaf=True)
-                for t in stage.totals:
-                    totals.give(t, self.scalars.total(total_join(t), t.args[0]))
-                self.reduced = moved = True
-            known = [totals.known(t) for t in stage.totals]
-            if any(value is None for value in known):
-                break
-            for t, value in zip(stage.totals, known, strict=True):
-                here = value if self.job.traced or self.engine.keeps_totals else on_host(value)
-                self.scalars.put(t, here, of_leaf=False)
-            self.level, self.reduced, moved = self.level + 1, False, True
-        return moved
+        """Go on to the next level where all totals of this one are known; whether it did."""
+        if not self.reduced:
+            return False
+        stage = self.stages[self.level]
+        if not self.given:
+            for t in stage.totals:
+                totals.give(t, self.scalars.total(total_join(t), t.args[0]))
+            self.given = True
+        known = [totals.known(t) for t in stage.totals]
+        if any(value is None for value in known):
+            return False
+        for t, value in zip(stage.totals, known, strict=True):
+            here = value if self.job.traced or self.engine.keeps_totals else on_host(value)
+            self.scalars.put(t, here, of_leaf=False)
+        self.level, self.reduced, self.given = self.level + 1, False, False
+        return True
 
     def found(self, level: int, wanted: tuple[bool, ...]) -> dict[Expr, Any]:
         """The wanted reductions of a level, by this engine or by the one it falls back on."""
@@ -328,6 +349,8 @@ class Step:
         if self.engine.finish is not None:
             self.engine.finish(self)
         job, target = self.job, self.job.target
+        if self.spread is not None and job.inplace:
+            self.library.memory.touched(job.xs)
         found, of_leaf = self.counters()
         target.table = target.table.write_counters(
             job.subset.members, found, of_leaf=of_leaf, computed=job.table
@@ -354,7 +377,7 @@ def _scalars(step: Step) -> Scalars:
     names = _names(step) if draws(step.program) else None
     if not step.job.traced:
         last = () if step.kind.capturable else step.program.new_counters
-        return Scalars(table.values, step.row, step.sizes, table.clock, host, names, last)
+        return Scalars(table.values, step.row, step.whole_sizes, table.clock, host, names, last)
     values = step.library.scalars.on_device(table.values, step.kind.device)
     return Scalars(values, step.row, step.sizes, table.clock, step.library, names)
 
@@ -401,8 +424,10 @@ def _levels(steps: Sequence[Step]) -> None:
     """Compute the sums of all steps, level by level."""
     totals = Totals([s.stages for s in steps], traced=any(s.job.traced for s in steps))
     while any(s.level < len(s.stages) for s in steps):
+        fresh = [(s, found) for s in steps if (found := s.sum_up()) is not None]
+        joined([(s, found) for s, found in fresh if found])
         moved = [s.advance(totals) for s in steps]
-        if not any(moved):
+        if not fresh and not any(moved):
             raise TraceError(
                 "two rules of this model wait for each other's totals; put their clipping in the same order"
             )

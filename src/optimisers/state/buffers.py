@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import registry
+from optimisers.arrays.layout import contiguous_strides
+from optimisers.arrays.parts import Part
 
 LARGE = 1 << 15
 """Elements from which an array has a buffer of its own."""
@@ -96,6 +98,12 @@ class Places:
         )
 
 
+def spread_out(parts: Sequence[Part[Any]]) -> Places:
+    """The places of whole arrays, of which these parts lie here."""
+    shapes = [part.of for part in parts]
+    return Places.of(shapes, list(map(contiguous_strides, shapes)))
+
+
 @dataclasses.dataclass(eq=False)
 class FlatBuffers:
     """The arrays of one slot of the state, one for each leaf of a group, side by side in buffers."""
@@ -133,7 +141,7 @@ class FlatBuffers:
     def empty(self) -> "FlatBuffers":
         """Buffers of the same form, not yet written."""
         fresh = [self.library.memory.empty(n, self.dtype, self.device) for n in self.places.lengths]
-        return FlatBuffers(self.name, self.dtype, self.device, self.places, fresh)
+        return dataclasses.replace(self, buffers=fresh)
 
     def copy(self) -> "FlatBuffers":
         new = self.empty()
@@ -143,7 +151,15 @@ class FlatBuffers:
 
     def pick(self, places: Places) -> "FlatBuffers":
         """The arrays at some of the places; they share the buffers."""
-        return FlatBuffers(self.name, self.dtype, self.device, places, self.buffers)
+        return dataclasses.replace(self, places=places)
+
+    def local(self) -> "FlatBuffers":
+        """The same arrays as engines see them."""
+        return self
+
+    def shape(self, i: int) -> tuple[int, ...]:
+        """The shape of an array."""
+        return self.places.shapes[i]
 
     def separated(self) -> "Separate":
         """The same arrays, each on its own; they are read, not written."""
@@ -188,6 +204,51 @@ class FlatBuffers:
         p, view = self.places, self.library.memory.view
         where = zip(p.buffer.tolist(), p.offset.tolist(), p.shapes, p.strides, strict=True)
         return (view(self.buffers[b], offset, shape, strides) for b, offset, shape, strides in where)
+
+
+@dataclasses.dataclass(eq=False)
+class Spread(FlatBuffers):
+    """The arrays of one slot of the state that are spread over processes: the parts that lie here are in the
+    buffers, and are shown as the arrays that they belong to.
+    """
+
+    parts: Sequence[Part[Any]] = ()
+    """How each array of the slot is spread, by its number."""
+
+    def local(self) -> FlatBuffers:
+        return FlatBuffers(self.name, self.dtype, self.device, self.places, self.buffers)
+
+    def part(self, i: int) -> Part[Any]:
+        """How an array is spread."""
+        return self.parts[self.places.number[i]]
+
+    def shape(self, i: int) -> tuple[int, ...]:
+        return self.part(i).of
+
+    def put(self, i: int, value: Any) -> None:
+        self.local().put(i, self._cut(i, value))
+
+    def put_many(self, members: Indices, values: Sequence[Any]) -> None:
+        self.local().put_many(
+            members, [self._cut(i, v) for i, v in zip(members.tolist(), values, strict=True)]
+        )
+
+    def separated(self) -> "Separate":
+        parts = [self.part(i) for i in range(len(self))]
+        return Separate(self.name, self.dtype, self.device, spread_out(parts), list(self))
+
+    def stacked(self, members: Indices) -> Any:
+        return None
+
+    def __getitem__(self, i: int) -> Any:
+        return self.part(i).whole(super().__getitem__(i))
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.part(i).whole(x) for i, x in enumerate(super().__iter__()))
+
+    def _cut(self, i: int, value: Any) -> Any:
+        """The part of a value that lies here; a number as it is."""
+        return self.part(i).cut(value) if registry.isarray(value) else value
 
 
 class Separate(FlatBuffers):

@@ -13,13 +13,15 @@ import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.arrays.layout import contiguous_strides
+from optimisers.arrays.parts import Part
 from optimisers.errors import BadSetting, BadState, ShapeError
 from optimisers.graph.expr import Expr, is_full_reduction, order
+from optimisers.graph.passes import draws
 from optimisers.graph.trace import Program, of_changes, trace
 from optimisers.nest import flatten, form, unflatten, values
 from optimisers.rule import Rule, needed, refuse_shape
 from optimisers.settings import fill, numbers, skeleton
-from optimisers.state.buffers import Bucketed, FlatBuffers, Indices, Places, Separate
+from optimisers.state.buffers import Bucketed, FlatBuffers, Indices, Places, Separate, Spread, spread_out
 from optimisers.state.cache import Cache, Subset
 from optimisers.state.table import ScalarTable, as_kind, table_of
 from optimisers.tree.path import KeyPath
@@ -45,6 +47,8 @@ class Shape:
     """Whether compiled kernels may run: nothing else was asked for. Whether they can is seen where a step is
     compiled.
     """
+    part: Part[Any] | None = None
+    """How the part that lies here belongs to the whole; None where it is no part."""
     capturable: bool = False
     """Whether the numbers of its state live on its device, each leaf's in a row of their own. They stay at
     their address, as the arrays do: a graph that was captured reads and writes them there.
@@ -66,6 +70,7 @@ class Shape:
             opaque,
             packed,
             engine in (None, "numba"),
+            None if capturable else library.shards.part(x),
             capturable,
         )
 
@@ -101,6 +106,10 @@ class Group:
     types: tuple[type, ...]
     """Python types of the counters, for those who look."""
     table: ScalarTable
+    parts: tuple[Part[Any], ...] = ()
+    """How each parameter is spread over processes, where every process steps the parts that it holds."""
+    whole: Shape | None = None
+    """The kind of these parameters; `kind` is that of the parts."""
     shared: bool = False
     """Whether another store may hold the same arrays: then they are copied before they are written."""
     changes: bool = False
@@ -139,11 +148,15 @@ class Group:
         """
         slots = tuple(p.separated() if traced else p.empty() if whole else p.copy() for p in self.slots)
         turned = traced and not all(isinstance(p, Separate) for p in self.slots)
+        kind = self.whole if traced and self.whole is not None else self.kind
         return dataclasses.replace(
             self,
             table=self.table.copy(),
             slots=slots,
             shared=False,
+            kind=kind,
+            places=spread_out(self.parts) if turned and self.parts else self.places,
+            parts=() if turned else self.parts,
             cache=Cache() if turned else self.cache,
         )
 
@@ -157,6 +170,11 @@ class Group:
         if members is None:
             return self.cache.all_of(self.leaves, self.places, self.slots)
         return self.cache.some_of(members, self.leaves, self.places, self.slots)
+
+    @property
+    def spread(self) -> bool:
+        """Whether every process steps the parts that it holds, which are plain memory."""
+        return bool(self.parts)
 
     @property
     def opaque(self) -> bool:
@@ -287,11 +305,13 @@ def program_of(
 def _group(items: list[Entry], program: Program, shapes: Sequence[Shape | None]) -> Group:
     kinds = [k for e in items if (k := shapes[e.leaf]) is not None]
     first, rule = kinds[0], items[0].rule
-    stacked = any(e.domain == "free" for e in order(program.roots, guards=True))
-    places = Places.of([k.shape for k in kinds], [k.strides for k in kinds], together=stacked)
+    cut, whole = _cut(kinds, program), first
+    if cut:
+        first = dataclasses.replace(first, device=cut[0].device, opaque=False)
+    places = _laid(cut or kinds, together=is_free(program))
     columns = zip(*([v for v in values(e.state) if registry.isarray(v)] for e in items), strict=True)
     slots = [
-        _slot(kinds, places if slot.shape is None else None, list(arrays))
+        _slot([first, *kinds[1:]], places if slot.shape is None else None, list(arrays), cut)
         for slot, arrays in zip(program.slots, columns, strict=True)
     ]
     return Group(
@@ -312,11 +332,34 @@ def _group(items: list[Entry], program: Program, shapes: Sequence[Shape | None])
             captured=first.capturable,
             apart=any(map(depends_on_leaf, program.new_counters)),
         ),
+        parts=cut,
+        whole=whole if cut else None,
     )
 
 
-def _slot(kinds: Sequence[Shape], places: Places | None, arrays: list[Any]) -> FlatBuffers:
-    """One array of the state of each leaf: at the places of the parameters, or, for None, at its own."""
+def _laid(arrays: Sequence[Shape | Part[Any]], *, together: bool) -> Places:
+    """The places of arrays of such shapes."""
+    return Places.of([a.shape for a in arrays], [a.strides for a in arrays], together=together)
+
+
+def is_free(program: Program) -> bool:
+    """Whether some values have another shape than the parameters."""
+    return any(e.domain == "free" for e in order(program.roots, guards=True))
+
+
+def _cut(kinds: Sequence[Shape], program: Program) -> tuple[Part[Any], ...]:
+    """How parameters are spread over processes, where each may step its parts alone; () elsewhere."""
+    if is_free(program) or draws(program):
+        return ()
+    return tuple(k.part for k in kinds if k.part is not None)
+
+
+def _slot(
+    kinds: Sequence[Shape], places: Places | None, arrays: list[Any], cut: tuple[Part[Any], ...]
+) -> FlatBuffers:
+    """One array of the state of each leaf: at the places of the parameters, or, for None, at its own; those
+    that are spread over processes are `cut`.
+    """
     first, library = kinds[0], kinds[0].library
     if first.packed and places is not None:
         bucketed = Places.bucketed([k.shape for k in kinds], [k.strides for k in kinds])
@@ -325,13 +368,15 @@ def _slot(kinds: Sequence[Shape], places: Places | None, arrays: list[Any]) -> F
     if first.opaque:
         return Separate(first.name, arrays[0].dtype, first.device, there, arrays)
     slot = FlatBuffers.zeros(library, arrays[0].dtype, first.device, there)
+    if cut:
+        arrays = [part.cut(a) for part, a in zip(cut, arrays, strict=True)]
     parts = list(slot)
     filled = [
         i for i, a in enumerate(arrays) if library.any_set(a)
     ]  # zeros are left as the system gives them
     if filled:
         library.assign_many([parts[i] for i in filled], [arrays[i] for i in filled])
-    return slot
+    return Spread(**vars(slot), parts=cut) if cut else slot
 
 
 def _rows(items: list[Entry], program: Program) -> list[list[Any]]:

@@ -10,6 +10,7 @@ from optimisers.engines import sparse
 from optimisers.engines.choose import engine_for
 from optimisers.engines.task import Engine, Job, Step, ready
 from optimisers.errors import BadState
+from optimisers.graph.passes import stages
 from optimisers.rule import Rule, needed
 from optimisers.settings import parts
 from optimisers.state.buffers import Indices
@@ -104,7 +105,7 @@ class Steps:
                 on = mask[at]
                 if not on.all():
                     members, taken = (np.arange(len(on)) if inside is None else inside)[on], at[on]
-            if not len(taken):
+            if not len(taken) and not (self.store.groups[g].spread and self.sums(g, orders)):
                 continue
             for inside_of, at_of, known in by_orders(members, taken, orders, self.store.groups[g]):
                 for chosen, at_chosen, engine in self.by_kind(g, inside_of, at_of, known):
@@ -114,6 +115,10 @@ class Steps:
                     jobs.append((self.job(g, chosen, given[0], tuple(given[1:])), engine))
         return jobs
 
+    def sums(self, g: int, orders: Orders) -> bool:
+        """Whether a step of a group has sums, which other processes may wait for."""
+        return bool(stages(self.store.groups[g].program_for(len(orders))))
+
     def by_kind(
         self, g: int, members: Any, taken: Any, orders: list[Sequence[Any]]
     ) -> list[tuple[Indices | None, Indices, Engine]]:
@@ -122,7 +127,13 @@ class Steps:
         """
         group = self.store.groups[g]
         engine = engine_for(group, self.store.engine, traced=self.traced)
-        whole = group.kind.name == "numpy" or self.traced or group.kind.capturable or len(orders) > 1
+        whole = (
+            group.kind.name == "numpy"
+            or self.traced
+            or group.kind.capturable
+            or group.spread
+            or len(orders) > 1
+        )
         if whole or not sparse.allowed(group):
             return [(members, taken, engine)]
         touched = np.array(sparse.sparse([orders[0][i] for i in taken]), bool)
@@ -206,5 +217,6 @@ class Steps:
         for step in self.steps:
             if step.new:
                 leaf = step.job.subset.leaves.tolist().__getitem__
-                found.update(zip(map(leaf, step.new), step.new.values(), strict=True))
+                new = step.new if step.spread is None else step.spread.whole(step.new)
+                found.update(zip(map(leaf, new), new.values(), strict=True))
         return found

@@ -181,7 +181,7 @@ def _are_arrays(values: Sequence[Any], slot: FlatBuffers, members: Sequence[int]
     return (
         PLAIN.issuperset(map(type, values))
         and {v.dtype for v in values} == {slot.dtype}
-        and list(map(torch.Tensor.size, values)) == [slot.places.shapes[i] for i in members]
+        and list(map(torch.Tensor.size, values)) == [slot.shape(i) for i in members]
     )
 
 
@@ -226,10 +226,10 @@ def misfit(block: Block, i: int, name: str, found: Any, others: Collection[str] 
     for key, slot in block.slots.items():
         if reason := _no_array(found[key], slot):
             return f"{key!r} of {name!r} {reason}"
-        if tuple(found[key].shape) != slot.places.shapes[i]:
+        if tuple(found[key].shape) != slot.shape(i):
             return (
                 f"{key!r} of {name!r} has shape {tuple(found[key].shape)}; the parameter takes "
-                f"{slot.places.shapes[i]}"
+                f"{slot.shape(i)}"
             )
     return ""
 

@@ -17,7 +17,7 @@ from optimisers.errors import TreeMismatch
 from optimisers.graph.clocks import UPDATES
 from optimisers.graph.courses import courses
 from optimisers.nest import flatten
-from optimisers.state.buffers import FlatBuffers, Separate
+from optimisers.state.buffers import FlatBuffers, Separate, Spread
 from optimisers.state.group import Group
 from optimisers.state.store import Store
 from optimisers.state.table import DeviceTable
@@ -56,7 +56,7 @@ class Shown:
 
 def _shown(slots: Mapping[str, FlatBuffers], arrays: Mapping[str, list[Any]]) -> list[Shown]:
     """The tensors of some slots that keep their memory, by element type."""
-    lasting = {name: slot for name, slot in slots.items() if not isinstance(slot, Separate)}
+    lasting = {name: slot for name, slot in slots.items() if not isinstance(slot, Separate | Spread)}
     kinds = dict.fromkeys(slot.dtype for slot in lasting.values())
     return [Shown({n: s for n, s in lasting.items() if s.dtype == kind}, arrays) for kind in kinds]
 
@@ -273,10 +273,10 @@ class Block:
         Raises TreeMismatch for another shape.
         """
         slot, tensor = self.slots[name], self.arrays[name][i]
-        if tuple(tensor.shape) != slot.places.shapes[i]:
+        if tuple(tensor.shape) != slot.shape(i):
             raise TreeMismatch(
                 f"{name!r} in optimizer.state was given memory of shape {tuple(tensor.shape)}; it takes "
-                f"{slot.places.shapes[i]}: put a new tensor into the dict of its parameter"
+                f"{slot.shape(i)}: put a new tensor into the dict of its parameter"
             )
         self.slots[name].library.assign(slot[i], tensor)
         tensor.data = slot[i]

@@ -46,6 +46,7 @@ class DeviceScalars:
         elif isinstance(value, torch.Tensor):
             self.totals[id(e)] = value
         else:
+            self.partials.pop(id(e), None)
             self.put_here.append(id(e))
             self.near.put(e, value, of_leaf=of_leaf)
         self.learn()
@@ -149,7 +150,7 @@ class DeviceScalars:
             )
             arguments.send(host, [], rows)
             table, row, clock = arguments.table, arguments.row, found
-        sizes = self.fixed("sizes", self.step.sizes)
+        sizes = self.fixed("sizes", self.step.whole_sizes)
         held = [self.gathered(e) for e in vectors]
         sums = [self.totals[id(e)] for e in totals]
         grid = 1 if total else -(-leaves // LANES)
