@@ -93,7 +93,7 @@ class Kron(Rule):
     `often[1]`, e^(-0.001 (t - 500)) between them, spread evenly; `precond_eta` is the rate of the fit,
     `start` the first value of the product of the factors, `seed` that of v. An array of more axes is the
     matrix nearest to a square; sides longer than `max_dim` and vectors have diagonal factors. Vectors do not
-    decay.
+    decay. Complex arrays are refused.
     """
 
     eta: Setting = setting(3e-4)
