@@ -136,7 +136,9 @@ def test_a_place_where_no_directory_can_be_made_is_refused(where: Path) -> None:
     refused("kernels are compiled anew in each process")
 
 
-@pytest.mark.parametrize("pattern", ["*.py", "__pycache__", "__pycache__/*.nbi", "__pycache__/*.nbc"])
+@pytest.mark.parametrize(
+    "pattern", ["*.py", "__pycache__", "__pycache__/*.nbi", "__pycache__/*.nbc", "__pycache__/*.o"]
+)
 def test_what_others_may_write_inside_is_refused(
     where: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +152,9 @@ def test_what_others_may_write_inside_is_refused(
     refused("can be written by others")
 
 
-@pytest.mark.parametrize("pattern", ["*.py", "__pycache__", "__pycache__/*.nbi", "__pycache__/*.nbc"])
+@pytest.mark.parametrize(
+    "pattern", ["*.py", "__pycache__", "__pycache__/*.nbi", "__pycache__/*.nbc", "__pycache__/*.o"]
+)
 def test_links_inside_are_refused(
     where: Path, tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,7 +206,7 @@ def test_a_text_cut_short_is_written_again(where: Path, monkeypatch: pytest.Monk
 
 def test_broken_compiled_code_is_compiled_again(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a_step_is_right()
-    for path in where.glob("__pycache__/*.nb?"):
+    for path in where.glob("__pycache__/*.*"):
         path.write_bytes(path.read_bytes()[:50])
     monkeypatch.setattr(cache, "_loaded", {})
     a_step_is_right()

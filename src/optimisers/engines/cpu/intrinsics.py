@@ -303,6 +303,46 @@ peek64 = _peek(I64, types.int64)
 peek32 = _peek(I32, types.int32)
 
 
+# -- calling compiled kernels --------------------------------------------------------------------------------
+
+
+@intrinsic
+def address_of(typingctx: object, array: Any) -> Any:
+    """Where the elements of an array of NumPy lie."""
+
+    def emit(context: Any, b: ir.IRBuilder, signature: Any, args: Sequence[ir.Value]) -> Any:
+        found = context.make_array(signature.args[0])(context, b, args[0])
+        return b.ptrtoint(found.data, I64)
+
+    return types.int64(array), emit
+
+
+@intrinsic
+def run(
+    typingctx: object,
+    kernel: object,
+    counter: object,
+    spans: object,
+    bounds: object,
+    chunks: object,
+    addresses: object,
+    leaves: object,
+    table: object,
+    scalars: object,
+    row: object,
+    partial: object,
+    pieces: object,
+) -> Any:
+    """Call a compiled kernel, which takes these words (see `compiler`)."""
+
+    def emit(context: Any, b: ir.IRBuilder, __: object, args: Sequence[ir.Value]) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [I64] * len(args[1:]))
+        b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 12), emit
+
+
 # -- the bits of a float32 -----------------------------------------------------------------------------------
 
 

@@ -154,12 +154,6 @@ CASTS: dict[tuple[str, str], str] = {
 """(type, type wanted) -> the conversion."""
 
 
-SIGNATURE = "void(i8, i8[::1], i8[:,::1], i8[:,::1], f8[:,::1], i8[::1])"
-SIGNATURE_SUMS = SIGNATURE[:-1] + ", f8[:,::1])"
-"""Types of counter, spans, chunks, addresses, table, row (and partial): given, so that loading a module
-compiles it.
-"""
-
 FIRST = {
     "sum": "float64(0)",
     "norm2": "float64(0)",
@@ -272,9 +266,7 @@ class Printer(Maths):
         lines += [
             "",
             "",
-            f'@njit("{SIGNATURE_SUMS if p.reductions else SIGNATURE}",',
-            '      nogil=True, error_model="numpy", cache=True,',
-            f"      fastmath={{{str(fast)[1:-1]}}})",
+            f"@compiled({str(fast)[1:-1]}, kept=True)",
         ]
         last = ", partial" if p.reductions else ""
         lines.append(f"def kernel(counter, spans, chunks, addresses, table, row{last}):")
@@ -469,8 +461,9 @@ def source(
         called = [name for name in FUNCTIONS if f" {name}(" in body]
         more = imported("functions", called) + imported("random", ["random_word"] if random_in(p) else [])
         return (
-            f"{about}import math\n\nimport numpy\nfrom numba import njit\n"
+            f"{about}import math\n\nimport numpy\n"
             "from numpy import complex64, complex128, float32, float64\n\n"
+            "from optimisers.engines.cpu.kernel import compiled\n"
             "from optimisers.engines.cpu.intrinsics import (\n    claim, complex_of, high_bits, join_bits, "
             "loader, low_bits, rank_max, rank_min,\n    refit, select, square, storer, "
             f"to_bfloat16, to_float16, to_float32, unrank,\n)\n{more}"

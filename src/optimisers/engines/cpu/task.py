@@ -26,6 +26,9 @@ from optimisers.state.group import Group
 
 NAME = "numba"
 
+NOTHING = np.empty((0, 0))
+"""The place of partial sums, for kernels without."""
+
 
 # -- which groups it takes -----------------------------------------------------------------------------------
 
@@ -147,14 +150,14 @@ def launch_with(
     for i, r in enumerate(rows):
         addresses[i] = r
     module = kernel(step, p)
-    compiled = module.kernel
+    work, sums = module.kernel.run, partial[0] if partial else NOTHING
     counter = np.zeros(1, np.int64)
     at = counter.ctypes.data
 
     def run(
         _held: object = (counter, step, module),
     ) -> None:  # whoever runs this keeps what lies at the addresses
-        compiled(at, chunks.spans, chunks.table, addresses, table, row, *partial)
+        work(at, chunks.spans, chunks.table, addresses, table, row, sums)
 
     threads.together(run, chunks.elements)
 

@@ -19,6 +19,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from optimisers.engines.cpu import machine
+
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 
 OFFSETS = {
@@ -245,79 +247,54 @@ Sizes of the tables; whether the numbers are float64; how many inputs; how many 
 many threads may help. After these: places, row, spans, chunks, kinds of the sums.
 """
 
-COUNTER, INSIDE, REFERENCES, SPANS, CHUNK, ADDRESSES, TABLE, ROW, PARTIAL, SIZES = range(10)
+COUNTER, INSIDE, REFERENCES, SPANS, CHUNK, ADDRESSES, TABLE, ROW, PARTIAL, KERNEL, SIZES = range(11)
 SCRATCH = SIZES + PLAN
 BLOCK = SCRATCH + 8
 """The block of a call in flight, in words; threads that come late look at it and at nothing else.
 
 The next span to claim; how many threads are in the kernel; how many still know the block; where the tables
-lie; the first words of the plan. Then room for arguments, and the tables that are made for this call.
+lie, and the kernel; the first words of the plan. Then room for arguments, and the tables that are made for
+this call.
 """
-
-TASK = """
-
-from numba import carray, cfunc
-
-from optimisers.engines.xla.c_api import add, call, fence, float64s, int64s, provide, symbol
-from optimisers.engines.xla.c_api import (
-    ADDRESSES, BOUNDS, CHUNK, CHUNKS, COLUMNS, INSIDE, LEAVES, PARTIAL, REFERENCES, ROW, ROWS, SCALARS, SIZES,
-    SPANS, SUMS, TABLE,
-)
-
-# form {edition}
-free, handle, own = symbol("optimisers_free"), symbol("optimisers_handle"), symbol("{name}_task")
-
-
-@cfunc("i8(i8)", cache=True)
-def task(block):
-    add(block + 8 * INSIDE, 1)
-    fence()
-    at, n = carray(int64s(block), SIZES), carray(int64s(block + 8 * SIZES), SUMS + 1)
-    kernel(
-        block,
-        carray(int64s(at[SPANS]), n[BOUNDS]),
-        carray(int64s(at[CHUNK]), (n[CHUNKS], 3)),
-        carray(int64s(at[ADDRESSES]), (n[COLUMNS], n[LEAVES])),
-        carray(float64s(at[TABLE]), (n[ROWS], n[SCALARS])),
-        carray(int64s(at[ROW]), n[LEAVES]),{partial}
-    )
-    add(block + 8 * INSIDE, -1)
-    if add(block + 8 * REFERENCES, -1) == 1:
-        call(free(), block, 0)
-    return 0
-
-
-provide("{name}_task", task.address)
-
-
-@cfunc("i8(i8)", cache=True)
-def handler(frame):
-    return call(handle(), frame, own())
-"""
-"""Follows the source of a kernel: what a thread does for a call, and the function that XLA calls."""
-
-LAST = "\n        carray(float64s(at[PARTIAL]), (n[SUMS], n[CHUNKS])),"
-"""The argument that only kernels with sums have."""
 
 HANDLE = '''"""Runs a kernel inside a computation of XLA: finds the arrays, shares work, gathers sums."""
 import math
 
 from numba import carray, cfunc
 
-from optimisers.engines.cpu.intrinsics import peek32, peek64
-from optimisers.engines.xla.c_api import add, call, fence, float32s, float64s, int64s, poke32, poke64, symbol
+from optimisers.engines.cpu.intrinsics import peek32, peek64, run
+from optimisers.engines.xla.c_api import add, call, fence, float32s, float64s, int64s, poke32, poke64, provide
+from optimisers.engines.xla.c_api import symbol
 from optimisers.engines.xla.c_api import (
-    ADDRESSES, BLOCK, BOUNDS, CHUNK, CHUNKS, COLUMNS, COUNTER, HELPERS, INPUTS, INSIDE, LEAVES, PARTIAL, PLAN,
-    REFERENCES, ROW, ROWS, SCALARS, SCRATCH, SIZES, SPANS, SUMS, TABLE, WIDE, WIDE_SUMS,
+    ADDRESSES, BLOCK, BOUNDS, CHUNK, CHUNKS, COLUMNS, COUNTER, HELPERS, INPUTS, INSIDE, KERNEL, LEAVES,
+    PARTIAL, PLAN, REFERENCES, ROW, ROWS, SCALARS, SCRATCH, SIZES, SPANS, SUMS, TABLE, WIDE, WIDE_SUMS,
 )
 
 # form {edition}
 malloc, free = symbol("optimisers_malloc"), symbol("optimisers_free")
 sched_yield, failure = symbol("optimisers_sched_yield"), symbol("optimisers_failure")
+task_of_all = symbol("optimisers_task")
+
+
+@cfunc("i8(i8)", cache=True)
+def task(block):
+    add(block + 8 * INSIDE, 1)
+    fence()
+    at = carray(int64s(block), SIZES)
+    n = carray(int64s(block + 8 * SIZES), PLAN)
+    run(at[KERNEL], block, at[SPANS], n[BOUNDS], at[CHUNK], at[ADDRESSES], n[LEAVES], at[TABLE], n[SCALARS],
+        at[ROW], at[PARTIAL], n[CHUNKS])
+    add(block + 8 * INSIDE, -1)
+    if add(block + 8 * REFERENCES, -1) == 1:
+        call(free(), block, 0)
+    return 0
+
+
+provide("optimisers_task", task.address)
 
 
 @cfunc("i8(i8, i8)", cache=True)
-def handle(frame, task):
+def handle(frame, kernel):
     extension = peek64(frame + 8)
     if extension != 0 and peek32(extension + 8) == 1:  # XLA asks for which version this was made
         about = peek64(extension + 24)
@@ -343,6 +320,8 @@ def handle(frame, task):
     n, at = carray(int64s(plan), PLAN), carray(int64s(block), BLOCK)
     places = plan + 8 * PLAN
     at[COUNTER] = 0
+    at[KERNEL] = kernel
+    task = task_of_all()
     at[INSIDE] = 0
     at[ROW] = places + 16 * n[COLUMNS] * n[LEAVES]
     at[SPANS] = at[ROW] + 8 * n[LEAVES]
@@ -422,7 +401,9 @@ def handle(frame, task):
         call(free(), block, 0)
     return 0
 '''
-"""Compiled once for all kernels. Takes the call frame and the address of the kernel's `task`."""
+"""Compiled once for all kernels: what a thread does for a call, and what XLA calls, given the call frame and
+the address of the kernel.
+"""
 
 
 def handler_text(folder: str) -> str:
@@ -434,6 +415,16 @@ def handler_text(folder: str) -> str:
     return HANDLE.format(edition=edition(), minor=Header(text).constant("XLA_FFI_API_MINOR"))
 
 
-def task_text(name: str, *, sums: bool) -> str:
-    """What follows the source of a kernel that XLA knows by this name."""
-    return TASK.format(edition=edition(), name=name, partial=LAST if sums else "")
+@functools.cache
+def handler(handle: int, kernel: int) -> Any:
+    """The function that XLA calls for a kernel, as long as the process runs: both are addresses."""
+    module = ir.Module("handler")
+    module.triple = llvmlite.binding.get_process_triple()
+    function = ir.Function(module, ir.FunctionType(I64, [I64]), "handler")
+    b: Any = ir.IRBuilder(function.append_basic_block())
+    kind = ir.FunctionType(I64, [I64, I64]).as_pointer()
+    b.ret(b.call(b.inttoptr(ir.Constant(I64, handle), kind), [function.args[0], ir.Constant(I64, kernel)]))
+    code = machine.Code(machine.object_code(module), "handler")
+    found: Any = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(code.address)
+    found.code = code
+    return found

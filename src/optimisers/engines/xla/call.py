@@ -47,16 +47,14 @@ def available() -> bool:
 
 
 TRIAL = '''"""Multiplies every array by a number of its own."""
-from numba import njit
-
+from optimisers.engines.cpu.kernel import compiled
 from optimisers.engines.cpu.intrinsics import claim, loader, storer
 
 load = loader("float32", 0, 1, "float32")
 store = storer("float32", 0, 1, "float32")
 
 
-@njit("void(i8, i8[::1], i8[:,::1], i8[:,::1], f8[:,::1], i8[::1])",
-      nogil=True, error_model="numpy", cache=True)
+@compiled(kept=True)
 def kernel(counter, spans, chunks, addresses, table, row):
     while True:
         s = claim(counter)
@@ -102,26 +100,26 @@ def _tried(cpu: Any) -> bool:
 # -- targets -------------------------------------------------------------------------------------------------
 
 
-def target(source: str, *, sums: bool = False) -> str:
+def target(source: str) -> str:
     """The name by which XLA knows the kernel of this source; loaded when it is first asked for.
 
     Raises OSError where the interface of this jaxlib is not the one that handlers were written for.
     """
     with cache.lock():
-        return _registered(source, sums=sums)
+        return _registered(source)
 
 
 @functools.cache
-def _registered(source: str, *, sums: bool) -> str:
+def _registered(source: str) -> str:
     import jax
 
     from optimisers.engines.xla import c_api
 
-    _handle()
+    handle = _handle().handle.address
     known = hashlib.sha256(f"{c_api.edition()} {source}".encode()).hexdigest()
     name = f"optimisers_{known[:24]}"
-    module = cache.lasting(source + c_api.task_text(name, sums=sums))
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(module.handler.ctypes), platform="cpu", api_version=1)
+    handler = c_api.handler(handle, cache.lasting(source).kernel.address)
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu", api_version=1)
     return name
 
 
@@ -133,9 +131,7 @@ def _handle() -> Any:
     from optimisers.engines.xla import c_api
 
     c_api.provide_system()
-    module = cache.lasting(c_api.handler_text(jax.ffi.include_dir()))
-    c_api.provide("optimisers_handle", module.handle.address)
-    return module
+    return cache.lasting(c_api.handler_text(jax.ffi.include_dir()))
 
 
 # -- calls ---------------------------------------------------------------------------------------------------
@@ -194,7 +190,7 @@ def launch(
     parts = [head, places, row, chunks.spans, chunks.table, [OPS.index(op) for op in ops]]
     plan = np.concatenate([np.ravel(np.asarray(p, np.int64)) for p in parts])
     call = jax.ffi.ffi_call(
-        target(source, sums=sums > 0),
+        target(source),
         alike(results, varying([table, *inputs])),
         input_output_aliases={1 + i: o for i, o in aliases.items()},
     )
