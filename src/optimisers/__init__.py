@@ -148,6 +148,9 @@ if TYPE_CHECKING:
     from optimisers.keras.optimizer import KerasOptimizer as KerasOptimizer
     from optimisers.torch.classes import from_torch_class as from_torch_class
     from optimisers.torch.optimizer import TorchOptimizer as TorchOptimizer
+    from optimisers.torch.to_torch import to_torch_state as to_torch_state
+    from optimisers.trainers import lightning_callback as lightning_callback
+    from optimisers.trainers import trainer_callback as trainer_callback
 
 __version__ = "0.1.0"
 

@@ -27,7 +27,7 @@ FLOORS = (
     ("engines",),
     ("step",),
     ("flat", "averaged", "checkpoint", "explain", "grads", "names", "torch", "jax"),
-    ("keras", "training", "curves"),
+    ("keras", "trainers", "training", "curves"),
     ("race",),
     ("__init__",),
     ("demo",),

@@ -114,6 +114,9 @@ BACKENDS: dict[str, Backend] = {
             public={
                 "TorchOptimizer": "optimisers.torch.optimizer",
                 "from_torch_class": "optimisers.torch.classes",
+                "lightning_callback": "optimisers.trainers",
+                "to_torch_state": "optimisers.torch.to_torch",
+                "trainer_callback": "optimisers.trainers",
             },
         ),
         Backend(

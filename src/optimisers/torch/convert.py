@@ -109,7 +109,7 @@ def _form(rule: Rule, axes: int) -> tuple[dict[str, Course], dict[str, str]]:
     paths = [(path, value) for path, value in flatten(state)]
     counters = [entry_name(path) for path, value in paths if not isinstance(value, torch.Tensor)]
     found = {counters[at - program.hypers]: course for at, course in courses(program).items()}
-    return found, {entry_name(path): _last(path) for path, _ in paths}
+    return found, {entry_name(path): last_name(path) for path, _ in paths}
 
 
 def _arrays(saved: Mapping[str, Any], group: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _arrays(saved: Mapping[str, Any], group: Mapping[str, Any], rule: Rule) -> d
     return found
 
 
-def _last(path: tuple[Any, ...]) -> str:
+def last_name(path: tuple[Any, ...]) -> str:
     """The name of what stands at a path, without the rules around it: `weight.0`."""
     named = max((i for i, part in enumerate(path) if isinstance(part, str)), default=0)
     return ".".join(map(str, path[named:]))
