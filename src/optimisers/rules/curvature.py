@@ -4,6 +4,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from optimisers import ops
 from optimisers.arrays.protocol import Array
+from optimisers.errors import BadSetting
 from optimisers.ops import abs2, clip, ema, maximum, minimum, sign, where, zeros_like
 from optimisers.rule import Pair, Rule, Setting, not_negative, setting, static
 from optimisers.rules.adam import AdamState, adam_state, check_decaying
@@ -104,10 +105,14 @@ class AdaHessian(Rule):
     beta: Pair = setting((0.9, 0.999))
     lam: Setting = setting(0.0)
     epsilon: Setting = setting(1e-8)
-    power: Setting = setting(1.0)
+    power: float = static(1.0)
 
     def check(self) -> None:
         check_decaying(self)
+        if not isinstance(self.power, int | float):
+            raise BadSetting(
+                f"AdaHessian.power is {self.power!r}; it takes one number, the same at every step"
+            )
 
     def init(self, x: Array) -> AdamState:
         return adam_state(x)
