@@ -54,7 +54,8 @@ def test_a_star_import_brings_every_name_that_needs_no_framework_and_loads_none(
 def test_a_name_that_needs_a_library_says_so_where_it_is_missing(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, public_names()[name], raising=False)
+    for module in (public_names()[name], "optimisers.keras.library"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     for module in FRAMEWORKS:
         monkeypatch.setitem(sys.modules, module, None)
 

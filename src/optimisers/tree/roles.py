@@ -85,11 +85,14 @@ def is_flat(parameter: Parameter) -> bool:
 
 def last_of_sequence(parameters: Sequence[Parameter]) -> int:
     """Which one is the last matrix of a model that is one sequence (a list, a tuple, `nn.Sequential`), or the
-    last `Dense` that stands at the root of the parameters of Linen, which counts them; -1 in others.
+    last `Dense` that stands at the root of the parameters of Linen, which counts them, where none is called a
+    head; -1 in others.
     """
     counted = [(_number(p), i) for i, p in enumerate(parameters) if is_matrix(p)]
     firsts = [keys_of(place)[:1] for p in parameters for place in p.places]
     if not all(keys and keys[0].isdigit() for keys in firsts):
+        if any(map(is_head, parameters)):
+            return -1
         counted = [(_dense(parameters[i]), i) for _, i in counted]
     number, last = max(counted, default=(-1, -1), key=lambda pair: pair[0])
     return last if number >= 0 else -1

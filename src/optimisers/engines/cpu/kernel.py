@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 import linecache
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
@@ -12,6 +13,8 @@ from optimisers.engines import cache
 from optimisers.engines.cpu import machine
 from optimisers.engines.cpu.compiler import Compiler, Unknown
 from optimisers.engines.trust import Untrusted, untrusted
+
+LOG = logging.getLogger("optimisers")
 
 LAUNCH = '''"""Calls a compiled kernel with its tables."""
 from numba import njit
@@ -55,6 +58,7 @@ def compiled(*flags: str, kept: bool = False) -> Callable[[Any], Kernel]:
             data = code_of(function, set(flags))
             if place is not None:
                 keep(place, data)
+                LOG.info("kernel %s was compiled, and is kept in %s", path.stem, place.parent)
         return Kernel(data)
 
     return decorated
