@@ -212,6 +212,7 @@ def test_code_of_other_machines_is_not_run(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_code_goes_with_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()  # kernels of other tests have gone
     closed: list[object] = []
     tracker = machine.llvm.orcjit.ResourceTracker
     dispose = tracker._dispose
