@@ -1,8 +1,6 @@
 """Parameters that are spread over two processes, each of which steps its parts by compiled kernels."""
 
 import copy
-import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import optimisers as opt
+from tests.processes import found_by, run_as_two
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo meets in a file of a POSIX system")
 
@@ -226,41 +225,13 @@ def one_of_two(rank: int, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both processes wrote what they found."""
     found = tmp_path_factory.mktemp("spread")
-    command = [sys.executable, "-m", "tests.torch.test_spread"]
-    runs = [
-        subprocess.Popen(
-            [*command, str(rank), str(found)],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for run in runs:
-            run.wait(200)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        for rank, run in enumerate(runs):
-            run.kill()
-            (found / f"{rank}.log").write_text(run.communicate()[0])
+    run_as_two("tests.torch.test_spread", found, 200)
     return found
 
 
-def found_by(folder: Path, name: str) -> dict[str, Any]:
+def agreed(folder: Path, name: str) -> dict[str, Any]:
     """What a run gave, which must be the same on both processes."""
-    results: list[Any] = []
-    for rank in range(2):
-        file = folder / f"{name}.{rank}"
-        if not file.exists():
-            pytest.fail((folder / f"{rank}.log").read_text()[-3000:] or "it did not finish")
-        results.append(torch.load(file, weights_only=True))
-        if isinstance(results[-1], str):
-            pytest.fail(results[-1])
-    first, second = results
+    first, second = (found_by(rank, name, folder) for rank in range(2))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[k], second[k]) if torch.is_tensor(first[k]) else True for k in first)
     return first
@@ -287,18 +258,18 @@ def same(found: dict[str, Any], wanted: dict[str, Any], within: float = 3e-6) ->
 @pytest.mark.parametrize("how", ["in place", "anew"])
 @pytest.mark.parametrize("name", RULES)
 def test_parts_go_the_way_of_the_whole(name: str, how: str, folder: Path) -> None:
-    same(found_by(folder, f"{how}, {name}"), alone(name), 8e-3 if name == "masters" else 3e-6)
+    same(agreed(folder, f"{how}, {name}"), alone(name), 8e-3 if name == "masters" else 3e-6)
 
 
 @pytest.mark.slow
 def test_the_interpreter_and_gradients_that_lie_elsewhere_do_too(folder: Path) -> None:
-    same(found_by(folder, "interpreted"), alone("norms of arrays"))
-    same(found_by(folder, "partial"), alone("a norm over all"))
+    same(agreed(folder, "interpreted"), alone("norms of arrays"))
+    same(agreed(folder, "partial"), alone("a norm over all"))
 
 
 @pytest.mark.slow
 def test_norms_whose_squares_overflow_or_vanish_are_summed(folder: Path) -> None:
-    found, unit = found_by(folder, "extreme"), drawn(1, torch.float64)
+    found, unit = agreed(folder, "extreme"), drawn(1, torch.float64)
     norm = sum(float((g**2).sum()) for g in unit.values()) ** 0.5
 
     for size in (1e200, 1e-200):
@@ -308,7 +279,7 @@ def test_norms_whose_squares_overflow_or_vanish_are_summed(folder: Path) -> None
 
 @pytest.mark.slow
 def test_copies_and_saved_states_go_on_alike(folder: Path) -> None:
-    found = found_by(folder, "continued")
+    found = agreed(folder, "continued")
     parameters = {k: torch.nn.Parameter(x) for k, x in drawn(0).items()}
     peer = torch.optim.AdamW(parameters.values(), 0.01, weight_decay=0)
     for n in (1, 2):
@@ -329,12 +300,12 @@ def test_edits_reach_the_parts(folder: Path) -> None:
     rate = {k: 0.5 if k == "even" else 0.1 for k in x}
     wanted = {k: p if k == "copied" else p - 0.9 * v[k] - rate[k] * second[k] for k, p in x.items()}
 
-    same(found_by(folder, "edited"), wanted)
+    same(agreed(folder, "edited"), wanted)
 
 
 @pytest.mark.slow
 def test_a_step_is_differentiated_over_the_parts(folder: Path) -> None:
-    found, start, grads = found_by(folder, "differentiated"), drawn(0), drawn(1)
+    found, start, grads = agreed(folder, "differentiated"), drawn(0), drawn(1)
 
     same({k: found[k] for k in SHAPES}, {k: torch.full(s, -0.1) for k, s in SHAPES.items()})
     same({k: found[f"after {k}"] for k in SHAPES}, {k: x - 0.1 * grads[k] for k, x in start.items()})
@@ -351,14 +322,14 @@ def test_an_optimizer_of_torch_shows_and_takes_the_parts(folder: Path) -> None:
             peer.state[parameters["even" if n == 1 else "copied"]]["exp_avg"].zero_()
         peer.step()
 
-    same(found_by(folder, "adapted"), {k: p.detach() for k, p in parameters.items()})
+    same(agreed(folder, "adapted"), {k: p.detach() for k, p in parameters.items()})
 
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_named_on_every_process(folder: Path) -> None:
     either = "a parameter has a gradient on all of them or on none"
 
-    assert found_by(folder, "refused") == {
+    assert agreed(folder, "refused") == {
         "plain": "grads['even'] is a plain array; the parameters are spread over processes: spread it as "
         "they are",
         "shape": "gradient of shape (2, 2) for parameters of shape (4, 3), at grads['even']",

@@ -7,9 +7,7 @@ section runs in two processes of its own: `python -m tests.torch.test_torch_opti
 import copy
 import inspect
 import io
-import os
 import pickle
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ import pytest
 
 import optimisers as opt
 from optimisers.engines import cache
+from tests.processes import found_by, run_as_two
 
 torch = pytest.importorskip("torch")
 
@@ -1894,38 +1893,8 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if sys.platform == "win32":
         pytest.skip("gloo meets in a file of a POSIX system")
     folder = tmp_path_factory.mktemp("shards")
-    root = Path(__file__).parents[2]
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.torch.test_torch_optimizer", str(rank), str(folder)],
-            cwd=root,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for run in runs:
-            run.wait(100)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        for run in runs:
-            run.kill()
-            (folder / f"{run.args[-2]}.log").write_text(run.communicate()[0])
+    run_as_two("tests.torch.test_torch_optimizer", folder, 100)
     return folder
-
-
-def found_by(rank: int, name: str, folder: Path) -> dict[str, Any]:
-    file = folder / f"{name}.{rank}"
-    if not file.exists():
-        pytest.fail((folder / f"{rank}.log").read_text()[-3000:] or "it did not finish")
-    result = torch.load(file, weights_only=True)
-    if isinstance(result, str):
-        pytest.fail(result)
-    return result
 
 
 def unsharded(make: Callable[[Any], Any], norm: float | None) -> dict[str, Any]:

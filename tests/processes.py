@@ -1,0 +1,48 @@
+"""Two processes that run a test module together, each of which writes what it found."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def run_as_two(module: str, folder: Path, seconds: float) -> None:
+    """Run a test module as `python -m module RANK FOLDER`, once for each of two ranks; what they print goes
+    into logs, and after so many seconds they are stopped.
+    """
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(rank), str(folder)],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for run in runs:
+            run.wait(seconds)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        for rank, run in enumerate(runs):
+            run.kill()
+            (folder / f"{rank}.log").write_text(run.communicate()[0])
+
+
+def found_by(rank: int, name: str, folder: Path) -> dict[str, Any]:
+    """What one of them wrote under a name; the test fails with what went wrong there, if something did."""
+    import torch
+
+    file = folder / f"{name}.{rank}"
+    if not file.exists():
+        pytest.fail((folder / f"{rank}.log").read_text()[-3000:] or "it did not finish")
+    result = torch.load(file, weights_only=True)
+    if isinstance(result, str):
+        pytest.fail(result)
+    return result
