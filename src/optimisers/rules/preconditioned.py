@@ -2,11 +2,10 @@
 SOAP, SPlus.
 
 Axis i of n elements has a Gram matrix (n, n), the mean of G G^T, where G is the gradient with that axis as
-rows and all others as columns. An axis longer than `max_dim` has none, and is left as it is.
+rows and all others as columns. An axis longer than `max_dim` has none, and is left as it is. One longer than
+`block` is cut into pieces, and the array into blocks, each an array of its own.
 """
 
-from collections.abc import Callable
-from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from optimisers import ops
@@ -17,7 +16,6 @@ from optimisers.ops import (
     conj,
     ema,
     maximum,
-    norm,
     real_zeros_like,
     sign,
     sqrt,
@@ -29,92 +27,27 @@ from optimisers.ops.derived import over
 from optimisers.ops.matrices import adjoint
 from optimisers.rule import Pair, Rule, Setting, at_least_one, in_unit_interval, not_negative, setting, static
 from optimisers.rules.adam import AdamState, adam_state, check_decaying, moments
+from optimisers.rules.axes import (
+    Blocks,
+    along,
+    blocks_of,
+    check_axes,
+    each,
+    gram,
+    grams_of,
+    identities_of,
+    mean_grams,
+    rotated,
+    rotated_back,
+)
 
-# -- along an axis -------------------------------------------------------------------------------------------
-
-
-def rows_of(y: Array, axis: int) -> Any:
-    """y as (before, n, after), where n is an axis."""
-    shape = y.shape
-    return ops.reshape(y, (prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])))
-
-
-def along(q: Array, y: Array, axis: int) -> Any:
-    """q times y along an axis: the matrix q for every vector along it."""
-    if len(y.shape) == 2:
-        return ops.matmul(q, y) if axis == 0 else ops.matmul(y, ops.transpose(q))
-    return ops.reshape(q @ rows_of(y, axis), y.shape)
-
-
-def gram(y: Array, axis: int) -> Any:
-    """G G^H, G being y with this axis as rows and all others as columns."""
-    if len(y.shape) == 2:
-        return y @ adjoint(y) if axis == 0 else ops.transpose(y) @ conj(y)
-    rows = rows_of(y, axis)
-    return ops.sum(rows @ adjoint(rows), axis=0)
-
-
-def rotated(y: Array, bases: tuple[Any, ...]) -> Any:
-    """y in the bases of its axes."""
-    for axis, q in enumerate(bases):
-        y = y if q is None else along(adjoint(q), y, axis)
-    return y
-
-
-def rotated_back(y: Array, bases: tuple[Any, ...]) -> Any:
-    """What `rotated` was given."""
-    for axis, q in enumerate(bases):
-        y = y if q is None else along(q, y, axis)
-    return y
-
-
-def joined(shape: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """A shape whose neighbouring axes are joined, from the first on, as long as they have `most` elements at
-    most together.
-    """
-    found: list[int] = []
-    for n in shape:
-        if found and (1 in (n, found[-1]) or found[-1] * n <= most):
-            found[-1] *= n
-        else:
-            found.append(n)
-    return tuple(found)
-
-
-def seen_as(x: Array, shape: tuple[int, ...]) -> Any:
-    """An array in another shape."""
-    return x if x.shape == shape else ops.reshape(x, shape)
-
-
-def for_axes(x: Array, made: Callable[[int], Any], max_dim: int, least: int = 2) -> tuple[Any, ...]:
-    """What is made of the length of every axis; None where it is above `max_dim`, or there are fewer axes
-    than `least`.
-    """
-    return tuple(made(n) if n <= max_dim and len(x.shape) >= least else None for n in x.shape)
-
-
-def grams_of(x: Array, max_dim: int, least: int = 2) -> tuple[Any, ...]:
-    """Gram matrices of nothing."""
-    return for_axes(x, lambda n: ops.zeros((n, n), like=x), max_dim, least)
-
-
-def mean_grams(beta: Any, grams: tuple[Any, ...], dx: Array) -> tuple[Any, ...]:
-    """The means of the Gram matrices after one more gradient."""
-    return tuple(None if c is None else ema(beta, c, gram(dx, i)) for i, c in enumerate(grams))
-
-
-def each(function: Callable[..., Any], *several: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A function of what belongs to each axis that has something."""
-    return tuple(None if items[0] is None else function(*items) for items in zip(*several, strict=True))
+# -- SOAP ----------------------------------------------------------------------------------------------------
 
 
 def eigenvectors(c: Array) -> Any:
     """The eigenvectors of a Gram matrix, those of the largest eigenvalues first."""
     w, q = ops.eigh(c)
     return ops.take(q, ops.argsort(-w), axis=-1)
-
-
-# -- SOAP ----------------------------------------------------------------------------------------------------
 
 
 class SOAPState(NamedTuple):
@@ -138,7 +71,9 @@ class SOAP(Rule):
     if it is None; `every` so many steps one step of power iteration and a QR decomposition renew the bases,
     and v is put in their order. Axes longer than `max_dim`, and all of an array with fewer than two unless
     `vectors`, keep their basis: that is Adam. `merge` joins neighbouring axes while their product is at most
-    `max_dim`, for kernels of convolutions; small matrices become vectors with one basis. The decay is taken
+    `max_dim`, for kernels of convolutions; small matrices become vectors with one basis. `block` cuts axes
+    that are longer into as few equal pieces as will do, the array into blocks, and each of these is stepped
+    as an array of its own: 768 x 3072 with a block of 1024 is three matrices 768 x 1024. The decay is taken
     beside the step, where the authors' code takes it after.
     """
 
@@ -151,25 +86,26 @@ class SOAP(Rule):
     max_dim: int = static(10000)
     vectors: bool = static(False)
     merge: bool = static(False)
+    block: int | None = static(None)
 
     def check(self) -> None:
         check_decaying(self)
-        at_least_one(self, "every")
-        at_least_one(self, "max_dim")
+        check_axes(self, self.block)
 
-    def seen(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape whose axes have bases."""
-        return joined(shape, self.max_dim) if self.merge else shape
+    def cut(self, shape: tuple[int, ...]) -> Blocks:
+        """The blocks whose axes have bases."""
+        return blocks_of(shape, self.max_dim, self.block, merge=self.merge)
 
     def init(self, x: Array) -> SOAPState:
         least = 1 if self.vectors or len(x.shape) > 1 else 2
-        x = seen_as(x, self.seen(x.shape))
-        bases = for_axes(x, lambda n: ops.eye(n, like=x), self.max_dim, least)
-        return SOAPState(adam_state(x), grams_of(x, self.max_dim, least), bases, 0)
+        cut = self.cut(x.shape)
+        grams = grams_of(cut, x, self.max_dim, least)
+        bases = identities_of(cut, x, self.max_dim, least)
+        return SOAPState(adam_state(cut.of(x)), grams, bases, 0)
 
     def apply(self, state: SOAPState, x: Array, dx: Array) -> Any:
-        first, bases = state.t == 0, state.bases
-        dx = seen_as(dx, self.seen(x.shape))
+        first, bases, cut = state.t == 0, state.bases, self.cut(x.shape)
+        dx = cut.of(dx)
         square = where(first, 0, abs2(rotated(dx, bases)))
         adam, _, _ = moments(self.beta, state.adam, where(first, 0, dx), square)
         step = rotated_back(rotated(adam.m, bases) / (sqrt(adam.v) + self.epsilon), bases)
@@ -179,7 +115,7 @@ class SOAP(Rule):
         due = (state.t % self.every == 0) & ~first
         v, bases = ops.every(due, lambda: renewed(adam.v, grams, bases), (adam.v, bases))
         new = AdamState(adam.m, v, (where(first, 0.0, mass), where(first, 0.0, energy)))
-        step = sqrt(energy) / mass * seen_as(step, x.shape) + self.lam * x
+        step = sqrt(energy) / mass * cut.back(step) + self.lam * x
         step = where(first, 0.0, self.eta) * step
         return SOAPState(new, grams, bases, state.t + 1), step
 
@@ -195,7 +131,7 @@ def renewed(v: Array, grams: tuple[Any, ...], bases: tuple[Any, ...]) -> tuple[A
             continue
         power = c @ q
         order = ops.argsort(-ops.real(ops.sum(conj(q) * power, axis=-2)))
-        v = ops.take(v, order, axis=axis)
+        v = ops.take(v, order, axis=len(c.shape) - 2 + axis)
         new.append(ops.qr(ops.take(power, order, axis=-1))[0])
     return v, tuple(new)
 
@@ -227,7 +163,8 @@ class Shampoo(Rule):
     arXiv:2309.06497. The roots are renewed every `every` steps, from the first one on, by eigenvalues, of
     which negative ones count as 0. With beta[1] = 1 Gram matrices are sums. `graft=None` steps by u itself.
     d counts the axes up to `max_dim` long; an array without any steps by Adam. `merge` as in `SOAP`: with a
-    max_dim of 1024 it is what Shi et al. do.
+    max_dim and a `block` of 1024 it is what Shi et al. do, but that they cut whole blocks off and leave the
+    rest. Each block has its own |h| / |u|.
     """
 
     eta: Setting = setting(0.01)
@@ -240,6 +177,7 @@ class Shampoo(Rule):
     every: int = static(10)
     max_dim: int = static(8192)
     merge: bool = static(False)
+    block: int | None = static(None)
 
     def check(self) -> None:
         in_unit_interval(self, "graft_beta")
@@ -249,20 +187,19 @@ class Shampoo(Rule):
             isinstance(second, float) and not 0 <= second <= 1
         ):
             raise BadSetting(f"Shampoo.beta is {self.beta!r}; it takes two numbers, in [0, 1) and [0, 1]")
-        at_least_one(self, "every")
-        at_least_one(self, "max_dim")
+        check_axes(self, self.block)
         if self.graft not in ("adam", None):
             raise BadSetting(f"Shampoo.graft is {self.graft!r}; it takes 'adam' or None")
 
-    def seen(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape whose axes have Gram matrices."""
-        return joined(shape, self.max_dim) if self.merge else shape
+    def cut(self, shape: tuple[int, ...]) -> Blocks:
+        """The blocks whose axes have Gram matrices."""
+        return blocks_of(shape, self.max_dim, self.block, merge=self.merge)
 
     def init(self, x: Array) -> ShampooState:
-        seen = seen_as(x, self.seen(x.shape))
-        grams = grams_of(seen, self.max_dim, 1)
+        cut = self.cut(x.shape)
+        grams = grams_of(cut, x, self.max_dim, 1)
         apart = self.graft is None and any(c is not None for c in grams)
-        roots = for_axes(seen, lambda n: ops.eye(n, like=x), self.max_dim, 1)
+        roots = identities_of(cut, x, self.max_dim, 1)
         v = None if apart else real_zeros_like(x)
         return ShampooState(zeros_like(x), grams, roots, v, (0.0, 0.0, 0.0), 0)
 
@@ -272,9 +209,11 @@ class Shampoo(Rule):
         m = ema(self.beta[0], state.m, dx)
         sums = self.beta[1] == 1
         part = where(sums, 1, 1 - self.beta[1])
-        g = seen_as(dx, self.seen(x.shape))
+        cut = self.cut(x.shape)
+        g = cut.of(dx)
         grams = tuple(
-            None if c is None else self.beta[1] * c + part * gram(g, i) for i, c in enumerate(state.grams)
+            None if c is None else self.beta[1] * c + part * gram(g, i, cut.outer)
+            for i, c in enumerate(state.grams)
         )
         power = -1 / (2 * max(1, sum(c is not None for c in grams)))
         whole = where(sums, 1, weight[1])
@@ -284,14 +223,16 @@ class Shampoo(Rule):
             state.roots,
         )
         w = m * (1 / weight[0])
-        u, v = seen_as(w, g.shape), state.v
+        u, v = cut.of(w), state.v
         for axis, p in enumerate(roots):
             u = u if p is None else along(p, u, axis)
-        u = seen_as(u, x.shape)
         if v is not None:
             v = ema(self.graft_beta, v, abs2(dx))
             h = w / (sqrt(v * (1 / weight[2])) + self.graft_epsilon)
-            u = h if all(p is None for p in roots) else u * (norm(h) / (norm(u) + 1e-16))
+            if all(p is None for p in roots):
+                return ShampooState(m, grams, roots, v, weight, state.t + 1), self.eta * (h + self.lam * x)
+            u = u * (cut.norms(cut.of(h)) / (cut.norms(u) + 1e-16))
+        u = cut.back(u)
         return ShampooState(m, grams, roots, v, weight, state.t + 1), self.eta * (u + self.lam * x)
 
 
@@ -299,7 +240,7 @@ def matrix_power(c: Array, power: float, epsilon: Any) -> Any:
     """(c + epsilon I)^power of a Gram matrix, of which rounding may have made eigenvalues negative."""
     w, q = ops.eigh(c)
     scaled = (maximum(w, 0) + epsilon) ** power
-    return (q * ops.reshape(scaled, (1, c.shape[-1]))) @ adjoint(q)
+    return (q * ops.reshape(scaled, (*c.shape[:-2], 1, c.shape[-1]))) @ adjoint(q)
 
 
 # -- SPlus ---------------------------------------------------------------------------------------------------
@@ -348,8 +289,9 @@ class SPlus(Rule):
 
     def init(self, x: Array) -> SPlusState:
         most = self.max_dim if x.ndim == 2 and max(x.shape) <= self.max_dim else 0
-        bases = for_axes(x, lambda n: ops.eye(n, like=x), most)
-        return SPlusState(zeros_like(x), grams_of(x, most), bases, zeros_like(x), 0.0, 0)
+        cut = blocks_of(x.shape, most, None, merge=False)
+        grams, bases = grams_of(cut, x, most), identities_of(cut, x, most)
+        return SPlusState(zeros_like(x), grams, bases, zeros_like(x), 0.0, 0)
 
     def apply(self, state: SPlusState, x: Array, dx: Array) -> Any:
         t, bases = state.t + 1, state.bases
