@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import safetensors.torch
 import torch
 
 import optimisers as opt
-from optimisers.checkpoint import about, files
+from optimisers.checkpoint import about, files, threads
 from optimisers.checkpoint import format as safetensors_format
 from tests.damage import damaged, kept
 
@@ -217,9 +218,60 @@ def test_saving_and_loading_take_the_room_of_one_array(tmp_path: Path) -> None:
     try:
         opt.save(tmp_path / "run", state, model, max_shard_size="1MB")
         opt.load(tmp_path / "run", state, model)
-        assert tracemalloc.get_traced_memory()[1] < 1.5 * largest + safetensors_format.CHUNK
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * largest + threads.CHUNK
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_what_is_loaded_where_it_lies_takes_no_room_at_all(kind: str, library: str, tmp_path: Path) -> None:
+    model: Any = {"w": torch.ones(500_000, dtype=getattr(torch, kind)), "b": torch.ones(3)}
+    if library == "numpy":
+        model = {
+            n: np.ones(x.shape, getattr(ml_dtypes, str(x.dtype)[6:], np.float32)) for n, x in model.items()
+        }
+    state = opt.setup(opt.Momentum(), model)
+    opt.save(tmp_path / "run", state, model)
+    opt.load(tmp_path / "run", state, model)
+    tracemalloc.start()  # it counts NumPy's memory, into which files are read
+    try:
+        opt.load(tmp_path / "run", state, model)
+        assert tracemalloc.get_traced_memory()[1] < threads.CHUNK + 200_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_several_threads_read_and_find_damage_as_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, model = trained()
+    opt.save(tmp_path / "run", state, model)
+    monkeypatch.setattr(threads, "SHARE", 1000)
+    monkeypatch.setattr(threads, "CHUNK", 300)
+    monkeypatch.setattr(safetensors_format, "SHARE", 1000)
+    opt.set_num_threads(3)
+    try:
+        fresh, again = trained(1)
+        opt.load(tmp_path / "run", fresh, again)
+        assert kept(fresh, again) == kept(state, model)
+        opt.save(tmp_path / "other", state, model)
+        raw = bytearray((tmp_path / "run").read_bytes())
+        assert raw == (tmp_path / "other").read_bytes()
+        raw[len(raw) // 2] ^= 1
+        (tmp_path / "run").write_bytes(raw)
+        with pytest.raises(opt.BadFile, match="its checksum is that of other bytes"):
+            opt.saved(tmp_path / "run")
+    finally:
+        opt.set_num_threads(None)
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (3, 7), (1, 4097), (4096, 65_537)])
+def test_checksums_of_runs_are_joined(sizes: tuple[int, int]) -> None:
+    first, second = (np.random.default_rng(n).bytes(n) for n in sizes)
+    both = threads.joined(zlib.crc32(first), zlib.crc32(second), len(second))
+
+    assert both == zlib.crc32(first + second)
 
 
 # -- damage --------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Which arrays share memory? Said with the address and the layout that their library answers."""
 
+import ctypes
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -7,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 
 from optimisers.arrays.layout import axes_in_memory, is_contiguous, permutation
-from optimisers.arrays.protocol import Array, DType, Library
+from optimisers.arrays.protocol import Array, DType, HostArray, Library
 from optimisers.arrays.registry import library, library_of
 
 
@@ -38,6 +39,23 @@ def bounds(x: Array) -> tuple[int, int]:
     reach = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
     last = sum(r for r in reach if r > 0)
     return start + sum(reach) - last, start + last + x.dtype.itemsize
+
+
+def on_host(x: Array) -> HostArray | None:
+    """The elements where they lie, as an array of NumPy to be read and written as long as `x` lives; bfloat16
+    as its bits. None where they are not one after another in the memory of the host.
+    """
+    own = library(x)
+    kind = own.type_name(x.dtype).replace("bfloat16", "uint16")
+    if own.is_opaque(x) or own.device(x) != "cpu" or kind not in np.sctypeDict:
+        return None
+    shape, strides = own.memory.layout(x)
+    if 0 in shape:
+        return np.empty(shape, kind)
+    if not is_contiguous(shape, strides, x.dtype.itemsize):
+        return None
+    room = (ctypes.c_char * (math.prod(shape) * x.dtype.itemsize)).from_address(own.memory.address(x))
+    return np.frombuffer(room, kind).reshape(shape)
 
 
 def shares(x: object, others: Sequence[Any]) -> bool:

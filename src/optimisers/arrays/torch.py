@@ -39,6 +39,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def of_host(x: HostArray) -> Tensor:
+    """An array of NumPy as a tensor on its memory, also where its type is that of ml_dtypes."""
+    if x.dtype.name == "bfloat16":
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
 def value_and_grad(function: Callable[[Any], Any], arrays: object, has_aux: bool) -> Any:
     """(what a function of a list or dict of tensors gives, its gradients); with `has_aux` it gives (value,
     aux).
@@ -404,7 +411,7 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
 
     def rounded(self, old: Tensor, value: Tensor | HostArray | Scalar) -> Tensor:
         if isinstance(value, np.ndarray):
-            return torch.from_numpy(value).to(old.device, old.dtype)
+            return of_host(value).to(old.device, old.dtype)
         if isinstance(value, Tensor):
             return value.to(old.dtype).expand(old.shape)
         return torch.full_like(old.detach(), value)

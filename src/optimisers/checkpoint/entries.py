@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optimisers.arrays import registry
+from optimisers.arrays import memory, registry
+from optimisers.arrays.protocol import HostArray
 from optimisers.checkpoint.format import CODES, PAIRS, Form
 from optimisers.errors import BadState
 from optimisers.nest import flatten
@@ -263,6 +264,15 @@ def refuse_spread(name: str, x: Any) -> None:
             f"{name} is shared out over several processes; save it with torch.distributed.checkpoint, or "
             "with Orbax"
         )
+
+
+def in_numpy(value: Any) -> HostArray:
+    """An array or numbers, as an array of NumPy: on its own memory where it is of the host."""
+    if not registry.isarray(value):
+        return np.array(value, float)
+    library = registry.library(value)
+    found = memory.on_host(value)
+    return library.to_numpy(value) if found is None else found
 
 
 def form_of(name: str, value: object) -> Form:

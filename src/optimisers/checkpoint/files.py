@@ -20,8 +20,10 @@ from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 
+from optimisers.arrays.protocol import HostArray
 from optimisers.checkpoint import format as safetensors
 from optimisers.checkpoint.format import Form, Header
+from optimisers.checkpoint.threads import side_by_side
 from optimisers.errors import BadFile, BadSetting
 
 File = str | os.PathLike[str]
@@ -223,9 +225,20 @@ class Reader:
         self.open.close()
 
     def read(self, name: str) -> Any:
-        """An array, as one of NumPy."""
-        part = self.parts[name]
-        return safetensors.read(part.file, part.header, name)
+        """An array, as one of NumPy; bfloat16 as ml_dtypes has it where that is there, else in single
+        precision.
+        """
+        part, form = self.parts[name], self.forms[name]
+        found = safetensors.read(part.file, part.header, name)
+        return safetensors.widened(found) if form.type == "bfloat16" else found
+
+    def fill(self, targets: Sequence[tuple[str, HostArray]]) -> None:
+        """Read arrays into memory of the host that has their shapes and types, bfloat16 as its bits."""
+
+        def one(target: tuple[str, HostArray]) -> None:
+            safetensors.fill(*self.parts[target[0]], *target)
+
+        side_by_side(one, targets, sum(x.nbytes for _, x in targets))
 
     def view(self, name: str) -> Any:
         """An array where it lies in the file, which is read when it is looked at; bfloat16 as its bits."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from optimisers.arrays import registry
+from optimisers.arrays.protocol import HostArray
 from optimisers.arrays.types import is_complex
 from optimisers.checkpoint.entries import Kept, Modelled, structure
 from optimisers.checkpoint.format import Form
@@ -17,9 +18,6 @@ from optimisers.settings import fill, parts
 Axes = tuple[int, ...] | None
 Renamed = str | tuple[str, Axes]
 """What something is called here, and in which order its axes stand here, as `numpy.transpose` takes it."""
-
-Called = Renamed | list[Renamed] | None
-"""The same; several of which the first that is here counts; None for what is not taken."""
 
 Called = Renamed | list[Renamed] | None
 """The same; several, of which the first that is here counts; None for what is not taken."""
@@ -43,7 +41,11 @@ class Source(Protocol):
         ...
 
     def view(self, name: str) -> Any:
-        """The same where it lies, if it lies somewhere."""
+        """The same where it lies, if it lies somewhere; then bfloat16 as its bits."""
+        ...
+
+    def fill(self, targets: Sequence[tuple[str, HostArray]]) -> None:
+        """Put arrays into memory of the host that has their shapes and types, bfloat16 as its bits."""
         ...
 
 
@@ -312,7 +314,8 @@ def _misfit(name: str, x: Any, at: Where | None, source: Source, known: Iterable
 
 def _numbers(source: Source, name: str) -> list[float]:
     found = np.asarray(source.read(name))
-    return [float("nan")] if found.dtype.kind not in "fiub" else found.ravel().tolist()
+    known = found.dtype.kind in "fiub" or found.dtype.name == "bfloat16"
+    return found.astype(np.float64).ravel().tolist() if known else [float("nan")]
 
 
 def _scalars(

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 from optimisers.checkpoint import files
-from optimisers.checkpoint.files import File
-from optimisers.checkpoint.save import load, save, saved
+from optimisers.checkpoint.files import File, Reader
+from optimisers.checkpoint.save import loaded_from, save, saved_in
 from optimisers.errors import BadFile, BadSetting
 
 STEP = "step"
@@ -87,8 +87,9 @@ class Checkpoints:
         """
         for file in reversed(self.files.values()):
             try:
-                found = load(file, state) if model is None else load(file, state, model)
-                more = saved(file).more
+                with Reader(file) as reader:
+                    found = loaded_from(reader, state, model, names=None, strict=True)
+                    more = saved_in(reader).more
             except (BadFile, FileNotFoundError) as error:
                 warnings.warn(f"{error}; an older checkpoint is taken", stacklevel=2)
                 continue

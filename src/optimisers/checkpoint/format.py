@@ -9,13 +9,16 @@ in the header, where it can be filled in when the last element was written.
 import json
 import math
 import re
+import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from optimisers.checkpoint.threads import SHARE, checksum_of, joined, read_into
 from optimisers.errors import BadFile
 
 CODES = {
@@ -43,9 +46,6 @@ PAIRS = "complex128"
 
 LONGEST = 100_000_000
 """Bytes of a header, at most: what the package itself reads."""
-
-CHUNK = 1 << 22
-"""Bytes that are read at once where a file is only looked through."""
 
 START = b'{"__metadata__":{"checksum":"crc32:'
 
@@ -104,52 +104,61 @@ def encoded(forms: Mapping[str, Form], about: Mapping[str, str]) -> bytes:
 
 
 def write(file: BinaryIO, forms: Mapping[str, Form], about: Mapping[str, str], data: Iterable[Any]) -> None:
-    """Write a whole file; `data` are the arrays in the order of `forms`, as `elements` gives them."""
+    """Write a whole file; `data` are the arrays in the order of `forms`, as `elements` gives them. While an
+    array is written, another thread takes its checksum.
+    """
     head = encoded(forms, about)
     checksum = zlib.crc32(head)
     file.write(head)
-    for array in data:
-        part = memoryview(array.reshape(-1).view(np.uint8))
-        checksum = zlib.crc32(part, checksum)
-        file.write(part)
+    with ThreadPoolExecutor(1) as beside:
+        for array in data:
+            part = memoryview(array.reshape(-1).view(np.uint8))
+            if part.nbytes < SHARE:
+                checksum = zlib.crc32(part, checksum)
+                file.write(part)
+                continue
+            own = beside.submit(zlib.crc32, part)
+            file.write(part)
+            checksum = joined(checksum, own.result(), part.nbytes)
     file.seek(8 + len(START))
     file.write(f"{checksum:08x}".encode())
 
 
 def elements(host: Any, kind: str) -> Any:
-    """An array of NumPy as it is written: its elements one after another, the smallest byte first."""
+    """An array of NumPy as it is written: its elements one after another, the smallest byte first; bfloat16
+    may come as its bits, or in single precision.
+    """
     if kind == "bfloat16":
-        wide = host if host.dtype.itemsize == 2 else np.ascontiguousarray(host, np.float32)
-        step = wide.dtype.itemsize // 2  # the upper half of a number in single precision is one in bfloat16
-        return np.ascontiguousarray(np.ascontiguousarray(wide).reshape(-1).view(np.uint16)[step - 1 :: step])
+        if host.dtype.itemsize == 2:
+            return np.ascontiguousarray(host).view(np.uint16)
+        wide = np.ascontiguousarray(host, np.float32)  # its upper half is the number in bfloat16
+        return np.ascontiguousarray(wide.reshape(-1).view(np.uint16)[1::2])
     return np.ascontiguousarray(host, host.dtype.newbyteorder("<"))
 
 
 def read(file: FileIO, header: Header, name: str) -> Any:
-    """An array of a file, as one of NumPy; bfloat16 in single precision, which holds it."""
+    """An array of a file, as one of NumPy; bfloat16 as its bits, in whole numbers."""
     form = header.forms[name]
-    file.seek(header.offsets[name])
-    if form.type != "bfloat16":
-        found = np.empty(form.shape, form.type)
-        _fill(file, name, found)
-        return found
-    wide = np.zeros((*form.shape, 2), np.uint16)
-    halves = wide.reshape(-1)[1::2]
-    for at in range(0, len(halves), CHUNK):
-        part = np.empty(len(halves[at : at + CHUNK]), np.uint16)
-        _fill(file, name, part)
-        halves[at : at + CHUNK] = part
-    return wide.view(np.float32).reshape(form.shape)
+    found = np.empty(form.shape, "uint16" if form.type == "bfloat16" else form.type)
+    fill(file, header, name, found)
+    return found
 
 
-def _fill(file: FileIO, name: str, target: Any) -> None:
-    """Read the next elements; raises BadFile where there are too few."""
-    left = memoryview(target.reshape(-1).view(np.uint8))
-    while left.nbytes:
-        got = file.readinto(left)
-        if not got:
-            raise BadFile(f"{name!r} was cut while the file was read; read it again")
-        left = left[got:]
+def widened(bits: Any) -> Any:
+    """Numbers in bfloat16, of their bits: in the type of ml_dtypes where that was imported, as who has arrays
+    of NumPy in it has done, else in single precision.
+    """
+    if (known := sys.modules.get("ml_dtypes")) is not None:
+        return bits.view(known.bfloat16)
+    wide = np.zeros((*bits.shape, 2), np.uint16)
+    wide[..., 1] = bits
+    return wide.view(np.float32).reshape(bits.shape)
+
+
+def fill(file: FileIO, header: Header, name: str, target: Any) -> None:
+    """Read the elements of an array into memory that is as large; raises BadFile where there are too few."""
+    if target.size:
+        read_into(file, memoryview(target.reshape(-1).view(np.uint8)), header.offsets[name])
 
 
 # -- what is not trusted -------------------------------------------------------------------------------------
@@ -173,21 +182,11 @@ def checked(file: FileIO) -> Header:
             "it was not written by save, or was damaged; if it is another tool's, read it with safetensors "
             "and write opt.from_arrays(state, arrays)"
         )
-    blank = START + b"00000000" + head[noted.end(1) :]
-    checksum = zlib.crc32(first + blank)
-    for part in _chunks(file, size - 8 - length):
-        checksum = zlib.crc32(part, checksum)
+    checksum = zlib.crc32(first + START + b"00000000" + head[noted.end(1) :])
+    checksum = checksum_of(file, 8 + length, size, checksum)
     if f"{checksum:08x}".encode() != noted[1]:
         raise BadFile("its checksum is that of other bytes: it was damaged, or changed by hand")
     return parsed(head, size - 8 - length)
-
-
-def _chunks(file: FileIO, rest: int) -> Iterator[Any]:
-    """The bytes behind the header."""
-    room = memoryview(bytearray(min(CHUNK, rest)))
-    while rest > 0 and (got := file.readinto(room[: min(rest, len(room))])):
-        yield room[:got]
-        rest -= got
 
 
 def parsed(head: bytes, size: int) -> Header:

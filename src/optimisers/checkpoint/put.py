@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays import registry
-from optimisers.checkpoint.entries import Modelled, form_of
-from optimisers.checkpoint.fit import Fitted, Plan, Source
+from optimisers.arrays.memory import on_host
+from optimisers.arrays.protocol import HostArray
+from optimisers.checkpoint.entries import Modelled, form_of, in_numpy
+from optimisers.checkpoint.fit import Fitted, Plan, Source, Where
+from optimisers.checkpoint.format import elements
 from optimisers.engines.signals import held
 from optimisers.errors import BadState
 from optimisers.settings import fill
+from optimisers.state.buffers import FlatBuffers
 from optimisers.state.leaf import parts
 from optimisers.state.store import Store
 from optimisers.tree.rebuild import rebuilt
@@ -65,16 +69,31 @@ def _slots(each: Fitted) -> list[Any]:
     return [where for where in each.arrays if where is not None]
 
 
-def _fill(slot: Any, members: Any, wanted: Sequence[Any], source: Source) -> None:
-    """Read the arrays of one slot, as many at a time as one large one takes room."""
+def _fill(slot: FlatBuffers, members: Any, wanted: Sequence[Where], source: Source) -> None:
+    """Write the arrays of one slot: straight into its memory, or as many at a time as one large one takes
+    room.
+    """
+    there = [slot.in_place(i) for i in members.tolist()]
+    hosts = [_memory(x, where, source) for x, where in zip(there, wanted, strict=True)]
+    source.fill([(where.name, h) for where, h in zip(wanted, hosts, strict=True) if h is not None])
+    slot.library.memory.touched([x for x, h in zip(there, hosts, strict=True) if h is not None])
+    rest = [k for k, host in enumerate(hosts) if host is None]
     most = max(form.bytes for form in source.forms.values())
-    for part in _batches([source.forms[where.name].bytes for where in wanted], most):
-        some = members[part]
+    for part in _batches([source.forms[wanted[k].name].bytes for k in rest], most):
+        some = members[rest[part]]
         values = [
-            _ours(wanted[k].of(source), slot[i])
-            for k, i in zip(range(len(wanted))[part], some.tolist(), strict=True)
+            _ours(wanted[k].of(source), slot[i]) for k, i in zip(rest[part], some.tolist(), strict=True)
         ]
         slot.put_many(some, values)
+
+
+def _memory(x: Any, where: Where, source: Source) -> HostArray | None:
+    """The memory of an array, where what was saved can be put into it as it is; None where it is converted,
+    turned, or sent elsewhere.
+    """
+    if x is None or where.axes is not None or source.forms[where.name].type != registry.type_name(x):
+        return None
+    return on_host(x)
 
 
 def _batches(sizes: Sequence[int], most: int) -> Iterator[slice]:
@@ -85,7 +104,8 @@ def _batches(sizes: Sequence[int], most: int) -> Iterator[slice]:
             yield slice(start, k)
             start, room = k, most
         room -= size
-    yield slice(start, len(sizes))
+    if sizes:
+        yield slice(start, len(sizes))
 
 
 def _numbers(store: Store, leaves: dict[int, Fitted]) -> None:
@@ -107,18 +127,22 @@ def _numbers(store: Store, leaves: dict[int, Fitted]) -> None:
 
 def _model(model: Modelled, plan: Plan, source: Source) -> Any:
     new: dict[int, Any] = {}
+    straight: list[tuple[Any, str, HostArray]] = []
     for name, where in plan.model.items():
-        if name in model.beside:
-            own = model.beside[name]
-            own.write(_ours(where.of(source), own.value))
-            continue
-        leaf, x = model.leaves[name]
+        leaf, x = model.leaves[name] if name in model.leaves else (-1, model.beside[name].value)
         library = registry.library(x)
-        value = _ours(where.of(source), x)
-        if library.immutable:
-            new[leaf] = value
+        host = None if library.immutable else _memory(x, where, source)
+        if host is not None:
+            straight.append((x, where.name, host))
+        elif leaf < 0:
+            model.beside[name].write(_ours(where.of(source), x))
+        elif library.immutable:
+            new[leaf] = _ours(where.of(source), x)
         else:
-            library.assign(x, value)
+            library.assign(x, _ours(where.of(source), x))
+    source.fill([(name, host) for _, name, host in straight])
+    for x, _, _ in straight:
+        registry.library(x).memory.touched([x])
     made, writes = rebuilt(model.node, model.model, new)
     _run(writes)
     return made
@@ -154,6 +178,13 @@ class Given:
     def read(self, name: str) -> Any:
         value = self.arrays[name]
         found = registry.library(value).to_numpy(value) if registry.isarray(value) else np.asarray(value)
-        if found.dtype.kind not in "fciub":  # one of ml_dtypes
+        if found.dtype.kind not in "fciub" and found.dtype.name != "bfloat16":  # another one of ml_dtypes
             found = found.astype(np.float32)
         return found if found.flags.writeable else found.copy()
+
+    def fill(self, targets: Sequence[tuple[str, HostArray]]) -> None:
+        """Copy arrays into memory of the host that has their shapes and types."""
+        for name, target in targets:
+            np.copyto(
+                target, elements(in_numpy(self.arrays[name]), self.forms[name].type).reshape(target.shape)
+            )

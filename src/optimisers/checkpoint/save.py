@@ -2,16 +2,17 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 
 from optimisers.arrays import registry
 from optimisers.arrays.memory import laid_out
+from optimisers.arrays.protocol import HostArray
 from optimisers.checkpoint import files
 from optimisers.checkpoint.about import About, parted, plainly, rules_of, ties_of, understood, written
-from optimisers.checkpoint.entries import form_of, kept_of, modelled, tree_of, whole
+from optimisers.checkpoint.entries import form_of, in_numpy, kept_of, modelled, tree_of, whole
 from optimisers.checkpoint.files import File, Reader
 from optimisers.checkpoint.fit import Fitted, Names, fitted
 from optimisers.checkpoint.format import Form, elements
@@ -82,9 +83,7 @@ class Elements(Mapping[str, Any]):
         self.values_of, self.forms = values, forms
 
     def __getitem__(self, name: str) -> Any:
-        value = self.values_of[name]
-        host = registry.library(value).to_numpy(value) if registry.isarray(value) else np.array(value, float)
-        return elements(host, self.forms[name].type)
+        return elements(in_numpy(self.values_of[name]), self.forms[name].type)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.values_of)
@@ -113,10 +112,15 @@ def saved(file: File) -> Saved:
     Raises BadFile for a file that is none, or is damaged; FileNotFoundError where there is none.
     """
     with Reader(file) as reader:
-        about = _about(reader)
-        more = {**about.more, **{n[1:]: reader.read(n) for n in reader.forms if n[:1] == "@"}}
-        rules = {name: ruled.rule for ruled in about.rules for name in ruled.names}
-        return Saved(more, rules, {name: (form.type, form.shape) for name, form in reader.forms.items()})
+        return saved_in(reader)
+
+
+def saved_in(reader: Reader) -> Saved:
+    """What an open checkpoint holds."""
+    about = _about(reader)
+    more = {**about.more, **{n[1:]: reader.read(n) for n in reader.forms if n[:1] == "@"}}
+    rules = {name: ruled.rule for ruled in about.rules for name in ruled.names}
+    return Saved(more, rules, {name: (form.type, form.shape) for name, form in reader.forms.items()})
 
 
 def _about(reader: Reader) -> About:
@@ -147,6 +151,10 @@ class InFile:
         """An array where it lies in the file; bfloat16 as whole numbers of its bits."""
         return self.reader.view(name)
 
+    def fill(self, targets: Sequence[tuple[str, HostArray]]) -> None:
+        """Read arrays into memory."""
+        self.reader.fill(targets)
+
 
 @overload
 def load(file: File, state: S, model: None = None, *, strict: bool = True, names: Names = None) -> S: ...
@@ -162,7 +170,9 @@ def load(
     a new state and a new model, and the old ones stay as they were. What else was saved is
     `saved(file).more`.
 
-    All of the file is read and checked before the first array is written. Raises BadFile for one that is
+    All of the file is looked through and checked before the first array is written; then each array is read
+    to where it belongs, so that no memory is taken beside it, or room for one where it is converted, turned
+    or sent to another device. Raises BadFile for one that is
     damaged or none of ours, and TreeMismatch, naming the first thing that does not fit, for other rules,
     names, shapes or types. With `strict=False` what fits is taken, types are converted, and a warning says
     what was left. A part of a state, with that part of the model, takes its part of the file.
@@ -173,17 +183,32 @@ def load(
     The state is turned with its parameters; where that cannot be, it is refused by name.
     """
     with Reader(file) as reader:
+        return loaded_from(reader, state, model, names=names, strict=strict)
+
+
+def loaded_from(reader: Reader, state: object, model: object, *, names: Names, strict: bool) -> Any:
+    """The state, or (state, model), as an open checkpoint has them."""
+    try:
         source = InFile(reader, typed=strict)
-        try:
-            return _loaded(source, state, model, names=names, strict=strict, what="load")
-        except TreeMismatch as error:
-            raise TreeMismatch(f"{reader.path}: {error}") from error
+        return _loaded(source, state, model, names=names, strict=strict, what="load", depth=4)
+    except TreeMismatch as error:
+        raise TreeMismatch(f"{reader.path}: {error}") from error
 
 
 def _loaded(
-    source: Any, state: object, model: object, *, names: Names, strict: bool, what: str, forked: bool = False
+    source: Any,
+    state: object,
+    model: object,
+    *,
+    names: Names,
+    strict: bool,
+    what: str,
+    forked: bool = False,
+    depth: int = 3,
 ) -> Any:
-    """The state, or (state, model), with what was saved; `forked` leaves the old state as it was."""
+    """The state, or (state, model), with what was saved; `forked` leaves the old state as it was. Warnings
+    are those of the caller so many calls above.
+    """
     path, kept = _path(state), kept_of(state, what)
     beside = None if model is None else modelled(model, path)
     optimizer: Any = state if hasattr(state, "load_named") else None
@@ -198,7 +223,7 @@ def _loaded(
         ruled=optimizer is None or groups is None,
     )
     if plan.left:
-        warnings.warn(f"not loaded: {'; '.join(plan.left)}", stacklevel=3)
+        warnings.warn(f"not loaded: {'; '.join(plan.left)}", stacklevel=depth)
     if optimizer is not None:
         refuse_read_only(beside, plan)
         optimizer.load_named({each.kept.name: _entries(each, source) for each in plan.leaves}, groups)

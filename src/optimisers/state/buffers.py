@@ -165,6 +165,10 @@ class FlatBuffers:
         """The same arrays, each on its own; they are read, not written."""
         return Separate(self.name, self.dtype, self.device, self.places, list(self))
 
+    def in_place(self, i: int) -> Any:
+        """An array that writes into the slot; None where what is written must be given to `put`."""
+        return self[i]
+
     def put(self, i: int, value: Any) -> None:
         """Write an array, rounding once to the type of the slot."""
         self.library.assign(self[i], value)
@@ -225,6 +229,9 @@ class Spread(FlatBuffers):
     def shape(self, i: int) -> tuple[int, ...]:
         return self.part(i).of
 
+    def in_place(self, i: int) -> Any:
+        return None
+
     def put(self, i: int, value: Any) -> None:
         self.local().put(i, self._cut(i, value))
 
@@ -270,6 +277,9 @@ class Separate(FlatBuffers):
 
     def separated(self) -> "Separate":
         return self.copy()
+
+    def in_place(self, i: int) -> Any:
+        return None
 
     def put(self, i: int, value: Any) -> None:
         old = self[i]
