@@ -147,6 +147,7 @@ if TYPE_CHECKING:
     from optimisers.jax.pytree import vmap_axes as vmap_axes
     from optimisers.keras.optimizer import KerasOptimizer as KerasOptimizer
     from optimisers.torch.classes import from_torch_class as from_torch_class
+    from optimisers.torch.in_backward import step_in_backward as step_in_backward
     from optimisers.torch.optimizer import TorchOptimizer as TorchOptimizer
     from optimisers.torch.to_torch import to_torch_state as to_torch_state
     from optimisers.trainers import lightning_callback as lightning_callback

@@ -79,8 +79,9 @@ class Explanation:
 
     def __str__(self) -> str:
         lines: list[str] = []
-        several = sum(len(g.trained) for g in self.groups) > 1
-        for g in self.groups:
+        groups = _together(self.groups)
+        several = sum(len(g.trained) for g in groups) > 1
+        for g in groups:
             lines.append(
                 f"{g.rule}\n  {g.leaves} array{'s' * (g.leaves != 1)} of {g.dtype}, {g.parameters:,} "
                 f"parameters, state {g.state_bytes / 1e6:,.1f} MB, {g.rows} "
@@ -106,6 +107,26 @@ class Explanation:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _together(groups: Sequence[GroupCost]) -> list[GroupCost]:
+    """The groups, those as one that differ in nothing but their arrays: each of these is stepped alone."""
+    kinds: dict[Any, list[GroupCost]] = {}
+    for g in groups:
+        fixed = g.rule, g.dtype, g.engine, g.reason, g.passes, g.bytes_per_parameter, g.addresses, g.crossing
+        kinds.setdefault((*fixed, *g.plan.describe()), []).append(g)
+    return [_sum(alike) if len(alike) > 1 else alike[0] for alike in kinds.values()]
+
+
+def _sum(alike: Sequence[GroupCost]) -> GroupCost:
+    """What some groups come to that are alike."""
+    trained: dict[str, tuple[str, ...]] = {}
+    for g in alike:
+        for rule, paths in g.trained:
+            trained[rule] = (*trained.get(rule, ()), *paths)
+    sums = ("leaves", "parameters", "state_bytes", "rows")
+    changes: dict[str, Any] = {name: sum(getattr(g, name) for g in alike) for name in sums}
+    return dataclasses.replace(alike[0], **changes, trained=tuple(trained.items()))
 
 
 def _trained(trained: Sequence[tuple[str, Sequence[str]]]) -> list[str]:

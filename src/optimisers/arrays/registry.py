@@ -115,6 +115,7 @@ BACKENDS: dict[str, Backend] = {
                 "TorchOptimizer": "optimisers.torch.optimizer",
                 "from_torch_class": "optimisers.torch.classes",
                 "lightning_callback": "optimisers.trainers",
+                "step_in_backward": "optimisers.torch.in_backward",
                 "to_torch_state": "optimisers.torch.to_torch",
                 "trainer_callback": "optimisers.trainers",
             },

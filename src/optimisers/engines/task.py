@@ -356,6 +356,12 @@ class Step:
             job.subset.members, found, of_leaf=of_leaf, computed=job.table
         )
 
+    def release(self) -> None:
+        """Let go of what was read: what refers back to this step would keep the gradients until a garbage
+        collector comes.
+        """
+        self.stores, self.work, self.spread = [], None, None
+
     def counters(self) -> tuple[list[Any], bool]:
         """(the new counters, whether they differ from leaf to leaf); those of a capturable state stay on the
         device, where they are stored already.

@@ -256,12 +256,14 @@ def grouped(
     shapes: Sequence[Shape | None],
     programs: dict[Any, Program] | None = None,
     paths: Sequence[KeyPath] = (),
+    *,
+    alone: bool = False,
 ) -> list[Group]:
     """Groups for entries, or (leaf, rule, state): one for each rule structure, form of state, type and
-    device. `programs` are those that were made before, to be taken again; `paths` those of all leaves, for
-    messages.
+    device; or for each leaf, where each is stepped `alone`. `programs` are those that were made before, to be
+    taken again; `paths` those of all leaves, for messages.
     """
-    kinds: dict[Any, list[Entry]] = {}
+    kinds: dict[Any, tuple[Program, list[Entry]]] = {}
     programs = {} if programs is None else programs
     skeletons: dict[int, Any] = {}
     for given in entries:
@@ -279,8 +281,8 @@ def grouped(
             key = (*key, kind.shape)
             if key not in programs:
                 programs[key] = program_of(rule, state, kind, path=path)
-        kinds.setdefault(key, []).append(entry)
-    return [_group(items, programs[key], shapes) for key, items in kinds.items()]
+        kinds.setdefault((key, entry.leaf if alone else None), (programs[key], []))[1].append(entry)
+    return [_group(items, program, shapes) for program, items in kinds.values()]
 
 
 def _arrays(state: Any, kind: Shape) -> Any:

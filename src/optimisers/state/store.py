@@ -51,6 +51,8 @@ class Store:
     """The engine that must run all groups; None to choose by group."""
     conjugate: bool = False
     """Whether complex gradients are the conjugates of the direction of steepest ascent."""
+    alone: bool = False
+    """Whether each leaf is stepped alone, and has a group of its own."""
     group_of: Indices = dataclasses.field(init=False)
     index_of: Indices = dataclasses.field(init=False)
     handles: dict[Any, Any] = dataclasses.field(default_factory=dict[Any, Any])
@@ -330,7 +332,11 @@ class Store:
                 if group.captured:
                     self.retired.append(group)
             self.groups = kept + grouped(
-                sorted(entries, key=lambda e: e.leaf), self.shapes, self.programs, self.layout.paths
+                sorted(entries, key=lambda e: e.leaf),
+                self.shapes,
+                self.programs,
+                self.layout.paths,
+                alone=self.alone,
             )
             self.index()
         self.changed()

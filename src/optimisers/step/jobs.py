@@ -200,7 +200,10 @@ class Steps:
             self.advance_clocks()
         if self.inplace:
             self.store.changed()
-        return self.new()
+        new = self.new()
+        for step in self.steps:
+            step.release()
+        return new
 
     def advance_clocks(self) -> None:
         """Count the update for every leaf that it covered, stepped or not."""

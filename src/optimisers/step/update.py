@@ -121,9 +121,10 @@ def store_of(
     packed: bool = False,
     capturable: bool = False,
     programs: dict[Any, Any] | None = None,
+    alone: bool = False,
 ) -> Store:
     """The state of some arrays, each with a rule, or with None to train nothing there. `programs` are those
-    of a state beside it.
+    of a state beside it; where each array is stepped `alone`, it has a group of its own.
     """
     shapes = [
         None if r is None else Shape.of(x, engine, packed=packed, capturable=capturable)
@@ -139,8 +140,9 @@ def store_of(
     if packed:
         _refuse_cut(layout, shapes, arrays)
     programs = {} if programs is None else programs
-    groups = grouped(entries, shapes, programs, layout.paths)
-    store = Store(layout, shapes, groups, np.zeros(len(arrays), bool), engine=engine, programs=programs)
+    groups = grouped(entries, shapes, programs, layout.paths, alone=alone)
+    frozen = np.zeros(len(arrays), bool)
+    store = Store(layout, shapes, groups, frozen, engine=engine, programs=programs, alone=alone)
     for group in store.groups:
         if group.table.traced:
             near = [arrays[leaf] for leaf in group.leaves]

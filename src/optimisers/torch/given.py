@@ -1,5 +1,5 @@
-"""What is a step given beside the gradients of torch? Second gradients, and the gradients of single examples,
-where the optimiser holds the parameters and not the model.
+"""What is a step given beside the gradients of torch? Second gradients, the gradients of single examples, and
+the scale of a GradScaler, where the optimiser holds the parameters and not the model.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-from optimisers.errors import TreeMismatch
+from optimisers.arrays.torch import library as tensors
+from optimisers.arrays.types import arithmetic
+from optimisers.errors import BadState, TreeMismatch
+from optimisers.state.store import Store
+from optimisers.step.update import takes_scaling
+from optimisers.torch.classes import plain
 from optimisers.torch.loading import bare_name
 from optimisers.tree.flatten import flatten_model
 
@@ -70,3 +75,35 @@ def _of_examples(p: Any) -> Any:
     """The gradients of single examples of a parameter: of several backward passes one after another."""
     found = getattr(p, "grad_sample", None)
     return torch.cat(found) if isinstance(found, list) else p.grad if found is None else found
+
+
+def unscaled(
+    optimizer: torch.optim.Optimizer, store: Store, grads: list[Any]
+) -> tuple[Any, list[Any] | None]:
+    """(scale and what was found infinite, for a device that divides; the gradients, divided by the scale of a
+    GradScaler that has left it to this optimiser: None where the step is none).
+    """
+    found, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+    if found is None:
+        return None, grads
+    if store.capturable and takes_scaling(store):
+        return (torch.ones_like(found) if scale is None else scale, found), grads
+    if store.capturable and tensors.graphs.capturing(str(found.device)):
+        raise BadState(
+            "this rule computes values of another shape than the parameters; a step of it that a GradScaler "
+            "may skip cannot be captured"
+        )
+    if found.item():
+        return None, None
+    if scale is None:
+        return None, grads
+    share = 1 / scale.item()
+    return None, [None if g is None else g.to(arithmetic(tensors, g.dtype)) * share for g in grads]
+
+
+def asks_for_state_only(groups: list[dict[str, Any]], grads: list[Any]) -> bool:
+    """Whether this step is that of `torch.distributed.checkpoint`, which wants a state to load into: with
+    rate 0 and gradients of zeros. Decay must not move the weights then.
+    """
+    still = all(not plain(group.get("lr", 0)) for group in groups)
+    return still and all(g is None or not bool(g.any()) for g in grads)

@@ -35,6 +35,9 @@ Groups = list[dict[str, Any]]
 class Keeper:
     """The state of the parameters that are in some groups."""
 
+    alone = False
+    """Whether each parameter is stepped alone."""
+
     def __init__(self, engine: str | None, *, capturable: bool) -> None:
         self.engine, self.capturable = engine, capturable
         self.groups: list[ParamGroup] = []
@@ -188,6 +191,7 @@ class Keeper:
             engine=self.engine,
             capturable=self.capturable,
             programs=None if self.held is None else self.held.store.programs,
+            alone=self.alone,
         )
         saved = {p: dict(plain(state[p])) for p in chosen.values() if state.get(p)}
         held = self.held

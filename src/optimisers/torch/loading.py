@@ -144,6 +144,26 @@ def _common(
     return found
 
 
+def entries_by_parameter(
+    groups: Sequence[Mapping[str, Any]],
+    numbered: Sequence[Sequence[int | None]],
+    state: Mapping[Any, Any],
+    *,
+    lenient: bool,
+) -> dict[Any, Any]:
+    """The saved entries by parameter; raises TreeMismatch for those under a number that no parameter has."""
+    known = {n for ns in numbered for n in ns}
+    strange = [n for n in state if isinstance(n, int) and n not in known]
+    if strange and not lenient:
+        raise TreeMismatch(f"the saved state has entries under {strange[0]}, a number that no parameter has")
+    return {
+        p: state[n]
+        for group, ns in zip(groups, numbered, strict=True)
+        for p, n in zip(group["params"], ns, strict=True)
+        if n is not None and n in state
+    }
+
+
 # -- what is saved of one parameter --------------------------------------------------------------------------
 
 

@@ -13,18 +13,17 @@ import torch
 
 from optimisers.arrays import registry
 from optimisers.arrays.torch import library as tensors
-from optimisers.arrays.types import arithmetic
 from optimisers.errors import BadSetting, BadState, TreeMismatch, UnknownField
 from optimisers.rule import Rule
 from optimisers.settings import is_schedule, numbers
 from optimisers.state.leaf import handle
 from optimisers.step.choose import refuse_no_rule
 from optimisers.step.layers import LayerDecay
-from optimisers.step.update import takes_scaling, update_listed
-from optimisers.torch.classes import HOW, plain
+from optimisers.step.update import update_listed
+from optimisers.torch.classes import HOW
 from optimisers.torch.convert import as_ours
 from optimisers.torch.entries import Entries
-from optimisers.torch.given import gradients, second_gradients
+from optimisers.torch.given import asks_for_state_only, gradients, second_gradients, unscaled
 from optimisers.torch.groups import (
     ASKING,
     by_depth,
@@ -36,11 +35,20 @@ from optimisers.torch.groups import (
     rules_of,
     told,
 )
+from optimisers.torch.hooks import InBackward
 from optimisers.torch.keeping import Keeper
-from optimisers.torch.loading import all_fit, arranged, bare_name, mark, misfit, names_of_others, saved_groups
+from optimisers.torch.loading import (
+    all_fit,
+    arranged,
+    bare_name,
+    entries_by_parameter,
+    mark,
+    misfit,
+    names_of_others,
+    saved_groups,
+)
 from optimisers.torch.named import Found, groups_to_save, packed_again
 from optimisers.torch.param_group import ParamGroup
-from optimisers.torch.published import Published
 from optimisers.torch.rates import marks
 from optimisers.torch.takeover import groups_of, take_over
 from optimisers.tree.modules_torch import places
@@ -75,6 +83,9 @@ class TorchOptimizer(torch.optim.Optimizer):
     Raises BadSetting for settings that the rule does not have, TreeMismatch for a loaded state that does not
     fit, and what `update_` raises.
     """
+
+    in_backward: InBackward | None = None
+    """The hooks that step each parameter in `backward`, where `step_in_backward` has set them."""
 
     def __init__(
         self,
@@ -169,11 +180,13 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler must leave the division to `step`: on the device, and for gradients in float16,
-        which it refuses.
+        """Whether GradScaler must leave the division to `step`: on the device, for gradients in float16,
+        which it refuses, and where they are gone before it could divide.
         """
-        return self._keeper.capturable or any(
-            p.dtype is torch.float16 for group in self.param_groups for p in group["params"]
+        return (
+            self._keeper.capturable
+            or self.in_backward is not None
+            or any(p.dtype is torch.float16 for group in self.param_groups for p in group["params"])
         )
 
     # -- groups --
@@ -244,6 +257,10 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     # -- the step --
 
+    def hook_into_backward(self) -> None:
+        """Step each parameter in `backward` from here on, as `step_in_backward` says."""
+        self.in_backward = InBackward(self._keeper, self.read_groups)
+
     @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Any = _ABSENT, *, hessians: Any = _ABSENT) -> Any:
@@ -270,9 +287,12 @@ class TorchOptimizer(torch.optim.Optimizer):
             return loss
         keeper.refuse_lent("step")
         grads = gradients(xs, keeper.sampled())
-        if closure is None and untouched and _asks_for_state_only(self.param_groups, grads):
+        if closure is None and untouched and asks_for_state_only(self.param_groups, grads):
             return loss
-        scaling, grads = self._unscaled(held, grads)
+        if self.in_backward is not None:
+            self.in_backward.finish(scaled=hasattr(self, "found_inf"))
+            return loss
+        scaling, grads = unscaled(self, held.store, grads)
         if grads is None:
             return loss
         if keeper.capturable and tensors.graphs.capturing(str(xs[0].device)):
@@ -297,28 +317,6 @@ class TorchOptimizer(torch.optim.Optimizer):
         for p in self._keeper.sampled():
             if getattr(p, "grad_sample", None) is not None:
                 p.grad_sample = None
-
-    def _unscaled(self, held: Published, grads: list[Any]) -> tuple[Any, list[Any] | None]:
-        """(scale and what was found infinite, for a device that divides; the gradients, divided by the scale
-        of a GradScaler that has left it to us: None where the step is none).
-        """
-        found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found is None:
-            return None, grads
-        if self._keeper.capturable and takes_scaling(held.store):
-            return (torch.ones_like(found) if scale is None else scale, found), grads
-        if self._keeper.capturable and tensors.graphs.capturing(str(found.device)):
-            raise BadState(
-                "this rule computes values of another shape than the parameters; a step of it that a "
-                "GradScaler may skip cannot be captured"
-            )
-        if found.item():
-            return None, None
-        if scale is None:
-            return None, grads
-        share = 1 / scale.item()
-        wide = [None if g is None else g.to(arithmetic(tensors, g.dtype)) * share for g in grads]
-        return None, wide
 
     # -- the state as a tree --
 
@@ -422,7 +420,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         saved = as_ours(saved, [mine.rule for mine in self._keeper.groups])
         groups, state = self.param_groups, saved["state"]
         settings, numbered = arranged(saved, groups, left)
-        incoming = _entries(groups, numbered, state, lenient=left is not None)
+        incoming = entries_by_parameter(groups, numbered, state, lenient=left is not None)
         if self._keeper.held is None or not all_fit(self._keeper.held, incoming):
             others = {*saved.get("others", ()), *self._others()}
             incoming = {p: e for p, e in incoming.items() if self._fits(p, e, others, left)}
@@ -470,31 +468,3 @@ class TorchOptimizer(torch.optim.Optimizer):
         groups = zip(self._keeper.groups, self.param_groups, strict=True)
         self._keeper.groups = [mine.loaded(group) for mine, group in groups]
         self.state.update({p: dict(entries) for p, entries in self._incoming.items()})
-
-
-def _asks_for_state_only(groups: list[dict[str, Any]], grads: list[Any]) -> bool:
-    """Whether this step is that of `torch.distributed.checkpoint`, which wants a state to load into: with
-    rate 0 and gradients of zeros. Decay must not move the weights then.
-    """
-    still = all(not plain(group.get("lr", 0)) for group in groups)
-    return still and all(g is None or not bool(g.any()) for g in grads)
-
-
-def _entries(
-    groups: Sequence[Mapping[str, Any]],
-    numbered: Sequence[Sequence[int | None]],
-    state: Mapping[Any, Any],
-    *,
-    lenient: bool,
-) -> dict[Any, Any]:
-    """The saved entries by parameter; raises TreeMismatch for those under a number that no parameter has."""
-    known = {n for ns in numbered for n in ns}
-    strange = [n for n in state if isinstance(n, int) and n not in known]
-    if strange and not lenient:
-        raise TreeMismatch(f"the saved state has entries under {strange[0]}, a number that no parameter has")
-    return {
-        p: state[n]
-        for group, ns in zip(groups, numbered, strict=True)
-        for p, n in zip(group["params"], ns, strict=True)
-        if n is not None and n in state
-    }
