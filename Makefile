@@ -1,9 +1,10 @@
 # Needs Python >= 3.11, make and git. Everything is made inside this folder; only pip keeps its own cache elsewhere.
 PYTHON ?= python3
+NEWEST ?= $(firstword $(foreach v,3.14 3.13 3.12,$(shell python$(v) -c 'print("python$(v)")' 2>/dev/null)) $(PYTHON))
 BIN := .venv/bin
 RUN := XDG_CACHE_HOME="$(CURDIR)/.cache" MPLCONFIGDIR="$(CURDIR)/.cache/matplotlib" KERAS_HOME="$(CURDIR)/.cache/keras" $(BIN)/python
 
-.PHONY: demo test quick check bench docs clean
+.PHONY: demo test quick test-oldest test-newest check bench docs clean
 
 demo: .venv/demo.stamp ## let four rules race on a digit classifier; writes demo.png
 	$(RUN) -m optimisers demo
@@ -13,6 +14,19 @@ test: check ## the linter, the type checker and every test, a process for each c
 
 quick: .venv/test.stamp ## one case of each test, in less than two minutes on two cores
 	$(RUN) -m pytest -n auto --dist worksteal --quick
+
+test-oldest: ## the oldest versions that are declared; PyTorch's is gigabytes, WITHOUT=torch leaves it out
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check optax pytest \
+	  $$($(PYTHON) tests/versions/bounds.py oldest --without $(WITHOUT))
+	PYTHONPATH="$(CURDIR)/src" XDG_CACHE_HOME="$(CURDIR)/.cache" .venv-oldest/bin/python -m pytest tests/versions
+
+test-newest: ## the newest of everything, on the newest Python that is here: the quick tests
+	$(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check \
+	  $$($(NEWEST) tests/versions/bounds.py newest --without $(WITHOUT))
+	PYTHONPATH="$(CURDIR)/src" XDG_CACHE_HOME="$(CURDIR)/.cache" MPLCONFIGDIR="$(CURDIR)/.cache/matplotlib" \
+	  KERAS_HOME="$(CURDIR)/.cache/keras" .venv-newest/bin/python -m pytest -n auto --dist worksteal --quick
 
 check: .venv/test.stamp ## the linter and the type checker
 	$(RUN) -m ruff check
@@ -27,7 +41,7 @@ docs: .venv/docs.stamp ## write the pages of the rules anew, then the site, into
 	$(RUN) -m mkdocs build --strict
 
 clean: ## forget the environment, the caches, the site and the picture
-	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis dist site demo.png
+	rm -rf .venv .venv-oldest .venv-newest .cache .pytest_cache .ruff_cache .hypothesis dist site demo.png
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp is newer than pyproject.toml once its environment is complete, so a second call installs nothing.

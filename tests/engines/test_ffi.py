@@ -444,7 +444,7 @@ def with_one_thread() -> None:
     seen = steps(RULE, [(1000, 600), (5,)])
     ((call,),) = seen.calls
     agree(jax.jit(lambda have: run(call, have, helpers=7))(on_device(seen.before)), seen.after)
-    sys.stdout.write(f"{ffi.available()}")
+    sys.stdout.write(f"{not ffi.refusal()}")
 
 
 @pytest.mark.slow
@@ -580,10 +580,10 @@ def test_other_platforms_take_the_plain_way(platform: str) -> None:
 
 @pytest.fixture
 def anew() -> Iterator[None]:
-    """`available` finds out again, before and after."""
+    """`refusal` finds out again, before and after."""
 
     def forget() -> None:
-        for known in (ffi.available, ffi._handle, ffi._registered):
+        for known in (ffi.refusal, ffi._handle, ffi._registered):
             known.cache_clear()
 
     forget()
@@ -595,7 +595,7 @@ HEADER = (Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_
 
 
 def test_kernels_run_in_this_jax() -> None:
-    assert ffi.available()
+    assert not ffi.refusal()
 
 
 @pytest.mark.parametrize(
@@ -617,24 +617,24 @@ def test_another_form_of_a_structure_is_not_available(
     path.parent.mkdir(parents=True)
     path.write_text(HEADER)
     monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
-    assert ffi.available()
-    ffi.available.cache_clear()
+    assert not ffi.refusal()
+    ffi.refusal.cache_clear()
     ffi._handle.cache_clear()
     ffi._registered.cache_clear()
     assert old in HEADER
     path.write_text(HEADER.replace(old, new))
-    assert not ffi.available()
+    assert ffi.refusal()
 
 
 @pytest.mark.usefixtures("anew")
 def test_without_a_header_it_is_not_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
-    assert not ffi.available()
+    assert ffi.refusal()
 
 
 def in_memory() -> None:
     """The directory of kernels belongs to everybody."""
-    assert ffi.available()
+    assert not ffi.refusal()
     seen = steps(RULE, SHAPES)
     ((call,),) = seen.calls
     agree(jax.jit(lambda have: run(call, have))(on_device(seen.before)), seen.after)
@@ -653,7 +653,7 @@ def test_without_a_trusted_directory_all_is_compiled_in_memory(tmp_path: Path) -
 @pytest.mark.usefixtures("anew")
 def test_wrong_numbers_are_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ffi, "TRIAL", ffi.TRIAL.replace("* table[row[k], 0]", "* table[0, 0]"))
-    assert not ffi.available()
+    assert ffi.refusal()
 
 
 @pytest.mark.usefixtures("anew")
@@ -662,11 +662,11 @@ def test_a_mistake_in_a_kernel_is_an_error(mistake: str, monkeypatch: pytest.Mon
     text = ffi.TRIAL.replace("store(at, i, load(at, i) * table[row[k], 0])", mistake)
     monkeypatch.setattr(ffi, "TRIAL", text)
     with pytest.raises((Unknown, SyntaxError, TypeError)):
-        ffi.available()
+        ffi.refusal()
 
 
 def show_available() -> None:
-    sys.stdout.write(f"{ffi.available()}")
+    sys.stdout.write(f"{not ffi.refusal()}")
 
 
 @pytest.mark.slow
@@ -679,8 +679,8 @@ def test_the_trial_may_be_made_in_the_middle_of_a_trace() -> None:
     found: list[bool] = []
 
     def traced(x: Any) -> Any:
-        ffi.available.cache_clear()
-        found.append(ffi.available())
+        ffi.refusal.cache_clear()
+        found.append(not ffi.refusal())
         return x * 2
 
     jax.jit(traced)(1.0)

@@ -268,7 +268,7 @@ def test_under_jit_vmap_and_grad_a_step_is_that_of_plain_numpy(
     if not fast:  # as on devices without the kernel
         from optimisers.engines.xla import call
 
-        monkeypatch.setattr(call, "available", lambda: False)
+        monkeypatch.setattr(call, "refusal", lambda: "asked for")
     rng, rule = np.random.default_rng(6), Muon(lam=0.1)
     shapes = [(5, 7), (9, 4), (5, 7), (5, 7)]
     xs = [rng.standard_normal(s) for s in shapes]
@@ -340,7 +340,7 @@ def test_under_jit_products_run_only_in_steps_that_take_them(
     if not fast:
         from optimisers.engines.xla import call
 
-        monkeypatch.setattr(call, "available", lambda: False)
+        monkeypatch.setattr(call, "refusal", lambda: "asked for")
     rng, rule = np.random.default_rng(9), opt.Chain(opt.AccumGrad(3), Muon())
     xs = [rng.standard_normal(s) for s in [(5, 7), (9, 4), (5, 7)]]
     gs = [[rng.standard_normal(x.shape) for x in xs] for _ in range(6)]

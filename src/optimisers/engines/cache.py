@@ -8,6 +8,7 @@ compiled in memory.
 import hashlib
 import importlib
 import linecache
+import logging
 import os
 import sys
 import tempfile
@@ -25,6 +26,8 @@ PREFIX = "optimisers_kernels_"
 
 KEPT = 128
 """How many modules stay in memory although no kernel of them is in use: the ones asked for last."""
+
+LOG = logging.getLogger("optimisers")
 
 _loaded: MutableMapping[str, ModuleType] = weakref.WeakValueDictionary()
 _recent: dict[str, ModuleType] = {}
@@ -91,7 +94,8 @@ def _from_disk(name: str, source: str, where: Path) -> ModuleType:
             return _run(ModuleType(name), source, path)
         except Untrusted as error:
             refusal = str(error)
-        except Exception:  # noqa: BLE001 whatever a broken file makes Numba raise, compiling again is the cure
+        except Exception as error:  # noqa: BLE001 whatever a broken file makes Numba raise, compiling again is the cure
+            LOG.warning("kernel %s was not read or kept, and is compiled anew: %r", name, error)
             for broken in (where / "__pycache__").glob(f"{name}*"):
                 broken.unlink(missing_ok=True)
             return _in_memory(name, source)

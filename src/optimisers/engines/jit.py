@@ -9,6 +9,7 @@ NUMBA_CACHE_DIR says is for the kernels of others, and their compilations go on 
 # pyright: reportPrivateUsage=false
 
 import contextlib
+import hashlib
 import logging
 import os
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 
 import numba
 from numba.core import sigutils
-from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, InTreeCacheLocator
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
 
@@ -65,14 +66,39 @@ def _trusted(path: str) -> None:
         raise Untrusted(refusal)
 
 
+class Beside:
+    """Where Numba keeps the code of a function: beside its file, as long as that has the same bytes. Numba's
+    own class has changed its name.
+    """
+
+    def __init__(self, path: Path, line: int) -> None:
+        self._py_file, self.line = path, line
+
+    def get_cache_path(self) -> str:
+        """The folder."""
+        return str(self._py_file.parent / "__pycache__")
+
+    def ensure_cache_path(self) -> None:
+        """Make the folder; raises OSError where it cannot be made."""
+        Path(self.get_cache_path()).mkdir(parents=True, exist_ok=True)
+
+    def get_disambiguator(self) -> str:
+        """Differs between functions of one name."""
+        return str(self.line)
+
+    def get_source_stamp(self) -> str:
+        """Differs where the text of the function does."""
+        return hashlib.sha256(self._py_file.read_bytes()).hexdigest()
+
+
 class Form(CompileResultCacheImpl):
     """How compiled code becomes bytes; it lies beside the file of its function."""
 
     def __init__(self, function: Any) -> None:
-        path = function.__code__.co_filename
+        path = Path(function.__code__.co_filename)
         self._lineno = function.__code__.co_firstlineno
-        self._locator = InTreeCacheLocator(function, path)
-        name = f"{Path(path).stem}.{function.__qualname__}"
+        self._locator = Beside(path, self._lineno)
+        name = f"{path.stem}.{function.__qualname__}"
         self._filename_base = self.get_filename_base(name, getattr(sys, "abiflags", ""))
 
 

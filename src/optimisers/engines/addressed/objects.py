@@ -23,7 +23,7 @@ from optimisers.state.buffers import Indices
 
 SWITCH = "OPTIMISERS_RAW_READS"
 
-TESTED = {"python": r"3\.1[123]\.", "numpy": r"2\.", "torch": r"2\.13\."}
+TESTED = {"python": r"3\.1[123]\.", "numpy": r"2\.", "torch": r"2\.1[34]\."}
 """Versions whose objects were looked into, as patterns of their beginnings."""
 
 
@@ -58,9 +58,14 @@ def refusal(library: str) -> str | None:
         return "a Python without its lock"
     if reason := cache.switched_off():
         return reason
+    return untested(library) if switch() != "1" else None
+
+
+def untested(library: str) -> str | None:
+    """The version that was not looked into; None if all were."""
     for name in ("python", library):
         found = sys.version.split()[0] if name == "python" else importlib.metadata.version(name)
-        if switch() != "1" and re.match(TESTED[name], found) is None:
+        if re.match(TESTED[name], found) is None:
             return f"{name} {found} is not a tested version; {SWITCH}=1 tries it"
     return None
 

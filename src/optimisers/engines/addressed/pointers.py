@@ -141,7 +141,9 @@ def road(library: str, device: str) -> Road | None:
     found = _roads.get((library, device))
     if found is None and library in LOOKS:
         found, lasting = _chosen(library, device)
-        LOG.info("addresses of arrays of %s on %s are %s", library, device, found)
+        # Whoever upgrades is told once; all else is for the log.
+        level = logging.WARNING if found.reason == objects.untested(library) else logging.INFO
+        LOG.log(level, "addresses of arrays of %s on %s are %s", library, device, found)
         if lasting:
             _roads[library, device] = found
     return found

@@ -39,7 +39,7 @@ OFFSETS = {
         "XLA_FFI_ThreadPool_NumThreads": 144,
     },
     "XLA_FFI_Api_Version": {"major_version": 16, "minor_version": 20},
-    "XLA_FFI_Extension_Base": {"type": 8},
+    "XLA_FFI_InternalExtension": {"type": 8},
     "XLA_FFI_Metadata_Extension": {"extension_base": 0, "metadata": 24},
     "XLA_FFI_Metadata": {"api_version": 8, "traits": 32, "state_type_id": 40},
     "XLA_FFI_Error_Create_Args": {"struct_size": 0, "message": 16, "errc": 24},
@@ -48,6 +48,9 @@ OFFSETS = {
     "XLA_FFI_ThreadPool_NumThreads_Args": {"struct_size": 0, "ctx": 16, "num_threads": 24},
 }
 """Where the fields lie that `HANDLE` reads or writes: the same numbers as there."""
+
+FORMER = {"XLA_FFI_InternalExtension": "XLA_FFI_Extension_Base"}
+"""What structures were called by headers before JAX 0.11."""
 
 CONSTANTS = {"XLA_FFI_Extension_Metadata": 1, "XLA_FFI_API_MAJOR": 0}
 """Numbers of the header that `HANDLE` takes for granted."""
@@ -68,6 +71,10 @@ class Header:
         found = re.findall(r"struct (\w+) \{([^{}]*)\}", text)
         self.bodies: dict[str, str] = dict(found)
         self.enums = set(re.findall(r"typedef enum \{[^{}]*\} (\w+);", text))
+
+    def named(self, name: str) -> str:
+        """What the header calls a structure."""
+        return name if name in self.bodies else FORMER.get(name, name)
 
     def offsets(self, name: str) -> dict[str, int]:
         """Field -> offset, as a C compiler for 64 bits lays them out; raises KeyError for what is not
@@ -116,7 +123,7 @@ def agrees(text: str) -> bool:
     header = Header(text)
     try:
         return all(header.constant(name) == value for name, value in CONSTANTS.items()) and all(
-            header.offsets(struct)[field] == at
+            header.offsets(header.named(struct))[field] == at
             for struct, fields in OFFSETS.items()
             for field, at in fields.items()
         )
@@ -411,7 +418,7 @@ def handler_text(folder: str) -> str:
     path = Path(folder) / "xla" / "ffi" / "api" / "c_api.h"
     text = path.read_text()
     if not agrees(text):
-        raise OSError(f"{path} has structures of another form")
+        raise OSError(f"its header {path.name} has structures of another form")
     return HANDLE.format(edition=edition(), minor=Header(text).constant("XLA_FFI_API_MINOR"))
 
 

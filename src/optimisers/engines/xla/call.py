@@ -8,6 +8,7 @@ Nothing about a process stands in the call: compiled computations may be kept on
 import functools
 import hashlib
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from optimisers.engines.addressed.chunks import Chunks
 from optimisers.engines.cpu import limits, threads
 from optimisers.state.buffers import Indices
 
+LOG = logging.getLogger("optimisers")
+
 OPS = ("sum", "max", "min", "norm2")
 """Reductions, by their number in a plan."""
 
@@ -26,24 +29,28 @@ OPS = ("sum", "max", "min", "norm2")
 
 
 @functools.cache
-def available() -> bool:
-    """Whether kernels run inside computations of this JAX: tried once in every process.
+def refusal() -> str:
+    """Why kernels do not run inside computations of this JAX; empty if they do: tried once in every process.
 
     What this JAX and this system lack is no error; a mistake in our own text is one, and is raised.
     """
-    if any(importlib.util.find_spec(name) is None for name in ("jax", "jaxlib", "numba")):
-        return False
+    missing = [name for name in ("jax", "jaxlib", "numba") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{missing[0]} is not installed"
     import jax
 
-    if cache.switched_off() or not hasattr(jax, "ffi"):
-        return False
-    try:
-        return _tried(jax.devices("cpu")[0])
-    except (
-        OSError,
-        RuntimeError,
-    ):  # another interface; no CPU among the platforms, or a call that XLA refuses
-        return False
+    if reason := cache.switched_off():
+        return reason
+    if not hasattr(jax, "ffi"):
+        reason = "it has no jax.ffi"
+    else:
+        try:
+            reason = "" if _tried(jax.devices("cpu")[0]) else "a trial gave other numbers"
+        except (OSError, RuntimeError) as error:  # another interface, no CPU, or a call that XLA refuses
+            reason = str(error).partition("\n")[0] or type(error).__name__
+    if reason:
+        LOG.warning("JAX %s runs no kernels of ours, steps are computed by XLA: %s", jax.__version__, reason)
+    return reason
 
 
 TRIAL = '''"""Multiplies every array by a number of its own."""

@@ -54,7 +54,7 @@ def refusal(group: Group) -> str:
         return "arrays on several devices"
     if jax.default_backend() != "cpu":
         return f"arrays on {jax.default_backend()}"
-    return "" if ffi.available() else "Numba or a known interface of XLA is not there"
+    return ffi.refusal()
 
 
 # -- the engine ----------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def calls_kernels(step: Step) -> bool:
     """
     whole = all(math.prod(s) == n for s, n in zip(step.shapes, step.sizes.tolist(), strict=True))
     cut = any(map(library.shards.is_cut, step.xs))  # seen in a transform only where sharding is explicit
-    return step.kind.kernels and whole and not cut and ffi.available()
+    return step.kind.kernels and whole and not cut and not ffi.refusal()
 
 
 def units(step: Step) -> Bundles:
