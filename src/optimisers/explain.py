@@ -11,7 +11,8 @@ import numpy as np
 from optimisers.arrays.registry import isnumeric
 from optimisers.engines import choose
 from optimisers.engines.addressed import pointers, text
-from optimisers.engines.cpu.printer import Unprintable, legend
+from optimisers.engines.cpu.maths import Unprintable
+from optimisers.engines.cpu.printer import legend
 from optimisers.engines.plans import Plan, plan_of
 from optimisers.errors import BadSetting, BadState
 from optimisers.rule import Rule

@@ -157,6 +157,27 @@ def test_arrays_of_other_ranks_frozen_ones_and_those_without_gradients() -> None
         np.testing.assert_allclose(x, e, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_units_are_clipped_by_norms_that_are_taken_row_by_row(
+    size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where their squares are no float32, and of rows that are cut into several chunks."""
+    seen: Arrays = []
+    take = byrow.take
+    monkeypatch.setattr(byrow, "take", lambda *given: (seen.append(given), take(*given)))
+    rng = np.random.default_rng(7)
+    model = [rng.uniform(0.5, 1.0, s).astype("f") for s in [(40, 50), (2, 150_000), (3, 64)]]
+    grads = [(size * rng.standard_normal(x.shape)).astype("f") for x in model]
+    rule = opt.Chain(opt.AdaptiveClip(0.25, epsilon=1e-3), opt.Descent(1.0))
+    _, new = opt.update(opt.setup(rule, model, engine="numba"), model, grads)
+    for after, before, g in zip(new, model, grads, strict=True):
+        x, dx = before.astype(float), g.astype(float)
+        most = 0.25 * np.maximum(1e-3, np.sqrt((x * x).sum(1, keepdims=True)))
+        clipped = dx * np.minimum(1, most / np.sqrt((dx * dx).sum(1, keepdims=True)))
+        np.testing.assert_allclose(after, x - clipped, rtol=2e-6, atol=1e-6)
+    assert len(seen) == len(model)
+
+
 def test_short_rows_and_other_layouts_go_by_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any) -> None:
         raise RuntimeError("over rows")

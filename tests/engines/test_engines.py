@@ -16,7 +16,7 @@ import optimisers as opt
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.engines.addressed import chunks
 from optimisers.engines.addressed import pointers as addresses
-from optimisers.engines.cpu import printer as kernels
+from optimisers.engines.cpu import maths
 from optimisers.engines.cpu import task as numba
 from optimisers.ops.primitives import ROUNDINGS
 from tests.operations import (
@@ -47,7 +47,7 @@ both_engines = pytest.mark.parametrize("engine", ENGINES)
 
 
 def test_kernels_print_every_word_but_those_that_change_the_shape() -> None:
-    assert set(kernels.REAL) == {*ELEMENTWISE, *REDUCE}
+    assert {*maths.REAL, *maths.TYPED} == {*ELEMENTWISE, *REDUCE}
 
 
 def test_every_word_is_tested_here() -> None:

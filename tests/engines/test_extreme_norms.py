@@ -171,6 +171,30 @@ def test_inside_jit_a_check_that_is_skipped_spoils_nothing() -> None:
     np.testing.assert_allclose(new["a"], [-0.6, -0.8], rtol=1e-6)
 
 
+class Shared(opt.Rule):
+    """Keeps a root that it also sums, beside the sum of squares that it does not keep."""
+
+    def init(self, x: Any) -> Any:
+        return opt.zeros_like(x)
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        root = opt.sqrt(opt.ops.abs(dx))
+        step = opt.ops.sum(root) / x.size + opt.sqrt(opt.ops.sum(dx * dx * dx * dx)) / opt.norm(dx) ** 2
+        return root, step + 0 * x
+
+
+def test_what_is_kept_is_summed_as_it_is_and_what_is_not_in_double_precision() -> None:
+    text = opt.kernel(Shared(), np.float32).split("One pass")[1]
+    assert "t1 = math.sqrt(t0)" in text
+    assert "t2 = float64(dx) * float64(dx)" in text
+    assert 'loader("float32", 0, 1, "float32")' in text
+    for size in (1e-30, 1.0, 1e30):
+        g = np.full(1000, size, np.float32)
+        state, x = opt.update(opt.setup(Shared(), g, engine="numba"), np.zeros_like(g), g)
+        np.testing.assert_allclose(x, -math.sqrt(size) - 1 / math.sqrt(1000), rtol=1e-6)
+        assert (state.state == np.sqrt(g)).all()
+
+
 BY_NORMS: dict[str, opt.Rule] = {
     "to a norm that float32 hardly has": opt.ClipNorm(1e-6),
     "to the cubic mean": opt.ClipNorm(0.5, 3.0),

@@ -7,7 +7,7 @@ arrays: a later one computes again, in registers, what it needs from the unchang
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from optimisers.graph.cached import cached
 from optimisers.graph.check import check
@@ -39,11 +39,13 @@ class Pass:
     """What each of them is taken of, lowered."""
     narrow: tuple[bool, ...] = ()
     """Of each value of another shape, where leaves are rows: whether it is one number a row."""
+    double: frozenset[int] = frozenset()
+    """The nodes, by id, that kernels compute in float64 (see `doubled`)."""
 
     @property
     def exact(self) -> bool:
-        """Whether the maths is done in float64: so it is for reductions, where the square of a float32 would
-        overflow or vanish, but not on the bits of a float32.
+        """Whether array libraries do the maths in float64: so it is for reductions, where the square of a
+        float32 would overflow or vanish, but not on the bits of a float32.
         """
         return bool(self.reductions) and not any(e.op in _OF_BITS for e in self.body)
 
@@ -115,7 +117,10 @@ def reduce_pass(program: Program, level: int, wanted: tuple[bool, ...]) -> Pass 
         for r, w in zip(stages(program)[level].reductions, wanted, strict=True)
         if w and r.args[0].domain == "array"
     ]
-    return pass_of(program.lowering, [], chosen) if chosen else None
+    if not chosen:
+        return None
+    last = store_pass(program, None)
+    return pass_of(program.lowering, [], chosen, () if last is None else last.body)
 
 
 @cached
@@ -158,9 +163,14 @@ def keeps(program: Program) -> bool:
     return any(is_kept(e, slot.name) for slot, e in zip(program.slots, program.new_slots, strict=True))
 
 
-def pass_of(lowering: Lowering, values: list[tuple[str, Expr, str]], reductions: list[Expr]) -> Pass:
+def pass_of(
+    lowering: Lowering,
+    values: list[tuple[str, Expr, str]],
+    reductions: list[Expr],
+    stored: Iterable[Expr] = (),
+) -> Pass:
     """The pass that stores these values in arrays by these names, of real or complex numbers, and takes these
-    reductions.
+    reductions; `stored` are the nodes of the maths of what other passes store.
     """
     stores = [lowering.store(*value) for value in values]
     terms = [lowering.value(r.args[0], "number") for r in reductions]
@@ -175,7 +185,34 @@ def pass_of(lowering: Lowering, values: list[tuple[str, Expr, str]], reductions:
         stores=tuple((s.value, s) for s in stores),
         reductions=tuple(reductions),
         terms=tuple(terms),
+        double=doubled(body, [*stored, *order(stores)]) if reductions else frozenset(),
     )
+
+
+_IN_RANGE = frozenset(
+    {
+        *("sqrt", "abs", "negative", "sign", "where", "maximum", "minimum", "floor", "ceil", "real", "imag"),
+        *("conj", "isfinite", "isnan", "cast", "sin", "cos", "tanh", "arctan", "to_float16", "to_bfloat16"),
+        *("to_float32", "equal", "not_equal", "less", "less_equal", "greater", "greater_equal"),
+        *("logical_and", "logical_or", "logical_not", "random_word", "load", "column", "const", "spread"),
+    }
+)
+"""What a float32 holds where it holds the arguments."""
+
+
+def doubled(body: Sequence[Expr], stored: Iterable[Expr]) -> frozenset[int]:
+    """The nodes of a pass that are computed in float64, by id: those that reductions alone need, where a
+    value may be no float32, as squares are. What is stored too, or is part of that, has the value that it has
+    there; and the bits of a float32 are read in no other type.
+    """
+    single, double = {id(e) for e in stored}, set[int]()
+    if any(e.op in _OF_BITS for e in body):
+        return frozenset()
+    for e in body:
+        alike = e.op in _IN_RANGE and not any(id(a) in double for a in e.args)
+        if e.domain != "scalar" and id(e) not in single and not alike:
+            double.add(id(e))
+    return frozenset(double)
 
 
 def _body(roots: Sequence[Expr]) -> list[Expr]:

@@ -217,7 +217,7 @@ def _multiple_of(e: Expr, others: Collection[int]) -> bool:
 
 def axis_of(e: Expr, rank: int) -> str:
     """`last` or `first` for a reduction of a value of x's shape along that axis of matrices; else empty."""
-    if e.op not in _SMALLEST or not e.args or e.args[0].domain != "array" or e.domain != "free":
+    if e.op not in ("norm2", *_SMALLEST) or e.args[0].domain != "array" or e.domain != "free":
         return ""
     axis = dict(e.options).get("axis")
     axes = {axis} if isinstance(axis, int) else set(axis) if isinstance(axis, tuple) else set[int]()
@@ -226,7 +226,7 @@ def axis_of(e: Expr, rank: int) -> str:
     (at,) = axes
     if at == -1 or at == rank - 1 >= 0:
         return "last"
-    return "first" if rank == 2 and at in (0, -2) else ""
+    return "first" if rank == 2 and at in (0, -2) and e.op in _SMALLEST else ""
 
 
 _SMALLEST = {"sum": ("add", 0.0), "max": ("maximum", -math.inf), "min": ("minimum", math.inf)}

@@ -183,10 +183,14 @@ def take(step: Step, launch: Launch, stacks: Stacks, what: Round, members: Membe
         stacks.note(e, [(b, _first(stacks, e, b, flat, lines)) for b in batch.buckets])
 
 
+JOINED: dict[str, Any] = {"sum": np.add, "norm2": np.hypot, "max": np.maximum, "min": np.minimum}
+"""What makes one reduction of two, of the parts of a row."""
+
+
 def _last(stacks: Stacks, r: Expr, bucket: Bucket, parts: Any, lines: Lines) -> Any:
     """The reductions of rows, as a stack."""
     begin, which = lines.chunks.begin, lines.rows_of(bucket)
-    fold: Any = {"sum": np.add, "max": np.maximum, "min": np.minimum}[r.op]
+    fold: Any = JOINED[r.op]
     rows = parts if len(parts) == len(begin) - 1 else fold.reduceat(parts, begin[:-1])
     shape = (len(bucket.leaves), *bucket.shape[:-1], *((1,) if dict(r.options).get("keepdims") else ()))
     stack = stacks.buffer(("last", stacks.calls, id(r), bucket.offset), shape, stacks.real)

@@ -20,6 +20,7 @@ from optimisers.arrays.memory import bounds, laid_out
 from optimisers.engines.addressed.chunks import Chunks, Scratch
 from optimisers.engines.addressed.pointers import Form, is_fake, lacks_memory
 from optimisers.engines.checks import checked_gradient, checked_x
+from optimisers.engines.cpu import maths
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.interpret import Values, every
 from optimisers.engines.memory import Spans
@@ -479,5 +480,5 @@ def common_dtype(library: Any, grads: tuple[Sequence[Any], ...], dtype: Any, wid
     if kinds:
         return wide
     name, own = library.type_name(kind), library.type_name(dtype)
-    readable = name in kernels.ARITHMETIC and name != "int16" and ("complex" in name) == ("complex" in own)
+    readable = name in maths.ARITHMETIC and name != "int16" and ("complex" in name) == ("complex" in own)
     return kind if readable else wide

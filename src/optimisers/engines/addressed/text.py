@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from optimisers.engines.cpu import printer as kernels
-from optimisers.engines.cpu.printer import Unprintable
+from optimisers.engines.cpu.maths import ARITHMETIC, Unprintable
 from optimisers.graph.passes import Pass, reduce_pass, stages, store_pass
 from optimisers.graph.trace import Program
 
@@ -45,14 +45,10 @@ def titled(p: Pass, dtype: str, *, inplace: bool) -> str:
     return f"One pass over all parameters ({what}), {dtype}."
 
 
-def arithmetic_of(program: Program, dtype: str, p: Pass | None = None) -> str:
-    """The real type of the maths: float32 at least, and no narrower than the parameters and the state;
-    float64 where a pass asks for it.
-    """
-    if p is not None and p.exact:
-        return "float64"
+def arithmetic_of(program: Program, dtype: str) -> str:
+    """The real type of the maths: float32 at least, and no narrower than the parameters and the state."""
     wide = any(s.dtype in ("float64", "complex128") for s in program.slots)
-    return "float64" if wide else kernels.ARITHMETIC.get(dtype, dtype)
+    return "float64" if wide else ARITHMETIC.get(dtype, dtype)
 
 
 def traffic(program: Program, p: Pass, dtype: str, itemsize: int) -> int:

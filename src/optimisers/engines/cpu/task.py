@@ -16,6 +16,7 @@ from optimisers.engines.addressed.pointers import LOOKS
 from optimisers.engines.addressed.text import arithmetic_of, kinds_of, labels_of, printable, titled
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu import threads
+from optimisers.engines.cpu.maths import ARITHMETIC, BYTES
 from optimisers.engines.task import Engine, Holds, Members, Step
 from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr
@@ -49,7 +50,7 @@ def refusal(group: Group) -> str:
 
 def unprintable(program: Program, dtype: str) -> str:
     """Why there is no kernel for a program over arrays of this type; empty if there is."""
-    if dtype not in kernels.ARITHMETIC:
+    if dtype not in ARITHMETIC:
         return f"element type {dtype}"
     return cache.switched_off() or _unprintable(program, dtype) or ""
 
@@ -66,7 +67,7 @@ def printed(program: Program, p: Pass, dtype: str, *, inplace: bool) -> str:
 
 def sources(program: Program, p: Pass, kinds: dict[str, str], dtype: str, *, inplace: bool) -> str:
     """The source of one pass; raises Unprintable."""
-    real, title = arithmetic_of(program, dtype, p), titled(p, dtype, inplace=inplace)
+    real, title = arithmetic_of(program, dtype), titled(p, dtype, inplace=inplace)
     return kernels.source(p, kinds, real, labels_of(program), title, inplace=inplace)
 
 
@@ -134,7 +135,7 @@ def launch_over(
     rows = [
         at[name]
         if name in at
-        else addressed.column(step, p, name, new or {})[lines.leaf] + kernels.BYTES[kinds[name]] * lines.place
+        else addressed.column(step, p, name, new or {})[lines.leaf] + BYTES[kinds[name]] * lines.place
         for name in kernels.columns(p, inplace=addressed.in_place(step, p))
     ]
     launch_with(step, p, lines.chunks, rows, lines.leaf, *partial)

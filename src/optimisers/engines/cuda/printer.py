@@ -10,18 +10,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-from optimisers.engines.cpu.printer import (
-    ARITHMETIC,
-    BYTES,
-    REAL,
-    Maths,
-    Printer,
-    Unprintable,
-    chosen,
-    indented,
-    random_in,
-    support_hash,
-)
+from optimisers.engines.cpu.maths import ARITHMETIC, BYTES, REAL, Maths, Unprintable
+from optimisers.engines.cpu.printer import Printer, chosen, indented, random_in, support_hash
 from optimisers.engines.labels import fitting
 from optimisers.graph.check import check
 from optimisers.graph.expr import Expr, order
@@ -96,6 +86,7 @@ class _Written(Maths):
     """Maths in the language of Triton."""
 
     operations: ClassVar[dict[str, Callable[..., str]]] = OPERATIONS
+    typed: ClassVar[dict[str, str]] = {}
     casts: ClassVar[dict[tuple[str, str], str]] = {
         ("bool", "real"): "({0}).to(tl.{real})",
         ("real", "bool"): "{0} != 0",

@@ -19,7 +19,7 @@ from optimisers.engines.addressed import task as addressed
 from optimisers.engines.addressed.chunks import Chunks
 from optimisers.engines.addressed.task import Tables
 from optimisers.engines.addressed.text import arithmetic_of, kinds_of, labels_of, printable, titled
-from optimisers.engines.cpu import printer as kernels
+from optimisers.engines.cpu.maths import ARITHMETIC
 from optimisers.engines.cuda import launch as launches
 from optimisers.engines.cuda import printer
 from optimisers.engines.cuda.launch import available, compiled, interpreted, launched, on, options_of, support
@@ -54,7 +54,7 @@ def refusal(group: Group) -> str:
         here = "; TRITON_INTERPRET is set, by which kernels run on the CPU"
         return f"arrays on {kind.device}{here if interpreted() and kind.device.startswith('cuda') else ''}"
     dtype = kind.library.type_name(kind.dtype)
-    if dtype not in kernels.ARITHMETIC or "complex" in dtype:
+    if dtype not in ARITHMETIC or "complex" in dtype:
         return f"element type {dtype}"
     if not addressed.in_order(group):
         return addressed.OUT_OF_ORDER
@@ -79,7 +79,7 @@ def sources(
     program: Program, p: Pass, kinds: dict[str, str], dtype: str, *, inplace: bool, scaled: bool = False
 ) -> str:
     """The source of one pass; raises Unprintable."""
-    real, title = arithmetic_of(program, dtype, p), titled(p, dtype, inplace=inplace)
+    real, title = arithmetic_of(program, dtype), titled(p, dtype, inplace=inplace)
     return printer.source(p, kinds, real, labels_of(program), title, inplace=inplace, scaled=scaled)
 
 

@@ -21,7 +21,8 @@ from optimisers.arrays.types import real_of
 from optimisers.engines import interpret
 from optimisers.engines.addressed import text
 from optimisers.engines.cpu import task as numba
-from optimisers.engines.cpu.printer import Unprintable, columns
+from optimisers.engines.cpu.maths import Unprintable
+from optimisers.engines.cpu.printer import columns
 from optimisers.engines.evaluate import Values, evaluate
 from optimisers.engines.task import Engine, Holds, Members, Step
 from optimisers.engines.xla import call as ffi
