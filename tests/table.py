@@ -335,7 +335,7 @@ MODERN: tuple[Row, ...] = (
     Row("Adafactor-torch", opt.TorchAdafactor(0.5, -0.6, 1.5, 0.1, 0.5, 1e-3), passes=3),
     Row("Prodigy-plain", opt.Prodigy(d0=0.001, lam=0.1, couple=True, growth=1.5), types=REAL, passes=2),
     Row("DAdaptAdam", opt.DAdaptAdam(0.7, (0.8, 0.95), 0.1, d0=0.01, debias=True), types=REAL, passes=2),
-    Row("DAdaptSGD", opt.DAdaptSGD(0.7, 0.9, 0.1, 0.01), types=REAL, passes=3),
+    Row("DAdaptSGD", opt.DAdaptSGD(0.7, 0.9, 0.1, 0.01), types=REAL, passes=2),
     Row("DAdaptLion", opt.DAdaptLion(0.7, (0.8, 0.95), 0.1, 0.01), types=REAL, passes=2),
     Row("DoG", opt.DoG(0.7, 0.01, 0.1), passes=2),
     Row("LDoG", opt.LDoG(0.7, 0.01, 0.1), passes=2),

@@ -1,7 +1,6 @@
 """What does one step of a rule compute? Equations, printed from what the rule does when it is traced."""
 
 import dataclasses
-import operator
 import re
 import sys
 from collections import Counter
@@ -34,6 +33,7 @@ from docs.make_rules.letters import (
     short,
     subscripted,
 )
+from docs.make_rules.meant import as_meant, is_const
 from docs.make_rules.texts import BEFORE, HANDS_ON, family_of, parameters
 from optimisers.graph.expr import Expr, news_of, olds_of, order
 from optimisers.graph.trace import Program
@@ -87,41 +87,7 @@ def traced(rule: opt.Rule, x: Any) -> tuple[Program, list[tuple[str, Expr]]]:
         program = program_of(rule, rule.init(x), Shape.of(x), 1 if rule.second_order else None)
     finally:
         sys.setprofile(before)
-    return in_one_step(program, found)
-
-
-def in_one_step(
-    program: Program, variables: list[tuple[str, Expr]]
-) -> tuple[Program, list[tuple[str, Expr]]]:
-    """The same with quotients that rules compute in two steps, for the sake of rounding, in one."""
-    roots = [*program.roots, *program.guards, *(e for _, e in variables)]
-    new: dict[int, Expr] = {}
-    for e in order(roots, guards=True):
-        args, guard = tuple(new[id(a)] for a in e.args), tuple(new.get(id(g), g) for g in e.guard)
-        same = all(map(operator.is_, (*args, *guard), (*e.args, *e.guard)))
-        kept: dict[str, Any] = {"domain": e.domain, "type": e.type, "value": e.value, "shape": e.shape_}
-        made = e if same else Expr(e.op, args, **kept, options=e.options, guard=guard)
-        new[id(e)] = _shortened(made) or made
-    changed: dict[str, Any] = {
-        name: tuple(new[id(e)] for e in getattr(program, name))
-        for name in ("new_slots", "new_counters", "guards")
-    }
-    if program.new_x is not None:
-        changed["new_x"] = new[id(program.new_x)]
-    checks = tuple((new[id(c)], text, tuple(new[id(v)] for v in vs)) for c, text, vs in program.checks)
-    return dataclasses.replace(program, **changed, checks=checks), [(n, new[id(e)]) for n, e in variables]
-
-
-def _shortened(e: Expr) -> Expr | None:
-    """x * (to / near) * (near / size) as x * (to / size); None for anything else."""
-    if e.op != "multiply" or e.args[1].op != "divide" or e.args[0].op != "multiply":
-        return None
-    (x, first), (near, size) = e.args[0].args, e.args[1].args
-    if first.op != "divide" or first.args[1] is not near:
-        return None
-    kept: dict[str, Any] = {"domain": first.domain, "type": first.type, "shape": first.shape_}
-    ratio = Expr("divide", (first.args[0], size), **kept)
-    return Expr("multiply", (x, ratio), domain=e.domain, type=e.type, shape=e.shape_)
+    return as_meant(program, found)
 
 
 def owners(rule: opt.Rule) -> list[tuple[tuple[Any, ...], opt.Rule]]:
@@ -163,7 +129,7 @@ class Printer:
         for name, e in variables:
             self.variables.setdefault(self.keys.of(e), name)
         self.counts_steps = [
-            name == "t" and new.op == "add" and new.args[0] is not new.args[1] and _is(new.args[1], 1)
+            name == "t" and new.op == "add" and new.args[0] is not new.args[1] and is_const(new.args[1], 1)
             for name, new in zip(shown(program), counted(program), strict=False)
         ]
 
@@ -431,7 +397,7 @@ class Printer:
             return self._factors(e.args[0], above, below) * self._factors(e.args[1], below, above)
         if e.op == "negative":
             return -self._factors(e.args[0], above, below)
-        if not _is(e, 1):
+        if not is_const(e, 1):
             above.append(e)
         return 1
 
@@ -459,10 +425,6 @@ class Printer:
 def _either(rows: list[str]) -> str:
     inner = r" \\ ".join(rows)
     return rf"\begin{{cases}} {inner} \end{{cases}}"
-
-
-def _is(e: Expr, value: float) -> bool:
-    return e.op == "const" and isinstance(e.value, int | float) and e.value == value
 
 
 def _whole(e: Expr) -> float | None:

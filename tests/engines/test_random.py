@@ -29,10 +29,20 @@ def words_of(counter: list[int], key: list[int]) -> list[int]:
     return [a, b, c, d]
 
 
-def words_at(seed: int, step: int, path: tuple[Any, ...], element: int, draw: int = 0) -> list[int]:
-    """The four words of one element of an array."""
+def words_at(seed: int, step: int, path: tuple[Any, ...], place: int, draw: int) -> list[int]:
+    """The four words of one place of an array."""
     first, last = number_of_leaf(path)
-    return words_of([element & MASK, element >> 32, step, last + (draw << 24)], [seed, first])
+    return words_of([place & MASK, place >> 32, step, last + (draw << 24)], [seed, first])
+
+
+UNIFORM, SIGN, COMPLEX = 16, 32, 48
+"""The first draw of each kind that is not real normal numbers."""
+
+
+def shared(element: int) -> tuple[int, int]:
+    """(the place whose four words an element shares, which of the four is its own)."""
+    block, inside = divmod(element, 256)
+    return 64 * block + inside % 64, inside // 64
 
 
 PUBLISHED = [
@@ -91,7 +101,7 @@ class Noise(opt.Rule):
         return state, dx + opt.ops.normal(x, self.seed)
 
 
-SHAPES = {"w": (5, 3), "b": (7,), "s": (), "e": (0, 2)}
+SHAPES = {"w": (5, 3), "b": (7,), "s": (), "e": (0, 2), "m": (9, 65)}
 
 
 def drawn(world: World, dtype: str, seed: int = 5, steps: int = 2) -> dict[str, dict[str, Any]]:
@@ -109,11 +119,14 @@ def test_every_engine_draws_the_same_bits(world: World) -> None:
     found = drawn(world, "float64")
     for path, shape in SHAPES.items():
         size = int(np.prod(shape))
-        want = np.array([words_at(5, 1, (path,), i) for i in range(size)]).reshape(size, 4)
-        uniform, sign = (found[path][n].reshape(-1) for n in ("uniform", "sign"))
+        at = [shared(i) for i in range(size)]
+        uniform, sign = (
+            np.array([words_at(5, 1, (path,), place, draw)[own] for place, own in at])
+            for draw in (UNIFORM, SIGN)
+        )
 
-        assert (uniform * 2.0**32 - 0.5 == want[:, 2]).all()
-        assert (sign == np.where(want[:, 3] >= 1 << 31, 1, -1)).all()
+        assert (found[path]["uniform"].reshape(-1) * 2.0**32 - 0.5 == uniform).all()
+        assert (found[path]["sign"].reshape(-1) == np.where(sign >= 1 << 31, 1, -1)).all()
 
 
 @worlds(*WORLDS)
@@ -130,11 +143,15 @@ def test_every_engine_makes_the_same_normal_numbers_of_them(world: World, dtype:
 
 
 def test_normal_numbers_are_those_of_box_and_muller() -> None:
-    got = opt.ops.normal(np.zeros(50), 9, step=4, leaf=("a", 0))
-    both = opt.ops.normal(np.zeros(50, complex), 9, step=4, leaf=("a", 0))
-    for i in range(50):
-        one, two, *_ = (np.array(words_at(9, 4, ("a", 0), i)) + 0.5) / 2**32
-        assert got[i] == pytest.approx(np.sqrt(-2 * np.log(one)) * np.cos(2 * np.pi * two), abs=1e-14)
+    got = opt.ops.normal(np.zeros(600), 9, step=4, leaf=("a", 0))
+    both = opt.ops.normal(np.zeros(600, complex), 9, step=4, leaf=("a", 0))
+    for i in range(600):
+        place, own = shared(i)
+        pair = (np.array(words_at(9, 4, ("a", 0), place, 0)) + 0.5) / 2**32
+        one, two = pair[:2] if own < 2 else pair[2:]
+        wave = np.sin if own % 2 else np.cos
+        assert got[i] == pytest.approx(np.sqrt(-2 * np.log(one)) * wave(2 * np.pi * two), abs=1e-14)
+        one, two, *_ = (np.array(words_at(9, 4, ("a", 0), i, COMPLEX)) + 0.5) / 2**32
         assert both[i] == pytest.approx(np.sqrt(-np.log(one)) * np.exp(2j * np.pi * two), abs=1e-14)
 
 
@@ -300,7 +317,7 @@ def test_steps_draws_seeds_and_arrays_have_numbers_of_their_own() -> None:
             (0, 0, 0, ("a", 0)),
         )
     ]
-    rows.append(np.roll(rows[0], 1))
+    rows += [np.roll(rows[0], by) for by in (1, 64, 128, 192, 256)]
     off = np.corrcoef(rows) - np.eye(len(rows))
 
     assert np.abs(off).max() < 5 / np.sqrt(x.size)

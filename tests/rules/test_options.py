@@ -215,6 +215,40 @@ def test_an_array_without_a_gradient_takes_the_estimate_that_the_others_found(
     assert all(a == seen[0] or b <= 1.5 * a * (1 + 1e-6) for a, b in itertools.pairwise(seen))
 
 
+ALIKE: list[tuple[opt.Rule, tuple[str, ...]]] = [
+    (opt.MoMo(0.1), ("f", "c", "t")),
+    (opt.MoMoAdam(0.1), ("f", "c", "known", "t")),
+    (opt.Mechanic(opt.Descent(0.1), 0.01), ("m", "v", "r", "s", "t")),
+    (opt.DoG(1.0, 0.01), ("r", "root")),
+    (opt.DoWG(), ("r", "root")),
+    (opt.Chain(opt.ZClip(0.9, 2.5, 1e3, 2), opt.Descent(0.01)), ("mean", "deviation", "t")),
+]
+"""Rules, and what their arrays have in common."""
+
+
+@pytest.mark.parametrize("world", ["interpret", "numba", "jax"])
+@pytest.mark.parametrize(("rule", "fields"), ALIKE, ids=[type(rule).__name__ for rule, _ in ALIKE])
+def test_what_arrays_have_in_common_one_without_gradients_does_not_hold_back(
+    rule: opt.Rule, fields: tuple[str, ...], world: str
+) -> None:
+    """It steps as if it had been there, as soon as it is again; one that joins later does too."""
+    make, step = maker("jax" if world == "jax" else "numpy")
+    model = {k: make(np.full(n, 1.5, "float32")) for k, n in (("a", 4), ("b", 3), ("late", 2))}
+    state = opt.setup(rule, model, engine=None if world == "jax" else world)
+    given = {"loss": 0.7} if "MoMo" in type(rule).__name__ else {}
+    for t in range(8):
+        gone = {"late"} | ({"b"} if t in (2, 3, 6) else set()) if t < 7 else set[str]()
+        grads = {k: None if k in gone else (1 + t) * x for k, x in model.items()}
+        state, model = step(state, model, grads, **given)
+
+    def kept(name: str) -> list[Any]:
+        own = state[name].state[0] if isinstance(rule, opt.Chain) else state[name].state
+        return [numbers(value) for field in fields for value in np.atleast_1d(getattr(own, field))]
+
+    for name in ("b", "late"):
+        np.testing.assert_allclose(kept(name), kept("a"), rtol=1e-6)
+
+
 def test_an_array_that_joins_later_starts_with_the_estimate_of_the_others() -> None:
     model = {"a": np.ones(4), "b": np.ones(4)}
     state = opt.setup(opt.Prodigy(d0=0.01, growth=1.5), model)

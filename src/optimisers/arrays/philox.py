@@ -2,8 +2,11 @@
 an element, always the same.
 
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011, doi:10.1145/2063384.2063405. The key is
-(seed, first half of the array's number), the counter (element, low and high, step, second half + 2^24 draw):
+(seed, first half of the array's number), the counter (place, low and high, step, second half + 2^24 draw):
 each of these halves is below 2^24, so that a float32 holds it.
+
+Four elements share the four words of a place: one of each quarter of 256 elements, so that a loop over places
+reads and writes four arrays side by side.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +21,14 @@ STEPS = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 
 MASK = 0xFFFFFFFF
+
+LANES = 64
+"""How many elements follow each other before they take the next word of the same places."""
+
+OWN, EVEN, ODD, PARITY, FIRST, SECOND = range(6)
+"""Which bits an element takes: its own word; the first or the second word of its pair, or which of the two is
+its own; or, with four words for itself, the first or the second.
+"""
 
 
 def words(
@@ -55,11 +66,26 @@ def word(
     made: Callable[[int], Any],
     *,
     draw: int,
-    which: int,
+    part: int,
     bits: int,
 ) -> Any:
-    """The first `bits` of one of the four words, as a whole number, for elements (low word, high word) of an
+    """The first `bits` of a word, or the parity, as a whole number, for elements (low word, high word) of an
     array.
     """
-    counter = (*element, step, leaf[1] + made(draw << 24))
-    return words(counter, (seed, leaf[0]), made)[which] >> made(32 - bits)
+    low, high = element
+    lane = (low // made(LANES)) & made(3)
+    if part == PARITY:
+        return lane & made(1)
+    if part not in (FIRST, SECOND):
+        above = ((low >> made(2)) + (high << made(30))) & made(MASK - LANES + 1)
+        low, high = above + (low & made(LANES - 1)), high >> made(2)
+    a, b, c, d = words((low, high, step, leaf[1] + made(draw << 24)), (seed, leaf[0]), made)
+    if part in (FIRST, SECOND):
+        return (a if part == FIRST else b) >> made(32 - bits)
+
+    def chosen(one: Any, other: Any, bit: Any) -> Any:
+        return one ^ ((one ^ other) & (made(0) - bit))
+
+    even, odd = chosen(a, c, lane >> made(1)), chosen(b, d, lane >> made(1))
+    found = chosen(even, odd, lane & made(1)) if part == OWN else even if part == EVEN else odd
+    return found >> made(32 - bits)

@@ -1,11 +1,13 @@
 """A rate on top of any rule, tuned while it trains."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from optimisers import ops
 from optimisers.arrays.protocol import Array
 from optimisers.errors import BadSetting
 from optimisers.ops import clip, copy, maximum, norm, sqrt, total, under, updated
+from optimisers.ops.steps import latest
 from optimisers.rule import Rule, Setting, a_rule, not_negative, setting, static, stepped
 
 
@@ -19,7 +21,9 @@ class MechanicState(NamedTuple):
     r: tuple[Any, ...]
     """For each decay, the decaying reward."""
     s: tuple[Any, ...]
-    """For each decay, its share in the scale."""
+    """For each decay, its share in the scale, as it was when this array was stepped last."""
+    t: Any
+    """How many steps were taken, with this array or without it."""
     inner: Any
 
 
@@ -49,7 +53,7 @@ class Mechanic(Rule):
 
     def init(self, x: Array) -> MechanicState:
         none = (0.0,) * self.betas
-        return MechanicState(copy(x), none, none, none, none, self.rule.init(x))
+        return MechanicState(copy(x), none, none, none, none, 0, self.rule.init(x))
 
     def apply(self, state: MechanicState, x: Array, dx: Array, *more: Array) -> Any:
         inner, step = stepped(self.rule, state.inner, x, dx, more)
@@ -61,17 +65,18 @@ class Mechanic(Rule):
             long, steep = total(norm(x), p=2), total(norm(dx), p=2)
             pull = self.lam * scale * steep / (long + self.epsilon)
             h = total(ops.sum((dx + pull * x) * way))
-            shares = [self.share(i, state, h) for i in range(self.betas)]
+            t, *known = latest(state.t, *state.m, *state.v, *state.r, *state.s)
+            shares = [self.share(i, known[i :: self.betas], h) for i in range(self.betas)]
             m, v, r, s = (tuple(column) for column in zip(*shares, strict=True))
             u = x - updated(x, step)
             new = state.start - sum(s) * (way + u)
-        return MechanicState(state.start, m, v, r, s, inner), x - new
+        return MechanicState(state.start, m, v, r, s, t + 1, inner), x - new
 
-    def share(self, i: int, state: MechanicState, h: Any) -> tuple[Any, Any, Any, Any]:
-        """(m, v, r, s) of one decay after a step that would have earned h a unit of scale."""
-        keep, before = 1 - 0.1 ** (i + 1), state.m[i]
+    def share(self, i: int, known: Sequence[Any], h: Any) -> tuple[Any, Any, Any, Any]:
+        """(m, v, r, s) of one decay, from those before a step that would have earned h a unit of scale."""
+        keep, (before, v, r, s) = 1 - 0.1 ** (i + 1), known
         m = maximum(keep * before, ops.abs(h) + self.epsilon)
-        v = keep**2 * state.v[i] + h * h
-        r = keep * state.r[i] + clip(h, -before, before) * state.s[i]
+        v = keep**2 * v + h * h
+        r = keep * r + clip(h, -before, before) * s
         wealth = self.s0 / self.betas * m + maximum(r, 0)
         return m, v, r, wealth / (sqrt(v) + self.epsilon)

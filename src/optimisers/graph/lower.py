@@ -159,11 +159,11 @@ def _of_words(e: Expr) -> Symbol:
     """Random numbers, said with random words."""
     options = dict(e.options)
 
-    def word(which: int, bits: int) -> Symbol:
-        chosen = (("bits", bits), ("draw", options["draw"]), ("which", which))
+    def word(draw: int, part: int, bits: int) -> Symbol:
+        chosen = (("bits", bits), ("draw", draw), ("part", part))
         return Symbol("random_word", e.args, domain="array", options=chosen, shape=e.shape_)
 
-    return of_words(options["kind"], word, whole=e.type == "complex")
+    return of_words(options["kind"], options["draw"], word, whole=e.type == "complex")
 
 
 def _cast(e: Expr, want: str) -> Expr:

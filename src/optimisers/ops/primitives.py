@@ -239,11 +239,12 @@ def random_word(
     last: Operand,
     *,
     draw: int,
-    which: int,
+    part: int,
     bits: int,
 ) -> Any:
-    """Random bits for every element of `x` as whole numbers in [0, 2^bits), by `arrays.philox`; `first` and
-    `last` are the number of the array. In a lowered graph it takes the four scalars alone.
+    """Random bits for every element of `x` as whole numbers in [0, 2^bits), or which of a pair it is, by
+    `arrays.philox`; `first` and `last` are the number of the array. In a lowered graph it takes the four
+    scalars alone.
     """
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from optimisers.arrays import registry
+from optimisers.arrays import philox, registry
 from optimisers.arrays.protocol import Array, Operand
 from optimisers.arrays.types import arithmetic, real_of
 from optimisers.errors import BadSetting, TraceError
@@ -74,28 +74,35 @@ def drawn(kind: str, x: Any, seed: Operand, draw: int, step: Operand | None, lea
     library = registry.library(x)
     real = real_of(library, arithmetic(library, x.dtype))
 
-    def word(which: int, bits: int) -> Any:
-        found = random_word(x, seed, step or 0, first, last, draw=draw, which=which, bits=bits)
+    def word(draw: int, part: int, bits: int) -> Any:
+        found = random_word(x, seed, step or 0, first, last, draw=draw, part=part, bits=bits)
         return library.cast(found, real)
 
-    return of_words(kind, word, whole=is_complex(x))
+    return of_words(kind, draw, word, whole=is_complex(x))
 
 
-def of_words(kind: str, word: Callable[[int, int], Any], *, whole: bool) -> Any:
-    """Random numbers of a kind from random whole numbers: `word(which, bits)` is one of four in [0, 2^bits);
-    `whole` ones are complex.
+KINDS = ("normal", "uniform", "rademacher")
+"""Each of them, and complex normal numbers behind them, have draws of their own."""
+
+
+def of_words(kind: str, draw: int, word: Callable[[int, int, int], Any], *, whole: bool) -> Any:
+    """Random numbers of a kind from random whole numbers: `word(draw, part, bits)` is one in [0, 2^bits), of
+    the words that an element has or shares; `whole` ones are complex. Two real normal numbers are the two
+    coordinates of one point.
     """
-    if kind == "rademacher":
-        return 2 * word(3, 1) - 1
-    if kind == "uniform":
-        return _fraction(word(2, 32))
-    energy = -log(_fraction(word(0, 32)))
-    turn = _fraction(word(1, 32)) - 0.5
-    cosine = _sine(abs(turn) - 0.25)
+    pair = kind == "normal"
+    draw += DRAWS * (len(KINDS) if pair and whole else KINDS.index(kind))
+    if not pair:
+        bits = word(draw, philox.OWN, 1 if kind == "rademacher" else 32)
+        return 2 * bits - 1 if kind == "rademacher" else _fraction(bits)
+    one, two = (philox.FIRST, philox.SECOND) if whole else (philox.EVEN, philox.ODD)
+    energy = -log(_fraction(word(draw, one, 32)))
+    turn = _fraction(word(draw, two, 32)) - 0.5
     if not whole:
-        return sqrt(2 * energy) * cosine
+        off = abs(turn - 0.25 * word(draw, philox.PARITY, 1))
+        return sqrt(2 * energy) * _sine(minimum(off, 1 - off) - 0.25)
     size = _sine(minimum(abs(turn), 0.5 - abs(turn)))
-    return sqrt(energy) * (cosine + 1j * where(turn < 0, size, -size))
+    return sqrt(energy) * (_sine(abs(turn) - 0.25) + 1j * where(turn < 0, size, -size))
 
 
 def _fraction(word: Any) -> Any:

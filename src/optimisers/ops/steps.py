@@ -13,7 +13,7 @@ from optimisers.arrays.protocol import Operand
 from optimisers.errors import DomainError, TraceError
 from optimisers.nest import unflatten, values
 from optimisers.ops.dispatch import OPERATIONS, Primitive
-from optimisers.ops.primitives import abs
+from optimisers.ops.primitives import abs, where
 
 
 def total(s: Operand, p: float = 1) -> Any:
@@ -36,6 +36,16 @@ def total(s: Operand, p: float = 1) -> Any:
     if write is None:
         return s if p == 1 else abs(s)
     return write(s, p)
+
+
+def latest(t: Operand, *numbers: Operand) -> tuple[Any, ...]:
+    """(the most steps t that an array took, then numbers that arrays have together), as those know them that
+    took the most: one without a gradient for a while is behind.
+    """
+    most = total(t, p=inf)
+    known = t == most
+    count = total(where(known, 1.0, 0.0))
+    return most, *(total(where(known, n, 0.0)) / count for n in numbers)
 
 
 def when(condition: Operand, dx: Operand) -> Any:

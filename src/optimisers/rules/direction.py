@@ -21,6 +21,7 @@ from optimisers.ops import (
     zeros_like,
 )
 from optimisers.ops.derived import hypot, nonzero, rms, scaled_to
+from optimisers.ops.steps import latest
 from optimisers.rule import Rule, Setting, in_unit_interval, not_negative, one_of, setting, static
 from optimisers.rules.gradient import shrunk
 
@@ -213,7 +214,7 @@ class ZClipState(NamedTuple):
     deviation: Any
     """Their standard deviation, likewise."""
     t: Any
-    """How many steps were seen."""
+    """How many steps were seen, with this array or without it."""
 
 
 class ZClip(Rule):
@@ -239,14 +240,13 @@ class ZClip(Rule):
 
     def apply(self, state: ZClipState, x: Array, dx: Array) -> Any:
         size = total(norm(dx), p=2)
-        t = state.t + 1
-        warming = state.t < self.warmup
-        off = size - state.mean
-        score = off / (state.deviation + 1e-6)
+        before, mean, deviation = latest(state.t, state.mean, state.deviation)
+        t, warming, off = before + 1, before < self.warmup, size - mean
+        score = off / (deviation + 1e-6)
         high = (score > self.z) & ~warming
-        target = where(high, state.mean + self.z**2 * state.deviation / where(high, score, 1), size)
-        m = where(warming, state.mean + off / t, ema(self.rho, state.mean, target))
-        early = sqrt(1 - 1 / t) * hypot(state.deviation, ops.abs(off) / sqrt(t))
-        late = hypot(sqrt(self.rho) * state.deviation, sqrt(1 - self.rho) * ops.abs(target - m))
+        target = where(high, mean + self.z**2 * deviation / where(high, score, 1), size)
+        m = where(warming, mean + off / t, ema(self.rho, mean, target))
+        early = sqrt(1 - 1 / t) * hypot(deviation, ops.abs(off) / sqrt(t))
+        late = hypot(sqrt(self.rho) * deviation, sqrt(1 - self.rho) * ops.abs(target - m))
         most = minimum(where(high, target, inf), self.omega)
         return ZClipState(m, where(warming, early, late), t), shrunk(dx, most, size + 1e-6)

@@ -6,6 +6,7 @@ from optimisers import ops
 from optimisers.arrays.protocol import Array, Operand
 from optimisers.ops import abs2, ema, loss, maximum, minimum, real_zeros_like, sqrt, total, where, zeros_like
 from optimisers.ops.derived import over
+from optimisers.ops.steps import latest
 from optimisers.rule import Pair, Rule, Setting, in_unit_interval, not_negative, setting, static
 from optimisers.rules.adam import check_decaying, weights
 
@@ -23,7 +24,7 @@ class MoMoState(NamedTuple):
     c: Any
     """The mean of <dx, x> over all arrays, likewise."""
     t: Any
-    """How many steps were taken."""
+    """How many steps were taken, with this array or without it."""
 
 
 class MoMo(Rule):
@@ -50,14 +51,15 @@ class MoMo(Rule):
         return MoMoState(zeros_like(x), 0.0, 0.0, 0)
 
     def apply(self, state: MoMoState, x: Array, dx: Array) -> Any:
-        first, along = state.t == 0, inner(dx, x)
-        m = where(first, dx, ema(self.rho, state.m, dx))
-        f = where(first, loss(dx), ema(self.rho, state.f, loss(dx)))
-        c = where(first, along, ema(self.rho, state.c, along))
+        along = inner(dx, x)
+        t, f, c = latest(state.t, state.f, state.c)
+        m = where(state.t == 0, dx, ema(self.rho, state.m, dx))
+        f = where(t == 0, loss(dx), ema(self.rho, f, loss(dx)))
+        c = where(t == 0, along, ema(self.rho, c, along))
         shrink = 1 + self.eta * self.lam
         above = maximum(shrink * (f - self.lower - c) + inner(m, x), 0)
         step = minimum(self.eta, over(above, inner(m, m))) * m
-        return MoMoState(m, f, c, state.t + 1), shrunk(x, step, shrink, self.proximal)
+        return MoMoState(m, f, c, t + 1), shrunk(x, step, shrink, self.proximal)
 
 
 def shrunk(x: Array, step: Any, shrink: Any, proximal: bool) -> Any:
@@ -75,7 +77,11 @@ class MoMoAdamState(NamedTuple):
     c: Any
     """The mean of <dx, x> over all arrays, decaying with beta[0]."""
     weight: tuple[Any, Any]
-    """The sums of the weights in these means so far, 1 - beta^t."""
+    """The sums of the weights in m and v so far, 1 - beta^t."""
+    known: Any
+    """The sum of the weights in f and c so far."""
+    t: Any
+    """How many steps were taken, with this array or without it."""
 
 
 class MoMoAdam(Rule):
@@ -97,18 +103,19 @@ class MoMoAdam(Rule):
         check_decaying(self)
 
     def init(self, x: Array) -> MoMoAdamState:
-        return MoMoAdamState(zeros_like(x), real_zeros_like(x), 0.0, 0.0, (0.0, 0.0))
+        return MoMoAdamState(zeros_like(x), real_zeros_like(x), 0.0, 0.0, (0.0, 0.0), 0.0, 0)
 
     def apply(self, state: MoMoAdamState, x: Array, dx: Array) -> Any:
         rho = self.beta[0]
         weight = weights(self.beta, state.weight)
         m, v = ema(rho, state.m, dx), ema(self.beta[1], state.v, abs2(dx))
-        f, c = ema(rho, state.f, loss(dx)), ema(rho, state.c, inner(dx, x))
+        t, f, c, known = latest(state.t, state.f, state.c, state.known)
+        f, c, known = ema(rho, f, loss(dx)), ema(rho, c, inner(dx, x)), ema(rho, known, 1)
         scaled = m / (sqrt(v * (1 / weight[1])) + self.epsilon)
         shrink = 1 + self.eta * self.lam
-        above = maximum(shrink * (f - self.lower * weight[0] - c) + inner(m, x), 0)
+        above = maximum(shrink * (f - self.lower * known - c) + inner(m, x), 0)
         step = minimum(self.eta / weight[0], over(above, inner(m, scaled))) * scaled
-        return MoMoAdamState(m, v, f, c, weight), shrunk(x, step, shrink, self.proximal)
+        return MoMoAdamState(m, v, f, c, weight, known, t + 1), shrunk(x, step, shrink, self.proximal)
 
 
 class PolyakSPS(Rule):

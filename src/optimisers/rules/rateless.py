@@ -214,9 +214,13 @@ class DAdaptSGD(Rule):
         before = shared(state.g0)
         g0 = where(before == 0, first, before)
         d = shared(where(state.d == 0, self.d0, state.d))
-        r = state.r + scaled_to(inner(g, state.s), d * self.eta, nonzero(g0))
-        s = state.s + scaled_to(g, d * self.eta, nonzero(g0))
-        found = minimum(grown(d, 2 * total(r), total(norm(s), p=2)), self.growth * d)
+        rate, most = d * self.eta, nonzero(g0)
+        pull = scaled_to(inner(g, state.s), rate, most)
+        r, s = state.r + pull, state.s + scaled_to(g, rate, most)
+        step = scaled_to(total(norm(g), p=2), rate, most)
+        length = total(norm(state.s), p=2)  # of s, without another pass: nothing cancels where r > 0
+        length = sqrt(maximum(length * length + 2 * total(pull) + step * step, 0))
+        found = minimum(grown(d, 2 * total(r), length), self.growth * d)
         return DAdaptSGDState(state.start, s, r, found, g0), (1 - self.rho) * (x - state.start + s)
 
 
@@ -291,6 +295,7 @@ class DoG(Rule):
         return DistanceState(copy(x), 0.0, 0.0)
 
     def apply(self, state: DistanceState, x: Array, dx: Array) -> Any:
+        state = state._replace(r=shared(state.r), root=shared(state.root))
         return by_distance(self, state, x, decayed(self.lam, x, dx), lambda size: total(size, p=2))
 
 
@@ -319,7 +324,7 @@ class LDoG(Rule):
 def by_distance(rule: "DoG | LDoG", state: DistanceState, x: Array, g: Array, join: Any) -> Any:
     """(new state, step) of DoG, whose norms are joined by `join`."""
     new = state.r == 0
-    come = join(norm(where(new, x, x - state.start)))
+    come = where(new, join(norm(x)), join(norm(x - state.start)))  # in one pass, whatever `new` is known by
     r = where(new, rule.reps * (1 + come), maximum(state.r, come))
     root = hypot(where(new, sqrt(rule.epsilon), state.root), join(norm(g)))
     return DistanceState(state.start, r, root), scaled_to(g, rule.eta * r, nonzero(root))
@@ -343,8 +348,8 @@ class DoWG(Rule):
         return DistanceState(copy(x), 0.0, 0.0)
 
     def apply(self, state: DistanceState, x: Array, dx: Array) -> Any:
-        come = total(norm(x - state.start), p=2)
-        r = maximum(where(state.r == 0, sqrt(self.epsilon), state.r), come)
-        root = hypot(state.root, r * total(norm(dx), p=2))
+        come, before = total(norm(x - state.start), p=2), shared(state.r)
+        r = maximum(where(before == 0, sqrt(self.epsilon), before), come)
+        root = hypot(shared(state.root), r * total(norm(dx), p=2))
         step = scaled_to(dx, self.eta * r * r, nonzero(root + self.epsilon))
         return DistanceState(state.start, r, root), step

@@ -176,9 +176,9 @@ class FTRL(Rule):
         return FTRLState(zeros_like(x), zeros_like(x))
 
     def apply(self, state: FTRLState, x: Array, dx: Array) -> Any:
-        n = state.n + dx * dx
-        z = state.z + dx - (sqrt(n) - sqrt(state.n)) / self.eta * x
+        n, slow = state.n + dx * dx, 1 / self.eta
+        z = state.z + dx - (sqrt(n) - sqrt(state.n)) * slow * x
         short = maximum(z, -z) <= self.l1
-        stiff = (self.beta + sqrt(n)) / self.eta + self.l2
+        stiff = (self.beta + sqrt(n)) * slow + self.l2
         new = where(short, 0, (self.l1 * sign(z) - z) / where(short, 1, stiff))
         return FTRLState(z, n), x - new

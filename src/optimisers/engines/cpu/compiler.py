@@ -76,7 +76,13 @@ WORDS: dict[Any, str] = {
 }
 """Functions that LLVM knows, of one real number."""
 
-ARITHMETIC: dict[type[ast.AST], str] = {ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div"}
+ARITHMETIC: dict[type[ast.AST], str] = {
+    ast.Add: "add",
+    ast.Sub: "sub",
+    ast.Mult: "mul",
+    ast.Div: "div",
+    ast.RShift: "ashr",
+}
 
 COMPARISONS: dict[type[ast.AST], str] = {
     ast.Lt: "<",

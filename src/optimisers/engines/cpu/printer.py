@@ -7,9 +7,10 @@ table of addresses.
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from optimisers.arrays import philox
 from optimisers.engines.cpu.maths import BYTES, COMPLEX, FUNCTIONS, Maths, Unprintable
 from optimisers.engines.labels import fitting
 from optimisers.graph.cached import cached
@@ -39,6 +40,10 @@ def indented(lines: Iterable[str], levels: int = 1) -> list[str]:
     return ["    " * levels + line for line in lines]
 
 
+Element = Callable[[Callable[[str, str, Expr], list[str]], bool], list[str]]
+"""The lines of one element, from those that a reduction takes of it, and whether it is stored."""
+
+
 class Printer(Maths):
     """The text of a kernel of one pass."""
 
@@ -52,6 +57,13 @@ class Printer(Maths):
         """The array of the kernel that takes what is stored."""
         self.narrow = {f"f{j}" for j, once in enumerate(p.narrow) if once}
         """Values that are one number a leaf."""
+        parts = {dict(e.options)["part"] for e in random_in(p)}
+        self.shared = bool(parts) and not parts & {philox.FIRST, philox.SECOND}
+        """Whether elements share random words."""
+        self.lane: int | None = None
+        """Which of the elements that share words is written, where they are side by side."""
+        self.words: dict[tuple[str, str, str], None] = {}
+        """Functions that give random words: (name, what is drawn, which word of a place)."""
 
     def is_apart(self, array: str) -> bool:
         """Whether a new array is written, beside the old one."""
@@ -67,8 +79,8 @@ class Printer(Maths):
                 lines.append(f"load_{self.names_of(a)} = loader{given}")
             if a in self.stored.values():
                 lines.append(f"store_{self.names_of(a)} = storer{given}")
-        for e in random_in(p):
-            lines.append(f'{named(e)} = random_word({", ".join(chosen(e))}, "{self.real}")')
+        work = self.chunk()
+        lines += [f'{name} = random_word({given}, "{self.real}"{which})' for name, given, which in self.words]
         fast = ["contract", "afn", "nsz", *(["reassoc"] if p.reductions else [])]
         lines += [
             "",
@@ -84,7 +96,7 @@ class Printer(Maths):
             "            return",
             "        for c in range(spans[s], spans[s + 1]):",
         ]
-        lines += indented(self.chunk(), 3)
+        lines += indented(work, 3)
         about = f'"""{title}\n\nAddresses, in order: {", ".join(head)}.\n"""\n'
         return about, "\n".join(lines) + "\n"
 
@@ -106,38 +118,59 @@ class Printer(Maths):
             lines.append(
                 f"{at[a]} = addresses[{j}, k]" + ("" if once else f" + {BYTES[self.kinds[a]]} * first")
             )
-        element, totals = self.element(at), self.totals()
-        taken = [f"{total} = {self.taken(op, total, term)}" for total, op, term in self.reduced(totals)]
+        totals, named = self.totals(), self.count
+
+        def element(take: Callable[[str, str, Expr], list[str]], stored: bool) -> list[str]:
+            self.count = named
+            lines = self.element(at)
+            lines += [line for reduced in self.reduced(totals) for line in take(*reduced)]
+            return [*lines, *(self.stores(at) if stored else [])]
+
         return [
             *lines,
             *(
                 f"{total} = {FIRST[op].format(real='float64' if id(term) in p.double else self.real)}"
                 for total, op, term in self.reduced(totals)
             ),
-            *self.loop([*element, *taken, *self.stores(at)]),
+            *self.loop(lambda: element(self.taken, True)),
             *self.second_look(element, totals),
             *(f"partial[{j}, c] = {LAST[op].format(t)}" for j, (t, op) in enumerate(totals.items())),
         ]
 
-    def loop(self, lines: list[str]) -> list[str]:
-        """Lines for every element of a chunk."""
-        return ["for i in range(n):", *indented(lines)]
+    def loop(self, lines: Callable[[], list[str]]) -> list[str]:
+        """Lines for every element of a chunk; where four elements share random words, for those at once."""
+        if not self.shared:
+            return ["for i in range(n):", *indented(lines())]
+        n, block = philox.LANES, 4 * philox.LANES
+        four: list[str] = []
+        for lane in range(4):
+            self.lane = lane
+            four += [f"i = {block} * b + r + {n * lane}", *lines()]
+        self.lane = None
+        return [
+            f"for b in range(n >> {block.bit_length() - 1}):",
+            f"    place = ((first + {block} * b) >> 2)",
+            f"    for r in range({n}):",
+            *indented(four, 2),
+            f"for i in range({block} * (n >> {block.bit_length() - 1}), n):",
+            *indented(lines()),
+        ]
 
-    def second_look(self, element: list[str], totals: dict[str, str]) -> list[str]:
+    def second_look(self, element: "Element", totals: dict[str, str]) -> list[str]:
         """Where squares overflow or vanish: what is in the caches once more, times a power of two."""
-        norms = {total: term for total, op, term in self.reduced(totals) if op == "norm2"}
+        norms = [total for total, op in totals.items() if op == "norm2"]
         if not norms:
             return []
-        squares = [
-            f"{total} = {total} + square(float64({half}), by_{total})"
-            for total, term in norms.items()
-            for half in self.halves(term)
-        ]
+
+        def squares(total: str, op: str, term: Expr) -> list[str]:
+            halves = self.halves(term) if op == "norm2" else []
+            return [f"{total} = {total} + square(float64({half}), by_{total})" for half in halves]
+
         return [
             *(f"by_{total} = refit({total})" for total in norms),
             f"if {' | '.join(f'(by_{total} != 1)' for total in norms)}:",
             *indented(f"{total} = {FIRST['norm2']}" for total in norms),
-            *indented(self.loop([*element, *squares])),
+            *indented(self.loop(lambda: element(squares, False))),
         ]
 
     def halves(self, e: Expr) -> list[str]:
@@ -145,12 +178,12 @@ class Printer(Maths):
         value = self.atom(e)
         return [f"{value}.real", f"{value}.imag"] if e.type == "complex" else [value]
 
-    def taken(self, op: str, total: str, term: Expr) -> str:
-        """A reduction with one more element in it."""
+    def taken(self, total: str, op: str, term: Expr) -> list[str]:
+        """The line that takes one more element into a reduction."""
         value = self.atom(term)
         if op == "norm2" and term.type == "complex":
-            return f"{total} + {COMPLEX['abs2', 'complex'].format(f'complex128({value})')}"
-        return self.operations[op](total, value)
+            return [f"{total} = {total} + {COMPLEX['abs2', 'complex'].format(f'complex128({value})')}"]
+        return [f"{total} = {self.operations[op](total, value)}"]
 
     def totals(self) -> dict[str, str]:
         """The name of each reduction, with what it is."""
@@ -180,7 +213,16 @@ class Printer(Maths):
         return lines
 
     def random(self, e: Expr) -> str:
-        return f"{named(e)}({', '.join([*map(self.atom, e.args), 'first + i'])})"
+        draw, part, bits = chosen(e)
+        which, at = "", "first + i"
+        if self.lane is not None:
+            if int(part) == philox.PARITY:
+                return self.literal(repr(float(self.lane & 1)))
+            word = {philox.OWN: self.lane, philox.EVEN: self.lane & 2, philox.ODD: self.lane | 1}[int(part)]
+            which, at = f", {word}", "place + r"
+        name = f"random_{draw}_{part}_{bits}" + which.replace(", ", "_word_")
+        self.words[name, f"{draw}, {part}, {bits}", which] = None
+        return f"{name}({', '.join([*map(self.atom, e.args), at])})"
 
     def load(self, array: str, at: str, index: str = "i") -> str:
         """An element of an array, in the type of the arithmetic."""
@@ -234,14 +276,9 @@ def random_in(p: Pass) -> list[Expr]:
 
 
 def chosen(e: Expr) -> list[str]:
-    """Which random bits a node is: draw, which of four words, how many bits."""
+    """Which random bits a node is: draw, which part of them, how many bits."""
     options = dict(e.options)
-    return [str(options[name]) for name in ("draw", "which", "bits")]
-
-
-def named(e: Expr) -> str:
-    """What a kernel calls the function that gives random bits."""
-    return f"random_{'_'.join(chosen(e))}"
+    return [str(options[name]) for name in ("draw", "part", "bits")]
 
 
 @cached

@@ -170,9 +170,28 @@ def low_bits(x):
 
 
 @triton.jit
-def random_word(seed, step, first, last, at, DRAW: tl.constexpr, WHICH: tl.constexpr, BITS: tl.constexpr):
-    """The first bits of one of the four words of an element, as a whole number of 32 bits without sign."""
-    a, b = (at & 0xFFFFFFFF).to(tl.uint32), (at >> 32).to(tl.uint32)
+def random_word(seed, step, first, last, at, DRAW: tl.constexpr, PART: tl.constexpr, BITS: tl.constexpr):
+    """What an element takes (see `arrays.philox`), as a whole number of 32 bits without sign."""
+    lane = ((at >> 6) & 3).to(tl.uint32)
+    if PART == 3:
+        found = lane & 1
+    elif PART > 3:
+        a, b, c, d = words(seed, step, first, last, at, DRAW)
+        found = (a if PART == 4 else b) >> (32 - BITS)
+    else:
+        a, b, c, d = words(seed, step, first, last, ((at >> 2) & -64) | (at & 63), DRAW)
+        even, odd = tl.where((lane & 2) != 0, c, a), tl.where((lane & 2) != 0, d, b)
+        if PART == 0:
+            found = tl.where((lane & 1) != 0, odd, even) >> (32 - BITS)
+        else:
+            found = (even if PART == 1 else odd) >> (32 - BITS)
+    return found
+
+
+@triton.jit
+def words(seed, step, first, last, place, DRAW: tl.constexpr):
+    """The four words of a place."""
+    a, b = (place & 0xFFFFFFFF).to(tl.uint32), (place >> 32).to(tl.uint32)
     c = a * 0 + step.to(tl.int64).to(tl.uint32)
     d = a * 0 + (last.to(tl.int64) + (DRAW << 24)).to(tl.uint32)
     k, m = a * 0 + seed.to(tl.int64).to(tl.uint32), a * 0 + first.to(tl.int64).to(tl.uint32)
@@ -183,15 +202,7 @@ def random_word(seed, step, first, last, at, DRAW: tl.constexpr, WHICH: tl.const
         high2, low2 = tl.umulhi(c, by2), c * by2
         a, b, c, d = high2 ^ b ^ k, low2, high ^ d ^ m, low
         k, m = k + more, m + more2
-    if WHICH == 0:
-        found = a
-    elif WHICH == 1:
-        found = b
-    elif WHICH == 2:
-        found = c
-    else:
-        found = d
-    return found >> (32 - BITS)
+    return a, b, c, d
 
 
 # -- reductions ----------------------------------------------------------------------------------------------
