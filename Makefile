@@ -4,7 +4,7 @@ NEWEST ?= $(firstword $(foreach v,3.14 3.13 3.12,$(shell python$(v) -c 'print("p
 BIN := .venv/bin
 RUN := XDG_CACHE_HOME="$(CURDIR)/.cache" MPLCONFIGDIR="$(CURDIR)/.cache/matplotlib" KERAS_HOME="$(CURDIR)/.cache/keras" $(BIN)/python
 
-.PHONY: demo test quick test-oldest test-newest check bench docs clean
+.PHONY: demo test quick test-oldest test-newest check bench docs release changelog clean
 
 demo: .venv/demo.stamp ## let four rules race on a digit classifier; writes demo.png
 	$(RUN) -m optimisers demo
@@ -39,6 +39,15 @@ bench: .venv/test.stamp ## milliseconds per step, beside the limit of this machi
 docs: .venv/docs.stamp ## write the pages of the rules anew, then the site, into site/
 	$(RUN) -m docs.make_rules
 	$(RUN) -m mkdocs build --strict
+
+release: .venv/release.stamp ## the wheel and the source distribution, checked, into dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
+changelog: .venv/release.stamp ## gather changelog.d/ into CHANGELOG.md, under the version of pyproject.toml
+	$(BIN)/python -m towncrier build --yes --name optimisers \
+	  --version "$$($(BIN)/python -c 'import optimisers; print(optimisers.__version__)')"
 
 clean: ## forget the environment, the caches, the site and the picture
 	rm -rf .venv .venv-oldest .venv-newest .cache .pytest_cache .ruff_cache .hypothesis dist site demo.png

@@ -153,7 +153,7 @@ if TYPE_CHECKING:
     from optimisers.trainers import lightning_callback as lightning_callback
     from optimisers.trainers import trainer_callback as trainer_callback
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 if not TYPE_CHECKING:

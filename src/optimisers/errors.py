@@ -14,6 +14,8 @@
 A message has up to four parts, in this order: where, what was there, what is accepted, what to write instead.
 """
 
+import warnings
+
 
 class OptimiserError(Exception):
     """The root of the errors raised by this package."""
@@ -68,3 +70,10 @@ class NoParameters(UserWarning):
 
 class CacheRefused(UserWarning):
     """The cache directory cannot be trusted; kernels are compiled anew in each process."""
+
+
+def deprecated(said: str, *, since: str, depth: int) -> None:
+    """Warn of something that still works until the next release but one: what to write instead, since
+    which version. `depth` counts callers from here to the user's line.
+    """
+    warnings.warn(f"{said} (deprecated since {since})", DeprecationWarning, stacklevel=depth + 1)

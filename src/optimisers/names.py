@@ -3,11 +3,11 @@ library.
 """
 
 import difflib
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from optimisers import ops
+from optimisers.errors import deprecated
 from optimisers.spellings import NOT_HERE
 
 CLOCK = "a function of the clock, such as lambda t: 0.1 / (1 + t)"
@@ -89,7 +89,7 @@ def meant(name: str, known: Sequence[str]) -> Any:
     """
     if name not in ops.__all__:
         raise AttributeError(f"module 'optimisers' has no attribute {name!r}{_instead(name, known)}")
-    warnings.warn(f"opt.{name} has moved; write opt.ops.{name}", DeprecationWarning, stacklevel=3)
+    deprecated(f"opt.{name} has moved; write opt.ops.{name}", since="0.2.0", depth=3)
     return getattr(ops, name)
 
 

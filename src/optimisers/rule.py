@@ -4,12 +4,11 @@ import contextlib
 import contextvars
 import dataclasses
 import inspect
-import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from optimisers.errors import BadSetting, TraceError, UnknownField
+from optimisers.errors import BadSetting, TraceError, UnknownField, deprecated
 from optimisers.ops.random import SEEDS
 from optimisers.ops.steps import Becomes
 from optimisers.settings import (
@@ -372,11 +371,7 @@ def instead_of_variant(
             "formula of torch.optim"
         )
     rule, why = instead
-    warnings.warn(
-        f'{old.__name__}(variant="{variant}") {why}; write {rule.__name__}()',
-        DeprecationWarning,
-        stacklevel=5,
-    )
+    deprecated(f'{old.__name__}(variant="{variant}") {why}; write {rule.__name__}()', since="0.2.0", depth=5)
     return rule(*given[:known], **settings)
 
 

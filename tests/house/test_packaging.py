@@ -5,6 +5,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import optimisers
+
 ROOT = Path(__file__).parents[2]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -34,3 +36,17 @@ def test_the_classifiers_name_every_python_that_the_readme_names() -> None:
     for version in ("3.11", "3.12", "3.13"):
         assert f"Programming Language :: Python :: {version}" in PROJECT["project"]["classifiers"]
         assert version in readme.partition("## Install")[2][:200]
+
+
+def test_the_version_is_the_same_wherever_it_stands() -> None:
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert optimisers.__version__ == PROJECT["project"]["version"]
+    assert f"\nversion: {optimisers.__version__}\n" in cited
+
+
+def test_every_kind_of_fragment_has_a_heading_in_the_changelog() -> None:
+    kinds = {kind["directory"] for kind in PROJECT["tool"]["towncrier"]["type"]}
+    fragments = [p for p in (ROOT / "changelog.d").glob("*.md") if p.name != "README.md"]
+
+    assert {p.name.split(".")[-2] for p in fragments} <= kinds
+    assert all(p.read_text(encoding="utf-8").strip() for p in fragments)

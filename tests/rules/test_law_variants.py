@@ -35,7 +35,7 @@ def test_the_older_spelling_may_go_by_place(plain: Any, torchs: Any) -> None:
 
 @ALL
 def test_the_older_spelling_of_the_default_gives_the_rule_itself(plain: Any, torchs: Any) -> None:
-    with pytest.warns(DeprecationWarning, match=rf"write {plain.__name__}\(\)$"):
+    with pytest.warns(DeprecationWarning, match=rf"write {plain.__name__}\(\) \(deprecated since 0\.2\.0\)$"):
         rule = plain(0.25, epsilon=0.5, variant="julia")
 
     assert rule == plain(0.25, epsilon=0.5) != torchs(0.25, epsilon=0.5)

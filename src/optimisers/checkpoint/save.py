@@ -17,7 +17,7 @@ from optimisers.checkpoint.files import File, Reader
 from optimisers.checkpoint.fit import Fitted, Names, fitted
 from optimisers.checkpoint.format import Form, elements
 from optimisers.checkpoint.put import Given, placed, refuse_read_only
-from optimisers.errors import BadFile, TreeMismatch
+from optimisers.errors import BadFile, TreeMismatch, deprecated
 from optimisers.state.leaf import parts
 from optimisers.tree.path import KeyPath
 
@@ -311,15 +311,12 @@ def from_arrays(
 
 def state_dict(state: object) -> dict[str, Any]:
     """The former name of `arrays`."""
-    _former("state_dict(state)", "arrays(state)")
+    deprecated("opt.state_dict(state) is called opt.arrays(state) now", since="0.2.0", depth=2)
     return arrays(state)
 
 
 def load_state_dict(state: S, saved: Mapping[str, Any]) -> S:
     """The former name of `from_arrays`."""
-    _former("load_state_dict(state, saved)", "from_arrays(state, saved)")
+    said = "opt.load_state_dict(state, saved) is called opt.from_arrays(state, saved) now"
+    deprecated(said, since="0.2.0", depth=2)
     return from_arrays(state, saved)
-
-
-def _former(old: str, new: str) -> None:
-    warnings.warn(f"opt.{old} is called opt.{new} now", DeprecationWarning, stacklevel=3)

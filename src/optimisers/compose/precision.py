@@ -1,11 +1,10 @@
 """Parameters kept more exactly than they are stored."""
 
-import warnings
 from typing import Any, ClassVar, NamedTuple
 
 from optimisers import ops
 from optimisers.arrays.protocol import Array
-from optimisers.errors import BadSetting
+from optimisers.errors import BadSetting, deprecated
 from optimisers.ops import (
     Becomes,
     copy,
@@ -60,9 +59,7 @@ class MixedPrecision(Rule):
         if split and whole.dtype != "float32":
             raise BadSetting("SplitPrecision completes bfloat16 to float32; leave out the dtype")
         instead = "a rule of its own; write SplitPrecision(rule)" if split else "the default; leave it out"
-        warnings.warn(
-            f"MixedPrecision(rule, split={split}) is now {instead}", DeprecationWarning, stacklevel=4
-        )
+        deprecated(f"MixedPrecision(rule, split={split}) is now {instead}", since="0.2.0", depth=4)
         return SplitPrecision(whole.rule) if split else whole
 
     def check(self) -> None:
