@@ -1,6 +1,11 @@
-"""What does a type checker know of the public functions? Asked of pyright, in a file of a user."""
+"""What does a type checker know of the public functions? Asked of pyright and mypy, in files of a user.
+
+`tests/typing` has what is right to both, strict, and what is wrong to both. The README has functions without
+annotations, as users write them: it is right to both as they are by default.
+"""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,82 +13,72 @@ from typing import Any
 
 import pytest
 
-RIGHT = """
-import numpy as np
-import optimisers as opt
-from typing import Any, assert_type
+HERE = Path(__file__).parents[1] / "typing"
+README = Path(__file__).parents[2] / "README.md"
 
-class Net:
-    w: Any
-    def forward(self) -> float:
-        return 0.0
-
-class Mine(opt.Rule):
-    eta: float = 0.1
-    def apply(self, state: Any, x: Any, dx: Any) -> Any:
-        return state, self.eta * dx
-
-class Scheduled(opt.Rule):
-    eta: opt.Setting = opt.setting(0.1)
-    beta: opt.Pair = opt.setting((0.9, 0.999))
-
-model = Net()
-state = opt.setup(opt.AdamW(opt.Cosine(0.01, 1000, warmup=100), lam=0.1), model)
-assert_type(state, opt.State)
-assert_type(opt.update(state, model, model), tuple[opt.State, Net])
-assert_type(opt.update_(state, model, model), tuple[opt.State, Net])
-assert_type(opt.freeze(opt.adjust(state, 0.1), where="w"), opt.State)
-assert_type(opt.adjust(opt.Adam(), 0.1), opt.Adam)
-opt.freeze_(state.layers[3])
-opt.adjust_(state["w"], lam=0.0)
-print(state.frozen, state.layers[0].rule.eta)
-
-opt.Descent(lambda clock: 0.1 / opt.sqrt(clock + 1))
-opt.Adam(0.1, beta=(opt.Linear(0.8, 0.9, 100), 0.999))
-opt.Adam(np.float32(0.1))
-opt.setup({"**.b": opt.Descent(1), "**": None}, model)
-opt.setup({opt.vectors: opt.Adam(), opt.matrices & ~opt.by_path("a"): None, "**": opt.Descent()}, model)
-assert_type(opt.hidden_matrices | "head.**", opt.Selector)
-opt.freeze_(state, opt.by_type(Net))
-with opt.averaged_(state, model) as evaluated:
-    print(evaluated)
-opt.setup(opt.layer_decay({opt.vectors: opt.Adam(), "**": None}, 0.75, layer=lambda path: len(path)), model)
-opt.setup(lambda path, x: opt.Adam() if len(path) else None, model)
-Mine(0.1)
-Scheduled(opt.Cosine(0.1, 10), (0.9, opt.Linear(0.8, 0.9, 100)))
-assert_type(Scheduled().eta, float)
-assert_type(Scheduled().beta, tuple[float, float])
-"""
-
-WRONG = (
-    'opt.Adam("fast")',
-    "opt.Adam(beta=0.9)",
-    "opt.Adam(lr=0.1)",
-    "opt.setup(opt.Adam, {})",
-    "opt.freez(1)",
-    "opt.by_type('Linear')",
-    "opt.matrices & 3",
-)
+UNTYPED = ("optax", "scipy")
+"""Libraries that have no types."""
 
 
-def errors(code: str, folder: Path) -> list[dict[str, Any]]:
-    """What pyright finds in a file with this code."""
-    file = folder / "user.py"
-    file.write_text(code)
-    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, str(file)]
+def pyright(folder: Path, mode: str) -> list[tuple[str, int, str]]:
+    """(file, line, message) of what pyright finds in a folder."""
+    settings = {"typeCheckingMode": mode, "reportMissingTypeStubs": False}
+    (folder / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "."]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-    return json.loads(done.stdout)["generalDiagnostics"]
+    found: list[dict[str, Any]] = json.loads(done.stdout)["generalDiagnostics"]
+    return [(Path(e["file"]).name, e["range"]["start"]["line"] + 1, e["message"]) for e in found]
+
+
+def mypy(folder: Path, *flags: str) -> list[tuple[str, int, str]]:
+    """The same of mypy."""
+    unknown = "".join(f"[mypy-{name}.*]\nignore_missing_imports = true\n" for name in UNTYPED)
+    (folder / "mypy.ini").write_text(f"[mypy]\n{unknown}")
+    command = [sys.executable, "-m", "mypy", "--no-error-summary", "--config-file", "mypy.ini", *flags]
+    done = subprocess.run(
+        [*command, *sorted(p.name for p in folder.glob("*.py"))],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+    )
+    assert not done.stderr
+    found = re.findall(r"^(\S+?):(\d+): error: (.*)$", done.stdout, re.MULTILINE)
+    return [(file, int(line), message) for file, line, message in found]
+
+
+def copied(folder: Path) -> Path:
+    for file in HERE.glob("*.py"):
+        (folder / file.name).write_text(file.read_text())
+    return folder
+
+
+WRONG = [
+    ("wrong.py", n)
+    for n, line in enumerate((HERE / "wrong.py").read_text().splitlines(), 1)
+    if line.startswith("opt.")
+]
 
 
 @pytest.mark.slow
-def test_what_the_docs_show_is_right_to_a_type_checker_and_models_keep_their_type(tmp_path: Path) -> None:
-    assert errors(RIGHT, tmp_path) == []
+def test_pyright_finds_all_right_that_is_right_and_every_line_wrong_that_is_wrong(tmp_path: Path) -> None:
+    found = pyright(copied(tmp_path), "strict")
+
+    assert sorted({(file, line) for file, line, _ in found}) == WRONG, found
 
 
 @pytest.mark.slow
-def test_what_is_wrong_is_wrong_to_a_type_checker_too(tmp_path: Path) -> None:
-    code = "import optimisers as opt\n" + "\n".join(WRONG)
-    found = errors(code, tmp_path)
+def test_mypy_finds_the_same(tmp_path: Path) -> None:
+    found = mypy(copied(tmp_path), "--strict")
 
-    lines = sorted({e["range"]["start"]["line"] for e in found})
-    assert lines == list(range(1, len(WRONG) + 1))
+    assert sorted({(file, line) for file, line, _ in found}) == WRONG, found
+
+
+@pytest.mark.slow
+def test_the_readme_is_right_to_both(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) > 5
+    (tmp_path / "readme.py").write_text("\n".join(blocks))
+
+    assert pyright(tmp_path, "basic") == []
+    assert mypy(tmp_path) == []

@@ -17,7 +17,7 @@ PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 PINNED = ("keras", "triton")
 """Libraries whose next release is met on purpose, when the pin is moved."""
 
-TOOLS = ("optimisers", "pyright", "ruff")
+TOOLS = ("optimisers", "mypy", "pyright", "ruff")
 """What tests do not import."""
 
 

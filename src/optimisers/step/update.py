@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
 
@@ -34,9 +34,22 @@ M = TypeVar("M")
 S = TypeVar("S")
 """The type of a state, or of a part of one."""
 
+W_co = TypeVar("W_co", covariant=True)
+"""What a rule for whole models makes."""
+
+
+class WholeRule(Protocol[W_co]):
+    """A rule for a whole model, which makes a state of its own kind: `from_optax(transformation)`."""
+
+    def setup(self, model: Any, ties: Ties = ()) -> W_co:
+        """The state that trains the model."""
+        ...
+
+
 # -- setup ---------------------------------------------------------------------------------------------------
 
 
+@overload
 def setup(
     rule: Rules,
     model: object,
@@ -46,7 +59,19 @@ def setup(
     ties: Ties = (),
     packed: bool = False,
     conjugate: bool = False,
-) -> State:
+) -> State: ...
+@overload
+def setup(rule: WholeRule[W_co], model: object, *, ties: Ties = ()) -> W_co: ...
+def setup(
+    rule: Any,
+    model: object,
+    *,
+    engine: str | None = None,
+    capturable: bool = False,
+    ties: Ties = (),
+    packed: bool = False,
+    conjugate: bool = False,
+) -> Any:
     """The state that trains `model` by `rule`: a tree with the model's structure and a Leaf for each array.
 
     `rule` is a rule; or a dict whose keys are globs over paths and selectors (`matrices`, `vectors`,

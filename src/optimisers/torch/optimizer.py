@@ -6,8 +6,8 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, overload
 
 import torch
 
@@ -56,10 +56,19 @@ from optimisers.tree.path import KeyPath
 
 __all__ = ["TorchOptimizer"]
 
+L = TypeVar("L")
+Seconds = Sequence[torch.Tensor | None] | Mapping[Any, torch.Tensor | None]
+"""Second gradients: a list in the order of the parameters, or a dict by name or by parameter."""
+
 CALL = "TorchOptimizer(module, Adam())"
 
 _ABSENT: Any = False
 """Tells `step()` from `step(closure=None)`."""
+
+Params = (
+    torch.nn.Module | Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]
+)
+"""What is trained: a module, parameters, named parameters, or groups."""
 
 
 class TorchOptimizer(torch.optim.Optimizer):
@@ -89,8 +98,8 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Any,
-        rule: Any,
+        params: Params,
+        rule: Rule | Mapping[Any, Rule | None] | LayerDecay,
         *,
         engine: str | None = None,
         capturable: bool = False,
@@ -101,10 +110,11 @@ class TorchOptimizer(torch.optim.Optimizer):
         self._keeper = Keeper(engine, capturable=capturable)
         self._incoming: dict[Any, Any] | None = None
         """Saved entries on their way into `state`."""
+        listed: Any = params
         if isinstance(params, torch.nn.Module):
             wrapped = isinstance(params, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel)
             inner: torch.nn.Module = params.module if wrapped else params
-            params = [(bare_name(name), p) for name, p in inner.named_parameters()]
+            listed = [(bare_name(name), p) for name, p in inner.named_parameters()]
             self._keeper.told = places(inner, bare_name)
         self._rule: Rule | None = None
         self._globs: dict[str, Any] | None = None
@@ -112,12 +122,12 @@ class TorchOptimizer(torch.optim.Optimizer):
         """The rules of the groups that globs have made, as long as they are being added."""
         self._common: dict[str, Any] = settings
         if isinstance(rule, Mapping):
-            params, self._given = by_key(rule, list(params), self._keeper.told)
+            listed, self._given = by_key(rule, list(listed), self._keeper.told)
             self._globs = dict(rule)
             self._refuse_strange(settings, [r for r in rule.values() if r is not None])
         elif isinstance(rule, LayerDecay):
             self._refuse_strange(settings, [r for r in rules_of(rule, {}).values() if r is not None])
-            params, self._given = by_depth(rule, settings, list(params), self._keeper.told)
+            listed, self._given = by_depth(rule, settings, list(listed), self._keeper.told)
             self._globs, self._common = {}, {}
         elif isinstance(rule, Rule):
             self._refuse_strange(settings, [rule])
@@ -125,7 +135,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         else:
             refuse_no_rule(rule, CALL)
             raise BadState(f"TorchOptimizer was given a function where the rule goes; write {CALL}")
-        super().__init__(params, self._defaults(settings))
+        super().__init__(listed, self._defaults(settings))
         self._given = []
         if self._globs is not None:
             self._lend_momentum()
@@ -261,6 +271,10 @@ class TorchOptimizer(torch.optim.Optimizer):
         """Step each parameter in `backward` from here on, as `step_in_backward` says."""
         self.in_backward = InBackward(self._keeper, self.read_groups)
 
+    @overload
+    def step(self, closure: None = None, *, hessians: Seconds | None = ...) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], L], *, hessians: Seconds | None = ...) -> L: ...
     @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Any = _ABSENT, *, hessians: Any = _ABSENT) -> Any:
