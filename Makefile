@@ -4,7 +4,7 @@ NEWEST ?= $(firstword $(foreach v,3.14 3.13 3.12,$(shell python$(v) -c 'print("p
 BIN := .venv/bin
 RUN := XDG_CACHE_HOME="$(CURDIR)/.cache" MPLCONFIGDIR="$(CURDIR)/.cache/matplotlib" KERAS_HOME="$(CURDIR)/.cache/keras" $(BIN)/python
 
-.PHONY: demo test quick test-oldest test-newest check bench docs release changelog clean
+.PHONY: demo test quick test-oldest test-newest check bench bench-page docs release changelog clean
 
 demo: .venv/demo.stamp ## let four rules race on a digit classifier; writes demo.png
 	$(RUN) -m optimisers demo
@@ -36,8 +36,13 @@ check: .venv/test.stamp ## the linter and the type checker
 bench: .venv/test.stamp ## milliseconds per step, beside the limit of this machine's memory
 	$(RUN) -m benchmarks.numpy_engine
 
-docs: .venv/docs.stamp ## write the pages of the rules anew, then the site, into site/
+bench-page: .venv/docs.stamp ## docs/benchmarks.md and its charts, from the tables under benchmarks/results
+	$(RUN) -m docs.make_benchmarks
+
+docs: .venv/docs.stamp ## write the pages of rules, gallery and benchmarks anew, then the site, into site/
 	$(RUN) -m docs.make_rules
+	$(RUN) -m docs.make_gallery
+	$(RUN) -m docs.make_benchmarks
 	$(RUN) -m mkdocs build --strict
 
 release: .venv/release.stamp ## the wheel and the source distribution, checked, into dist/

@@ -246,15 +246,14 @@ def picture(cls: type[opt.Rule]) -> bytes:
     """The path of a rule, as a PNG of few colours."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from PIL import Image
 
     drawn = PATHS.get(cls.__name__) or Drawn(example(cls))
     points, averages = path_of(drawn, drawn.rule)
-    figure = Figure(figsize=(5.2, 4.1), dpi=110, layout="constrained")
+    figure = Figure(figsize=(5.2, 4.1), dpi=88, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     x, y = np.meshgrid(np.linspace(-1.8, 1.8, 181), np.linspace(-0.7, 2.1, 141))
-    levels = np.geomspace(0.05, 120, 12)
+    levels = np.geomspace(0.1, 110, 8)
     axes.contour(x, y, loss(x, y), levels, colors="#b9c4cf", linewidths=0.8)
     if drawn.other is not None or drawn.average:
         second = averages if drawn.average else path_of(drawn, drawn.other or drawn.rule)[0]
@@ -281,12 +280,18 @@ def picture(cls: type[opt.Rule]) -> bytes:
     )
     axes.set_title(textwrap.fill(title_of(drawn.rule) + hard, 60), fontsize=9)
     axes.legend(loc="lower center", ncols=2, fontsize=8, framealpha=0.9)
+    return png(figure)
+
+
+def png(figure: Any, colours: int = 12) -> bytes:
+    """A figure of Matplotlib as a PNG of few colours, which is small."""
+    from PIL import Image
+
     buffer, out = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    image = (
-        Image.open(buffer).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    )
-    image.save(out, format="png", optimize=True)
+    image = Image.open(buffer).convert("RGB")
+    few = image.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(out, format="png", optimize=True)
     return out.getvalue()
 
 

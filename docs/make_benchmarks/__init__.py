@@ -1,0 +1,1 @@
+"""The page of benchmarks, made from the tables under benchmarks/results."""

@@ -1,0 +1,1 @@
+"""What the site has beside the pages in this folder: formulas, the home page, the changelog."""
