@@ -1,7 +1,8 @@
 """How fast are steps of the rules that people train with today?
 
-    python -m benchmarks.modern [--models small gpt2] [--rules NAdamW Lion ...] [--seconds 6]
-                                [--cpu] [--keep FILE.jsonl] [--out FILE.md]
+    python -m benchmarks.modern [--models small gpt2] [--rules NAdamW Lion ...] [--seconds 6] [--cpu]
+                                [--without optax ...] [--keep FILE.jsonl] [--again | --show]
+                                [--note TEXT] [--out FILE.md]
 
 Float32 tensors on the CPU; ours by `update_`, each peer as its package steps it (Optax inside one jit, which
 gives new parameters back). The packages: torch.optim, optax, timm, pytorch_optimizer, optimi, schedulefree,
@@ -9,8 +10,9 @@ prodigyopt and dadaptation; what is not installed is left out, with a line. Heav
 minutes and stands in `benchmarks.torch_cpu --slow`.
 
 Each rule is measured in a process of its own, and meets its peers there one after the other, so that no more
-than one of them is in memory. With `--keep` every row is written to a file at once, and rows that stand there
-are not measured again: a run that was stopped goes on.
+than one of them is in memory. With `--keep` every row is written to a file at once, with what it was measured
+by, and rows that stand there are not measured again: a run that was stopped goes on. `--again` measures the
+chosen rules once more, and `--show` none: it makes the tables of the rows that are kept.
 
 A step of ours moves so many bytes a parameter (`explain` says them); the limit is what a kernel takes that
 only reads and writes as many arrays as the rule has, in the same rounds, and the share is how near the step
@@ -162,6 +164,9 @@ def of_optax(path: str, settings: dict[str, Any], sizes: list[shapes.Shape], giv
 
 # -- one rule ------------------------------------------------------------------------------------------------
 
+CLOCKS = {False: "clock", True: "processor"}
+"""Whose time it is, by whether `--cpu` is asked for."""
+
 
 def by_processor(function: Step) -> float:
     """Seconds of the processor for a call, of all threads."""
@@ -170,16 +175,18 @@ def by_processor(function: Step) -> float:
     return time.process_time() - begin
 
 
-def measured(name: str, model: str, seconds: float, *, cpu: bool) -> Found:
+def measured(name: str, model: str, seconds: float, *, clock: str, without: Sequence[str] = ()) -> Found:
     """Time a rule beside the limit and each of its peers in turn: medians and minima in seconds, ratios to
-    ours, what is left out.
+    ours, what is left out; peers of some packages are.
     """
-    row, sizes, clock = ROWS[name], list(shapes.ALL[model]()), by_processor if cpu else None
+    row, sizes = ROWS[name], list(shapes.ALL[model]())
+    by = by_processor if clock == CLOCKS[True] else None
     step, bound, found = ours(row, sizes)
     rounds: list[Timings] = []
     peers: list[Found] = []
     missing: list[str] = []
-    for path, settings in row.peers.items():
+    chosen = {path: own for path, own in row.peers.items() if path.partition(".")[0] not in without}
+    for path, settings in chosen.items():
         try:
             theirs = peer(path, settings, sizes, row.given)
             theirs()
@@ -188,10 +195,10 @@ def measured(name: str, model: str, seconds: float, *, cpu: bool) -> Found:
             continue
         timings = interleaved(
             {"ours": step, "limit": bound, "peer": theirs},
-            seconds=seconds / len(row.peers),
+            seconds=seconds / len(chosen),
             least=3,
             warmup=1,
-            clock=clock,
+            clock=by,
         )
         ratios = timings.ratio("peer", "ours"), timings.ratio_of_minima("peer", "ours")
         peers.append({"path": path, "seconds": timings.median("peer"), "faster": ratios})
@@ -199,7 +206,7 @@ def measured(name: str, model: str, seconds: float, *, cpu: bool) -> Found:
         del theirs
         gc.collect()  # optimizers hold themselves
     if not rounds:
-        rounds.append(interleaved({"ours": step, "limit": bound}, seconds=seconds, clock=clock))
+        rounds.append(interleaved({"ours": step, "limit": bound}, seconds=seconds, clock=by))
     all_ = Timings({n: [s for t in rounds for s in t.seconds[n]] for n in ("ours", "limit")})
     share = (
         found["times"] * all_.ratio("limit", "ours"),
@@ -212,36 +219,37 @@ def measured(name: str, model: str, seconds: float, *, cpu: bool) -> Found:
 # -- all -----------------------------------------------------------------------------------------------------
 
 
-def rows(
-    models: Sequence[str], names: Sequence[str], how: Sequence[str], keep: Path | None
-) -> Iterator[tuple[str, str, Found]]:
-    """(model, rule, what was measured): what stands in the file, else in a fresh process, for so many seconds
-    of this clock.
-    """
-    kept: dict[tuple[str, str], Found] = {}
-    if keep is not None and keep.exists():
-        kept = {(f["model"], f["rule"]): f for f in map(json.loads, keep.read_text().splitlines())}
-    todo = [(model, name) for model in models for name in names]
+def kept_rows(keep: Path | None, clock: str) -> dict[tuple[str, str], Found]:
+    """The rows of a file by (model, rule), the last of each, that were measured by this clock."""
+    if keep is None or not keep.exists():
+        return {}
+    found = map(json.loads, keep.read_text().splitlines())
+    return {(f["model"], f["rule"]): f for f in found if f.get("clock") == clock}
+
+
+def rows(chosen: argparse.Namespace, clock: str) -> Iterator[Found]:
+    """What was measured of each rule on each model: what stands in the file, else in a fresh process."""
+    kept = kept_rows(chosen.keep, clock)
+    todo = [(model, name) for model in chosen.models for name in chosen.rules]
     begin = time.perf_counter()
     for n, (model, name) in enumerate(todo, 1):
-        found = kept.get((model, name))
+        found = None if chosen.again else kept.get((model, name))
+        if found is None and chosen.show:
+            continue
         if found is None:
+            how = name, model, str(chosen.seconds), clock, ",".join(chosen.without)
             try:
-                found = child(name, model, *how, module="benchmarks.modern")
+                found = child(*how, module="benchmarks.modern") | {"date": today(), "with": versions()}
             except (RuntimeError, ValueError, IndexError) as error:  # it failed, or said nothing
                 found = {"failed": str(error).strip().splitlines()[-1]}
-            found |= {"model": model, "rule": name}
-            if keep is not None and "failed" not in found:
-                with keep.open("a") as file:
+            found |= {"model": model, "rule": name, "clock": clock}
+            if chosen.keep is not None and "failed" not in found:
+                with chosen.keep.open("a") as file:
                     file.write(json.dumps(found) + "\n")
-        print(
-            f"[{n}/{len(todo)}, {time.perf_counter() - begin:.0f} s]",
-            model,
-            *line(found),
-            sep="  ",
-            flush=True,
-        )
-        yield model, name, found
+        if not chosen.show:
+            now = f"[{n}/{len(todo)}, {time.perf_counter() - begin:.0f} s]"
+            print(now, model, *line(found), sep="  ", flush=True)
+        yield found
 
 
 def by_time(peer: Found) -> float:
@@ -290,8 +298,23 @@ def show(report: Report, model: str, found: Sequence[Found], clock: str) -> None
         report.line(f"Left out: {missing}")
 
 
-def header() -> str:
-    """What was measured with, and when."""
+def header(found: Sequence[Found]) -> Iterator[str]:
+    """What the rows were measured with, and when."""
+    dates: dict[str, set[str]] = {}
+    for f in found:
+        if "failed" not in f:
+            dates.setdefault(f["with"], set()).add(f["date"])
+    for what, when in dates.items():
+        yield f"{what}; {' to '.join(sorted({min(when), max(when)}))}."
+
+
+def today() -> str:
+    return dt.datetime.now(dt.UTC).date().isoformat()
+
+
+@functools.cache
+def versions() -> str:
+    """This machine and what is installed on it."""
     processor = platform.machine()
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text()
@@ -301,7 +324,7 @@ def header() -> str:
     for name in ("numpy", "numba", "torch", "jax", "optax", *PACKAGES):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{name} {importlib.metadata.version(name)}")
-    return f"{processor}; {', '.join(found)}; {dt.datetime.now(dt.UTC).date().isoformat()}"
+    return f"{processor}; {', '.join(found)}"
 
 
 PACKAGES = ("timm", "pytorch_optimizer", "torch-optimi", "schedulefree", "prodigyopt", "dadaptation")
@@ -318,21 +341,34 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6, help="time for the rounds of each rule")
     parser.add_argument("--cpu", action="store_true", help="time of the processor, not of the clock")
     parser.add_argument(
+        "--without", nargs="+", default=[], metavar="PACKAGE", help="packages whose peers are left out"
+    )
+    parser.add_argument(
         "--keep", type=Path, help="a file for rows, one a line: what stands there is not run again"
     )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--again", action="store_true", help="measure also what stands in the file")
+    how.add_argument("--show", action="store_true", help="measure nothing: show what stands in the file")
+    parser.add_argument("--note", default="", help="how it was measured, for the reader of the tables")
     parser.add_argument("--out", type=Path, help="a file for the tables, as Markdown")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.child:
-        name, model, seconds, clock = chosen.child
-        print(json.dumps(measured(name, model, float(seconds), cpu=clock == "cpu")))
+        name, model, seconds, clock, without = chosen.child
+        print(json.dumps(measured(name, model, float(seconds), clock=clock, without=without.split(","))))
         return
+    if chosen.show and chosen.keep is None:
+        parser.error("--show makes tables of the rows in a file; name it: --keep FILE.jsonl --show")
+    clock = CLOCKS[chosen.cpu]
+    found = list(rows(chosen, clock))
     report = Report(chosen.out)
-    report.line(header())
-    how = str(chosen.seconds), "cpu" if chosen.cpu else "wall"
-    found = list(rows(chosen.models, chosen.rules, how, chosen.keep))
+    report.keep("# Modern rules on a CPU\n\n")
+    for text in (*header(found), *filter(None, [chosen.note])):
+        report.line(text)
     for model in chosen.models:
-        show(report, model, [f for of, _, f in found if of == model], "processor" if chosen.cpu else "clock")
+        of_model = [f for f in found if f["model"] == model]
+        if of_model:
+            show(report, model, of_model, clock)
 
 
 if __name__ == "__main__":

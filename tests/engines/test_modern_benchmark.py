@@ -53,7 +53,19 @@ def test_rows_that_were_kept_are_not_measured_again(tmp_path: Path) -> None:
 
     assert keep.read_text().startswith(kept)
     assert keep.read_text().count("\n") == 2
-    assert [line.split(" | ")[0] for line in out.read_text().splitlines() if "| " in line][2:] == [
+    table = out.read_text()
+    assert [line.split(" | ")[0] for line in table.splitlines() if "| " in line][2:] == [
         "| SGLD",
         "| PolyakSPS",
     ]
+    assert table.startswith("# Modern rules on a CPU\n\n")
+    assert "numba" in table.splitlines()[2]
+    ran("SGLD", "--again", "--note", "Twice.")
+    assert keep.read_text().count("\n") == 3
+    ran("SGLD", "PolyakSPS", "LAMB", "--show")
+    shown = out.read_text()
+    assert "| LAMB" not in shown
+    assert [line for line in shown.splitlines() if line.startswith("| PolyakSPS")] == [
+        line for line in table.splitlines() if line.startswith("| PolyakSPS")
+    ]
+    assert keep.read_text().count("\n") == 3

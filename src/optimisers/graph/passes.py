@@ -117,10 +117,13 @@ def reduce_pass(program: Program, level: int, wanted: tuple[bool, ...]) -> Pass 
         for r, w in zip(stages(program)[level].reductions, wanted, strict=True)
         if w and r.args[0].domain == "array"
     ]
-    if not chosen:
-        return None
+    return pass_of(program.lowering, [], chosen, maths_of_stores(program)) if chosen else None
+
+
+def maths_of_stores(program: Program) -> tuple[Expr, ...]:
+    """The lowered nodes of what a step stores in the end, whatever its conditions."""
     last = store_pass(program, None)
-    return pass_of(program.lowering, [], chosen, () if last is None else last.body)
+    return () if last is None else last.body
 
 
 @cached

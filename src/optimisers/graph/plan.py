@@ -18,7 +18,7 @@ from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr, news_of, olds_of, order
 from optimisers.graph.lower import Lowering, in_pass
 from optimisers.graph.parts import Held, Part, below, parts, unconditional, under
-from optimisers.graph.passes import Outputs, Pass, outputs, pass_of, stages
+from optimisers.graph.passes import Outputs, Pass, maths_of_stores, outputs, pass_of, stages
 from optimisers.graph.trace import Program
 
 # -- which values, and when ----------------------------------------------------------------------------------
@@ -40,6 +40,8 @@ class Round:
     """Where the pass that writes the inputs finds them lowered."""
     along: tuple[Expr, ...] = ()
     """Reductions along an axis of values of the shape of x, which a pass over rows takes first."""
+    stored: tuple[Expr, ...] = ()
+    """The lowered maths of what the last pass stores, which that pass may share."""
     only: tuple[Expr, ...] = ()
     """The scalar conditions without which nobody reads what it computes; none where somebody always does."""
     chooses: Expr | None = None
@@ -195,7 +197,8 @@ def _round(
     rest = [e for e in nodes if id(e) not in summed]
     inputs, scaled = _inputs((*(a for e in rest for a in e.args), *wanted))
     kept = tuple(e for e in wanted if id(e) not in summed)
-    return Round(inputs, (*scaled, *rest), kept, reductions, program.lowering, along)
+    stored = maths_of_stores(program) if along else ()
+    return Round(inputs, (*scaled, *rest), kept, reductions, program.lowering, along, stored)
 
 
 def _inputs(read: Iterable[Expr]) -> tuple[tuple[Expr, ...], tuple[Expr, ...]]:
@@ -242,7 +245,7 @@ def along(what: Round, rank: int) -> tuple[Pass, tuple[tuple[str, Expr, float], 
     sums = [(f"w{j}", e, _SMALLEST[e.op][1]) for j, e in enumerate(first)]
     stores = [(name, _more(name, e), "real") for name, e, _ in sums]
     last = [e for e in what.along if axis_of(e, rank) == "last"]
-    return pass_of(what.lowering, stores, last), tuple(sums)
+    return pass_of(what.lowering, stores, last, what.stored), tuple(sums)
 
 
 def _more(name: str, e: Expr) -> Expr:
