@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 
-def run_as_two(module: str, folder: Path, seconds: float) -> None:
-    """Run a test module as `python -m module RANK FOLDER`, once for each of two ranks; what they print goes
-    into logs, and after so many seconds they are stopped.
+def run_as_two(module: str, folder: Path, seconds: float, ranks: int = 2) -> None:
+    """Run a test module as `python -m module RANK FOLDER`, once for each of two ranks, or of more; what they
+    print goes into logs, and after so many seconds they are stopped.
     """
     runs = [
         subprocess.Popen(
@@ -22,7 +22,7 @@ def run_as_two(module: str, folder: Path, seconds: float) -> None:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(ranks)
     ]
     try:
         for run in runs:

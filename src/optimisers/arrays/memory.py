@@ -1,6 +1,5 @@
 """Which arrays share memory? Said with the address and the layout that their library answers."""
 
-import ctypes
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -41,9 +40,16 @@ def bounds(x: Array) -> tuple[int, int]:
     return start + sum(reach) - last, start + last + x.dtype.itemsize
 
 
+class _Lent:
+    """Memory of an array, to an array of NumPy, which keeps it alive."""
+
+    def __init__(self, x: Array, interface: dict[str, object]) -> None:
+        self.x, self.__array_interface__ = x, interface
+
+
 def on_host(x: Array) -> HostArray | None:
-    """The elements where they lie, as an array of NumPy to be read and written as long as `x` lives; bfloat16
-    as its bits. None where they are not one after another in the memory of the host.
+    """The elements where they lie, as an array of NumPy that writes into `x`; bfloat16 as its bits. None
+    where they are not in plain memory of the host.
     """
     own = library(x)
     kind = own.type_name(x.dtype).replace("bfloat16", "uint16")
@@ -52,10 +58,8 @@ def on_host(x: Array) -> HostArray | None:
     shape, strides = own.memory.layout(x)
     if 0 in shape:
         return np.empty(shape, kind)
-    if not is_contiguous(shape, strides, x.dtype.itemsize):
-        return None
-    room = (ctypes.c_char * (math.prod(shape) * x.dtype.itemsize)).from_address(own.memory.address(x))
-    return np.frombuffer(room, kind).reshape(shape)
+    where: dict[str, object] = {"data": (own.memory.address(x), False), "typestr": np.dtype(kind).str}
+    return np.asarray(_Lent(x, where | {"shape": shape, "strides": strides, "version": 3}))
 
 
 def shares(x: object, others: Sequence[Any]) -> bool:

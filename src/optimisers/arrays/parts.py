@@ -154,6 +154,24 @@ class Part(Protocol[A]):
         collective for every axis of processes along which the array is cut.
         """
 
+    @property
+    @abstractmethod
+    def processes(self) -> tuple[int, ...]:
+        """All that hold a part, this one and copies too."""
+
+    @property
+    @abstractmethod
+    def first(self) -> bool:
+        """Whether this process is the first of them."""
+
+    @abstractmethod
+    def largest(self, values: HostArray) -> HostArray:
+        """The largest of each number over all of them: a collective."""
+
+    @abstractmethod
+    def gathered(self, x: A) -> A:
+        """The whole of an array that is spread like this one, in plain memory: a collective."""
+
 
 class Shards(Protocol[A]):
     """Arrays that lie on several devices: by default none does."""

@@ -18,7 +18,7 @@ from optimisers.arrays.pages import on_large_pages
 from optimisers.arrays.parts import Derivatives, Graphs, Memory, Scalars, Sparse, Stacks, Strides
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape
 from optimisers.arrays.torch_operations import OPERATIONS, lift, product_type
-from optimisers.arrays.torch_shards import TorchShards
+from optimisers.arrays.torch_shards import TorchShards, spread
 
 Tensor = torch.Tensor
 
@@ -40,7 +40,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def of_host(x: HostArray) -> Tensor:
-    """An array of NumPy as a tensor on its memory, also where its type is that of ml_dtypes."""
+    """An array of NumPy as a tensor, on its memory where that may be written; also of types of ml_dtypes."""
+    x = x if x.flags.writeable else x.copy()
     if x.dtype.name == "bfloat16":
         return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(x)
@@ -411,10 +412,11 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
 
     def rounded(self, old: Tensor, value: Tensor | HostArray | Scalar) -> Tensor:
         if isinstance(value, np.ndarray):
-            return of_host(value).to(old.device, old.dtype)
-        if isinstance(value, Tensor):
-            return value.to(old.dtype).expand(old.shape)
-        return torch.full_like(old.detach(), value)
+            value = of_host(value).to(old.device)
+        if not isinstance(value, Tensor):
+            return torch.full_like(old.detach(), value)
+        part = None if spread(value) is not None else self.shards.part(old)
+        return (value if part is None else part.whole(part.cut(value))).to(old.dtype).expand(old.shape)
 
     def like(self, x: Tensor, new: Tensor) -> Tensor:
         if isinstance(x, torch.nn.Parameter):

@@ -90,6 +90,27 @@ class TorchPart(Part[Tensor]):
                 dist.all_reduce(sent, by, group=self.mesh.get_group(axis))
         return sent.cpu().numpy()
 
+    @property
+    def processes(self) -> tuple[int, ...]:
+        return tuple(sorted(self.mesh.mesh.flatten().tolist()))
+
+    @property
+    def first(self) -> bool:
+        return self.mesh.get_rank() == self.processes[0]
+
+    def largest(self, values: HostArray) -> HostArray:
+        import torch.distributed as dist
+
+        sent = torch.from_numpy(values).to(self.mesh.device_type)
+        for axis in range(self.mesh.ndim):
+            dist.all_reduce(sent, dist.ReduceOp.MAX, group=self.mesh.get_group(axis))
+        return sent.cpu().numpy()
+
+    def gathered(self, x: Tensor) -> Tensor:
+        held: Any = x
+        with torch.no_grad():
+            return held.full_tensor()
+
 
 @final
 class TorchShards(Shards[Tensor]):

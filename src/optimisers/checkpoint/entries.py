@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optimisers.arrays import memory, registry
+from optimisers.arrays.parts import Part
 from optimisers.arrays.protocol import HostArray
 from optimisers.checkpoint.format import CODES, PAIRS, Form
 from optimisers.errors import BadState
@@ -255,24 +256,37 @@ def whole(kept: list[Kept], model: Modelled | None) -> dict[str, Any]:
     return found
 
 
-def refuse_spread(name: str, x: Any) -> None:
-    """Raise BadState for an array of which this process has but a part."""
-    library = registry.library(x)
-    parted = library.shards.is_spread(x) and not library.immutable
-    if parted or not getattr(x, "is_fully_addressable", True):
-        raise BadState(
-            f"{name} is shared out over several processes; save it with torch.distributed.checkpoint, or "
-            "with Orbax"
-        )
+def part_of(value: Any) -> Part[Any] | None:
+    """How the part of an array that this process holds belongs to the whole; None where it holds all."""
+    return registry.library(value).shards.part(value) if registry.isarray(value) else None
+
+
+def gathered(value: Any) -> Any:
+    """The whole of an array, put together where it is spread over processes."""
+    part = part_of(value)
+    return value if part is None else part.gathered(value)
 
 
 def in_numpy(value: Any) -> HostArray:
-    """An array or numbers, as an array of NumPy: on its own memory where it is of the host."""
+    """An array or numbers, as an array of NumPy: on its own memory where it is of the host, then bfloat16 as
+    its bits. What is spread over processes is put together.
+    """
     if not registry.isarray(value):
         return np.array(value, float)
     library = registry.library(value)
+    value = gathered(value)
     found = memory.on_host(value)
     return library.to_numpy(value) if found is None else found
+
+
+def numbers_in_numpy(value: Any) -> HostArray:
+    """The same to be converted: a type that NumPy and ml_dtypes have, and bfloat16 never as its bits."""
+    if not registry.isarray(value):
+        return np.asarray(value)
+    library = registry.library(value)
+    found = library.to_numpy(gathered(value))
+    known = found.dtype.kind in "fciub" or found.dtype.name == "bfloat16"
+    return found if known else found.astype(np.float32)
 
 
 def form_of(name: str, value: object) -> Form:
@@ -280,8 +294,13 @@ def form_of(name: str, value: object) -> Form:
     if not registry.isarray(value):
         numbers_there: Any = value
         return Form("float64", np.shape(numbers_there))
-    refuse_spread(name, value)
     array: Any = value
+    if not getattr(array, "is_fully_addressable", True):
+        raise BadState(f"{name} is shared out over several processes of JAX; save it with Orbax")
+    if hasattr(array, "full_tensor") and part_of(array) is None:
+        raise BadState(
+            f"{name} is spread over processes by {array.placements}; reduce partial sums before save"
+        )
     kind = registry.type_name(array).removeprefix("byte-swapped ")
     if kind not in CODES and kind != PAIRS:
         raise BadState(f"{name} has elements of type {kind}; a file takes {', '.join(CODES)} and {PAIRS}")

@@ -9,7 +9,7 @@ import numpy as np
 from optimisers.arrays import registry
 from optimisers.arrays.protocol import HostArray
 from optimisers.arrays.types import is_complex
-from optimisers.checkpoint.entries import Kept, Modelled, structure
+from optimisers.checkpoint.entries import Kept, Modelled, numbers_in_numpy, structure
 from optimisers.checkpoint.format import Form
 from optimisers.checkpoint.turned import Turn, turned
 from optimisers.errors import BadSetting, TreeMismatch
@@ -37,7 +37,7 @@ class Source(Protocol):
     """Whether types must be those that are here."""
 
     def read(self, name: str) -> Any:
-        """An array, as one of NumPy."""
+        """An array, of any library."""
         ...
 
     def view(self, name: str) -> Any:
@@ -57,7 +57,7 @@ class Where(NamedTuple):
 
     def of(self, source: Source) -> Any:
         found = source.read(self.name)
-        return found if self.axes is None else found.transpose(self.axes)
+        return found if self.axes is None else registry.library(found).permuted(found, self.axes)
 
     def view(self, source: Source) -> tuple[Any, str]:
         """The same, not read yet where it lies in a file; and its type."""
@@ -313,9 +313,8 @@ def _misfit(name: str, x: Any, at: Where | None, source: Source, known: Iterable
 
 
 def _numbers(source: Source, name: str) -> list[float]:
-    found = np.asarray(source.read(name))
-    known = found.dtype.kind in "fiub" or found.dtype.name == "bfloat16"
-    return found.astype(np.float64).ravel().tolist() if known else [float("nan")]
+    found = numbers_in_numpy(source.read(name))
+    return [float("nan")] if found.dtype.kind == "c" else found.astype(np.float64).ravel().tolist()
 
 
 def _scalars(

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 from optimisers.checkpoint import files
-from optimisers.checkpoint.files import File, Reader
-from optimisers.checkpoint.save import loaded_from, save, saved_in
+from optimisers.checkpoint.files import File
+from optimisers.checkpoint.save import save, taken
 from optimisers.errors import BadFile, BadSetting
 
 STEP = "step"
@@ -87,12 +87,10 @@ class Checkpoints:
         """
         for file in reversed(self.files.values()):
             try:
-                with Reader(file) as reader:
-                    found = loaded_from(reader, state, model, names=None, strict=True)
-                    more = saved_in(reader).more
+                found, held = taken(file, state, model)
             except (BadFile, FileNotFoundError) as error:
                 warnings.warn(f"{error}; an older checkpoint is taken", stacklevel=2)
                 continue
             new, made = (found, None) if model is None else found
-            return Resumed(new, made, more.pop(STEP), more)
+            return Resumed(new, made, held.more.pop(STEP), held.more)
         return Resumed(state, model, 0, {})

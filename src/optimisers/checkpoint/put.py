@@ -11,7 +11,7 @@ import numpy as np
 from optimisers.arrays import registry
 from optimisers.arrays.memory import on_host
 from optimisers.arrays.protocol import HostArray
-from optimisers.checkpoint.entries import Modelled, form_of, in_numpy
+from optimisers.checkpoint.entries import Modelled, form_of, in_numpy, numbers_in_numpy, part_of
 from optimisers.checkpoint.fit import Fitted, Plan, Source, Where
 from optimisers.checkpoint.format import elements
 from optimisers.engines.signals import held
@@ -24,11 +24,7 @@ from optimisers.tree.rebuild import rebuilt
 
 
 def placed(tree: Any, model: Modelled | None, plan: Plan, source: Source) -> tuple[Any, Any]:
-    """(the state, the model) with everything of a plan.
-
-    Raises BadState, before anything is written, for an array of the model that cannot be.
-    """
-    refuse_read_only(model, plan)
+    """(the state, the model) with everything of a plan, which `refuse_read_only` has let through."""
     with held():
         state = tree if not plan.leaves else _state(tree, plan.leaves, source)
         return state, None if model is None else _model(model, plan, source)
@@ -93,7 +89,8 @@ def _memory(x: Any, where: Where, source: Source) -> HostArray | None:
     """
     if x is None or where.axes is not None or source.forms[where.name].type != registry.type_name(x):
         return None
-    return on_host(x)
+    host = on_host(x)
+    return None if host is None or not host.flags.c_contiguous else host
 
 
 def _batches(sizes: Sequence[int], most: int) -> Iterator[slice]:
@@ -139,7 +136,7 @@ def _model(model: Modelled, plan: Plan, source: Source) -> Any:
         elif library.immutable:
             new[leaf] = _ours(where.of(source), x)
         else:
-            library.assign(x, _ours(where.of(source), x))
+            _assign(x, _ours(where.of(source), x))
     source.fill([(name, host) for _, name, host in straight])
     for x, _, _ in straight:
         registry.library(x).memory.touched([x])
@@ -148,10 +145,18 @@ def _model(model: Modelled, plan: Plan, source: Source) -> Any:
     return made
 
 
-def _ours(host: Any, x: Any) -> Any:
-    """An array of NumPy as one of the library of `x`, of its type and where it lies."""
+def _assign(x: Any, value: Any) -> None:
+    """Write an array; where it is spread over processes, the part that lies here."""
+    library, part = registry.library(x), part_of(x)
+    library.assign(x, value if part is None else part.whole(part.cut(value)))
+
+
+def _ours(value: Any, x: Any) -> Any:
+    """An array as one of the library of `x`; of its type and where it lies, if it was of another."""
     library = registry.library(x)
-    return host if library.is_array_type(type(host)) else library.rounded(x, host)
+    if library.is_array_type(type(value)) and not library.immutable:
+        return value
+    return library.rounded(x, numbers_in_numpy(value))
 
 
 def _run(calls: Sequence[Callable[[], Any]]) -> None:
@@ -173,14 +178,12 @@ class Given:
 
     def view(self, name: str) -> Any:
         """An array, as one of NumPy."""
-        return self.read(name)
+        return numbers_in_numpy(self.arrays[name])
 
     def read(self, name: str) -> Any:
+        """An array, as it was given."""
         value = self.arrays[name]
-        found = registry.library(value).to_numpy(value) if registry.isarray(value) else np.asarray(value)
-        if found.dtype.kind not in "fciub" and found.dtype.name != "bfloat16":  # another one of ml_dtypes
-            found = found.astype(np.float32)
-        return found if found.flags.writeable else found.copy()
+        return value if registry.isarray(value) else np.asarray(value)
 
     def fill(self, targets: Sequence[tuple[str, HostArray]]) -> None:
         """Copy arrays into memory of the host that has their shapes and types."""

@@ -1,5 +1,6 @@
 """Saving and loading, as users call them."""
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +13,22 @@ from optimisers.arrays.memory import laid_out
 from optimisers.arrays.protocol import HostArray
 from optimisers.checkpoint import files
 from optimisers.checkpoint.about import About, parted, plainly, rules_of, ties_of, understood, written
-from optimisers.checkpoint.entries import form_of, in_numpy, kept_of, modelled, tree_of, whole
+from optimisers.checkpoint.entries import (
+    Kept,
+    Modelled,
+    form_of,
+    in_numpy,
+    kept_of,
+    modelled,
+    part_of,
+    tree_of,
+    whole,
+)
 from optimisers.checkpoint.files import File, Reader
-from optimisers.checkpoint.fit import Fitted, Names, fitted
-from optimisers.checkpoint.format import Form, elements
+from optimisers.checkpoint.fit import Fitted, Names, Plan, fitted
+from optimisers.checkpoint.format import Form, elements, ordered
 from optimisers.checkpoint.put import Given, placed, refuse_read_only
+from optimisers.checkpoint.together import Gathered, agreed, by_first, compared, team_of
 from optimisers.errors import BadFile, TreeMismatch, deprecated
 from optimisers.state.leaf import parts
 from optimisers.tree.path import KeyPath
@@ -49,8 +61,11 @@ def save(
     text such as "5GB", a larger checkpoint is several files beside `FILE.index.json`; `load` takes it by the
     same name.
 
-    Raises BadState for a state inside a transform, for arrays that are shared out over several processes,
-    and where two arrays would have one name; BadSetting for what `more` does not take.
+    Where arrays are spread over processes (DTensor), each of these calls `save`: they are put together one by
+    one, and the first process writes them, with `more` of its own. What goes wrong there is raised by all.
+
+    Raises BadState for a state inside a transform, for arrays that are shared out over several processes of
+    JAX, and where two arrays would have one name; BadSetting for what `more` does not take.
     """
     limit = files.size_of(max_shard_size)
     kept = kept_of(state, "save")
@@ -59,7 +74,14 @@ def save(
     values = whole(kept, beside) | arrays
     about = About(rules_of(kept), ties_of(kept, beside), plain, _groups(state))
     forms = {name: form_of(name, value) for name, value in values.items()}
-    files.write(file, forms, written(about), Elements(values, forms), limit)
+    data, said = Elements(values, forms), written(about)
+    if (team := team_of(values)) is None:
+        files.write(file, forms, said, data, limit)
+        return
+    names = ordered(forms)
+    compared(team, names, forms)
+    gathered = Gathered([name for name in names if part_of(values[name])], data)
+    by_first(team, lambda parts: files.write(file, forms, said, parts, limit), gathered)
 
 
 def _path(state: object) -> KeyPath:
@@ -167,8 +189,9 @@ def load(
 
     `state` and `model` are new ones, as `setup` and the model's constructor make them; arrays find their
     place by name. As in `update_`, arrays that can be written are, where they lie; those of JAX come back in
-    a new state and a new model, and the old ones stay as they were. What else was saved is
-    `saved(file).more`.
+    a new state and a new model, and the old ones stay as they were. Where arrays are spread over processes
+    (DTensor), each of these calls `load` and takes its parts, however they were spread when they were saved.
+    What else was saved is `saved(file).more`.
 
     All of the file is looked through and checked before the first array is written; then each array is read
     to where it belongs, so that no memory is taken beside it, or room for one where it is converted, turned
@@ -182,56 +205,75 @@ def load(
     value, or a list of several of which the first that is here counts: `opt.from_flax` and `opt.from_torch`.
     The state is turned with its parameters; where that cannot be, it is refused by name.
     """
-    with Reader(file) as reader:
-        return loaded_from(reader, state, model, names=names, strict=strict)
+    return taken(file, state, model, names=names, strict=strict)[0]
 
 
-def loaded_from(reader: Reader, state: object, model: object, *, names: Names, strict: bool) -> Any:
-    """The state, or (state, model), as an open checkpoint has them."""
-    try:
-        source = InFile(reader, typed=strict)
-        return _loaded(source, state, model, names=names, strict=strict, what="load", depth=4)
-    except TreeMismatch as error:
-        raise TreeMismatch(f"{reader.path}: {error}") from error
+def taken(
+    file: File, state: object, model: object, *, names: Names = None, strict: bool = True
+) -> tuple[Any, Saved]:
+    """(what `load` gives, what else the file holds), of a file that is opened once."""
+    target = _target(state, model, "load")
+    with contextlib.ExitStack() as stack:
+        try:
+            with agreed(team_of(whole(target.kept, target.beside))):
+                reader = stack.enter_context(Reader(file))
+                source, held = InFile(reader, typed=strict), saved_in(reader)
+                plan = _planned(source, target, names=names, strict=strict, depth=4)
+            return _put(source, target, plan), held
+        except TreeMismatch as error:
+            raise TreeMismatch(f"{file}: {error}") from error
 
 
-def _loaded(
-    source: Any,
-    state: object,
-    model: object,
-    *,
-    names: Names,
-    strict: bool,
-    what: str,
-    forked: bool = False,
-    depth: int = 3,
-) -> Any:
-    """The state, or (state, model), with what was saved; `forked` leaves the old state as it was. Warnings
-    are those of the caller so many calls above.
-    """
+class Target(NamedTuple):
+    """What is loaded into."""
+
+    state: Any
+    model: Any
+    path: KeyPath
+    """Where in the whole model this part is."""
+    kept: list[Kept]
+    beside: Modelled | None
+    optimizer: Any
+    """The state, if it is a TorchOptimizer."""
+
+
+def _target(state: object, model: object, what: str) -> Target:
     path, kept = _path(state), kept_of(state, what)
     beside = None if model is None else modelled(model, path)
-    optimizer: Any = state if hasattr(state, "load_named") else None
-    groups = None if names is not None else source.groups
+    return Target(state, model, path, kept, beside, state if hasattr(state, "load_named") else None)
+
+
+def _planned(source: Any, target: Target, *, names: Names, strict: bool, depth: int) -> Plan:
+    """What is taken over, all of which fits; a warning to the caller so many calls above says what does
+    not.
+    """
+    if names is not None:
+        source.groups = None
     plan = fitted(
         source,
-        kept,
-        beside,
-        below=str(path),
+        target.kept,
+        target.beside,
+        below=str(target.path),
         names=names,
         strict=strict,
-        ruled=optimizer is None or groups is None,
+        ruled=target.optimizer is None or source.groups is None,
     )
     if plan.left:
         warnings.warn(f"not loaded: {'; '.join(plan.left)}", stacklevel=depth)
-    if optimizer is not None:
-        refuse_read_only(beside, plan)
-        optimizer.load_named({each.kept.name: _entries(each, source) for each in plan.leaves}, groups)
+    refuse_read_only(target.beside, plan)
+    return plan
+
+
+def _put(source: Any, target: Target, plan: Plan, *, forked: bool = False) -> Any:
+    """The state, or (state, model), with what was saved; `forked` leaves the old state as it was."""
+    new = target.optimizer
+    if new is not None:
+        new.load_named({each.kept.name: _entries(each, source) for each in plan.leaves}, source.groups)
         plan = plan._replace(leaves=[])
-    tree = copy.copy(tree_of(state)) if forked and plan.leaves else tree_of(state)
-    tree, made = placed(tree, beside, plan, source)
-    new = tree if optimizer is None else optimizer
-    return new if model is None else (new, made)
+    tree = copy.copy(tree_of(target.state)) if forked and plan.leaves else tree_of(target.state)
+    tree, made = placed(tree, target.beside, plan, source)
+    new = tree if new is None else new
+    return new if target.model is None else (new, made)
 
 
 def _entries(each: Fitted, source: Any) -> dict[str, Any]:
@@ -305,8 +347,8 @@ def from_arrays(
     TreeMismatch, naming the first entry that does not fit, where the state is one of another model or of
     other rules; `strict` and `names` are those of `load`.
     """
-    given = Given(dict(arrays))
-    return _loaded(given, state, model, names=names, strict=strict, what="from_arrays", forked=True)
+    given, target = Given(dict(arrays)), _target(state, model, "from_arrays")
+    return _put(given, target, _planned(given, target, names=names, strict=strict, depth=3), forked=True)
 
 
 def state_dict(state: object) -> dict[str, Any]:
