@@ -60,6 +60,18 @@ def test_a_state_that_was_written_and_read_goes_on_to_the_bit(rule: opt.Rule, li
         state, again = (opt.update(s, model, arrays(library, n))[0] for s in (state, again))
 
 
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_compiled_step_takes_a_state_that_was_read_for_a_new_one(rule: opt.Rule) -> None:
+    model = arrays("jax", 0)
+    state: Any = opt.setup(rule, model)
+    for n in range(3):
+        state, model = opt.update(state, model, arrays("jax", n + 1))
+    again = opt.from_arrays(opt.setup(rule, arrays("jax", 0)), opt.arrays(state))
+
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    assert list(map(jax.typeof, jax.tree.leaves(again))) == list(map(jax.typeof, jax.tree.leaves(state)))
+
+
 def test_the_safe_loader_of_torch_takes_it() -> None:
     state, _ = trained(RULES["AdamW"], "torch")
     file = io.BytesIO()

@@ -230,7 +230,9 @@ class TracedTable:
     def assign_counters(
         self, members: Indices, values: Sequence[Sequence[Any]], skip: int = 0
     ) -> "TracedTable":
-        new = self.split_by(own(self.row, members))
+        known = all(isinstance(v, float | int) for row in values for v in row)
+        label = alike(self.row, members, map(tuple, values)) if known else own(self.row, members)
+        new = self.split_by(label)
         at = (new.row[members][:, None], self.hypers + skip + np.arange(len(values[0])))
         whole = self.library.scalars.placed(new.values, at, self.library.scalars.table(list(values)))
         return TracedTable(whole, new.clock, new.row, self.hypers)
@@ -244,7 +246,7 @@ class TracedTable:
         return TracedTable(new.values, clock, new.row, self.hypers)
 
     def set_clocks(self, members: Indices, clocks: Sequence[float]) -> "TracedTable":
-        new = self.split_by(own(self.row, members))
+        new = self.split_by(alike(self.row, members, clocks))
         clock = self.library.scalars.placed(new.clock, new.row[members], np.asarray(clocks))
         return TracedTable(new.values, clock, new.row, self.hypers)
 
