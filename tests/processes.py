@@ -1,4 +1,4 @@
-"""Two processes that run a test module together, each of which writes what it found."""
+"""Processes that run a test module together, each of which writes what it found."""
 
 import os
 import subprocess

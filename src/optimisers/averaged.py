@@ -126,7 +126,11 @@ def _averages(trained: _Trained) -> dict[int, Any]:
         library, x, row = group.kind.library, at[leaf], (id(group), int(group.table.row[i]))
         if row not in rules:  # leaves of one row have one rule and one clock
             rules[row] = present(group, i)
-        value = rules[row].evaluate(group.state_of(i), copy(x))
+        part = group.parts[i] if group.parts and group.parts[i].inside is not None else None
+        own = copy(x) if part is None else part.cut(x)
+        value = rules[row].evaluate(group.state_of(i), own if part is None else part.whole(copy(own)))
+        if value is not None and part is not None:
+            value = part.gathered(value)
         if value is not None:
             new[leaf] = library.like(x, library.copied(value, group.kind.dtype))
     if not new:

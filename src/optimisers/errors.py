@@ -9,6 +9,7 @@
     ├── DomainError     a rule met a value that it cannot step with, such as a NaN norm (also a ValueError)
     ├── TraceError      a rule did what cannot be traced                                (also a TypeError)
     ├── BadFile         a file that is no checkpoint, or a damaged one                  (also a ValueError)
+    ├── ProcessLost     another process did not answer in a step                        (also a RuntimeError)
     └── CacheRefused    the cache directory cannot be trusted (a warning, not an error)
 
 A message has up to four parts, in this order: where, what was there, what is accepted, what to write instead.
@@ -54,6 +55,10 @@ class TraceError(OptimiserError, TypeError):
 
 class BadFile(OptimiserError, ValueError):
     """A file that is no checkpoint, was damaged, or was written by a later version."""
+
+
+class ProcessLost(OptimiserError, RuntimeError):
+    """Another process did not answer in a step: it has died, or the time limit of the group has run out."""
 
 
 class ShapeError(TraceError):

@@ -205,12 +205,12 @@ def put_away(net: Any, optimizer: Any, file: Path, **how: Any) -> None:
     checkpoint.save(held, checkpoint_id=file, **how)
 
 
-def gone_on(net: Any, rule: Any, file: Path, **how: Any) -> Any:
+def gone_on(net: Any, rule: Any, file: Path, shard: Any = None, **how: Any) -> Any:
     """An optimiser that goes on from a folder of torch.distributed.checkpoint, with its model."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint import state_dict as dcp
 
-    optimizer = opt.TorchOptimizer(net, rule)
+    optimizer = opt.TorchOptimizer(net, rule, shard=shard)
     held = dict(zip("mo", dcp.get_state_dict(net, optimizer), strict=True))
     checkpoint.load(held, checkpoint_id=file, **how)
     dcp.set_state_dict(net, optimizer, model_state_dict=held["m"], optim_state_dict=held["o"])
@@ -249,9 +249,47 @@ def of_torch(rank: int, folder: Path, two: DeviceMesh, grid: DeviceMesh) -> dict
     return found
 
 
+def of_shares(rank: int, folder: Path, two: DeviceMesh, grid: DeviceMesh) -> dict[str, Any]:
+    """The same under DDP where each process keeps its part of the state: of two, of one, and of four."""
+    del grid
+    found: dict[str, Any] = {}
+    for name, rule in RULES.items():
+        files = {way: [folder / f"{name} {way} {n}" for n in (2, 1)] for way in ("by torch", "by save")}
+        if rank < 2:
+            group = two.get_group()
+            net = torch.nn.parallel.DistributedDataParallel(network(name, 0), process_group=group)
+            optimizer = opt.TorchOptimizer(net, rule, shard=group)
+            trained(net, optimizer, name, FIRST)
+            put_away(net, optimizer, files["by torch"][0], process_group=group)
+            opt.save(files["by save"][0], optimizer, net.module)
+        if rank == 0:
+            net = network(name, 9)
+            optimizer = gone_on(net, rule, files["by torch"][0], no_dist=True)
+            trained(net, optimizer, name, SECOND)
+            put_away(net, optimizer, files["by torch"][1], no_dist=True)
+            net = network(name, 9)
+            optimizer, _ = opt.load(files["by save"][0], opt.TorchOptimizer(net, rule), net)
+            trained(net, optimizer, name, SECOND)
+            opt.save(files["by save"][1], optimizer, net)
+        torch.distributed.barrier()
+        world = torch.distributed.group.WORLD
+        for way, (_, file) in files.items():
+            net = torch.nn.parallel.DistributedDataParallel(network(name, 9))
+            if way == "by torch":
+                optimizer = gone_on(net, rule, file, shard=world)
+            else:
+                optimizer = opt.TorchOptimizer(net, rule, shard=world)
+                opt.load(file, optimizer, net.module)
+            trained(net, optimizer, name, LAST)
+            assert any(isinstance(x, DTensor) for e in optimizer.state.values() for x in e.values())
+            found |= {f"{name} {way} {k}": x for k, x in net.module.state_dict().items()}
+    return found
+
+
 RUNS: dict[str, Callable[..., dict[str, Any]]] = {
     "moved": moved,
     "of torch": of_torch,
+    "of shares": of_shares,
     "failed": failed,
     "given otherwise": given_otherwise,
 }
@@ -311,6 +349,18 @@ def test_so_they_do_by_the_checkpoints_of_torch(name: str, folder: Path) -> None
         for way in ("", "by save ", "under DDP "):
             for k, x in net.state_dict().items():
                 assert torch.allclose(found[f"{name} {way}{k}"], x, rtol=near, atol=near), (way, k)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_so_they_do_where_each_keeps_its_part_of_the_state_only(name: str, folder: Path) -> None:
+    near = 2e-2 if name in TYPES else 1e-5
+    net = network(name, 0)
+    trained(net, opt.TorchOptimizer(net, RULES[name]), name, range(1, LAST.stop))
+    for rank in range(4):
+        found = found_by(rank, "of shares", folder)
+        for way in ("by torch", "by save"):
+            for k, x in net.state_dict().items():
+                assert torch.allclose(found[f"{name} {way} {k}"], x, rtol=near, atol=near), (way, k)
 
 
 def test_what_goes_wrong_on_one_is_raised_by_all(folder: Path) -> None:

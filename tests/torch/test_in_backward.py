@@ -275,18 +275,6 @@ def test_a_parameter_is_stepped_by_one_optimiser_until_its_hooks_are_taken_out()
     opt.step_in_backward(net.between, opt.Adam())
 
 
-def test_a_module_that_was_loaded_is_to_be_given_again() -> None:
-    net = torch.nn.Linear(2, 1)
-    opt.step_in_backward(net, opt.Adam())
-    file = io.BytesIO()
-    torch.save(net, file)
-    file.seek(0)
-    again = torch.load(file, weights_only=False)
-
-    with pytest.raises(opt.BadState, match="this module was loaded"):
-        again.weight._in_backward_optimizers[0].step()
-
-
 def test_it_is_explained_as_one() -> None:
     net = Network()
     optimizer = opt.step_in_backward(net, opt.Adam())

@@ -130,6 +130,14 @@ class Part(Protocol[A]):
     """The shape of the whole."""
     device: str
     """Where the part lies."""
+    inside: tuple[slice, ...] | None
+    """Where it stands in a whole array, where every process has whole arrays and steps its parts of them;
+    None where arrays come in parts.
+    """
+
+    @abstractmethod
+    def of_wholes(self) -> "Part[A]":
+        """The same part, where whole arrays come."""
 
     @abstractmethod
     def local(self, x: A) -> A | None:

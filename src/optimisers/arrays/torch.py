@@ -18,7 +18,7 @@ from optimisers.arrays.pages import on_large_pages
 from optimisers.arrays.parts import Derivatives, Graphs, Memory, Scalars, Sparse, Stacks, Strides
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape
 from optimisers.arrays.torch_operations import OPERATIONS, lift, product_type
-from optimisers.arrays.torch_shards import TorchShards, spread
+from optimisers.arrays.torch_shards import TorchShards, beside, spread
 
 Tensor = torch.Tensor
 
@@ -379,11 +379,11 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
 
     def assign(self, target: Tensor, value: Tensor | Scalar) -> None:
         with torch.no_grad():
-            target.copy_(value) if isinstance(value, Tensor) else target.fill_(value)
+            target.copy_(beside(target, value)) if isinstance(value, Tensor) else target.fill_(value)
 
     def assign_many(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         with torch.no_grad():
-            torch._foreach_copy_(list(targets), list(values))
+            torch._foreach_copy_(list(targets), list(map(beside, targets, values)))
 
     def to_numpy(self, x: Tensor) -> HostArray:
         x = getattr(x, "to_local", lambda: x)().detach().cpu().resolve_conj().resolve_neg()

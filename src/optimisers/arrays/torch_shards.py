@@ -2,14 +2,17 @@
 
 # pyright: reportPrivateUsage=false
 
+import contextlib
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, Any, final
+from collections.abc import Generator, Iterable
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 from torch import Tensor
 
 from optimisers.arrays.parts import HostArray, Part, Shape, Shards, Strides
+from optimisers.errors import BadState, ProcessLost
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -31,6 +34,62 @@ def here(x: "DTensor") -> Tensor:
         return x.to_local()
 
 
+def from_start(x: Tensor) -> Tensor:
+    """The same memory as a tensor that begins where its storage does: torch.save refuses DTensors of others,
+    and of these it writes their own elements only.
+    """
+    if not x.storage_offset():
+        return x
+    if not x.numel():
+        return torch.empty_like(x)
+    last = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    first, size = x.storage_offset(), x.element_size()
+    own = x.untyped_storage()[first * size : (last + 1) * size]
+    return x.new_empty(0).set_(cast("Any", own), 0, x.shape, x.stride())
+
+
+def beside(target: Tensor, value: Tensor) -> Tensor:
+    """A value that is written into a tensor: all of it, if it is spread over processes and that is not."""
+    held = spread(value)
+    return value if held is None or spread(target) is not None else held.full_tensor()
+
+
+def _refuse_another(saved: Any, mesh: Any) -> None:
+    """Raise BadState for an array that another process has saved, of which the part here is not known."""
+    if saved == mesh and saved.get_coordinate() != mesh.get_coordinate():
+        raise BadState(
+            f"this is the part that process {saved.get_coordinate()} has saved of an array, and process "
+            f"{mesh.get_coordinate()} loads it; save with torch.distributed.checkpoint, or call "
+            "consolidate_state_dict() on all processes before one saves state_dict()"
+        )
+
+
+def share(size: int, count: int, number: int) -> slice:
+    """What one of some processes has of an axis, cut as DTensor cuts it: equal parts, but for the last."""
+    part = -(-size // count)
+    return slice(min(number * part, size), min((number + 1) * part, size))
+
+
+@contextlib.contextmanager
+def answered(group: Any, what: str) -> Generator[None]:
+    """Raise ProcessLost where a collective in this block fails, since a process of the group has died, or its
+    time limit has run out; `what` is what the processes did.
+    """
+    import torch.distributed as dist
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        rank, count = dist.get_rank(group), dist.get_world_size(group)
+        reason = str(error).strip().split("\n")[0]
+        raise ProcessLost(
+            f"process {rank} of {count} {what}, and another one did not answer: it has died, or is later "
+            f"than the time limit of the group allows ({reason})"
+        ) from error
+
+
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class TorchPart(Part[Tensor]):
@@ -44,18 +103,31 @@ class TorchPart(Part[Tensor]):
     placements: tuple[Any, ...]
     stride: Strides
     """The strides of the whole."""
+    inside: tuple[slice, ...] | None = None
+
+    def of_wholes(self) -> "TorchPart":
+        at = [slice(None)] * len(self.of)
+        for axis, placement in enumerate(self.placements):
+            if placement.is_shard():
+                size, rank = self.mesh.size(axis), self.mesh.get_local_rank(axis)
+                at[placement.dim] = share(self.of[placement.dim], size, rank)
+        return dataclasses.replace(self, inside=tuple(at))
 
     def local(self, x: Tensor) -> Tensor | None:
         held = spread(x)
+        if held is None and self.inside is not None and tuple(x.shape) == self.of:
+            return (x if x.layout is torch.strided else x.to_dense())[self.inside]
         if held is None or held.shape != self.of or held.placements != self.placements:
             return None
         return here(held) if held.device_mesh == self.mesh else None
 
     def cut(self, x: Tensor) -> Tensor:
+        held = spread(x)
+        if held is not None:
+            _refuse_another(held.device_mesh, self.mesh)
         if (found := self.local(x)) is not None:
             return found
         distributed: Any = sys.modules["torch.distributed.tensor"]
-        held = spread(x)
         with torch.no_grad():
             if held is not None and held.device_mesh == self.mesh:
                 return here(held.redistribute(self.mesh, self.placements))
@@ -68,7 +140,7 @@ class TorchPart(Part[Tensor]):
         kind: Any = sys.modules["torch.distributed.tensor"].DTensor
         with torch.no_grad():
             return kind.from_local(
-                local,
+                from_start(local),
                 self.mesh,
                 self.placements,
                 run_check=False,
@@ -81,13 +153,19 @@ class TorchPart(Part[Tensor]):
         return self.mesh, tuple(p.is_shard() for p in self.placements)
 
     def joined(self, values: HostArray, how: str) -> HostArray:
+        cut = [axis for axis, placement in enumerate(self.placements) if placement.is_shard()]
+        return self._reduced(values, how, cut)
+
+    def _reduced(self, values: HostArray, how: str, axes: Iterable[int]) -> HostArray:
+        """Numbers of all processes joined along some axes of the mesh."""
         import torch.distributed as dist
 
         by = dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX
         sent = torch.from_numpy(values).to(self.mesh.device_type)
-        for axis, placement in enumerate(self.placements):
-            if placement.is_shard():
-                dist.all_reduce(sent, by, group=self.mesh.get_group(axis))
+        for axis in axes:
+            group = self.mesh.get_group(axis)
+            with answered(group, "joined what all parts give"):
+                dist.all_reduce(sent, by, group=group)
         return sent.cpu().numpy()
 
     @property
@@ -99,16 +177,11 @@ class TorchPart(Part[Tensor]):
         return self.mesh.get_rank() == self.processes[0]
 
     def largest(self, values: HostArray) -> HostArray:
-        import torch.distributed as dist
-
-        sent = torch.from_numpy(values).to(self.mesh.device_type)
-        for axis in range(self.mesh.ndim):
-            dist.all_reduce(sent, dist.ReduceOp.MAX, group=self.mesh.get_group(axis))
-        return sent.cpu().numpy()
+        return self._reduced(values, "max", range(self.mesh.ndim))
 
     def gathered(self, x: Tensor) -> Tensor:
         held: Any = x
-        with torch.no_grad():
+        with torch.no_grad(), answered(self.mesh.get_group(0), "put an array together"):
             return held.full_tensor()
 
 

@@ -78,6 +78,10 @@ class Shape:
     def library(self) -> Any:
         return registry.named(self.name)
 
+    def of_wholes(self) -> "Shape":
+        """The same, where steps are given whole arrays of which these are parts."""
+        return self if self.part is None else dataclasses.replace(self, part=self.part.of_wholes())
+
     @property
     def key(self) -> Any:
         """What leaves of one group share of it."""

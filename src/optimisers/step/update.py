@@ -147,14 +147,18 @@ def store_of(
     capturable: bool = False,
     programs: dict[Any, Any] | None = None,
     alone: bool = False,
+    wholes: bool = False,
 ) -> Store:
     """The state of some arrays, each with a rule, or with None to train nothing there. `programs` are those
-    of a state beside it; where each array is stepped `alone`, it has a group of its own.
+    of a state beside it; where each array is stepped `alone`, it has a group of its own. With `wholes`, steps
+    will be given whole arrays in the place of these, which are spread over processes.
     """
     shapes = [
         None if r is None else Shape.of(x, engine, packed=packed, capturable=capturable)
         for r, x in zip(rules, arrays, strict=True)
     ]
+    if wholes:
+        shapes = [k if k is None else k.of_wholes() for k in shapes]
     entries = [
         (i, r, started(r, x, layout.paths[i]))
         for i, (r, x) in enumerate(zip(rules, arrays, strict=True))
@@ -313,11 +317,12 @@ def update_listed(
     orders: list[Sequence[Any]],
     scaling: tuple[Any, Any] | None = None,
     loss: Any = None,
+    ready: Callable[[], object] = tuple,
     after: Callable[[], object] = tuple,
 ) -> None:
-    """A step in place of parameters and gradients, of each order, that come in the order of the walk; `after`
-    it is called
-    what belongs to it, before a handler of a signal sees anything.
+    """A step in place of parameters and gradients, of each order, that come in the order of the walk. `ready`
+    is called when all that may fail is done, before anything is written; `after` it is called what belongs to
+    it, before a handler of a signal sees anything.
 
     `scaling`, for states that say `takes_scaling`: the gradients are divided by its first number, and the
     step is none where the second is not 0; both are on the device, where they stay. Raises BadState, naming
@@ -334,6 +339,7 @@ def update_listed(
                 f"{str(store.layout.paths[leaf])!r} cannot be written: it is an expanded tensor, or one that "
                 "was made in inference mode; give its clone() to the optimiser"
             )
+        ready()
         with held():
             step.store_all()
             after()

@@ -19,14 +19,22 @@ from optimisers.torch.loading import bare_name
 from optimisers.tree.flatten import flatten_model
 
 
-def second_gradients(given: Any, names: Mapping[Any, str], trained: Sequence[Any]) -> list[Any]:
+def second_gradients(
+    given: Any, names: Mapping[Any, str], trained: Sequence[Any], *, taken: bool
+) -> list[Any]:
     """The second gradients of the parameters that are trained, None where there is none: of a list in the
     order of all parameters, of a dict by parameter or by name, or of what has the shape of the module.
 
-    Raises TreeMismatch for a list of another length, and for a name that no parameter has.
+    Raises TreeMismatch for a list of another length, and for a name that no parameter has, BadState where no
+    rule takes any.
     """
     if given is None:
         return [None] * len(trained)
+    if not taken:
+        raise BadState(
+            "step was given hessians, and no rule here takes second gradients; opt.Sophia and opt.AdaHessian "
+            "do"
+        )
     if isinstance(given, Mapping) and all(isinstance(key, torch.Tensor) for key in given):
         found = dict(given)
         strange = [tuple(p.shape) for p in found if p not in names]

@@ -6,6 +6,7 @@ which frees the gradient.
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 
 import threading
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, final
 
@@ -27,29 +28,28 @@ if TYPE_CHECKING:
     from optimisers.state.store import Store
     from optimisers.tree.layout import Node
 
+
 OF_TORCH = "_in_backward_optimizers"
-"""Where torch looks for what steps a parameter in backward: a DistributedDataParallel that is made around
-such parameters calls it when it has averaged a gradient.
-"""
+"""Where torch looks for what steps a parameter in backward."""
+
+HOOKS = "_post_accumulate_grad_hooks"
+"""Where torch keeps the hooks of a parameter."""
 
 
 @final
-class Stepper:
-    """Steps one parameter, as DistributedDataParallel calls it; a copy that was loaded steps nothing."""
+class Hooked:
+    """Stands where torch looks for what steps a parameter in backward: a DistributedDataParallel, which
+    averages gradients after that, finds it, and says so by what is raised here.
+    """
 
-    def __init__(self, hooks: "InBackward | None" = None, p: Any = None) -> None:
-        self.hooks, self.p = hooks, p
+    def remove(self) -> None:
+        raise BadState(
+            "a DistributedDataParallel averages gradients after they were stepped in backward, and keeps "
+            "them all; take TorchOptimizer(module, rule, shard=group) with it, or step_in_backward with "
+            "FSDP2"
+        )
 
-    def step(self) -> None:
-        if self.hooks is None:
-            raise BadState(
-                "this module was loaded, and its parameters were stepped in backward when it was saved; call "
-                "step_in_backward again"
-            )
-        self.hooks(self.p)
-
-    def __reduce__(self) -> Any:
-        return Stepper, ()
+    step = remove
 
 
 @final
@@ -82,15 +82,16 @@ class InBackward:
         given = {p for mine in self.keeper.groups if mine.rule is not None for p in mine.group["params"]}
         new = [p for p in given if p.requires_grad and p not in self.handles]
         for p in new:
-            if getattr(p, OF_TORCH, None):
+            hooks = getattr(p, HOOKS, None) or {}
+            if any(isinstance(hook, InBackward) for hook in hooks.values()):
                 raise BadState(
                     f"a parameter of shape {tuple(p.shape)} is stepped in backward by another optimiser; "
                     "write optimizer.in_backward.remove() of that one first"
                 )
         for p in new:
             self.handles[p] = p.register_post_accumulate_grad_hook(self)
-            setattr(p, OF_TORCH, [Stepper(self, p)])
-            _tell(p, self.handles[p])
+            setattr(p, OF_TORCH, [Hooked()])
+            _tell(p)
 
     def remove(self) -> None:
         """Take the hooks out: from here on gradients stay, and `step` takes what is there."""
@@ -98,6 +99,7 @@ class InBackward:
             handle.remove()
             delattr(p, OF_TORCH)
             del self.handles[p]
+            _tell(p, [])
 
     def __call__(self, p: Any) -> None:
         """Step a parameter whose gradient is complete, and free that.
@@ -167,12 +169,14 @@ class InBackward:
                 self.keeper.held.refresh()
 
 
-def _tell(p: Any, handle: Any) -> None:
-    """Let DistributedDataParallel find the hook on a parameter: it calls the stepper itself instead."""
+def _tell(p: Any, found: list[Hooked] | None = None) -> None:
+    """Let a DistributedDataParallel that is made around a parameter take its hooks out: it is refused."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.optim import apply_optimizer_in_backward as known
+        with warnings.catch_warnings():  # of its other parts
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from torch.distributed.optim import apply_optimizer_in_backward as known
 
-        known.param_to_optim_hook_handle_map[p] = [handle]
+        known.param_to_optim_hook_handle_map[p] = [Hooked()] if found is None else found
 
 
 def refuse_needs(rule: Rule, p: Any) -> None:

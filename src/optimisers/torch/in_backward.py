@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from optimisers.errors import BadState
+from optimisers.torch.hooks import Hooked
 from optimisers.torch.optimizer import TorchOptimizer
 
 __all__ = ["step_in_backward"]
@@ -21,8 +21,8 @@ def step_in_backward(params: Any, rule: Any, *, engine: str | None = None, **set
     gradient are covered too. Settings that are changed count from the next backward pass on. Rules for
     matrices are stepped one matrix at a time. `optimizer.in_backward.remove()` takes the hooks out.
 
-    One backward pass is one step. To add gradients up over several take `Chain(AccumGrad(n), rule)`. A
-    DistributedDataParallel is made around the module after this; FSDP2 before it.
+    One backward pass is one step. To add gradients up over several take `Chain(AccumGrad(n), rule)`. Call
+    `fully_shard` before this. A DistributedDataParallel, which keeps all gradients, is refused.
 
     Raises BadSetting for a rule that needs more than one gradient at a time: totals over the model, such as
     the norm of all gradients, the loss, second gradients, or gradients of single examples. `backward` raises
@@ -30,10 +30,7 @@ def step_in_backward(params: Any, rule: Any, *, engine: str | None = None, **set
     gradients came before that are stepped then, and others are not.
     """
     if isinstance(params, torch.nn.parallel.DistributedDataParallel):
-        raise BadState(
-            "step_in_backward was given a DistributedDataParallel, which averages gradients after they could "
-            "be stepped; give it the module, and make the DistributedDataParallel around that then"
-        )
+        Hooked().remove()
     optimizer = TorchOptimizer(params, rule, engine=engine, **settings)
     optimizer.hook_into_backward()
     return optimizer

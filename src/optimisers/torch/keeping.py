@@ -16,13 +16,15 @@ from optimisers.errors import BadState, TreeMismatch
 from optimisers.graph.clocks import UPDATES
 from optimisers.rule import Rule
 from optimisers.settings import adjusted, numbers
+from optimisers.state.store import Store
 from optimisers.step.update import store_of
-from optimisers.torch.entries import plain
-from optimisers.torch.loading import adopt, misfit
+from optimisers.torch.entries import Entries, plain
+from optimisers.torch.loading import adopt, misfit, names_of_others
 from optimisers.torch.param_group import ParamGroup
 from optimisers.torch.published import Published
+from optimisers.torch.shares import Shares
 from optimisers.tree.flatten import flatten_model
-from optimisers.tree.layout import Told, joined
+from optimisers.tree.layout import Layout, Told, joined
 
 GROWTH = 8
 """How many times parameters are put behind others before all are laid out anew."""
@@ -38,8 +40,10 @@ class Keeper:
     alone = False
     """Whether each parameter is stepped alone."""
 
-    def __init__(self, engine: str | None, *, capturable: bool) -> None:
+    def __init__(self, engine: str | None, *, capturable: bool, shares: Shares | None = None) -> None:
         self.engine, self.capturable = engine, capturable
+        self.shares = shares
+        """How the state is shared out to processes."""
         self.groups: list[ParamGroup] = []
         self.names: dict[Any, str] = {}
         self.told: Told = {}
@@ -68,7 +72,7 @@ class Keeper:
         return {name: getattr(self, name) for name in ("engine", "capturable", "groups", "names", "own")}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        vars(self).update(kept, away=WeakTensorKeyDictionary(), fitting={}, told={})
+        vars(self).update(kept, away=WeakTensorKeyDictionary(), fitting={}, told={}, shares=None)
         self.forget()
 
     # -- following --
@@ -184,15 +188,7 @@ class Keeper:
         layout.told = self.told
         order = list(zip(layout.root.leaves, chosen.values(), strict=True))
         rules = {leaf: self._rule_of(p, group_of[p]) for leaf, p in reversed(order)}
-        store = store_of(
-            layout,
-            arrays,
-            [rules[leaf] for leaf in range(len(arrays))],
-            engine=self.engine,
-            capturable=self.capturable,
-            programs=None if self.held is None else self.held.store.programs,
-            alone=self.alone,
-        )
+        store = self._store_of(layout, arrays, [rules[leaf] for leaf in range(len(arrays))])
         saved = {p: dict(plain(state[p])) for p in chosen.values() if state.get(p)}
         held = self.held
         first = 0 if held is None else len(held.store.shapes)
@@ -210,6 +206,21 @@ class Keeper:
         frozen = [leaf for p, leaf in leaf_of.items() if p in self.own and self.own[p][1]]
         if frozen:
             held.store.freeze(frozen, True)
+
+    def _store_of(self, layout: Layout, arrays: Sequence[Any], rules: Sequence[Rule | None]) -> Store:
+        """A store of parameters; where its state is shared out, they are shown to it as spread."""
+        if (shares := self.shares) is not None:
+            arrays = [x if r is None else shares.spread(x) for x, r in zip(arrays, rules, strict=True)]
+        return store_of(
+            layout,
+            arrays,
+            rules,
+            engine=self.engine,
+            capturable=self.capturable,
+            programs=None if self.held is None else self.held.store.programs,
+            alone=self.alone,
+            wholes=shares is not None,
+        )
 
     def _rule_of(self, p: Any, mine: ParamGroup) -> Rule | None:
         """The rule of a parameter: its own, as long as it stays in its group, or that of the group."""
@@ -284,6 +295,29 @@ class Keeper:
                 if own != common or store.frozen[leaf]:
                     own_rule = rule if own != common else None
                     self.own[p_of[leaf]] = own_rule, bool(store.frozen[leaf]), mine
+
+    # -- what is saved --
+
+    def plainly(self, packed: dict[str, Any], groups: Groups) -> dict[str, Any]:
+        """A saved state of plain dicts, with what was frozen and adjusted."""
+        number = {
+            p: n
+            for group, saved in zip(groups, packed["param_groups"], strict=True)
+            for p, n in zip(group["params"], saved["params"], strict=True)
+        }
+        state = {k: e.settled() if isinstance(e, Entries) else e for k, e in packed["state"].items()}
+        for p, entries in ({} if self.shares is None else self.shares.whole).items():
+            state[number[p]] |= entries
+        for p, (own, frozen, _) in self.own.items():
+            if own is not None and number[p] in state:
+                state[number[p]]["settings"] = torch.tensor(numbers(own), dtype=torch.float64)
+            if frozen and number[p] in state:
+                state[number[p]]["frozen"] = torch.tensor(1.0)
+        return packed | {"state": state} | ({"others": others} if (others := self.others()) else {})
+
+    def others(self) -> list[str]:
+        """The entries that other tools keep in `state`."""
+        return [] if self.held is None else names_of_others(self.held)
 
     # -- settings --
 

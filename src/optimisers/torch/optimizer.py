@@ -15,14 +15,13 @@ from optimisers.arrays import registry
 from optimisers.arrays.torch import library as tensors
 from optimisers.errors import BadSetting, BadState, TreeMismatch, UnknownField
 from optimisers.rule import Rule
-from optimisers.settings import is_schedule, numbers
+from optimisers.settings import is_schedule
 from optimisers.state.leaf import handle
 from optimisers.step.choose import refuse_no_rule
 from optimisers.step.layers import LayerDecay
 from optimisers.step.update import update_listed
 from optimisers.torch.classes import HOW
 from optimisers.torch.convert import as_ours
-from optimisers.torch.entries import Entries
 from optimisers.torch.given import asks_for_state_only, gradients, second_gradients, unscaled
 from optimisers.torch.groups import (
     ASKING,
@@ -44,12 +43,12 @@ from optimisers.torch.loading import (
     entries_by_parameter,
     mark,
     misfit,
-    names_of_others,
     saved_groups,
 )
 from optimisers.torch.named import Found, groups_to_save, packed_again
 from optimisers.torch.param_group import ParamGroup
 from optimisers.torch.rates import marks
+from optimisers.torch.shares import shares_of
 from optimisers.torch.takeover import groups_of, take_over
 from optimisers.tree.modules_torch import places
 from optimisers.tree.path import KeyPath
@@ -89,6 +88,10 @@ class TorchOptimizer(torch.optim.Optimizer):
     the step, and a GradScaler makes it divide and skip without waiting for the device. A graph that is
     replayed does not look at the groups: write `read_groups()` after a scheduler has changed them.
 
+    `shard=group`, a group of processes that train the same module (DistributedDataParallel), shares the state
+    out to them: each keeps that of its part of every parameter, steps this part, and gives it to the others.
+    State is made of DTensors then, of which each process holds its part.
+
     Raises BadSetting for settings that the rule does not have, TreeMismatch for a loaded state that does not
     fit, and what `update_` raises.
     """
@@ -103,11 +106,13 @@ class TorchOptimizer(torch.optim.Optimizer):
         *,
         engine: str | None = None,
         capturable: bool = False,
+        shard: Any = None,
         **settings: Any,
     ) -> None:
         if isinstance(params, Rule):
             raise BadState(f"TorchOptimizer was given the rule {params!r} where the model goes; write {CALL}")
-        self._keeper = Keeper(engine, capturable=capturable)
+        shares = shares_of(shard, capturable=capturable)
+        self._keeper = Keeper(engine, capturable=capturable, shares=shares)
         self._incoming: dict[Any, Any] | None = None
         """Saved entries on their way into `state`."""
         listed: Any = params
@@ -269,6 +274,8 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     def hook_into_backward(self) -> None:
         """Step each parameter in `backward` from here on, as `step_in_backward` says."""
+        if self._keeper.shares is not None:
+            raise BadSetting("shard= shares out whole steps; leave it out of step_in_backward")
         self.in_backward = InBackward(self._keeper, self.read_groups)
 
     @overload
@@ -314,15 +321,15 @@ class TorchOptimizer(torch.optim.Optimizer):
                 group.refuse_changed(n)
         else:
             keeper.read()
-        orders: list[Sequence[Any]] = [grads]
+        orders = [grads]
         if hessians is not _ABSENT:
-            if hessians is not None and not any(mine.second_order for mine in keeper.groups):
-                raise BadState(
-                    "step was given hessians, and no rule here takes second gradients; opt.Sophia and "
-                    "opt.AdaHessian do"
-                )
-            orders.append(second_gradients(hessians, keeper.names, xs))
-        update_listed(held.store, held.store.layout.root, xs, orders, scaling, loss, after=held.refresh)
+            taken = any(mine.second_order for mine in keeper.groups)
+            orders.append(second_gradients(hessians, keeper.names, xs, taken=taken))
+        if keeper.shares is not None:
+            keeper.shares.step(held.store, xs, orders, loss, held.refresh)
+        else:
+            root = held.store.layout.root
+            update_listed(held.store, root, xs, [*orders], scaling, loss, after=held.refresh)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -359,35 +366,28 @@ class TorchOptimizer(torch.optim.Optimizer):
         entries in `state`, "others" has their names.
         """
         self._keeper.refuse_lent("state_dict")
+        if self._keeper.shares is not None:
+            self._keeper.shares.refuse_torn()
         if self.state:
             self._follow()
         with contextlib.suppress(BadSetting):  # what no rule takes is saved as it stands
             self._keeper.read()
         self._keeper.note()
-        plainly = self.register_state_dict_post_hook(lambda _, packed: self._plainly(packed), prepend=True)
+        plainly = self.register_state_dict_post_hook(
+            lambda _, packed: self._keeper.plainly(packed, self.param_groups), prepend=True
+        )
         try:
             return super().state_dict()
         finally:
             plainly.remove()
 
-    def _plainly(self, packed: dict[str, Any]) -> dict[str, Any]:
-        """A saved state of plain dicts, with what was frozen and adjusted."""
-        number = {
-            p: n
-            for group, saved in zip(self.param_groups, packed["param_groups"], strict=True)
-            for p, n in zip(group["params"], saved["params"], strict=True)
-        }
-        state = {k: e.settled() if isinstance(e, Entries) else e for k, e in packed["state"].items()}
-        for p, (own, frozen, _) in self._keeper.own.items():
-            if own is not None and number[p] in state:
-                state[number[p]]["settings"] = torch.tensor(numbers(own), dtype=torch.float64)
-            if frozen and number[p] in state:
-                state[number[p]]["frozen"] = torch.tensor(1.0)
-        return packed | {"state": state} | ({"others": others} if (others := self._others()) else {})
-
-    def _others(self) -> list[str]:
-        """The entries that other tools keep in `state`."""
-        return [] if self._keeper.held is None else names_of_others(self._keeper.held)
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """With `shard=`, put the state together on one process of the group: until the next step its
+        `state_dict` is that of an optimiser alone. All processes call it; elsewhere it does nothing.
+        """
+        self.read_groups()
+        if self._keeper.shares is not None:
+            self._keeper.shares.consolidate({p: self.state[p] for p in self._keeper.trained}, to)
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Go on from a saved state; parameters are matched by name where both sides have names.
@@ -413,6 +413,8 @@ class TorchOptimizer(torch.optim.Optimizer):
                 mark(keeper.held, {p: e for p, e in incoming.items() if p in keeper.held.leaf_of})
             for group in keeper.groups:
                 group.warned = False
+            if keeper.shares is not None:
+                keeper.shares.torn, keeper.shares.whole = "", {}
         except BaseException:
             vars(self).clear()
             vars(self).update(before)
@@ -436,7 +438,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         settings, numbered = arranged(saved, groups, left)
         incoming = entries_by_parameter(groups, numbered, state, lenient=left is not None)
         if self._keeper.held is None or not all_fit(self._keeper.held, incoming):
-            others = {*saved.get("others", ()), *self._others()}
+            others = {*saved.get("others", ()), *self._keeper.others()}
             incoming = {p: e for p, e in incoming.items() if self._fits(p, e, others, left)}
         self._incoming = incoming
         new: list[dict[str, Any]] = []
@@ -471,6 +473,10 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._keeper.refuse_lent("pickle")
+        if self._keeper.shares is not None:
+            raise BadState(
+                "a state that is shared out to processes was copied or pickled; save its state_dict()"
+            )
         self._keeper.note()
         kept = ("_keeper", "_rule", "_globs", "_given", "_common", "_incoming")
         return super().__getstate__() | {name: getattr(self, name) for name in kept}
