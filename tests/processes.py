@@ -10,12 +10,12 @@ import pytest
 
 
 def run_as_two(module: str, folder: Path, seconds: float, ranks: int = 2) -> None:
-    """Run a test module as `python -m module RANK FOLDER`, once for each of two ranks, or of more; what they
-    print goes into logs, and after so many seconds they are stopped.
+    """Run a test module as `python -m module RANK FOLDER RANKS`, once for each of two ranks, or of more; what
+    they print goes into logs, and after so many seconds they are stopped.
     """
     runs = [
         subprocess.Popen(
-            [sys.executable, "-m", module, str(rank), str(folder)],
+            [sys.executable, "-m", module, str(rank), str(folder), str(ranks)],
             cwd=Path(__file__).parents[1],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,

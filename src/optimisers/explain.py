@@ -14,9 +14,10 @@ from optimisers.engines.addressed import pointers, text
 from optimisers.engines.cpu.maths import Unprintable
 from optimisers.engines.cpu.printer import legend
 from optimisers.engines.plans import Plan, plan_of
+from optimisers.engines.spread import shares
 from optimisers.errors import BadSetting, BadState
 from optimisers.rule import Rule
-from optimisers.state.group import Group, Shape, grouped, started
+from optimisers.state.group import Group, Shape, grouped, is_free, started
 from optimisers.state.leaf import Branch, Leaf, parts
 from optimisers.state.store import Store
 from optimisers.tree.path import KeyPath, gathered, listed
@@ -65,6 +66,13 @@ class GroupCost:
         return sum(s.flops for s in self.plan.steps)
 
     @property
+    def sent(self) -> int:
+        """Bytes that this process sends to others in a step, in which every condition of the rule holds:
+        parts of matrices to the process that computes with the whole, and what it has computed for others.
+        """
+        return self.plan.sent
+
+    @property
     def workspace(self) -> int:
         """Bytes of the buffers that hold stacks between passes, as far as they were needed yet."""
         return self.plan.workspace
@@ -98,6 +106,8 @@ class Explanation:
             if g.crossing is not None:
                 over = f", and {g.crossing} numbers are summed over all of them" if g.crossing else ""
                 lines.append(f"  each process steps its part of every array{over}")
+                if g.sent:
+                    lines.append(f"  each computes with some whole matrices; this one sends {g.sent:,} bytes")
             if "(" in g.addresses:  # not the fastest road
                 lines.append(f"  addresses are {g.addresses}")
             lines += [f"  {line}" for line in g.plan.describe()]
@@ -148,7 +158,9 @@ def explain(state: object) -> Explanation:
     """
     store, node, _ = parts(getattr(state, "tree", state) if not isinstance(state, Leaf | Branch) else state)
     below = np.unique(np.array(node.leaves, np.int64))
-    costs = [_cost(store, g, np.flatnonzero(np.isin(g.leaves, below))) for g in store.groups]
+    members = [np.flatnonzero(np.isin(g.leaves, below)) for g in store.groups]
+    owner = _owners(store.groups, members)
+    costs = [_cost(store, g, *given) for g, *given in zip(store.groups, members, owner, strict=True)]
     clock = max((int(store.clock_of(i)) for i in below if store.shapes[i] is not None), default=0)
     return Explanation(tuple(c for c in costs if c.leaves), int(store.frozen[below].sum()), clock)
 
@@ -157,10 +169,24 @@ MOST = 16
 """How many rules of a group are printed."""
 
 
-def _cost(store: Store, group: Group, members: Any) -> GroupCost:
+def _owners(groups: Sequence[Group], members: Sequence[Any]) -> list[Any]:
+    """The process that computes with each matrix, group by group; None where processes share out none."""
+    kinds: dict[Any, list[int]] = {}
+    for i, group in enumerate(groups):
+        if group.spread and is_free(group.program):
+            kinds.setdefault(group.parts[0].among, []).append(i)
+    found: list[Any] = [None] * len(groups)
+    for which in kinds.values():
+        parts = [[groups[i].parts[k] for k in members[i].tolist()] for i in which]
+        for i, owner in zip(which, shares(parts), strict=True):
+            found[i] = owner
+    return found
+
+
+def _cost(store: Store, group: Group, members: Any, owner: Any) -> GroupCost:
     library, program = group.kind.library, group.program
     choice = choose.choice_for(group, store.engine)
-    plan = plan_of(group, members.tolist(), choice)
+    plan = plan_of(group, members.tolist(), choice, None if choice.engine.start is None else owner)
     rows = len(np.unique(group.table.row[members]))
     return GroupCost(
         rule=program.title if rows == 1 and len(members) == len(group.leaves) else type(group.rule).__name__,

@@ -1,5 +1,6 @@
 """What does a library answer in records of their own? Of most a library says nothing."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -119,6 +120,34 @@ class Sparse(Protocol[A]):
         """Write some rows."""
 
 
+class Piece(NamedTuple):
+    """Which elements of a whole array one process holds."""
+
+    start: tuple[int, ...]
+    """The first of them along every axis."""
+    shape: Shape
+
+    @property
+    def inside(self) -> tuple[Any, ...]:
+        """The index that picks them in a stack of such arrays."""
+        return (slice(None), *(slice(at, at + n) for at, n in zip(self.start, self.shape, strict=True)))
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class Pieces(NamedTuple):
+    """How a whole array is shared out to processes."""
+
+    all: tuple[Piece, ...]
+    """What each of them holds."""
+    teams: tuple[int, ...]
+    """Processes with one number hold the whole array between them, once; others hold it again."""
+    here: int
+    """Which process this is."""
+
+
 class Part(Protocol[A]):
     """How the part of an array that lies here belongs to the whole of it, which is spread over processes."""
 
@@ -179,6 +208,38 @@ class Part(Protocol[A]):
     @abstractmethod
     def gathered(self, x: A) -> A:
         """The whole of an array that is spread like this one, in plain memory: a collective."""
+
+    @property
+    @abstractmethod
+    def among(self) -> object:
+        """All processes over which the array is spread; equal for arrays that are spread over the same
+        ones.
+        """
+
+    @property
+    @abstractmethod
+    def pieces(self) -> Pieces | None:
+        """What each of them holds; None where that is not one block of the array each."""
+
+    @abstractmethod
+    def like(self, shape: Shape) -> "Part[A]":
+        """How an array of another shape is spread over the same processes: cut along its longest axis."""
+
+    @abstractmethod
+    def in_order(self) -> "Part[A]":
+        """The same part where its last axis is the fastest."""
+
+    @abstractmethod
+    def added(self, x: A) -> A:
+        """The sum of a vector over all processes over which the array is spread."""
+
+    @abstractmethod
+    def exchanged(
+        self, out: A, received: Sequence[int], given: A, sent: Sequence[int]
+    ) -> Callable[[], object]:
+        """Begin to send so many elements of a vector to each of these processes, one after the other, and
+        to receive others in theirs; what comes back waits until they are there.
+        """
 
 
 class Shards(Protocol[A]):

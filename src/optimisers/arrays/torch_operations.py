@@ -114,6 +114,18 @@ def _random_word_of(at: Tensor, seed: Any, step: Any, first: Any, last: Any, **w
     return philox.word(element, seed, step, (first, last), int, **which)
 
 
+def _reshape(x: Any, shape: Any) -> Any:
+    """One that is distributed, and cut where axes are joined, comes together first."""
+    try:
+        return torch.reshape(x, shape)
+    except RuntimeError:
+        if not (placements := getattr(x, "placements", None)):
+            raise
+        from torch.distributed.tensor import Replicate
+
+        return torch.reshape(x.redistribute(placements=[Replicate()] * len(placements)), shape)
+
+
 def _where(condition: Tensor | bool, a: Tensor | Scalar, b: Tensor | Scalar) -> Any:
     if not isinstance(condition, Tensor):
         return a if condition else b
@@ -214,7 +226,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "min": _extreme(torch.amin, math.inf),
     "matmul": _matmul,
     "transpose": lambda x: x.transpose(-1, -2),
-    "reshape": torch.reshape,
+    "reshape": _reshape,
     "call": lambda function, *args: function(*args),
 }
 

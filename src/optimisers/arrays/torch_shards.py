@@ -4,14 +4,19 @@
 
 import contextlib
 import dataclasses
+import functools
+import itertools
+import math
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from optimisers.arrays.parts import HostArray, Part, Shape, Shards, Strides
+from optimisers.arrays.layout import contiguous_strides
+from optimisers.arrays.parts import HostArray, Part, Piece, Pieces, Shape, Shards, Strides
 from optimisers.errors import BadState, ProcessLost
 
 if TYPE_CHECKING:
@@ -183,6 +188,111 @@ class TorchPart(Part[Tensor]):
         held: Any = x
         with torch.no_grad(), answered(self.mesh.get_group(0), "put an array together"):
             return held.full_tensor()
+
+    @property
+    def among(self) -> object:
+        return self.mesh
+
+    @property
+    def pieces(self) -> Pieces | None:
+        return pieces_of(self.of, self.mesh, self.placements)
+
+    def like(self, shape: Shape) -> "TorchPart":
+        kinds: Any = sys.modules["torch.distributed.tensor"]
+        along = kinds.Shard(shape.index(max(shape))) if shape else kinds.Replicate()
+        placements = tuple(along if p.is_shard() else p for p in self.placements)
+        with torch.no_grad():
+            whole = torch.empty(shape, device="meta")
+        found = pieces_of(tuple(shape), self.mesh, placements)
+        assert found is not None
+        local = found.all[found.here].shape
+        return TorchPart(
+            local, contiguous_strides(local), tuple(shape), self.device, self.mesh, placements, whole.stride()
+        )
+
+    def in_order(self) -> "TorchPart":
+        return dataclasses.replace(self, strides=contiguous_strides(self.shape))
+
+    def added(self, x: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        group = group_of(self.mesh)
+        with answered(group, "summed over all"):
+            dist.all_reduce(x, group=group)
+        return x
+
+    def exchanged(
+        self, out: Tensor, received: Sequence[int], given: Tensor, sent: Sequence[int]
+    ) -> Callable[[], object]:
+        import torch.distributed as dist
+
+        kind = torch.view_as_real if out.is_complex() else None
+        if kind is not None:  # collectives know no complex numbers
+            out, given = kind(out).view(-1), kind(given).view(-1)
+            received, sent = [2 * n for n in received], [2 * n for n in sent]
+        group, mine, theirs = group_of(self.mesh), given[: sum(sent)], out[: sum(received)]
+        with answered(group, "sent parts of matrices"):
+            work = dist.all_to_all_single(
+                theirs, mine, list(received), list(sent), group=group, async_op=True
+            )
+        assert work is not None
+
+        def wait() -> None:
+            with answered(group, "waited for parts of matrices"):
+                work.wait()
+
+        return wait
+
+
+def group_of(mesh: Any) -> Any:
+    """The group of all processes of a mesh."""
+    import torch.distributed as dist
+
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() == dist.get_world_size():
+        return dist.group.WORLD
+    return mesh._flatten().get_group()
+
+
+@functools.lru_cache(1024)
+def pieces_of(shape: Shape, mesh: Any, placements: tuple[Any, ...]) -> Pieces | None:
+    """What each process of a mesh holds of an array, in the order of their group; None where that is not one
+    block each.
+    """
+    import torch.distributed as dist
+    from torch.distributed.tensor import _utils as places
+
+    if any(p.is_partial() for p in placements):
+        return None
+    ranks = dist.get_process_group_ranks(group_of(mesh))
+    at = {int(r): tuple(c) for c, r in np.ndenumerate(mesh.mesh.cpu().numpy())}
+    teams: dict[Any, int] = {}
+    found: list[Piece] = []
+    mine: list[int] = []
+    for rank in ranks:
+        local, start = places._compute_local_shape_and_global_offset(
+            shape, tuple(mesh.shape), list(at[rank]), placements
+        )
+        found.append(Piece(tuple(map(int, start)), tuple(map(int, local))))
+        copy = tuple(c for c, p in zip(at[rank], placements, strict=True) if not p.is_shard())
+        mine.append(teams.setdefault(copy, len(teams)))
+    first = [p for p, team in zip(found, mine, strict=True) if team == 0]
+    if not tiles(first, shape):
+        return None
+    return Pieces(tuple(found), tuple(mine), ranks.index(dist.get_rank()))
+
+
+def tiles(pieces: Sequence[Piece], shape: Shape) -> bool:
+    """Whether some pieces are the whole of an array, every element once."""
+    held = [p for p in pieces if p.size]
+    if sum(p.size for p in held) != math.prod(shape):
+        return False
+    for axis in range(len(shape)):  # cuts go through the whole array: pieces along an axis are all the same
+        ends = sorted({(p.start[axis], p.start[axis] + p.shape[axis]) for p in held})
+        if any(a[1] != b[0] for a, b in itertools.pairwise(ends)):
+            return False
+    return True
 
 
 @final

@@ -10,11 +10,22 @@ from optimisers.engines import interpret
 from optimisers.engines.addressed import byrow, text
 from optimisers.engines.addressed import task as fused
 from optimisers.engines.choose import Choice
+from optimisers.engines.exchange import Crossing
 from optimisers.graph.expr import Expr, order, show
-from optimisers.graph.passes import Pass, number_of, reduce_pass, stages, store_pass
+from optimisers.graph.passes import (
+    Pass,
+    is_input,
+    is_kept,
+    number_of,
+    outputs,
+    reduce_pass,
+    stages,
+    store_pass,
+)
 from optimisers.graph.plan import Round, along, filling, operations
 from optimisers.graph.recipe import Shape, Shapes, recipe
 from optimisers.graph.trace import Program
+from optimisers.state.buffers import Indices
 from optimisers.state.group import Group
 
 PASSES = ("pass", "pass over rows")
@@ -29,7 +40,7 @@ class PlanStep:
     kind: str
     """`pass`: one kernel over all elements; `pass over rows`: the same where each row of a matrix is a leaf;
     `array operations`: by the array library, on stacks of equal shape; `operation`: by the array library,
-    leaf by leaf.
+    leaf by leaf; `exchange`: parts of matrices between processes, to the owner of each and back.
     """
     reads: tuple[str, ...]
     writes: tuple[str, ...]
@@ -47,6 +58,8 @@ class PlanStep:
     """Operations such as `eigh`, one for all leaves of a shape."""
     sometimes: bool = False
     """Whether it is what an `every` computes, for leaves of which the conditions hold."""
+    sent: int = 0
+    """Bytes that this process sends to others."""
 
     def __str__(self) -> str:
         parts = [f"reads {', '.join(self.reads)}"] if self.reads else []
@@ -55,7 +68,8 @@ class PlanStep:
         if self.products or self.flops:
             parts.append(f"{counted(self.products, 'product')} of matrices, {self.flops / 1e9:,.3f} Gflop")
         parts += [f"{n} {name}" for name, n in Counter(self.factorisations).items()]
-        parts.append(f"{counted(self.bytes, 'byte')} per parameter")
+        moved = f"{counted(self.bytes, 'byte')} per parameter"
+        parts.append(f"{self.sent:,} bytes sent" if self.kind == "exchange" else moved)
         only = f", only where {' and '.join(self.where)}" if self.where else ""
         return f"{'every: ' * self.sometimes}{self.kind}: {'; '.join(parts)}{only}"
 
@@ -81,6 +95,11 @@ class Plan:
         """What all passes move for one parameter."""
         return sum(s.bytes for s in self.steps if s.kind != "array operations")
 
+    @property
+    def sent(self) -> int:
+        """Bytes of matrices that this process sends to others."""
+        return sum(s.sent for s in self.steps)
+
     def describe(self) -> list[str]:
         """Lines that say why each faster engine was refused, and the parts of a step where it has several."""
         lines = [f"not {name}: {why}" for name, why in self.refusals[:-1]]
@@ -96,17 +115,20 @@ def counted(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
 
 
-def plan_of(group: Group, leaves: Sequence[int], choice: Choice) -> Plan:
-    """The plan of a step of these members of a group, in which every condition of the rule holds."""
-    shapes = [group.places.shapes[i] for i in leaves]
+def plan_of(group: Group, leaves: Sequence[int], choice: Choice, owner: Indices | None = None) -> Plan:
+    """The plan of a step of these members of a group, in which every condition of the rule holds; where
+    processes share matrices out, `owner` has which of them computes with each.
+    """
+    shapes = [group.parts[i].of if group.spread else group.places.shapes[i] for i in leaves]
     if choice.name != interpret.NAME:
         rank = None
-        if choice.engine.over_rows:
+        if choice.engine.over_rows and owner is None:
             laid = [group.places.strides[i] for i in leaves]
             rank = byrow.rank_of(
                 shapes, [contiguous_strides(s) == t for s, t in zip(shapes, laid, strict=True)]
             )
-        steps = tuple(_Writer(group, shapes, rank).steps())
+        far = None if owner is None else Crossing(group, leaves, owner)
+        steps = tuple(_Writer(group, shapes, rank, far).steps())
     else:
         steps = tuple(_interpreted(group.program, group.kind.dtype.itemsize))
     subset = group.cache.whole
@@ -127,8 +149,9 @@ def _interpreted(program: Program, itemsize: int) -> list[PlanStep]:
 class _Writer:
     """Lists the parts of a step."""
 
-    def __init__(self, group: Group, shapes: Sequence[Shape], rank: int | None) -> None:
+    def __init__(self, group: Group, shapes: Sequence[Shape], rank: int | None, far: Crossing | None) -> None:
         self.program, self.rank, self.shapes = group.program, rank, Counter(shapes)
+        self.far, self.here = far, set[int]()
         self.dtype, self.itemsize = group.kind.library.type_name(group.kind.dtype), group.kind.dtype.itemsize
         self.width = 8 if text.arithmetic_of(self.program, self.dtype) == "float64" else 4
         """Bytes of a number of the arithmetic."""
@@ -146,14 +169,31 @@ class _Writer:
             p = reduce_pass(self.program, level, (True,) * len(stage.reductions))
             if p is not None:
                 where = tuple(dict.fromkeys(show(g) for r in p.reductions for g in r.guard))
-                found.append(self.pass_over(p, where))
+                found += [*self.returned(p), self.pass_over(p, where)]
         holds = (True,) * len(self.program.guards)
         rounds = operations(self.program, None, holds, done, self.rank)
         if rounds:
             idle = operations(self.program, None, tuple(not h for h in holds), done, self.rank)
             found += self.rounds(rounds, () if idle else self.guards)
         p = store_pass(self.program, holds)
-        return found if p is None else [*found, self.pass_over(p)]
+        return found if p is None else [*found, *self.returned(p), self.pass_over(p)]
+
+    def returned(self, p: Pass) -> list[PlanStep]:
+        """What comes back from the owners of matrices before a pass; before the last, the state too."""
+        if self.far is None:
+            return []
+        fresh = [e for e in p.free if id(e) not in self.here]
+        self.here |= set(map(id, fresh))
+        count = sum(map(self.far.back, fresh))
+        named = tuple(self.named(f"f{p.free.index(e)}") for e in fresh)
+        if not (p.reductions or p.fills):
+            out = outputs(self.program, (True,) * len(self.program.guards))
+            for j, (slot, e) in enumerate(zip(self.program.slots, out.slots, strict=True)):
+                changes = slot.shape is not None and not is_input(e, slot.name)
+                if e.domain == "free" and (changes or is_kept(e, slot.name)):
+                    count += self.far.stored(j)
+                    named += (self.named(slot.name),)
+        return [PlanStep("exchange", (), named, 0, sent=self.width * count)] if named else []
 
     def rounds(self, rounds: Sequence[Round], where: tuple[str, ...] = ()) -> list[PlanStep]:
         """The parts of rounds, one after the other; of one that only some steps need, with its conditions."""
@@ -170,6 +210,9 @@ class _Writer:
             found.append(self.over_rows(what, self.rank, where))
         if what.inputs:
             found.append(self.pass_over(filling(what, tuple(range(len(what.inputs)))), where))
+        if self.far is not None and (sent := self.width * self.far.to_owners(what)):
+            reads = tuple(f"stack {j}" for j in range(len(what.inputs)))
+            found.append(PlanStep("exchange", reads, (), 0, where=where, sent=sent))
         if what.nodes or what.reductions:
             found.append(self.by_library(what, where))
         return found

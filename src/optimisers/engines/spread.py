@@ -1,5 +1,6 @@
 """How does a step go where every process holds a part of every array? Each steps its own part, as plain
-memory; what rules sum over whole arrays is summed over the processes, all sums of a level at once.
+memory; what rules sum over whole arrays is summed over the processes, all sums of a level at once, and what
+they compute with whole matrices is computed by the owner of each (`exchange`).
 """
 
 import math
@@ -9,11 +10,15 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from optimisers.arrays import registry
+from optimisers.arrays.owners import cost_of, owners
 from optimisers.arrays.parts import HostArray, Part
 from optimisers.errors import BadState, TreeMismatch
 from optimisers.graph.expr import Expr
+from optimisers.state.buffers import Indices, Spread
+from optimisers.state.group import is_free
 
 if TYPE_CHECKING:
+    from optimisers.engines.exchange import Exchange
     from optimisers.engines.task import Step
 
 SMALLEST, LARGEST = 1e-130, 1e130
@@ -37,6 +42,12 @@ class SpreadStep:
             [self._gradient(i, g, f"grads{order + 1 if order else ''}") for i, g in enumerate(given)]
             for order, given in enumerate(step.grads)
         )
+        self.owner = np.zeros(step.leaves, np.int64)
+        """The process that computes with the whole of each array."""
+        self.exchange: Exchange | None = None
+        """How they come there, where a step computes with any."""
+        self.slots = [slot for slot in step.slots if isinstance(slot, Spread)]
+        """The state as users see it."""
         step.slots = tuple(slot.local() for slot in step.slots)
         step.out = tuple(slot.local() for slot in step.out)
 
@@ -78,6 +89,43 @@ class SpreadStep:
         return found
 
 
+def shared_out(steps: Sequence["Step"]) -> None:
+    """Say which process computes with each whole matrix of these steps, by what it costs: so that all have
+    about as much to do.
+
+    Raises BadState, on every process, where they disagree about which parameters are stepped.
+    """
+    kinds: dict[Any, list[SpreadStep]] = {}
+    for step in steps:
+        if step.spread is not None and is_free(step.program):
+            kinds.setdefault(step.spread.across.among, []).append(step.spread)
+    for found in kinds.values():
+        _agree(found)
+        for spread, mine in zip(found, shares([spread.parts for spread in found]), strict=True):
+            spread.owner = mine
+
+
+def shares(parts: Sequence[Sequence[Part[Any]]]) -> list[Indices]:
+    """The process that computes with each whole array of some groups, which lie over the same processes."""
+    every = [part for some in parts for part in some]
+    pieces = every[0].pieces if every else None
+    count = 1 if pieces is None else len(pieces.all)
+    found = owners([cost_of(part.of) for part in every], count)
+    return np.split(found, np.cumsum([len(some) for some in parts])[:-1])
+
+
+def _agree(found: Sequence[SpreadStep]) -> None:
+    """Raise BadState where not all processes step the same parameters."""
+    step = found[0].step
+    library, device = step.library, step.kind.device
+    masks = [np.ones(1), *(spread.full(1, 0) for spread in found)]
+    sent = library.scalars.on_device(np.concatenate(masks), device)
+    added = _split(library.to_numpy(found[0].across.added(sent)), masks)
+    count = next(added)[0]
+    for spread in found:
+        _refuse_difference(spread, next(added), count)
+
+
 def joined(found: Sequence[tuple["Step", Sequence[Expr]]]) -> None:
     """Put the reductions that these steps have made of their parts together, over all processes.
 
@@ -92,7 +140,12 @@ def joined(found: Sequence[tuple["Step", Sequence[Expr]]]) -> None:
 
 
 def _join(found: Sequence[tuple["Step", Sequence[Expr]]]) -> None:
-    local = [(s, r, np.array(s.scalars.of_leaves(r))) for s, reductions in found for r in reductions]
+    local = [
+        (s, r, np.array(s.scalars.of_leaves(r)))
+        for s, reductions in found
+        for r in reductions
+        if r.args[0].domain != "free"  # these are of whole matrices
+    ]
     across = _spread(found[0][0]).across
     sums = [np.ones(1), *(_spread(s).full(1, 0) for s, _ in found)]
     sums += [_spread(s).full(v, 0) for s, r, values in local for v in _addends(r, values)]

@@ -19,6 +19,7 @@ from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.products import product
 from optimisers.arrays.types import real_of
 from optimisers.engines import batched
+from optimisers.engines.exchange import Exchange, Wave
 from optimisers.engines.task import Step
 from optimisers.engines.workspace import Batch, Bucket, Found, Workspace
 from optimisers.errors import TraceError
@@ -32,9 +33,6 @@ from optimisers.state.buffers import Indices
 
 BLOCK = 1 << 21
 """Bytes of the matrices that go through a round together: they and what is made of them stay in a cache."""
-
-BATCHES = 16
-"""How many patterns of stepped leaves are remembered."""
 
 Take = Callable[["Stacks", Round, Indices | None], None]
 """Notes the reductions of a round along an axis, of some leaves."""
@@ -61,6 +59,9 @@ class Stacks:
         self.readings: dict[tuple[int, bytes], Any] = {}
         """How passes read what is found row by row."""
         self.calls = 0
+        self.exchange = None if step.spread is None else Exchange(self, step.spread)
+        self.waves: list[Wave] = []
+        """How the leaves travel whose values were computed last."""
 
     def kind(self, e: Expr) -> Any:
         return self.wide if e.type == "complex" else self.real
@@ -72,9 +73,9 @@ class Stacks:
         at = np.zeros(self.step.leaves, np.int64)
         for found in self.known_of(e):
             if found.at is None:
-                found.at = self.spread(e, found)
-            for bucket, _ in found.stacks:
-                at[bucket.leaves] = found.at[bucket.leaves]
+                far = self.exchange
+                found.at = self.spread(e, found) if far is None else far.addresses(e, found)
+            at = np.maximum(at, found.at)
         return at
 
     def known_of(self, e: Expr) -> list[Found]:
@@ -83,7 +84,7 @@ class Stacks:
             mine, index = self.found.setdefault(id(e), []), dict(e.options)["index"]
             for whole in self.found[id(e.args[0])][len(mine) :]:
                 stacks = [(bucket, several[index]) for bucket, several in whole.stacks]
-                mine.append(Found(stacks, borrowed=whole.borrowed))
+                mine.append(Found(stacks, borrowed=whole.borrowed, waves=whole.waves))
         return self.found.get(id(e), [])
 
     def value(self, e: Expr, leaf: int) -> Any:
@@ -134,6 +135,8 @@ class Stacks:
 
     def reduced(self, r: Expr) -> Any:
         """A reduction of a value to one number, of every leaf, as a vector of the array library."""
+        if self.exchange is not None:
+            return self.exchange.reduced(r, self.sums.get(id(r), []))
         parts = self.sums[id(r)]
         if len(parts) == 1:
             return parts[0][1]
@@ -171,6 +174,8 @@ class Stacks:
 
     def computed(self, what: Round, members: Indices | None) -> list[list[tuple[Bucket, Any]]]:
         """The wanted values of a round, each as stacks."""
+        if self.exchange is not None:
+            return self.exchange.computed(what, members)
         batch = self.batch(members)
         self.calls += 1
         if what.along:
@@ -186,18 +191,11 @@ class Stacks:
 
     def note(self, e: Expr, stacks: list[tuple[Bucket, Any]]) -> None:
         """Keep a value of some leaves, for passes and later rounds."""
-        self.found.setdefault(id(e), []).append(Found(stacks))
+        self.found.setdefault(id(e), []).append(Found(stacks, waves=self.waves))
 
     def batch(self, members: Indices | None) -> Batch:
         """How these leaves lie in stacks; None for all."""
-        step, batches = self.step, self.workspace.batches
-        key = b"" if members is None else members.tobytes()
-        if key not in batches:
-            if len(batches) >= BATCHES:
-                batches.clear()
-            leaves = range(step.leaves) if members is None else members.tolist()
-            batches[key] = Batch.of(leaves, step.shapes, step.job.subset.places.strides)
-        return batches[key]
+        return self.workspace.batch(members, self.step.shapes, self.step.job.subset.places.strides)
 
     def filled(self, what: Round, batch: Batch, members: Indices | None) -> dict[int, Any]:
         """Have a pass write the inputs of a round, but for arrays that are stacks as they are."""
@@ -223,6 +221,8 @@ class Stacks:
 
     def lying(self, e: Expr, bucket: Bucket) -> Any:
         """A value that lies in memory as a stack already, in the right type; None for any other."""
+        if self.exchange is not None:
+            return self.exchange.state(e, bucket)
         if e.op != "input" or e.type == "bool":
             return None
         one = self.given(e.value, int(bucket.leaves[0]))

@@ -14,7 +14,7 @@ from optimisers.arrays import registry
 from optimisers.arrays.numpy import library as host
 from optimisers.arrays.types import arithmetic, promoted
 from optimisers.engines.memory import Known, Spans, merged
-from optimisers.engines.spread import SpreadStep, joined
+from optimisers.engines.spread import SpreadStep, joined, shared_out
 from optimisers.engines.totals import Totals, on_host
 from optimisers.errors import BadState, DomainError, TraceError
 from optimisers.graph.expr import Expr
@@ -25,7 +25,7 @@ from optimisers.graph.trace import Program, total_join
 from optimisers.ops.random import number_of_leaf
 from optimisers.state.buffers import FlatBuffers, Indices
 from optimisers.state.cache import Subset
-from optimisers.state.group import Group
+from optimisers.state.group import Group, is_free
 from optimisers.state.table import ScalarTable
 from optimisers.tree.path import KeyPath
 
@@ -100,6 +100,10 @@ class Engine:
     """The source of its kernels."""
     over_rows: bool = False
     """Whether its passes go over the rows of matrices where that saves a stack."""
+    start: Callable[["Step", Holds, Members], None] | None = None
+    """Send the matrices of the last pass over some leaves to their owners, where processes share an array;
+    None for an engine that takes no parts of matrices, but whole arrays that lie over all processes.
+    """
 
 
 class Printed(Protocol):
@@ -145,8 +149,10 @@ class Step:
         self.shapes, self.sizes = subset.places.shapes, subset.places.sizes
         self.whole_sizes = self.sizes
         """How many elements each array has, with the parts that other processes hold."""
+        every = range(len(group.leaves)) if subset.members is None else subset.members.tolist()
+        whole = [group.parts[i].of for i in every] if group.spread else self.shapes
         if stores_free(self.program):
-            self._refuse_misfits()
+            self._refuse_misfits(whole)
         self.slots, self.out, self.row = group.slots, job.target.slots, job.table.row
         if subset.members is not None:
             self.slots = picked(self.slots, subset)
@@ -154,10 +160,11 @@ class Step:
             self.row = self.row[subset.members]
         self.spread: SpreadStep | None = None
         if group.spread and job.traced:
+            self.slots, self.shapes = tuple(slot.separated() for slot in self.slots), whole
+        elif group.spread and is_free(self.program) and engine.start is None:
+            assert group.whole is not None
+            self.kind, self.shapes = group.whole, whole
             self.slots = tuple(slot.separated() for slot in self.slots)
-            self.shapes = [
-                group.parts[i].of for i in (range(self.leaves) if subset.members is None else subset.members)
-            ]
         elif group.spread:
             self.spread = SpreadStep(self)  # from here on the step sees the parts that lie here
         self.scalars: StepScalars = _scalars(self)
@@ -173,11 +180,11 @@ class Step:
         for e in self.program.given:
             self.scalars.put(e, self.loss() if e.op == "loss" else job.examples, of_leaf=False)
 
-    def _refuse_misfits(self) -> None:
+    def _refuse_misfits(self, shapes: Sequence[tuple[int, ...]]) -> None:
         """Raise TraceError for a step or a state of another shape than that of its place."""
-        for shape in dict.fromkeys(self.shapes):
+        for shape in dict.fromkeys(shapes):
             if what := misfit(self.program, shape):
-                at = self.code(self.shapes.index(shape), "model")
+                at = self.code(shapes.index(shape), "model")
                 raise TraceError(f"{type(self.job.group.rule).__name__} gave {what}, at {at}")
 
     def loss(self) -> Any:
@@ -342,6 +349,17 @@ class Step:
             assert store is not None
             self.stores.append(store)
 
+    def start(self) -> None:
+        """Send what the last pass needs of whole matrices to their owners."""
+        assert self.engine.start is not None
+        for holds, members in self.branches():
+            self.engine.start(self, holds, members)
+
+    def arrive(self) -> None:
+        """Wait for what other processes have computed."""
+        if self.spread is not None and self.spread.exchange is not None:
+            self.spread.exchange.arrive()
+
     def store(self) -> None:
         """Write parameters, state and counters."""
         for store in self.stores:
@@ -414,12 +432,19 @@ def ready(steps: Sequence[Step], known: Known) -> None:
 
     `known` remembers the memory that was written last.
     """
+    far = [s for s in steps if s.spread is not None and s.engine.start is not None]
+    if far:
+        shared_out(far)
     if any(s.stages for s in steps):
         _levels(steps)
     for s in steps:
         s.verify()
+    for s in far:
+        s.start()
     for s in steps:
         s.prepare()
+    for s in far:
+        s.arrive()
     begin, end = merged([s.engine.spans(s) for s in steps], steps, known)
     for s in steps:
         if s.job.inplace and s.engine.separate is not None:

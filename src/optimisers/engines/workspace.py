@@ -11,6 +11,9 @@ from optimisers.arrays.protocol import DType, Library
 from optimisers.graph.recipe import Shape
 from optimisers.state.buffers import Indices
 
+BATCHES = 16
+"""How many patterns of stepped leaves are remembered."""
+
 
 class Workspace:
     """The buffers of a group, one for each purpose, as long as was ever asked for."""
@@ -18,6 +21,8 @@ class Workspace:
     def __init__(self) -> None:
         self.buffers: dict[Any, Any] = {}
         self.batches: dict[bytes, Batch] = {}
+        self.waves: dict[Any, Any] = {}
+        """How leaves travel to their owners and back, where they are spread over processes."""
 
     def flat(self, library: Library, purpose: tuple[object, ...], n: int, dtype: DType, device: str) -> Any:
         """A vector of n elements at least, not to be trusted to hold anything."""
@@ -25,6 +30,18 @@ class Workspace:
         if found is None or found.shape[0] < n:
             found = self.buffers[purpose, dtype] = library.memory.empty(n, dtype, device)
         return found
+
+    def batch(
+        self, members: Indices | None, shapes: Sequence[Shape], strides: Sequence[tuple[int, ...]]
+    ) -> "Batch":
+        """How some of the leaves lie in stacks; None for all."""
+        key = b"" if members is None else members.tobytes()
+        if key not in self.batches:
+            if len(self.batches) >= BATCHES:
+                self.batches.clear()
+            leaves = range(len(shapes)) if members is None else members.tolist()
+            self.batches[key] = Batch.of(leaves, shapes, strides)
+        return self.batches[key]
 
     @property
     def nbytes(self) -> int:
@@ -78,3 +95,5 @@ class Found:
     borrowed: bool = False
     """Whether it may lie where the state does, which is about to be written."""
     hold: Any = None
+    waves: Sequence[Any] = ()
+    """How the leaves of all processes that know it travel, where they are spread."""

@@ -226,6 +226,11 @@ class Spread(FlatBuffers):
         """How an array is spread."""
         return self.parts[self.places.number[i]]
 
+    @property
+    def held(self) -> list[Part[Any]]:
+        """How each of these arrays is spread."""
+        return [self.part(i) for i in range(len(self))]
+
     def shape(self, i: int) -> tuple[int, ...]:
         return self.part(i).of
 
@@ -241,8 +246,7 @@ class Spread(FlatBuffers):
         )
 
     def separated(self) -> "Separate":
-        parts = [self.part(i) for i in range(len(self))]
-        return Separate(self.name, self.dtype, self.device, spread_out(parts), list(self))
+        return Separate(self.name, self.dtype, self.device, spread_out(self.held), list(self))
 
     def stacked(self, members: Indices) -> Any:
         return None

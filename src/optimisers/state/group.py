@@ -15,6 +15,7 @@ from optimisers.arrays import registry
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.parts import Part
 from optimisers.errors import BadSetting, BadState, ShapeError
+from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr, is_full_reduction, order
 from optimisers.graph.passes import draws
 from optimisers.graph.trace import Program, of_changes, trace
@@ -197,7 +198,7 @@ class Group:
         """A state of the form of a template, whose arrays have types and shapes alone: the numbers may be
         traced.
         """
-        arrays = iter([p.library.stand_in(p.places.shapes[0], p.dtype) for p in self.slots])
+        arrays = iter([p.library.stand_in(p.shape(0), p.dtype) for p in self.slots])
         return unflatten(
             template, iter([next(arrays) if registry.isarray(v) else v for _, v in flatten(template)])
         )
@@ -348,16 +349,23 @@ def _laid(arrays: Sequence[Shape | Part[Any]], *, together: bool) -> Places:
     return Places.of([a.shape for a in arrays], [a.strides for a in arrays], together=together)
 
 
+@cached
 def is_free(program: Program) -> bool:
     """Whether some values have another shape than the parameters."""
     return any(e.domain == "free" for e in order(program.roots, guards=True))
 
 
 def _cut(kinds: Sequence[Shape], program: Program) -> tuple[Part[Any], ...]:
-    """How parameters are spread over processes, where each may step its parts alone; () elsewhere."""
-    if is_free(program) or draws(program):
+    """How parameters are spread over processes, where each may step its parts, and bring whole matrices to
+    their owners; () elsewhere.
+    """
+    cut = tuple(k.part for k in kinds if k.part is not None)
+    if draws(program):
         return ()
-    return tuple(k.part for k in kinds if k.part is not None)
+    if not is_free(program):
+        return cut
+    whole = kinds[0].kernels and all(part.pieces is not None for part in cut)
+    return tuple(part.in_order() for part in cut) if whole else ()
 
 
 def _slot(
@@ -370,6 +378,9 @@ def _slot(
     if first.packed and places is not None:
         bucketed = Places.bucketed([k.shape for k in kinds], [k.strides for k in kinds])
         return Bucketed.of(library, first.device, bucketed, arrays)
+    if cut and places is None:
+        cut = tuple(part.like(tuple(a.shape)) for part, a in zip(cut, arrays, strict=True))
+        places = _laid(cut, together=True)
     there = _places(arrays) if places is None else places
     if first.opaque:
         return Separate(first.name, arrays[0].dtype, first.device, there, arrays)

@@ -14,7 +14,7 @@ from optimisers.graph.passes import stages
 from optimisers.rule import Rule, needed
 from optimisers.settings import parts
 from optimisers.state.buffers import Indices
-from optimisers.state.group import Group
+from optimisers.state.group import Group, is_free
 from optimisers.state.store import Store
 from optimisers.state.table import CAPTURED
 from optimisers.step.examples import summed
@@ -105,7 +105,7 @@ class Steps:
                 on = mask[at]
                 if not on.all():
                     members, taken = (np.arange(len(on)) if inside is None else inside)[on], at[on]
-            if not len(taken) and not (self.store.groups[g].spread and self.sums(g, orders)):
+            if not len(taken) and not (self.store.groups[g].spread and self.meets(g, orders)):
                 continue
             for inside_of, at_of, known in by_orders(members, taken, orders, self.store.groups[g]):
                 for chosen, at_chosen, engine in self.by_kind(g, inside_of, at_of, known):
@@ -115,9 +115,10 @@ class Steps:
                     jobs.append((self.job(g, chosen, given[0], tuple(given[1:])), engine))
         return jobs
 
-    def sums(self, g: int, orders: Orders) -> bool:
-        """Whether a step of a group has sums, which other processes may wait for."""
-        return bool(stages(self.store.groups[g].program_for(len(orders))))
+    def meets(self, g: int, orders: Orders) -> bool:
+        """Whether other processes may wait for a step of a group, for its sums or its matrices."""
+        program = self.store.groups[g].program_for(len(orders))
+        return bool(stages(program)) or is_free(program)
 
     def by_kind(
         self, g: int, members: Any, taken: Any, orders: list[Sequence[Any]]

@@ -41,7 +41,7 @@ from optimisers.graph.passes import (
 from optimisers.graph.plan import operations
 from optimisers.graph.recipe import Shape
 from optimisers.state.buffers import FlatBuffers, Indices
-from optimisers.state.group import Group
+from optimisers.state.group import Group, is_free
 
 # -- the arrays of a step ------------------------------------------------------------------------------------
 
@@ -117,7 +117,8 @@ def tables_of(step: Step, chunk: int, ranked: Ranked | None) -> Tables:
         contiguous = [contiguous_strides(s) == t for s, t in zip(places.shapes, places.strides, strict=True)]
         form = Form(name, step.kind.device, places.shapes, places.strides, contiguous)
         found = step.job.subset.tables = Tables(form, Chunks(places.sizes, chunk), Scratch(), {})
-        found.rank = None if ranked is None else ranked(places.shapes, contiguous)
+        if ranked is not None and step.spread is None:
+            found.rank = ranked(places.shapes, contiguous)
     return found
 
 
@@ -233,6 +234,10 @@ def reduce(
         stacks.run(operations(step.program, level, None, arrays.ran, arrays.tables.rank), None)
         arrays.ran = (*arrays.ran, level)
         found.update((r, stacked(step, stacks.reduced(r))) for r in others)
+        if p is not None:
+            for e in p.free:
+                stacks.addresses(e)
+        step.arrive()
     if p is not None:
         found.update(zip(p.reductions, reductions(step, p), strict=True))
     return found
@@ -333,18 +338,34 @@ def prepared(step: Step, holds: Holds, members: Members, launch: Callable[..., N
             leaves = changing(step, e, members) if kept else np.array(every(step, members), np.int64)
             if not len(leaves):
                 continue
-            values = [value_of(step, e, k, launch) for k in leaves.tolist()]
+            values = values_of(step, e, j, leaves.tolist(), launch)
             shapes = slot.places.shapes
             fitting = [step.fitting(v, shapes[k], k, "a state") for k, v in zip(leaves, values, strict=True)]
             other.append((j, leaves, fitting))
     return Last(p, members, other)
 
 
-def value_of(step: Step, e: Expr, leaf: int, launch: Callable[..., None]) -> Any:
-    """A value of another shape of one leaf."""
-    if e.domain == "free" and e.op != "input":
-        return stacks_of(step, launch).value(e, leaf)
-    return step.library.duplicate(Values(step, leaf).get(e))
+def values_of(
+    step: Step, e: Expr, slot: int, leaves: Sequence[int], launch: Callable[..., None]
+) -> list[Any]:
+    """A value that goes into a slot, of some leaves."""
+    if e.domain != "free" or e.op == "input":
+        return [step.library.duplicate(Values(step, i).get(e)) for i in leaves]
+    stacks = stacks_of(step, launch)
+    if stacks.exchange is not None:
+        return stacks.exchange.parts(e, slot, leaves)
+    return [stacks.value(e, i) for i in leaves]
+
+
+def start(step: Step, holds: Holds, members: Members, launch: Callable[..., None]) -> None:
+    """Send matrices to their owners, of which the last pass needs what is computed with the whole."""
+    arrays: Arrays = step.work
+    if not is_free(step.program):
+        return
+    exchange = stacks_of(step, launch).exchange
+    for what in operations(step.program, None, holds, arrays.ran, arrays.tables.rank):
+        if exchange is not None and what.chooses is None and not what.only:
+            exchange.start(what, members)
 
 
 def changing(step: Step, e: Expr, members: Members) -> Indices:

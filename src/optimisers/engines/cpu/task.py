@@ -219,6 +219,7 @@ ENGINE = Engine(
     addressed.separate,
     addressed.finish,
     printed=printed,
+    start=functools.partial(addressed.start, launch=launch),
     over_rows=True,
 )
 """Leaves of one group, on their way through compiled kernels."""

@@ -269,5 +269,6 @@ ENGINE = Engine(
     finish,
     keeps_totals=True,
     printed=printed,
+    start=functools.partial(addressed.start, launch=launch),
 )
 """Leaves of one group, on their way through kernels on their device."""
