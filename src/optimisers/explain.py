@@ -47,6 +47,8 @@ class GroupCost:
     """What a step does, one thing after the other."""
     crossing: int | None
     """How many numbers processes sum in a step, where each steps its part of every array; None elsewhere."""
+    gathered: bool
+    """Whether every process brings whole arrays together, of which each holds a part, and steps those."""
     trained: tuple[tuple[str, tuple[str, ...]], ...]
     """(rule, the paths that it trains) for every different rule of the group."""
 
@@ -108,6 +110,8 @@ class Explanation:
                 lines.append(f"  each process steps its part of every array{over}")
                 if g.sent:
                     lines.append(f"  each computes with some whole matrices; this one sends {g.sent:,} bytes")
+            if g.gathered:
+                lines.append("  every process brings all arrays together, and steps the whole of each")
             if "(" in g.addresses:  # not the fastest road
                 lines.append(f"  addresses are {g.addresses}")
             lines += [f"  {line}" for line in g.plan.describe()]
@@ -124,8 +128,8 @@ def _together(groups: Sequence[GroupCost]) -> list[GroupCost]:
     """The groups, those as one that differ in nothing but their arrays: each of these is stepped alone."""
     kinds: dict[Any, list[GroupCost]] = {}
     for g in groups:
-        fixed = g.rule, g.dtype, g.engine, g.reason, g.passes, g.bytes_per_parameter, g.addresses, g.crossing
-        kinds.setdefault((*fixed, *g.plan.describe()), []).append(g)
+        fixed = g.rule, g.dtype, g.engine, g.reason, g.passes, g.bytes_per_parameter, g.addresses
+        kinds.setdefault((*fixed, g.crossing, g.gathered, *g.plan.describe()), []).append(g)
     return [_sum(alike) if len(alike) > 1 else alike[0] for alike in kinds.values()]
 
 
@@ -159,7 +163,7 @@ def explain(state: object) -> Explanation:
     store, node, _ = parts(getattr(state, "tree", state) if not isinstance(state, Leaf | Branch) else state)
     below = np.unique(np.array(node.leaves, np.int64))
     members = [np.flatnonzero(np.isin(g.leaves, below)) for g in store.groups]
-    owner = _owners(store.groups, members)
+    owner = _owners(store, members)
     costs = [_cost(store, g, *given) for g, *given in zip(store.groups, members, owner, strict=True)]
     clock = max((int(store.clock_of(i)) for i in below if store.shapes[i] is not None), default=0)
     return Explanation(tuple(c for c in costs if c.leaves), int(store.frozen[below].sum()), clock)
@@ -169,11 +173,11 @@ MOST = 16
 """How many rules of a group are printed."""
 
 
-def _owners(groups: Sequence[Group], members: Sequence[Any]) -> list[Any]:
+def _owners(store: Store, members: Sequence[Any]) -> list[Any]:
     """The process that computes with each matrix, group by group; None where processes share out none."""
-    kinds: dict[Any, list[int]] = {}
+    groups, kinds = store.groups, dict[Any, list[int]]()
     for i, group in enumerate(groups):
-        if group.spread and is_free(group.program):
+        if group.spread and is_free(group.program) and not _is_gathered(store, group):
             kinds.setdefault(group.parts[0].among, []).append(i)
     found: list[Any] = [None] * len(groups)
     for which in kinds.values():
@@ -183,10 +187,17 @@ def _owners(groups: Sequence[Group], members: Sequence[Any]) -> list[Any]:
     return found
 
 
+def _is_gathered(store: Store, group: Group) -> bool:
+    """Whether every process steps whole arrays of a group, of which each holds a part."""
+    free = group.spread and is_free(group.program)
+    return free and choose.choice_for(group, store.engine).engine.start is None
+
+
 def _cost(store: Store, group: Group, members: Any, owner: Any) -> GroupCost:
     library, program = group.kind.library, group.program
     choice = choose.choice_for(group, store.engine)
-    plan = plan_of(group, members.tolist(), choice, None if choice.engine.start is None else owner)
+    plan = plan_of(group, members.tolist(), choice, owner)
+    gathered = _is_gathered(store, group)
     rows = len(np.unique(group.table.row[members]))
     return GroupCost(
         rule=program.title if rows == 1 and len(members) == len(group.leaves) else type(group.rule).__name__,
@@ -201,7 +212,10 @@ def _cost(store: Store, group: Group, members: Any, owner: Any) -> GroupCost:
         rows=rows,
         addresses=str(pointers.road(group.kind.name, group.kind.device) or "") if not choice.reason else "",
         plan=plan,
-        crossing=sum(s.reductions for s in plan.steps) * len(members) if group.spread else None,
+        crossing=sum(s.reductions for s in plan.steps) * len(members)
+        if group.spread and not gathered
+        else None,
+        gathered=gathered,
         trained=_rules(store, group, members),
     )
 

@@ -170,6 +170,30 @@ def adapted(world: World) -> dict[str, Any]:
     return {k: x.detach() for k, x in whole(model).items()}
 
 
+NOISE = opt.Chain(opt.AddNoise(0.1, seed=3), opt.Momentum(0.1))
+
+RUNS_OF_ELEMENTS = {
+    "even": (8, 64),
+    "uneven": (7, 100),
+    "short": (1, 3),
+    "columns": (2, 8),
+    "copied": (6, 90),
+}
+"""What is cut by rows has its elements in a row, and begins where no block of random numbers does."""
+
+
+def noisy(world: World) -> dict[str, Any]:
+    """Parameters that are stepped with noise of their own."""
+    model = world.spread({k: torch.zeros(s) for k, s in RUNS_OF_ELEMENTS.items()})
+    state = opt.setup(NOISE, model)
+    engines = [{g.engine for g in opt.explain(state[k]).groups} for k in ("uneven", "columns")]
+    assert engines == [{"numba"}, {"interpret"}]
+    for n in range(STEPS):
+        grads = world.spread({k: torch.full(s, float(n)) for k, s in RUNS_OF_ELEMENTS.items()})
+        state, model = (opt.update_ if n % 2 else opt.update)(state, model, grads)
+    return whole(model)
+
+
 def refused(world: World) -> dict[str, Any]:
     """What is said of arrays that do not fit, by every process."""
     model = world.spread(drawn(0))
@@ -203,6 +227,7 @@ RUNS: dict[str, Callable[[World], dict[str, Any]]] = {
     "edited": edited,
     "differentiated": differentiated,
     "adapted": adapted,
+    "noisy": noisy,
     "refused": refused,
 }
 
@@ -265,6 +290,17 @@ def test_parts_go_the_way_of_the_whole(name: str, how: str, folder: Path) -> Non
 def test_the_interpreter_and_gradients_that_lie_elsewhere_do_too(folder: Path) -> None:
     same(agreed(folder, "interpreted"), alone("norms of arrays"))
     same(agreed(folder, "partial"), alone("a norm over all"))
+
+
+@pytest.mark.slow
+def test_noise_is_that_of_the_place_in_the_whole(folder: Path) -> None:
+    model = {k: torch.zeros(s) for k, s in RUNS_OF_ELEMENTS.items()}
+    state = opt.setup(NOISE, model, engine="interpret")
+    for n in range(STEPS):
+        grads = {k: torch.full(s, float(n)) for k, s in RUNS_OF_ELEMENTS.items()}
+        state, model = opt.update(state, model, grads)
+
+    same(agreed(folder, "noisy"), model)
 
 
 @pytest.mark.slow

@@ -32,11 +32,16 @@ RULES: dict[str, tuple[opt.Rule | dict[Any, opt.Rule], tuple[tuple[int, ...], ..
     "eigenvectors": (opt.SOAP(0.01), SQUARE),
     "roots": (opt.Shampoo(0.01, every=2), SQUARE),
     "eigenvectors now and then": (opt.SPlus(0.01), SQUARE),
+    "noise": (opt.Kron(0.01), LONG),
     "masters": (opt.MixedPrecision(opt.Muon(0.02)), LONG),
 }
 TYPES = {"masters": torch.bfloat16}
 
-WAYS = [*((name, "in place") for name in RULES), ("rows of equal length", "anew"), ("roots", "anew")]
+WAYS = [
+    *((name, "in place") for name in RULES),
+    *((name, "anew") for name in ("rows of equal length", "roots", "noise")),
+    *((name, "interpreted") for name in ("clipped before", "sums of rows")),
+]
 
 Arrays = dict[str, Any]
 
@@ -87,10 +92,14 @@ class World:
 def trained(world: World, name: str, form: str) -> Arrays:
     """The parameters and the state after some steps."""
     rule, shapes = RULES[name]
-    dtype, step = TYPES.get(name, torch.float64), opt.update_ if form == "in place" else opt.update
+    dtype, step = TYPES.get(name, torch.float64), opt.update if form == "anew" else opt.update_
     model = world.drawn(0, shapes, dtype)
-    state = opt.setup(rule, model)
-    assert {g.engine for g in opt.explain(state).groups} == {"numba"}
+    state = opt.setup(rule, model, engine="interpret" if form == "interpreted" else None)
+    random = name == "noise"  # of which kernels know the numbers of elements in a row alone
+    wanted = {"interpret"} if form == "interpreted" else {"numba", *(["interpret"] if random else [])}
+    groups = opt.explain(state).groups
+    assert {g.engine for g in groups} == wanted
+    assert all(g.gathered == (g.engine == "interpret") for g in groups)
     for n in range(STEPS):
         state, model = step(state, model, world.drawn(n + 1, shapes, dtype))
     assert all(isinstance(x, DTensor) for x in model.values())

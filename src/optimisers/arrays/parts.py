@@ -136,6 +136,11 @@ class Piece(NamedTuple):
     def size(self) -> int:
         return math.prod(self.shape)
 
+    def is_run(self, of: Shape) -> bool:
+        """Whether these elements of an array follow each other in their order."""
+        cut = next((axis for axis, n in enumerate(self.shape) if n > 1), len(of)) + 1
+        return not self.size or self.shape[cut:] == of[cut:]
+
 
 class Pieces(NamedTuple):
     """How a whole array is shared out to processes."""
@@ -207,7 +212,7 @@ class Part(Protocol[A]):
 
     @abstractmethod
     def gathered(self, x: A) -> A:
-        """The whole of an array that is spread like this one, in plain memory: a collective."""
+        """The whole of an array that may be spread like this one, in plain memory: then a collective."""
 
     @property
     @abstractmethod
@@ -220,6 +225,17 @@ class Part(Protocol[A]):
     @abstractmethod
     def pieces(self) -> Pieces | None:
         """What each of them holds; None where that is not one block of the array each."""
+
+    @property
+    @abstractmethod
+    def before(self) -> int | None:
+        """How many elements of the whole come before those that lie here, in their order; None where they
+        are not one after the other on every process.
+        """
+
+    @abstractmethod
+    def numbers(self) -> A:
+        """The number of each element that lies here, among those of the whole in their order."""
 
     @abstractmethod
     def like(self, shape: Shape) -> "Part[A]":

@@ -18,7 +18,7 @@ from optimisers.arrays.pages import on_large_pages
 from optimisers.arrays.parts import Derivatives, Graphs, Memory, Scalars, Sparse, Stacks, Strides
 from optimisers.arrays.protocol import HostArray, Library, Run, Scalar, Shape
 from optimisers.arrays.torch_operations import OPERATIONS, lift, product_type
-from optimisers.arrays.torch_shards import TorchShards, beside, spread
+from optimisers.arrays.torch_shards import SHARDS, beside, spread
 
 Tensor = torch.Tensor
 
@@ -288,7 +288,7 @@ class TorchLibrary(Library[Tensor, torch.dtype]):
     derivatives = Derivatives(operator.attrgetter("grad"), hessian_product, value_and_grad)
     scalars = TorchScalars()
     sparse = TorchSparse()
-    shards = TorchShards()
+    shards = SHARDS
 
     # -- what an array is -----------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from optimisers.arrays import philox
 from optimisers.arrays.factors import cholesky, factorised, places
 from optimisers.arrays.norms import norm2
 from optimisers.arrays.protocol import Scalar
+from optimisers.arrays.torch_shards import SHARDS
 
 Tensor = torch.Tensor
 
@@ -92,16 +93,10 @@ def _random_word(like: Tensor, seed: Any, step: Any, first: Any, last: Any, **wh
     """Random bits for every element of an array, as whole numbers; each part of one that is distributed has
     those of its place in the whole.
     """
+    part = SHARDS.part(like)
+    if part is not None:
+        return part.whole(_random_word_of(part.numbers(), seed, step, first, last, **which))
     at = torch.arange(like.numel(), device=like.device).reshape(like.shape)
-    if shared := getattr(like, "placements", None):
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        mesh = like.device_mesh  # pyright: ignore[reportAttributeAccessIssue] it is a DTensor
-        whole = distribute_tensor(at, mesh, shared, src_data_rank=None)
-        found = _random_word_of(whole.to_local(), seed, step, first, last, **which)
-        return DTensor.from_local(
-            found, mesh, shared, run_check=False, shape=whole.shape, stride=whole.stride()
-        )
     return _random_word_of(at, seed, step, first, last, **which)
 
 

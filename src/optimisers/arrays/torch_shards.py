@@ -185,8 +185,9 @@ class TorchPart(Part[Tensor]):
         return self._reduced(values, "max", range(self.mesh.ndim))
 
     def gathered(self, x: Tensor) -> Tensor:
-        held: Any = x
-        with torch.no_grad(), answered(self.mesh.get_group(0), "put an array together"):
+        if (held := spread(x)) is None:
+            return x
+        with torch.no_grad(), answered(group_of(self.mesh), "put an array together"):
             return held.full_tensor()
 
     @property
@@ -196,6 +197,24 @@ class TorchPart(Part[Tensor]):
     @property
     def pieces(self) -> Pieces | None:
         return pieces_of(self.of, self.mesh, self.placements)
+
+    @property
+    def before(self) -> int | None:
+        pieces = self.pieces
+        if pieces is None or not all(piece.is_run(self.of) for piece in pieces.all):
+            return None
+        before = zip(pieces.all[pieces.here].start, contiguous_strides(self.of), strict=True)
+        return sum(at * stride for at, stride in before)
+
+    def numbers(self) -> Tensor:
+        pieces = self.pieces
+        if pieces is None:
+            return self.cut(torch.arange(math.prod(self.of), device=self.device).view(self.of))
+        found = torch.zeros(self.shape, dtype=torch.int64, device=self.device)
+        for axis, stride in enumerate(contiguous_strides(self.of)):
+            at = torch.arange(self.shape[axis], device=self.device) + pieces.all[pieces.here].start[axis]
+            found += (at * stride).view(-1, *[1] * (len(self.of) - axis - 1))
+        return found
 
     def like(self, shape: Shape) -> "TorchPart":
         kinds: Any = sys.modules["torch.distributed.tensor"]
@@ -316,3 +335,6 @@ class TorchShards(Shards[Tensor]):
             tuple(held.placements),
             held.stride(),
         )
+
+
+SHARDS = TorchShards()

@@ -73,7 +73,7 @@ class Values:
         if name == "call":
             return function
         if name == "random_word":
-            return functools.partial(function, self.step.xs[self.leaf])
+            return functools.partial(random_word, self.step, self.leaf)
         if name in MADE:
             return functools.partial(function, self.step.xs[self.leaf], dtype=self.real)
 
@@ -89,6 +89,15 @@ class Values:
                 ) from error
 
         return computed
+
+
+def random_word(step: Step, leaf: int, *given: Any, **which: int) -> Any:
+    """Random bits for every element of a leaf; where it is part of one that is spread, those of the whole."""
+    function, x = step.library.operations["random_word"], step.xs[leaf]
+    if step.spread is None:
+        return function(x, *given, **which)
+    part = step.spread.parts[leaf]
+    return part.local(function(part.whole(x), *given, **which))
 
 
 def input_of(step: Step, leaf: int, name: str) -> Any:

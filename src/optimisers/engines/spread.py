@@ -14,7 +14,7 @@ from optimisers.arrays.owners import cost_of, owners
 from optimisers.arrays.parts import HostArray, Part
 from optimisers.errors import BadState, TreeMismatch
 from optimisers.graph.expr import Expr
-from optimisers.state.buffers import Indices, Spread
+from optimisers.state.buffers import FlatBuffers, Indices, Separate, Spread, spread_out
 from optimisers.state.group import is_free
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class SpreadStep:
             )
         return part.cut(g)
 
-    def whole(self, new: dict[int, Any]) -> dict[int, Any]:
+    def results(self, new: dict[int, Any]) -> dict[int, Any]:
         """New parameters as arrays of the kind of the old ones."""
         like, xs = self.step.library.like, self.step.job.xs
         return {i: like(xs[i], self.parts[i].whole(x)) for i, x in new.items()}
@@ -87,6 +87,43 @@ class SpreadStep:
         found = np.full(self.count, neutral, np.float64)
         found[self.members] = values
         return found
+
+
+@final
+class WholeStep:
+    """A step of whole arrays where the engine knows no parts: every process computes all of it, and keeps its
+    parts of what comes.
+    """
+
+    def __init__(self, step: "Step") -> None:
+        group = step.job.group
+        self.step, self.across, self.count = step, group.parts[0], len(group.leaves)
+        members = step.job.subset.members
+        self.members = np.arange(self.count) if members is None else members
+        self.parts: list[Part[Any]] = [group.parts[i] for i in self.members.tolist()]
+        _agree([self])
+        given = (step.xs, *step.grads)
+        step.xs, *grads = ([p.gathered(x) for p, x in zip(self.parts, xs, strict=True)] for xs in given)
+        step.grads = tuple(grads)
+        step.slots = tuple(map(_whole_slot, step.slots))
+        step.whole_sizes = np.array([math.prod(part.of) for part in self.parts], np.int64)
+
+    def store(self) -> None:
+        """Write the parts that lie here of the new parameters."""
+        for part, old, new in zip(self.parts, self.step.job.xs, self.step.xs, strict=True):
+            self.step.library.assign(part.local(old), part.cut(new))
+
+    def results(self, new: dict[int, Any]) -> dict[int, Any]:
+        """New parameters as arrays of the kind of the old ones."""
+        like, xs, parts = self.step.library.like, self.step.job.xs, self.parts
+        return {i: like(xs[i], parts[i].whole(parts[i].cut(x))) for i, x in new.items()}
+
+
+def _whole_slot(slot: FlatBuffers) -> Separate:
+    """The arrays of a slot, each as the whole of it."""
+    assert isinstance(slot, Spread)
+    arrays = [part.gathered(x) for part, x in zip(slot.held, slot, strict=True)]
+    return Separate(slot.name, slot.dtype, slot.device, spread_out(slot.held), arrays)
 
 
 def shared_out(steps: Sequence["Step"]) -> None:
@@ -114,11 +151,11 @@ def shares(parts: Sequence[Sequence[Part[Any]]]) -> list[Indices]:
     return np.split(found, np.cumsum([len(some) for some in parts])[:-1])
 
 
-def _agree(found: Sequence[SpreadStep]) -> None:
+def _agree(found: "Sequence[SpreadStep | WholeStep]") -> None:
     """Raise BadState where not all processes step the same parameters."""
     step = found[0].step
     library, device = step.library, step.kind.device
-    masks = [np.ones(1), *(spread.full(1, 0) for spread in found)]
+    masks = [np.ones(1), *(np.isin(np.arange(far.count), far.members).astype(float) for far in found)]
     sent = library.scalars.on_device(np.concatenate(masks), device)
     added = _split(library.to_numpy(found[0].across.added(sent)), masks)
     count = next(added)[0]
@@ -204,7 +241,7 @@ def _split(values: HostArray, like: Sequence[HostArray]) -> Iterator[HostArray]:
     return iter(np.split(values, np.cumsum([len(v) for v in like])[:-1]))
 
 
-def _refuse_difference(spread: SpreadStep, stepped: HostArray, count: float) -> None:
+def _refuse_difference(spread: "SpreadStep | WholeStep", stepped: HostArray, count: float) -> None:
     """Raise BadState where not all processes step the same parameters."""
     odd = np.flatnonzero((stepped > 0) & (stepped < count))
     if len(odd):

@@ -14,7 +14,7 @@ from optimisers.arrays import registry
 from optimisers.arrays.numpy import library as host
 from optimisers.arrays.types import arithmetic, promoted
 from optimisers.engines.memory import Known, Spans, merged
-from optimisers.engines.spread import SpreadStep, joined, shared_out
+from optimisers.engines.spread import SpreadStep, WholeStep, joined, shared_out
 from optimisers.engines.totals import Totals, on_host
 from optimisers.errors import BadState, DomainError, TraceError
 from optimisers.graph.expr import Expr
@@ -149,8 +149,7 @@ class Step:
         self.shapes, self.sizes = subset.places.shapes, subset.places.sizes
         self.whole_sizes = self.sizes
         """How many elements each array has, with the parts that other processes hold."""
-        every = range(len(group.leaves)) if subset.members is None else subset.members.tolist()
-        whole = [group.parts[i].of for i in every] if group.spread else self.shapes
+        whole = group.wholes(subset)
         if stores_free(self.program):
             self._refuse_misfits(whole)
         self.slots, self.out, self.row = group.slots, job.target.slots, job.table.row
@@ -159,14 +158,14 @@ class Step:
             self.out = picked(self.out, subset)
             self.row = self.row[subset.members]
         self.spread: SpreadStep | None = None
+        self.whole: WholeStep | None = None
         if group.spread and job.traced:
             self.slots, self.shapes = tuple(slot.separated() for slot in self.slots), whole
-        elif group.spread and is_free(self.program) and engine.start is None:
-            assert group.whole is not None
-            self.kind, self.shapes = group.whole, whole
-            self.slots = tuple(slot.separated() for slot in self.slots)
-        elif group.spread:
-            self.spread = SpreadStep(self)  # from here on the step sees the parts that lie here
+        elif group.spread:  # from here on the step sees the parts that lie here, or whole arrays
+            if engine.start is None and is_free(self.program):
+                self.whole, self.shapes = WholeStep(self), whole
+            else:
+                self.spread = SpreadStep(self)
         self.scalars: StepScalars = _scalars(self)
         self.level, self.reduced, self.given = 0, False, False
         self.work: Any = None
@@ -367,7 +366,9 @@ class Step:
         if self.engine.finish is not None:
             self.engine.finish(self)
         job, target = self.job, self.job.target
-        if self.spread is not None and job.inplace:
+        if self.whole is not None and job.inplace:
+            self.whole.store()
+        if job.group.spread and job.inplace:
             self.library.memory.touched(job.xs)
         found, of_leaf = self.counters()
         target.table = target.table.write_counters(
@@ -379,6 +380,11 @@ class Step:
         collector comes.
         """
         self.stores, self.work, self.spread = [], None, None
+
+    def results(self) -> dict[int, Any]:
+        """The new parameters of leaves, as arrays of the kind of the old ones."""
+        far = self.spread or self.whole
+        return self.new if far is None else far.results(self.new)
 
     def counters(self) -> tuple[list[Any], bool]:
         """(the new counters, whether they differ from leaf to leaf); those of a capturable state stay on the

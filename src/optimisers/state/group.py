@@ -17,7 +17,6 @@ from optimisers.arrays.parts import Part
 from optimisers.errors import BadSetting, BadState, ShapeError
 from optimisers.graph.cached import cached
 from optimisers.graph.expr import Expr, is_full_reduction, order
-from optimisers.graph.passes import draws
 from optimisers.graph.trace import Program, of_changes, trace
 from optimisers.nest import flatten, form, unflatten, values
 from optimisers.rule import Rule, needed, refuse_shape
@@ -180,6 +179,16 @@ class Group:
     def spread(self) -> bool:
         """Whether every process steps the parts that it holds, which are plain memory."""
         return bool(self.parts)
+
+    def wholes(self, subset: Subset) -> list[tuple[int, ...]]:
+        """The shapes of the parameters of some members, with the parts that other processes hold."""
+        if not self.parts:
+            return subset.places.shapes
+        return (
+            [p.of for p in self.parts]
+            if subset.members is None
+            else [self.parts[i].of for i in subset.members]
+        )
 
     @property
     def opaque(self) -> bool:
@@ -360,12 +369,9 @@ def _cut(kinds: Sequence[Shape], program: Program) -> tuple[Part[Any], ...]:
     their owners; () elsewhere.
     """
     cut = tuple(k.part for k in kinds if k.part is not None)
-    if draws(program):
-        return ()
     if not is_free(program):
         return cut
-    whole = kinds[0].kernels and all(part.pieces is not None for part in cut)
-    return tuple(part.in_order() for part in cut) if whole else ()
+    return tuple(part.in_order() for part in cut) if all(part.pieces is not None for part in cut) else ()
 
 
 def _slot(
@@ -385,15 +391,15 @@ def _slot(
     if first.opaque:
         return Separate(first.name, arrays[0].dtype, first.device, there, arrays)
     slot = FlatBuffers.zeros(library, arrays[0].dtype, first.device, there)
-    if cut:
-        arrays = [part.cut(a) for part, a in zip(cut, arrays, strict=True)]
-    parts = list(slot)
-    filled = [
-        i for i, a in enumerate(arrays) if library.any_set(a)
-    ]  # zeros are left as the system gives them
-    if filled:
-        library.assign_many([parts[i] for i in filled], [arrays[i] for i in filled])
+    _fill(slot, [part.cut(a) for part, a in zip(cut, arrays, strict=True)] if cut else arrays)
     return Spread(**vars(slot), parts=cut) if cut else slot
+
+
+def _fill(slot: FlatBuffers, arrays: Sequence[Any]) -> None:
+    """Write arrays into a slot of zeros, which are left as the system gives them."""
+    held, filled = list(slot), [i for i, a in enumerate(arrays) if slot.library.any_set(a)]
+    if filled:
+        slot.library.assign_many([held[i] for i in filled], [arrays[i] for i in filled])
 
 
 def _rows(items: list[Entry], program: Program) -> list[list[Any]]:

@@ -221,6 +221,6 @@ class Steps:
         for step in self.steps:
             if step.new:
                 leaf = step.job.subset.leaves.tolist().__getitem__
-                new = step.new if step.spread is None else step.spread.whole(step.new)
+                new = step.results()
                 found.update(zip(map(leaf, new), new.values(), strict=True))
         return found

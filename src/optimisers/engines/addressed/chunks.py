@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from optimisers.arrays.philox import LANES
 from optimisers.state.buffers import Indices
 
 CHUNK = 1 << 16
@@ -17,17 +18,28 @@ SPAN = 1 << 14
 
 class Chunks:
     """The chunk table for leaves of these sizes, and the spans of chunks that threads claim; leaves of one
-    `unit`, which stand side by side, are in one span.
+    `unit`, which stand side by side, are in one span. Elements are numbered from what comes `before` each
+    leaf, if anything does; then the first of its chunks ends where a block of random numbers does.
     """
 
-    def __init__(self, sizes: Indices, chunk: int = CHUNK, unit: Indices | None = None) -> None:
+    def __init__(
+        self,
+        sizes: Indices,
+        chunk: int = CHUNK,
+        unit: Indices | None = None,
+        before: Indices | None = None,
+    ) -> None:
         self.chunk = chunk
-        pieces = -(-sizes // chunk)
+        self.before = before
+        number = np.zeros(len(sizes), np.int64) if before is None else before
+        head = np.minimum(-number % (4 * LANES), sizes)
+        pieces = -(-(sizes - head) // chunk) + (head > 0)
         leaf = np.repeat(np.arange(len(sizes)), pieces)
-        first = (np.arange(len(leaf)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * chunk
-        length = np.minimum(chunk, sizes[leaf] - first)
+        place = np.arange(len(leaf)) - np.repeat(np.cumsum(pieces) - pieces, pieces) - (head > 0)[leaf]
+        first = np.where(place < 0, 0, head[leaf] + place * chunk)
+        length = np.where(place < 0, head[leaf], np.minimum(chunk, sizes[leaf] - first))
         self.leaf: Indices = leaf
-        self.table: Indices = np.stack([leaf, first, length], axis=1).astype(np.int64)
+        self.table: Indices = np.stack([leaf, first + number[leaf], length], axis=1).astype(np.int64)
         self.begin: Indices = np.concatenate([[0], np.cumsum(pieces)]).astype(np.int64)
         """Of each leaf: its first chunk; then how many there are."""
         self.elements = int(sizes.sum())

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from optimisers.arrays import registry
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.arrays.memory import bounds, laid_out
 from optimisers.engines.addressed.chunks import Chunks, Scratch
+from optimisers.engines.addressed.order import elements_before, numbered
 from optimisers.engines.addressed.pointers import Form, is_fake, lacks_memory
+from optimisers.engines.addressed.text import common_dtype
 from optimisers.engines.checks import checked_gradient, checked_x
-from optimisers.engines.cpu import maths
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.interpret import Values, every
 from optimisers.engines.memory import Spans
@@ -30,7 +30,6 @@ from optimisers.errors import BadState, TreeMismatch
 from optimisers.graph.expr import Expr
 from optimisers.graph.passes import (
     Pass,
-    draws,
     is_input,
     is_kept,
     number_of,
@@ -41,7 +40,7 @@ from optimisers.graph.passes import (
 from optimisers.graph.plan import operations
 from optimisers.graph.recipe import Shape
 from optimisers.state.buffers import FlatBuffers, Indices
-from optimisers.state.group import Group, is_free
+from optimisers.state.group import is_free
 
 # -- the arrays of a step ------------------------------------------------------------------------------------
 
@@ -116,7 +115,8 @@ def tables_of(step: Step, chunk: int, ranked: Ranked | None) -> Tables:
         places, name = step.job.subset.places, step.library.name
         contiguous = [contiguous_strides(s) == t for s, t in zip(places.shapes, places.strides, strict=True)]
         form = Form(name, step.kind.device, places.shapes, places.strides, contiguous)
-        found = step.job.subset.tables = Tables(form, Chunks(places.sizes, chunk), Scratch(), {})
+        chunks = Chunks(places.sizes, chunk, before=elements_before(step))
+        found = step.job.subset.tables = Tables(form, chunks, Scratch(), {})
         if ranked is not None and step.spread is None:
             found.rank = ranked(places.shapes, contiguous)
     return found
@@ -193,23 +193,17 @@ def chunks_of(step: Step, members: Members) -> Chunks:
     tables: Tables = step.work.tables
     if members is None:
         return tables.chunks
-    return tables.remembered("chunks", members, lambda: Chunks(step.sizes[members], tables.chunks.chunk))
+    every = tables.chunks
+    before = None if every.before is None else every.before[members]
+    return tables.remembered(
+        "chunks", members, lambda: Chunks(step.sizes[members], every.chunk, before=before)
+    )
 
 
 def addresses_of(slots: Sequence[FlatBuffers], step: Step) -> list[Indices]:
     """Where the state arrays of a step lie, slot by slot, of the slots of its whole group."""
     members = step.job.subset.members
     return [p.addresses if members is None else p.addresses[members] for p in slots]
-
-
-OUT_OF_ORDER = "random numbers for arrays whose elements do not lie in order"
-
-
-def in_order(group: Group) -> bool:
-    """Whether elements lie in the order of their numbers, where a step has random ones."""
-    places = group.places
-    laid = zip(places.shapes, places.strides, strict=True)
-    return not draws(group.program) or all(contiguous_strides(s) == t for s, t in laid)
 
 
 # -- passes --------------------------------------------------------------------------------------------------
@@ -288,6 +282,8 @@ def rows(step: Step, p: Pass, new: dict[str, Indices], members: Members) -> list
         missing = np.equal(read, 0) & ((sizes if members is None else sizes[members]) > 0)
         if missing.any():  # a kernel would read at address 0
             raise LookupError(f"{type(step.job.group.rule).__name__}: a value that a pass reads is not known")
+    if (before := chunks_of(step, members).before) is not None:
+        out = numbered(step, p, names, out, before)
     return out
 
 
@@ -488,18 +484,3 @@ def spans(step: Step) -> Spans:
     else:
         step.job.subset.spans = found
     return found
-
-
-def common_dtype(library: Any, grads: tuple[Sequence[Any], ...], dtype: Any, wide: Any) -> Any:
-    """The element type in which kernels read the gradients: their own if they agree, else that of the
-    arithmetic.
-    """
-    kinds = {g.dtype if registry.library_of(type(g)) is library else wide for order in grads for g in order}
-    if kinds == {dtype} or not kinds:
-        return dtype
-    kind = kinds.pop()
-    if kinds:
-        return wide
-    name, own = library.type_name(kind), library.type_name(dtype)
-    readable = name in maths.ARITHMETIC and name != "int16" and ("complex" in name) == ("complex" in own)
-    return kind if readable else wide

@@ -1,9 +1,12 @@
 """What is a kernel of a program made of? Its passes, the types of what it touches, and what its text says."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from optimisers.arrays import registry
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu.maths import ARITHMETIC, Unprintable
+from optimisers.engines.task import Step
 from optimisers.graph.passes import Pass, reduce_pass, stages, store_pass
 from optimisers.graph.trace import Program
 
@@ -39,6 +42,11 @@ def kinds_of(program: Program, p: Pass, dtype: str, gradient: str) -> dict[str, 
     return kinds | {f"f{j}": whole if e.type == "complex" else real for j, e in enumerate(p.free)}
 
 
+def types_of(step: Step) -> tuple[str, str]:
+    """The element types of parameters and gradients."""
+    return step.library.type_name(step.kind.dtype), step.library.type_name(step.work.gradient)
+
+
 def titled(p: Pass, dtype: str, *, inplace: bool) -> str:
     """What the text of a kernel says of itself."""
     what = "sums" if p.reductions else "in place" if inplace else "into new arrays"
@@ -64,3 +72,18 @@ def labels_of(program: Program) -> dict[str, str]:
     return {
         s.name: name if last.count(name) == 1 else s.name for s, name in zip(program.slots, last, strict=True)
     }
+
+
+def common_dtype(library: Any, grads: Sequence[Sequence[Any]], dtype: Any, wide: Any) -> Any:
+    """The element type in which kernels read the gradients: their own if they agree, else that of the
+    arithmetic.
+    """
+    kinds = {g.dtype if registry.library_of(type(g)) is library else wide for order in grads for g in order}
+    if kinds == {dtype} or not kinds:
+        return dtype
+    kind = kinds.pop()
+    if kinds:
+        return wide
+    name, own = library.type_name(kind), library.type_name(dtype)
+    readable = name in ARITHMETIC and name != "int16" and ("complex" in name) == ("complex" in own)
+    return kind if readable else wide

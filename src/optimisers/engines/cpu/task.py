@@ -12,8 +12,9 @@ from optimisers.engines.addressed import byrow
 from optimisers.engines.addressed import task as addressed
 from optimisers.engines.addressed.byrow import Lines, Reading
 from optimisers.engines.addressed.chunks import CHUNK, Chunks
+from optimisers.engines.addressed.order import misplaced
 from optimisers.engines.addressed.pointers import LOOKS
-from optimisers.engines.addressed.text import arithmetic_of, kinds_of, labels_of, printable, titled
+from optimisers.engines.addressed.text import arithmetic_of, kinds_of, labels_of, printable, titled, types_of
 from optimisers.engines.cpu import printer as kernels
 from optimisers.engines.cpu import threads
 from optimisers.engines.cpu.maths import ARITHMETIC, BYTES
@@ -43,9 +44,7 @@ def refusal(group: Group) -> str:
         return "unpacked state"
     if kind.device != "cpu":
         return f"arrays on {kind.device}"
-    if not addressed.in_order(group):
-        return addressed.OUT_OF_ORDER
-    return unprintable(group.program, kind.library.type_name(kind.dtype))
+    return misplaced(group) or unprintable(group.program, kind.library.type_name(kind.dtype))
 
 
 def unprintable(program: Program, dtype: str) -> str:
@@ -166,11 +165,6 @@ def launch_with(
 def kernel(step: Step, p: Pass) -> ModuleType:
     """The module with the compiled kernel of a pass."""
     return kernel_of(step.program, p, *types_of(step), inplace=addressed.in_place(step, p))
-
-
-def types_of(step: Step) -> tuple[str, str]:
-    """The element types of parameters and gradients."""
-    return step.library.type_name(step.kind.dtype), step.library.type_name(step.work.gradient)
 
 
 def reading(step: Step, p: Pass, members: Members) -> Reading | None:

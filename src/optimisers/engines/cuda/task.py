@@ -17,8 +17,9 @@ import torch
 
 from optimisers.engines.addressed import task as addressed
 from optimisers.engines.addressed.chunks import Chunks
+from optimisers.engines.addressed.order import misplaced
 from optimisers.engines.addressed.task import Tables
-from optimisers.engines.addressed.text import arithmetic_of, kinds_of, labels_of, printable, titled
+from optimisers.engines.addressed.text import arithmetic_of, kinds_of, labels_of, printable, titled, types_of
 from optimisers.engines.cpu.maths import ARITHMETIC
 from optimisers.engines.cuda import launch as launches
 from optimisers.engines.cuda import printer
@@ -56,9 +57,7 @@ def refusal(group: Group) -> str:
     dtype = kind.library.type_name(kind.dtype)
     if dtype not in ARITHMETIC or "complex" in dtype:
         return f"element type {dtype}"
-    if not addressed.in_order(group):
-        return addressed.OUT_OF_ORDER
-    return _missing() or printable(group.program, dtype, printed) or ""
+    return misplaced(group) or _missing() or printable(group.program, dtype, printed) or ""
 
 
 def _missing() -> str:
@@ -199,9 +198,8 @@ def arguments_of(
 
 def kernel(step: Step, p: Pass) -> Any:
     """The kernel of a pass."""
-    names = (step.library.type_name(t) for t in (step.kind.dtype, step.work.gradient))
     inplace = addressed.in_place(step, p)
-    return kernel_of(step.program, p, *names, inplace=inplace, scaled=step.job.scaling is not None)
+    return kernel_of(step.program, p, *types_of(step), inplace=inplace, scaled=step.job.scaling is not None)
 
 
 def prepare(step: Step, holds: Holds, members: Members) -> Callable[[], None]:
