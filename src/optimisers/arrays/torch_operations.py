@@ -13,7 +13,7 @@ from optimisers.arrays import philox
 from optimisers.arrays.factors import cholesky, factorised, places
 from optimisers.arrays.norms import norm2
 from optimisers.arrays.protocol import Scalar
-from optimisers.arrays.torch_shards import SHARDS
+from optimisers.arrays.torch_shards import SHARDS, spread
 
 Tensor = torch.Tensor
 
@@ -114,11 +114,16 @@ def _reshape(x: Any, shape: Any) -> Any:
     try:
         return torch.reshape(x, shape)
     except RuntimeError:
-        if not (placements := getattr(x, "placements", None)):
+        if spread(x) is None:
             raise
-        from torch.distributed.tensor import Replicate
+        return torch.reshape(_copied(x), shape)
 
-        return torch.reshape(x.redistribute(placements=[Replicate()] * len(placements)), shape)
+
+def _copied(x: Any) -> Any:
+    """A distributed tensor, all of which is on every process."""
+    from torch.distributed.tensor import Replicate
+
+    return x.redistribute(placements=[Replicate()] * len(x.placements))
 
 
 def _where(condition: Tensor | bool, a: Tensor | Scalar, b: Tensor | Scalar) -> Any:
@@ -143,6 +148,9 @@ def _extreme(reduce: Callable[..., Any], empty: float) -> Callable[..., Any]:
         x = lift(x)
         if axis is None and not keepdims and x.numel() == 0:
             return torch.full((), empty, dtype=x.dtype, device=x.device)
+        part = SHARDS.part(x)
+        if part is not None and (pieces := part.pieces) and not all(piece.size for piece in pieces.all):
+            x = _copied(x)  # a process that has no elements knows no extreme of them
         return reduce(x, dim=() if axis is None else axis, keepdim=keepdims)
 
     return reduced
