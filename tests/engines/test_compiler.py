@@ -25,7 +25,7 @@ SIZES = np.array([1, 7, 300, 70001])
 
 def by_numba(text: str) -> Any:
     """A kernel, compiled by Numba."""
-    flags = re.search(r"@compiled\((.*)kept=True\)", text)
+    flags = re.search(r"@compiled\((.*)kept=True.*\)", text)
     assert flags is not None
     options = f'"{SIGNATURE}", nogil=True, error_model="numpy", fastmath={{{flags[1].rstrip(", ")}}}'
     text = text.replace("from optimisers.engines.cpu.kernel import compiled", "from numba import njit")
@@ -120,6 +120,32 @@ def test_numbers_are_those_of_numba_to_the_bit(case: str) -> None:
         for x, y in zip(ours, theirs, strict=True):
             same = (x == y) | (np.isnan(x) & np.isnan(y))
             assert same.all(), (text, x[~same][:3], y[~same][:3])
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype", "wide"),
+    [
+        (opt.SGLD(), "float32", True),
+        (opt.MADGRAD(), "float32", True),
+        (opt.AdamAtan2(), "float16", True),
+        (opt.Lion(), "float32", False),  # memory is slower than its arithmetic
+        (opt.MADGRAD(), "float64", False),  # a call of C for each element
+    ],
+    ids=repr,
+)
+def test_loops_with_much_arithmetic_fill_the_widest_vectors(
+    rule: Rule, dtype: str, wide: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (text,), seen = texts(rule, dtype), list[str]()
+    monkeypatch.setattr(
+        machine, "vector", lambda: 256
+    )  # no processor has such, and LLVM would not ask for them
+    monkeypatch.setattr(cache, "_loaded", {})
+    optimise = machine.optimised
+    monkeypatch.setattr(machine, "optimised", lambda m: seen.append(str(optimise(m))) or optimise(m))
+    cache.load(text, tmp_path / "kernels")
+
+    assert [("<64 x float>" in code) for code in seen] == [wide]
 
 
 def test_complex_numbers_are_divided_as_numpy_divides() -> None:

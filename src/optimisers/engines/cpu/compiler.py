@@ -124,8 +124,9 @@ class Unknown(Exception):
 class Compiler:
     """One function on its way to LLVM."""
 
-    def __init__(self, tree: ast.FunctionDef, names: dict[str, Any], flags: set[str]) -> None:
-        self.names, self.flags = names, flags
+    def __init__(self, tree: ast.FunctionDef, names: dict[str, Any], flags: set[str], lanes: int = 0) -> None:
+        """With `lanes`, inner loops are made of vectors of so many elements; else LLVM chooses how many."""
+        self.names, self.flags, self.lanes = names, flags, lanes
         self.module = ir.Module("kernel")
         self.module.triple = llvm.get_process_triple()
         kind = ir.FunctionType(ir.VoidType(), [I64] * len(PARAMETERS))
@@ -215,8 +216,22 @@ class Compiler:
             after = self.b.add(self.b.load(at), ir.Constant(I64, 1), flags=("nsw",))
             self.b.store(after, at)
             done = self.b.append_basic_block(f"after_{name}")
-            self.b.cbranch(self.b.icmp_signed("<", after, last), loop, done)
+            back = self.b.cbranch(self.b.icmp_signed("<", after, last), loop, done)
+            if self.lanes and not any(
+                isinstance(inside, ast.For) for each in line.body for inside in ast.walk(each)
+            ):
+                back.set_metadata("llvm.loop", self.wide())
             self.b.position_at_end(done)
+
+    def wide(self) -> Any:
+        """What tells LLVM how many elements of a loop are taken at once. Of a loop it names itself first."""
+        word = ir.MetaDataString(self.module, "llvm.loop.vectorize.width")
+        width = self.module.add_metadata([word, ir.Constant(ir.IntType(32), self.lanes)])
+        loop: Any = self.module.add_metadata(
+            [ir.MetaDataString(self.module, f"loop {len(self.module.metadata)}")]
+        )
+        loop.operands = loop, width
+        return loop
 
     def variable(self, name: str, kind: object) -> Value:
         """Where a variable lies, and its type: that of its first value."""

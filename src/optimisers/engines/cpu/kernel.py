@@ -45,9 +45,9 @@ class Kernel:
         """
 
 
-def compiled(*flags: str, kept: bool = False) -> Callable[[Any], Kernel]:
+def compiled(*flags: str, kept: bool = False, wide: int = 0) -> Callable[[Any], Kernel]:
     """Compile a kernel, the last function of its file. `flags`: what LLVM may do with its arithmetic;
-    `kept`: keep its code beside the file.
+    `kept`: keep its code beside the file; `wide`: fill the widest vectors with numbers of so many bytes.
     """
 
     def decorated(function: Any) -> Kernel:
@@ -55,7 +55,7 @@ def compiled(*flags: str, kept: bool = False) -> Callable[[Any], Kernel]:
         place = path.parent / "__pycache__" / f"{path.stem}.{machine.edition()}.o" if kept else None
         data = None if place is None else read(place)
         if data is None:
-            data = code_of(function, set(flags))
+            data = code_of(function, set(flags), machine.vector() // wide if wide else 0)
             if place is not None:
                 keep(place, data)
                 LOG.info("kernel %s was compiled, and is kept in %s", path.stem, place.parent)
@@ -64,13 +64,13 @@ def compiled(*flags: str, kept: bool = False) -> Callable[[Any], Kernel]:
     return decorated
 
 
-def code_of(function: Any, flags: set[str]) -> bytes:
-    """The object code of a function, from the text that it was made of."""
+def code_of(function: Any, flags: set[str], lanes: int = 0) -> bytes:
+    """The object code of a function, from the text that it was made of (see `Compiler`)."""
     lines = linecache.getlines(function.__code__.co_filename)
     (tree,) = ast.parse("".join(lines[function.__code__.co_firstlineno - 1 :])).body
     if not isinstance(tree, ast.FunctionDef):
         raise Unknown(ast.unparse(tree))
-    return machine.object_code(Compiler(tree, function.__globals__, flags).module)
+    return machine.object_code(Compiler(tree, function.__globals__, flags, lanes).module)
 
 
 def read(path: Path) -> bytes | None:

@@ -38,6 +38,17 @@ def _features() -> str:
         return ""
 
 
+VECTORS = (("avx512f", 64), ("avx", 32))
+"""What a processor has -> bytes of its vectors."""
+
+
+@functools.cache
+def vector() -> int:
+    """Bytes of the widest vectors of this processor. LLVM takes half of 64, for fear that the clock falls."""
+    has = set(_features().split(","))
+    return next((size for name, size in VECTORS if f"+{name}" in has), 16)
+
+
 @functools.cache
 def edition() -> str:
     """Tells object code of this processor, this LLVM and these files from that of others."""
@@ -48,6 +59,11 @@ def edition() -> str:
 
 def object_code(module: ir.Module) -> bytes:
     """What a module becomes, with loops made of vectors."""
+    return _target().emit_object(optimised(module))
+
+
+def optimised(module: ir.Module) -> Any:
+    """A module as LLVM would have written it."""
     target = _target()
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
@@ -57,7 +73,7 @@ def object_code(module: ir.Module) -> bytes:
     for function in parsed.functions:
         builder.getFunctionPassManager().run(function, builder)
     builder.getModulePassManager().run(parsed, builder)
-    return target.emit_object(parsed)
+    return parsed
 
 
 @functools.cache

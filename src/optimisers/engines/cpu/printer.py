@@ -7,6 +7,7 @@ table of addresses.
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -82,10 +83,11 @@ class Printer(Maths):
         work = self.chunk()
         lines += [f'{name} = random_word({given}, "{self.real}"{which})' for name, given, which in self.words]
         fast = ["contract", "afn", "nsz", *(["reassoc"] if p.reductions else [])]
+        wide = f", wide={BYTES[self.real]}" if self.is_slow(work) else ""
         lines += [
             "",
             "",
-            f"@compiled({str(fast)[1:-1]}, kept=True)",
+            f"@compiled({str(fast)[1:-1]}, kept=True{wide})",
         ]
         last = ", partial" if p.reductions else ""
         lines.append(f"def kernel(counter, spans, chunks, addresses, table, row{last}):")
@@ -99,6 +101,12 @@ class Printer(Maths):
         lines += indented(work, 3)
         about = f'"""{title}\n\nAddresses, in order: {", ".join(head)}.\n"""\n'
         return about, "\n".join(lines) + "\n"
+
+    def is_slow(self, lines: list[str]) -> bool:
+        """Whether an element takes much arithmetic, all of which vectorises."""
+        called = {name for line in lines for name in re.findall(r"[\w.]+(?=\()", line)}
+        much = {*FUNCTIONS, *(name for name, *_ in self.words)}
+        return self.real == "float32" and bool(called & much) and "math.hypot" not in called
 
     def names_of(self, array: str) -> str:
         """The array's name for the reader."""
