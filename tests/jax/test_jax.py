@@ -835,14 +835,14 @@ def test_freezing_and_thawing_in_the_course_of_training_compiles_once() -> None:
 def test_an_eager_step_compiles_once_for_a_structure() -> None:
     model = on_jax({f"layer{i}": np.ones((3, i + 1), "f4") for i in range(6)})
     state = opt.setup(opt.Nesterov(0.1), model)
-    run = pytrees.jitted(structure_of(parts(state)[0]), KeyPath(), False)
+    run = pytrees.jitted(structure_of(parts(state)[0]), KeyPath(), False, None)
     before = run._cache_size()
     for _ in range(3):
         state, model = opt.update(state, model, model)
     other = opt.setup(opt.Nesterov(0.7, 0.1), model)
     opt.update_(other, dict(model), model)
 
-    assert pytrees.jitted(structure_of(parts(other)[0]), KeyPath(), False) is run
+    assert pytrees.jitted(structure_of(parts(other)[0]), KeyPath(), False, None) is run
     assert (before, run._cache_size()) == (0, 1)
 
 

@@ -277,7 +277,7 @@ class Stacks:
             if len(values) and (values == values[0]).all():
                 one = values[0].item()
                 return np.bool_(one) if e.type == "bool" else self.library.scalars.number(one, kind)
-        whole = len(bucket.leaves) == self.step.leaves
+        whole = np.array_equal(bucket.leaves, np.arange(self.step.leaves))
         return _Vector(values if whole or isinstance(values, np.ndarray) else values[bucket.leaves.tolist()])
 
 

@@ -19,15 +19,16 @@ import numpy as np
 from optimisers.arrays import registry
 from optimisers.arrays.jax import library as arrays
 from optimisers.engines.task import refuse, watches
+from optimisers.engines.xla.mesh import Lying, lying
 from optimisers.errors import BadState, TreeMismatch, UnknownField
 from optimisers.graph.cached import cached
+from optimisers.jax.mesh import evaluated, lying_of, once
 from optimisers.settings import parts
 from optimisers.state.buffers import Bucketed
 from optimisers.state.leaf import Branch, Leaf, opened
 from optimisers.state.store import Store
 from optimisers.state.structure import Pending, Structure, structure_of
 from optimisers.step.plan import refuse_untied
-from optimisers.step.update import evaluated
 from optimisers.tree.layout import Node, find
 from optimisers.tree.path import KeyPath
 
@@ -204,14 +205,22 @@ jax.tree_util.register_pytree_node(
 
 
 def _step(
-    structure: Structure, path: KeyPath, changes: bool, held: Any, xs: Any, orders: Any, loss: Any
+    structure: Structure,
+    path: KeyPath,
+    changes: bool,
+    where: Lying | None,
+    held: Any,
+    xs: Any,
+    orders: Any,
+    loss: Any,
 ) -> _Out:
     node, notes = _located(structure, path), list[Any]()
-    token = watches.set(notes)
+    tokens = watches.set(notes), lying.set(where)
     try:
         store, new = evaluated(structure.filled(held), node, xs, orders, loss, changes=changes)
     finally:
-        watches.reset(token)
+        watches.reset(tokens[0])
+        lying.reset(tokens[1])
     held, after = _apart(store)
     if after is not structure:
         structure.later.append(after)
@@ -220,10 +229,10 @@ def _step(
 
 
 @cached
-def jitted(structure: Structure, path: KeyPath, changes: bool) -> Any:
-    """The compiled step of a part of the states of one structure."""
+def jitted(structure: Structure, path: KeyPath, changes: bool, where: Lying | None) -> Any:
+    """The compiled step of a part of the states of one structure, whose parameters lie there."""
     _remember(structure)
-    return jax.jit(functools.partial(_step, structure, path, changes))
+    return jax.jit(functools.partial(_step, structure, path, changes, where))
 
 
 RECENT = 16
@@ -251,39 +260,32 @@ def _remember(structure: Structure) -> None:
 def stepped(
     store: Store, node: Node, path: KeyPath, xs: Any, orders: list[Any], loss: Any, *, changes: bool = False
 ) -> tuple[Store, dict[int, Any]] | None:
-    """(the store after a step, the new parameters by leaf), computed by one jitted function; None inside a
-    transform. With `changes`, what is to be added to the parameters in place of new ones.
+    """(the store after a step, the new parameters by leaf), computed by one jitted function; None where the
+    engines say what is wrong, or each array is stepped where it lies. With `changes`, what is to be added to
+    the parameters in place of new ones.
 
     Raises DomainError, naming the leaf, where a check of a rule fails: nothing was handed out then.
     """
     foreign = any(g is not None and registry.library_of(type(g)) is not arrays for o in orders for g in o)
-    if foreign or not _concrete(store, xs, [*orders, [loss]]):
-        return None  # the engines say what is wrong
+    if foreign:
+        return None
+    if not _concrete(store, xs, [*orders, [loss]]):
+        return evaluated(store, node, xs, orders, loss, changes=changes)
     refuse_untied(store, node, xs)
     structure = structure_of(store)
-    run = jitted(structure, path, changes)
+    run = jitted(structure, path, changes, lying_of(node, xs))
     try:
-        out = run(store.arrays(), list(xs), [_once(node, o) for o in orders], loss)
+        out = run(store.arrays(), list(xs), [once(node, o) for o in orders], loss)
     except ValueError as error:
         if "incompatible devices" not in str(error):
             raise
-        return None  # each array is stepped where it lies
+        return None
     for (holds, *values), (message, paths) in zip(out.checks, out.after.about, strict=True):
         refuse(np.asarray(holds), [np.asarray(v) for v in values], message, paths)
     return out.after.structure().filled(out.held), out.new
 
 
 HOOKS = registry.Hooks(known=known, stepped=stepped)
-
-
-def _once(node: Node, grads: Sequence[Any]) -> list[Any]:
-    """Gradients, each object once among the places of a leaf: inside the step they are objects no more."""
-    seen = set[tuple[int, int]]()
-    found: list[Any] = []
-    for leaf, g in zip(node.leaves, grads, strict=True):
-        found.append(None if (leaf, id(g)) in seen else g)
-        seen.add((leaf, id(g)))
-    return found
 
 
 # -- populations ---------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ A pass writes its stacks into buffers of the computation, one for each shape; XL
 pass reads the results where they lie. Where the kernel cannot run, the same leaf by leaf.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimisers.arrays.layout import contiguous_strides
+from optimisers.engines import batched
 from optimisers.engines.stacks import Stacks
 from optimisers.engines.task import Step
 from optimisers.engines.workspace import Batch, Found, Workspace
+from optimisers.engines.xla import mesh
 from optimisers.graph.expr import Expr
 from optimisers.graph.plan import Round
 from optimisers.graph.recipe import recipe
@@ -27,6 +31,7 @@ class Together:
 
     def __init__(self, step: Step, leaves: list[int]) -> None:
         self.leaves = leaves
+        self.leaf_of = step.job.subset.leaves
         self.batch = Batch.of(leaves, step.shapes, [contiguous_strides(s) for s in step.shapes])
         self.stacks = Stacks(step, Workspace(), _never, _never)
         position = {i: k for k, i in enumerate(leaves)}
@@ -38,7 +43,14 @@ class Together:
         for b, bucket in enumerate(self.batch.buckets):
             stacks = [each[b] for each in inputs]
             stacks = [s != 0 if e.type == "bool" else s for s, e in zip(stacks, what.inputs, strict=True)]
-            found.append(self.stacks.bucket(what, bucket, stacks))
+            leaf = int(self.leaf_of[bucket.leaves[0]]) if len(bucket.leaves) else -1
+            share = mesh.share_of(len(bucket.leaves), leaf) if stacks and len(bucket.shape) > 1 else None
+            if share is None:
+                found.append(self.stacks.bucket(what, bucket, stacks))
+                continue
+            more = dataclasses.replace(bucket, leaves=np.resize(bucket.leaves, share.count))
+            values = self.stacks.bucket(what, more, [share.there(s) for s in stacks])
+            found.append([batched.each(functools.partial(share.back, shape=bucket.shape), v) for v in values])
         return found
 
     def note(self, what: Round, values: list[list[Any]]) -> None:
