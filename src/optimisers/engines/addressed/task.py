@@ -228,7 +228,7 @@ def reduce(
         stacks.run(operations(step.program, level, None, arrays.ran, arrays.tables.rank), None)
         arrays.ran = (*arrays.ran, level)
         found.update((r, stacked(step, stacks.reduced(r))) for r in others)
-        if p is not None:
+        if p is not None and stacks.exchange is not None:
             for e in p.free:
                 stacks.addresses(e)
         step.arrive()
