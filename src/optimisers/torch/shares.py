@@ -40,7 +40,7 @@ class Bucket(NamedTuple):
 class Shares:
     """How parameters are shared out to the processes of a group."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: object) -> None:
         if not isinstance(group, dist.ProcessGroup):
             raise BadSetting(
                 f"TorchOptimizer was given shard={group!r}; it takes a group of processes: write "
@@ -65,7 +65,7 @@ class Shares:
             return None
         return 0 if shape[0] >= self.count else int(np.argmax(shape))
 
-    def pieces(self, x: Any) -> list[Any]:
+    def pieces(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The part of each process, as views."""
         axis = self.axis(x.shape)
         if axis is None:
@@ -73,7 +73,7 @@ class Shares:
         parts = [share(x.shape[axis], self.count, rank) for rank in range(self.count)]
         return [x.narrow(axis, part.start, part.stop - part.start) for part in parts]
 
-    def spread(self, x: Any) -> Any:
+    def spread(self, x: torch.Tensor) -> Any:
         """A whole array as one that is spread over the processes, on the memory that it has.
 
         Raises BadSetting for one that is spread already.
@@ -102,7 +102,7 @@ class Shares:
         store: Store,
         xs: Sequence[Any],
         orders: Sequence[Sequence[Any]],
-        loss: Any,
+        loss: object,
         after: Callable[[], object],
     ) -> None:
         """A step in place of whole parameters by whole gradients, which are the same on all processes.
@@ -141,10 +141,11 @@ class Shares:
             after=finish,
         )
 
-    def given(self, store: Store, leaf: int, x: Any) -> Any:
+    def given(self, store: Store, leaf: int, x: torch.Tensor | None) -> Any:
         """An array as the engine of its leaf takes it: whole, or as one that is spread."""
-        whole = x is None or store.group_of[leaf] < 0 or store.where(leaf)[0].spread
-        return x if whole else self.spread(x)
+        if x is None or store.group_of[leaf] < 0 or store.where(leaf)[0].spread:
+            return x
+        return self.spread(x)
 
     def consolidate(self, state: Mapping[Any, Any], to: int) -> None:
         """Put the entries of all parameters together, in the memory of the host of one process."""
@@ -240,7 +241,9 @@ class Shares:
 
         return finish
 
-    def _laid(self, every: Any, pieces: Sequence[Sequence[Any]], rank: int) -> tuple[list[Any], list[Any]]:
+    def _laid(
+        self, every: torch.Tensor, pieces: Sequence[Sequence[Any]], rank: int
+    ) -> tuple[list[Any], list[Any]]:
         """(where they travel, where they lie) of the parts of one process."""
         lie = [parts[rank] for parts in pieces if parts[rank].numel()]
         ends = np.cumsum([0, *(x.numel() for x in lie)]).tolist()
@@ -248,7 +251,7 @@ class Shares:
         return [row[at : at + x.numel()].view(x.shape) for at, x in zip(ends, lie, strict=False)], lie
 
 
-def shares_of(group: Any, *, capturable: bool) -> Shares | None:
+def shares_of(group: object, *, capturable: bool) -> Shares | None:
     """How parameters are shared out to a group, where one is given."""
     if group is None:
         return None
