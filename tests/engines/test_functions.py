@@ -25,6 +25,7 @@ NUMBERS = np.concatenate(
 FUNCTIONS = [
     *((opt.ops.exp, np.exp), (opt.ops.expm1, np.expm1), (opt.ops.log, np.log), (opt.ops.log1p, np.log1p)),
     *((opt.ops.tanh, np.tanh), (opt.ops.arctan, np.arctan)),
+    (lambda x: opt.ops.arctan(x / -3), lambda x: np.arctan(x / -3)),
     (lambda x: x ** (1 / 3), lambda x: x ** (1 / 3)),
     *((lambda x, p=p: x**p, lambda x, p=p: x**p) for p in (-0.375, 0.625, 1.625, 3.0, -4.0, -5.0)),
 ]
@@ -71,23 +72,40 @@ def test_a_function_of_float64_is_the_librarys(ours: Callable[..., Any], numpys:
         np.testing.assert_allclose(stored(ours, numbers, "float64"), numpys(numbers), rtol=1e-15)
 
 
-def test_powers_follow_each_element_of_their_exponent() -> None:
-    """As C and NumPy have them, of every pair of edges."""
+def by_pairs(function: Callable[..., Any], more: list[float]) -> tuple[Any, Any, Any]:
+    """What kernels make of every pair of edges, and the pairs."""
 
-    class Raised(opt.Rule):
+    class Joined(opt.Rule):
         def init(self, x: Any) -> Any:
             return opt.zeros_like(x)
 
         def apply(self, state: Any, x: Any, dx: Any) -> Any:
-            return x**dx, 0 * x
+            return function(x, dx), 0 * x
 
-    edges = np.concatenate([EDGES, -EDGES, np.array([2.0**24, 101, -7, 1.5], np.float32)])
+    edges = np.concatenate([EDGES, -EDGES, np.array(more, np.float32)])
     x, y = (np.ascontiguousarray(a.ravel()) for a in np.meshgrid(edges, edges))
-    state, _ = opt.update(opt.setup(Raised(), [x]), [x], [y])
+    state, _ = opt.update(opt.setup(Joined(), [x]), [x], [y])
+    return state[0].state, x, y
 
+
+def same(found: Any, exact: Any, ulps: int) -> None:
+    """Whether numbers are the nearest of float32, or so many further, NaN where NaN is."""
+    exact = exact.astype(np.float32)
+    np.testing.assert_array_max_ulp(np.nan_to_num(found, nan=7.25), np.nan_to_num(exact, nan=7.25), ulps)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(exact))
+
+
+def test_powers_follow_each_element_of_their_exponent() -> None:
+    """As C and NumPy have them, of every pair of edges."""
+    found, x, y = by_pairs(lambda x, y: x**y, [2.0**24, 101, -7, 1.5])
     with np.errstate(all="ignore"):
-        exact = np.power(x.astype(np.float64), y.astype(np.float64)).astype(np.float32)
-    np.testing.assert_array_max_ulp(
-        np.nan_to_num(state[0].state, nan=7.25), np.nan_to_num(exact, nan=7.25), 1
-    )
-    np.testing.assert_array_equal(np.isnan(state[0].state), np.isnan(exact))
+        same(found, np.power(x.astype(np.float64), y.astype(np.float64)), 1)
+
+
+def test_the_angle_of_a_quotient_is_that_of_numpy_in_every_quarter() -> None:
+    found, y, x = by_pairs(lambda y, x: opt.ops.arctan(y / x), [2.0**24, 1e-30, -7, 1.5])
+    with np.errstate(all="ignore"):
+        exact = np.arctan(y.astype(np.float64) / x.astype(np.float64))
+        same(found, exact, 2)
+    known = ~np.isnan(exact)
+    np.testing.assert_array_equal(np.signbit(found[known]), np.signbit(exact[known]))

@@ -266,13 +266,19 @@ HALF_PI_HIGH, HALF_PI_LOW = 1.57079637050628662109375, -4.37113900018624283e-8
 
 
 def _arctan(b: Builder, x: ir.Value) -> Any:
-    """The angle of a float32, of 1 / |x| where it is above 1."""
-    size = _absolute(b, x)
-    above = _is(b, size, ">", 1.0)
-    z = b.select(above, b.fdiv(_of(1.0, x), size), size)
+    return _slope(b, x, _of(1.0, x))
+
+
+def _slope(b: Builder, y: ir.Value, x: ir.Value) -> Any:
+    """The angle of y / x of float32, by one division: the smaller of the two by the larger."""
+    rise, run = _absolute(b, y), _absolute(b, x)
+    above = b.fcmp_ordered(">", rise, run)
+    z = b.fdiv(b.select(above, run, rise), b.select(above, rise, run))
     found = b.fmul(z, _polynomial(b, b.fmul(z, z), ATAN_SERIES))
     rest = b.fsub(found, _of(HALF_PI_LOW, x))
-    return _signed(b, b.select(above, b.fsub(_of(HALF_PI_HIGH, x), rest), found), x)
+    found = b.select(above, b.fsub(_of(HALF_PI_HIGH, x), rest), found)
+    sign = b.bitcast(b.xor(b.bitcast(y, I32), b.bitcast(x, I32)), F32)
+    return _signed(b, found, sign)
 
 
 # -- what kernels call ---------------------------------------------------------------------------------------
@@ -308,6 +314,18 @@ log1p = _unary(_log1p, "log1p")
 expm1 = _unary(_expm1, "expm1")
 tanh = _unary(_tanh, "tanh")
 arctan = _unary(_arctan, "atan")
+
+
+@intrinsic
+def arctan_of(typingctx: object, y: Any, x: Any) -> Any:
+    """The arctan of y / x."""
+
+    def emit(_: object, b: Any, signature: Any, args: Sequence[ir.Value]) -> Any:
+        if signature.args[0] == types.float32:
+            return _slope(b, *args)
+        return _function(_arctan, "atan")(_, b, signature, [b.fdiv(*args)])
+
+    return x(y, x), emit
 
 
 def _third(b: Builder, x: ir.Value) -> Any:

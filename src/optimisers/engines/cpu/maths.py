@@ -94,7 +94,17 @@ TYPED = {"sign": "select({0} > 0, {real}(1), select({0} < 0, -{real}(1), {0}))",
 """Those that name the type of the arithmetic."""
 
 
-FUNCTIONS = ("arctan", "cube_root", "exponential", "expm1", "log1p", "logarithm", "power", "tanh")
+FUNCTIONS = (
+    "arctan",
+    "arctan_of",
+    "cube_root",
+    "exponential",
+    "expm1",
+    "log1p",
+    "logarithm",
+    "power",
+    "tanh",
+)
 """What kernels call of `functions`."""
 
 _SIZE = "math.hypot({0}.real, {0}.imag)"

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import ClassVar
 
 from optimisers.arrays import philox
 from optimisers.engines.cpu.maths import BYTES, COMPLEX, FUNCTIONS, Maths, Unprintable
@@ -47,6 +48,9 @@ Element = Callable[[Callable[[str, str, Expr], list[str]], bool], list[str]]
 
 class Printer(Maths):
     """The text of a kernel of one pass."""
+
+    of_quotients: ClassVar[dict[str, str]] = {"arctan": "arctan_of({0}, {1})"}
+    """Functions of y / x, taken of y and x."""
 
     def __init__(
         self, p: Pass, kinds: dict[str, str], arithmetic: str, labels: dict[str, str], *, inplace: bool
@@ -258,6 +262,14 @@ class Printer(Maths):
             self.names[id(e)] = name
             lines.append(f"{name} = {text}")
         return lines
+
+    def operation(self, e: Expr) -> str:
+        """What a node computes; some functions of a quotient do without it."""
+        (of, *_) = e.args or (e,)
+        single = not {id(e), id(of)} & self.p.double
+        if e.op in self.of_quotients and of.op == "divide" and of.type == "real" and single:
+            return self.of_quotients[e.op].format(*map(self.atom, of.args))
+        return super().operation(e)
 
     def in_double(self, e: Expr) -> str:
         """What a node computes in float64; others that it reads are widened."""

@@ -103,6 +103,7 @@ class _Written(Maths):
 class _Kernel(_Written, Printer):
     """The text of a kernel of one pass."""
 
+    of_quotients: ClassVar[dict[str, str]] = {}
     scaled = False
     """Whether every gradient is divided by a number on the device."""
 
