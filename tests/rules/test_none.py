@@ -125,11 +125,9 @@ def of_torch(title: str, rule: Any) -> Iterator[dict[str, Any]]:
         for k, p in params.items():
             kept = "grad_sample" if title == "PrivateAggregate" else "grad"
             setattr(p, kept, None if grads[k] is None else tensor(grads[k]))
-        more = (
-            {"hessians": {k: None if h is None else tensor(h) for k, h in second[0].items()}}
-            if second
-            else {}
-        )
+        more: dict[str, Any] = {}
+        if second:
+            more["hessians"] = {k: None if h is None else tensor(h) for k, h in second[0].items()}
         if loss:
             optimizer.step(lambda loss=loss: torch.tensor(loss["loss"]))
         else:
