@@ -95,6 +95,8 @@ def ours(row: Row, sizes: list[shapes.Shape]) -> tuple[Step, Step, Found]:
     count = sum(g.parameters for g in said)
     moved = sum(g.bytes_per_parameter * g.parameters for g in said) / count
     moved += 8 * len(further)  # read, and their mean written: explain tells of a step without
+    if row.given == "examples":  # read for their norms and for their sum, which is written
+        moved += 4 * (2 * EXAMPLES + 1)
     (group, *_) = parts(state)[0].groups
     full = [pack for pack in group.slots if len(pack) and tuple(pack[0].shape) == sizes[group.leaves[0]]]
     like = [{k: np.zeros(x.shape, np.float32) for k, x in model.items()} for _ in full]

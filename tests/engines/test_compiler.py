@@ -114,8 +114,9 @@ CASES: dict[str, tuple[Rule, str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_numbers_are_those_of_numba_to_the_bit(case: str) -> None:
+    """With vectors of the width that both leave to LLVM: sums are taken in the order of these."""
     pytest.importorskip("ml_dtypes")
-    for text in texts(*CASES[case]):
+    for text in (re.sub(", wide=4", "", text) for text in texts(*CASES[case])):
         ours, theirs = ran(cache.load(text).kernel.run, text), ran(by_numba(text), text)
         for x, y in zip(ours, theirs, strict=True):
             same = (x == y) | (np.isnan(x) & np.isnan(y))
@@ -128,6 +129,7 @@ def test_numbers_are_those_of_numba_to_the_bit(case: str) -> None:
         (opt.SGLD(), "float32", True),
         (opt.MADGRAD(), "float32", True),
         (opt.AdamAtan2(), "float16", True),
+        (opt.Chain(opt.ClipNorm(1.0), opt.Descent()), "float32", True),  # float64 beside float32
         (opt.Lion(), "float32", False),  # memory is slower than its arithmetic
         (opt.MADGRAD(), "float64", False),  # a call of C for each element
     ],
@@ -136,7 +138,7 @@ def test_numbers_are_those_of_numba_to_the_bit(case: str) -> None:
 def test_loops_with_much_arithmetic_fill_the_widest_vectors(
     rule: Rule, dtype: str, wide: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (text,), seen = texts(rule, dtype), list[str]()
+    text, seen = texts(rule, dtype)[0], list[str]()
     monkeypatch.setattr(
         machine, "vector", lambda: 256
     )  # no processor has such, and LLVM would not ask for them

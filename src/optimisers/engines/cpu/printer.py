@@ -107,10 +107,14 @@ class Printer(Maths):
         return about, "\n".join(lines) + "\n"
 
     def is_slow(self, lines: list[str]) -> bool:
-        """Whether an element takes much arithmetic, all of which vectorises."""
+        """Whether vectors of the whole width pay, and all of it vectorises: where an element takes much
+        arithmetic, and where sums in float64 stand beside float32, of which LLVM takes no more at once than
+        of them.
+        """
         called = {name for line in lines for name in re.findall(r"[\w.]+(?=\()", line)}
         much = {*FUNCTIONS, *(name for name, *_ in self.words)}
-        return self.real == "float32" and bool(called & much) and "math.hypot" not in called
+        slow = bool(called & much) or bool(self.p.reductions)
+        return self.real == "float32" and slow and "math.hypot" not in called
 
     def names_of(self, array: str) -> str:
         """The array's name for the reader."""
