@@ -39,9 +39,10 @@ bench: .venv/test.stamp ## milliseconds per step, beside the limit of this machi
 bench-page: .venv/docs.stamp ## docs/benchmarks.md and its charts, from the tables under benchmarks/results
 	$(RUN) -m docs.make_benchmarks
 
-docs: .venv/docs.stamp ## write the pages of rules, gallery and benchmarks anew, then the site, into site/
+docs: .venv/docs.stamp ## write the pages of rules, gallery, scale and benchmarks anew, then the site, into site/
 	$(RUN) -m docs.make_rules
 	$(RUN) -m docs.make_gallery
+	$(RUN) -m docs.make_scale
 	$(RUN) -m docs.make_benchmarks
 	$(RUN) -m mkdocs build --strict
 

@@ -48,6 +48,7 @@ from optimisers.errors import (
     TreeMismatch,
     UnknownField,
 )
+from optimisers.estimate import estimate
 from optimisers.explain import explain, kernel
 from optimisers.flat import Restructure, destructure, trainable, trainables
 from optimisers.grads import gradients, hutchinson, value_and_grad
@@ -331,6 +332,7 @@ __all__ = [
     "current",
     "destructure",
     "ema",
+    "estimate",
     "explain",
     "freeze",
     "freeze_",

@@ -26,7 +26,7 @@ FLOORS = (
     ("state",),
     ("engines",),
     ("step",),
-    ("flat", "averaged", "checkpoint", "explain", "grads", "names", "torch", "jax"),
+    ("flat", "averaged", "checkpoint", "explain", "estimate", "grads", "names", "torch", "jax"),
     ("keras", "trainers", "training", "curves"),
     ("race",),
     ("__init__",),

@@ -90,7 +90,10 @@ class NumpyLibrary(NumpyLike):
     """NumPy."""
 
     name = "numpy"
-    operations = operations(np)
+    operations = operations(np) | {
+        "zeros": lambda like, shape, dtype: np.zeros(shape, dtype, like=like),
+        "eye": lambda like, n, dtype: np.eye(n, dtype=dtype, like=like),
+    }
     memory = NumpyMemory()
     stacks = NumpyStacks()
 
@@ -113,7 +116,7 @@ class NumpyLibrary(NumpyLike):
         return np.full_like(x, value, dtype, subok=False)
 
     def copied(self, x: HostArray, dtype: Dtype | str) -> HostArray:
-        return np.array(x, dtype, order="K")
+        return x.astype(dtype, order="K", subok=False)
 
     def cast(self, x: HostArray | Scalar, dtype: Dtype) -> Any:
         return np.asanyarray(x).astype(dtype, copy=False)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Protocol
 
 from optimisers.arrays.layout import contiguous_strides
 from optimisers.engines import interpret
@@ -27,6 +28,7 @@ from optimisers.graph.recipe import Shape, Shapes, recipe
 from optimisers.graph.trace import Program
 from optimisers.state.buffers import Indices
 from optimisers.state.group import Group
+from optimisers.state.group import Shape as Kind
 
 PASSES = ("pass", "pass over rows")
 
@@ -128,7 +130,7 @@ def plan_of(group: Group, leaves: Sequence[int], choice: Choice, owner: Indices 
                 shapes, [contiguous_strides(s) == t for s, t in zip(shapes, laid, strict=True)]
             )
         far = None if owner is None else Crossing(group, leaves, owner)
-        steps = tuple(_Writer(group, shapes, rank, far).steps())
+        steps = tuple(steps_of(group.program, group.kind, shapes, rank, far))
     else:
         steps = tuple(_interpreted(group.program, group.kind.dtype.itemsize))
     subset = group.cache.whole
@@ -146,13 +148,38 @@ def _interpreted(program: Program, itemsize: int) -> list[PlanStep]:
     ]
 
 
+class Sent(Protocol):
+    """What the matrices of a group send from one process to others in a step."""
+
+    def to_owners(self, what: Round) -> int:
+        """Elements that go to owners before a round."""
+        ...
+
+    def back(self, value: Expr) -> int:
+        """Elements of a value that go back to be read by passes."""
+        ...
+
+    def stored(self, slot: int) -> int:
+        """Elements of an array of the state that go back."""
+        ...
+
+
+def steps_of(
+    program: Program, kind: Kind, shapes: Sequence[Shape], rank: int | None = None, far: Sent | None = None
+) -> list[PlanStep]:
+    """The parts of a step by kernels, of arrays of one kind that have these shapes."""
+    return _Writer(program, kind, shapes, rank, far).steps()
+
+
 class _Writer:
     """Lists the parts of a step."""
 
-    def __init__(self, group: Group, shapes: Sequence[Shape], rank: int | None, far: Crossing | None) -> None:
-        self.program, self.rank, self.shapes = group.program, rank, Counter(shapes)
+    def __init__(
+        self, program: Program, kind: Kind, shapes: Sequence[Shape], rank: int | None, far: Sent | None
+    ) -> None:
+        self.program, self.rank, self.shapes = program, rank, Counter(shapes)
         self.far, self.here = far, set[int]()
-        self.dtype, self.itemsize = group.kind.library.type_name(group.kind.dtype), group.kind.dtype.itemsize
+        self.dtype, self.itemsize = kind.library.type_name(kind.dtype), kind.dtype.itemsize
         self.width = 8 if text.arithmetic_of(self.program, self.dtype) == "float64" else 4
         """Bytes of a number of the arithmetic."""
         self.labels = text.labels_of(self.program)

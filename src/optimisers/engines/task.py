@@ -464,6 +464,8 @@ def _levels(steps: Sequence[Step]) -> None:
         fresh = [(s, found) for s in steps if (found := s.sum_up()) is not None]
         joined([(s, found) for s, found in fresh if found])
         moved = [s.advance(totals) for s in steps]
+        # A total is known when the last has given: the others go on in the same round, with one collective.
+        moved = [done or s.advance(totals) for done, s in zip(moved, steps, strict=True)]
         if not fresh and not any(moved):
             raise TraceError(
                 "two rules of this model wait for each other's totals; put their clipping in the same order"

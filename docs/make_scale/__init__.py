@@ -1,0 +1,1 @@
+"""The page about many devices: what a step costs there, on paper."""
