@@ -12,7 +12,7 @@ import pytest
 import optimisers as opt
 from docs.make_scale.__main__ import PAGE
 from docs.make_scale.page import page
-from tests.processes import found_by, run_as
+from tests.processes import found_by, run_as_two
 
 RULES: dict[str, Any] = {
     "AdamW, clipped": opt.Chain(opt.ClipGlobalNorm(1.0), opt.AdamW(0.01)),
@@ -93,7 +93,7 @@ def one_of(rank: int, folder: Path, count: int) -> None:
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_send_and_hold_what_estimate_says(count: int, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    run_as(count, "tests.docs.test_scale", tmp_path, 240)
+    run_as_two("tests.docs.test_scale", tmp_path, 240, ranks=count)
     every = [found_by(rank, "sent", tmp_path) for rank in range(count)]
 
     for name, rule in RULES.items():

@@ -155,6 +155,49 @@ print("right")
 """
 )
 
+SPREAD_STATE = (
+    START
+    + """
+import re
+
+mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+rule = opt.Chain(opt.ClipGlobalNorm(1.0), opt.AdamW(0.1, lam=0.1))
+start = {"w": np.ones((64, 32), np.float32), "b": np.ones(16, np.float32)}
+data = np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)
+
+def loss(model, data):
+    return jnp.mean(jnp.tanh(data @ model["w"]) ** 2) + jnp.sum(model["b"] ** 2)
+
+def step(state, model, data):
+    return opt.update(state, model, jax.grad(loss)(model, data))
+
+alone = jax.tree.map(jnp.asarray, start)
+own = opt.setup(rule, alone)
+model = jax.tree.map(lambda x: put(mesh, x), start)
+state = opt.setup(rule, model)
+state = jax.tree.map(lambda x: put(mesh, x, "data") if x.shape[0] % 8 == 0 else x, state)
+there = jax.tree.map(lambda x: x.sharding, (state, model))
+zero = jax.jit(step, donate_argnums=(0, 1), out_shardings=there)
+batch = put(mesh, data, "data")
+compiled = zero.lower(state, model, batch).compile()
+memory = compiled.memory_analysis()
+given = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((state, model)))
+assert memory.alias_size_in_bytes == given, (memory, given)
+for _ in range(3):
+    old = jax.tree.leaves((state, model))
+    state, model = zero(state, model, batch)
+    own, alone = jax.jit(step)(own, alone, data)
+    assert all(x.is_deleted() for x in old)
+for k in start:
+    np.testing.assert_allclose(model[k], alone[k], rtol=1e-5, atol=1e-6)
+    assert model[k].sharding.is_fully_replicated
+held = {k: x.addressable_shards[0].data.size for k, x in zip(opt.arrays(state), jax.tree.leaves(state))}
+assert sorted(held.values()) == [1, 2, 2, 8, 256, 256], held
+assert zero._cache_size() == 1
+print("right")
+"""
+)
+
 APART = (
     START
     + """
@@ -231,6 +274,12 @@ def test_matrices_on_a_mesh_are_shared_out_to_its_devices() -> None:
     Where axes are explicit, products need not say how they lie.
     """
     assert said(MATRICES) == "right"
+
+
+@pytest.mark.slow
+def test_state_may_be_spread_over_copies_of_its_parameters() -> None:
+    """And all of it is given away: a step takes no other memory for it."""
+    assert said(SPREAD_STATE) == "right"
 
 
 @pytest.mark.slow
