@@ -7,7 +7,13 @@ import pytest
 import optimisers as opt
 from optimisers.arrays.registry import public_names
 
-NEEDS_KERAS = pytest.mark.skipif(find_spec("keras") is None, reason="Keras is not installed")
+
+def needs(library: str) -> pytest.MarkDecorator:
+    """Leaves a test out where the library isn't there."""
+    return pytest.mark.skipif(find_spec(library) is None, reason=f"{library} is not installed")
+
+
+NEEDS_KERAS = needs("keras")
 
 
 def loadable() -> list[str]:

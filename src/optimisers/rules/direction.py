@@ -243,7 +243,7 @@ class ZClip(Rule):
         before, mean, deviation = latest(state.t, state.mean, state.deviation)
         t, warming, off = before + 1, before < self.warmup, size - mean
         score = off / (deviation + 1e-6)
-        high = (score > self.z) & ~warming
+        high = (score > self.z) & (before >= self.warmup)
         target = where(high, mean + self.z**2 * deviation / where(high, score, 1), size)
         m = where(warming, mean + off / t, ema(self.rho, mean, target))
         early = sqrt(1 - 1 / t) * hypot(deviation, ops.abs(off) / sqrt(t))

@@ -112,7 +112,7 @@ class SOAP(Rule):
         mass, energy = adam.weight
         grams = mean_grams(self.beta[1] if self.shampoo_beta is None else self.shampoo_beta, state.grams, dx)
         bases = ops.every(first, lambda: each(eigenvectors, grams), bases)
-        due = (state.t % self.every == 0) & ~first
+        due = (state.t % self.every == 0) & (state.t > 0)
         v, bases = ops.every(due, lambda: renewed(adam.v, grams, bases), (adam.v, bases))
         new = AdamState(adam.m, v, (where(first, 0.0, mass), where(first, 0.0, energy)))
         step = sqrt(energy) / mass * cut.back(step) + self.lam * x
