@@ -57,7 +57,7 @@ def digits(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(
-    state: opt.Branch, model: ResNet18, images: torch.Tensor, shown: torch.Tensor, steps: int
+    state: opt.State, model: ResNet18, images: torch.Tensor, shown: torch.Tensor, steps: int
 ) -> list[float]:
     """Some steps in place, always on the same images; the loss before each."""
     losses: list[float] = []

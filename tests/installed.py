@@ -1,10 +1,15 @@
 """Which libraries are installed here? What needs one that is not there is left out of a test."""
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 import optimisers as opt
+from optimisers.arrays import registry
 from optimisers.arrays.registry import public_names
 
 
@@ -14,6 +19,17 @@ def needs(library: str) -> pytest.MarkDecorator:
 
 
 NEEDS_KERAS = needs("keras")
+
+
+@contextlib.contextmanager
+def from_outside() -> Iterator[None]:
+    """A scope in which back ends of the examples can be imported, and are known; none is after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+        patch.setattr(registry, "BACKENDS", dict(registry.BACKENDS))
+        yield
+        sys.modules.pop("mlx_backend", None)
+    registry.forget()
 
 
 def loadable() -> list[str]:

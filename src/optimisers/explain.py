@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from optimisers.arrays.registry import isnumeric
+from optimisers.arrays.types import bytes_of
 from optimisers.engines import choose
 from optimisers.engines.addressed import pointers, text
 from optimisers.engines.cpu.maths import Unprintable
@@ -208,7 +209,9 @@ def _cost(store: Store, group: Group, members: Any, owner: Any) -> GroupCost:
         reason=choice.reason,
         passes=plan.passes,
         bytes_per_parameter=plan.bytes,
-        state_bytes=sum(int(p.places.sizes[members].sum()) * p.dtype.itemsize for p in group.slots),
+        state_bytes=sum(
+            int(p.places.sizes[members].sum()) * bytes_of(library.type_name(p.dtype)) for p in group.slots
+        ),
         rows=rows,
         addresses=str(pointers.road(group.kind.name, group.kind.device) or "") if not choice.reason else "",
         plan=plan,

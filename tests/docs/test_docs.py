@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.installed import NEEDS_KERAS
+from tests.installed import NEEDS_KERAS, from_outside
 from tests.prose import blocks
 
-OPTIONAL = {"peft"}
+OPTIONAL = {"peft", "mlx"}
 """Packages without which the rest of a page is left out."""
 
 PAGES = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
@@ -21,6 +21,7 @@ def read(page: str) -> str:
 @pytest.mark.parametrize(
     "page", [pytest.param(p, id=p.stem, marks=[NEEDS_KERAS] * (p.stem == "keras")) for p in PAGES]
 )
+@from_outside()
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras, on torch
 def test_every_example_of_a_page_runs_and_prints_what_stands_there(
     page: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.installed import NEEDS_KERAS, needs
+from tests.installed import NEEDS_KERAS, from_outside, needs
 
 SHORTER: dict[str, dict[str, Any]] = {"06_transformer": {"steps": 2, "factors": (1.0,), "seeds": (0,)}}
 """Examples that train for minutes, and how they do for seconds."""
 
 SLOW = ("resnet18", "jax_resnet18", "transformer")
 
-HELD = ("keras", "gpt_two_ways", "trainer", "lightning", "lora", "partial_fit", "skorch", "scipy")
+HELD = ("keras", "mlx", "gpt_two_ways", "trainer", "lightning", "lora", "partial_fit", "skorch", "scipy")
 """Examples that a test of their own runs, and holds to what they promise."""
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("[0-9]*.py"))
@@ -86,6 +86,14 @@ def test_the_gradient_by_hand_is_that_of_finite_differences() -> None:
             )
             slope = (module.loss_and_gradient(plus)[0] - module.loss_and_gradient(minus)[0]) / 2e-6
             np.testing.assert_allclose(grads[name][i], slope, rtol=1e-5, atol=1e-8)
+
+
+@needs("mlx")
+def test_mlx_fits_a_sine_by_a_back_end_from_outside() -> None:
+    with from_outside():
+        first, last = example("15_mlx").main()
+
+    assert last < first / 50
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ class Backend:
     """The name, as `Library.name` has it and `explain` prints it."""
     packages: tuple[str, ...]
     """The packages or modules in which the types of its arrays are defined."""
-    arrays: str | Library
+    arrays: str | Library[Any, Any]
     """What its arrays answer: an instance of `Library`."""
     containers: Mapping[str, str] = field(default_factory=dict[str, str])
     """Package of model classes -> the module whose `container_of(kind)` knows them."""

@@ -39,6 +39,11 @@ def is_complex(name: str) -> bool:
     return numbers_of(name).kind == "complex"
 
 
+def bytes_of(name: str) -> int:
+    """The bytes of an element."""
+    return numbers_of(name).bits // 8
+
+
 @functools.cache
 def real_of(library: Library[Any, D], dtype: D) -> D:
     """The type of the real part."""

@@ -3,7 +3,9 @@
 from typing import Any, ClassVar, NamedTuple
 
 from optimisers import ops
+from optimisers.arrays import registry
 from optimisers.arrays.protocol import Array
+from optimisers.arrays.types import bytes_of, is_complex
 from optimisers.errors import BadSetting, deprecated
 from optimisers.ops import (
     Becomes,
@@ -73,7 +75,8 @@ class MixedPrecision(Rule):
             raise BadSetting(f"MixedPrecision.dtype is {self.dtype!r}; it takes 'float32' or 'float64'")
 
     def init(self, x: Array) -> MasterState:
-        if "complex" in str(x.dtype) or x.dtype.itemsize > int(self.dtype[5:]) // 8:
+        own = registry.type_name(x)
+        if is_complex(own) or bytes_of(own) > bytes_of(self.dtype):
             raise BadSetting(f"MixedPrecision keeps {self.dtype} masters; the parameters are {x.dtype}")
         master = copy(x, self.dtype)
         return MasterState(master, self.rule.init(master))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from optimisers.arrays.layout import contiguous_strides
+from optimisers.arrays.types import bytes_of
 from optimisers.engines import interpret
 from optimisers.engines.addressed import byrow, text
 from optimisers.engines.addressed import task as fused
@@ -132,7 +133,7 @@ def plan_of(group: Group, leaves: Sequence[int], choice: Choice, owner: Indices 
         far = None if owner is None else Crossing(group, leaves, owner)
         steps = tuple(steps_of(group.program, group.kind, shapes, rank, far))
     else:
-        steps = tuple(_interpreted(group.program, group.kind.dtype.itemsize))
+        steps = tuple(_interpreted(group.program, bytes_of(group.kind.library.type_name(group.kind.dtype))))
     subset = group.cache.whole
     tables = None if subset is None else subset.tables
     held = fused.workspace_of(tables).nbytes if isinstance(tables, fused.Tables) else 0
@@ -179,7 +180,8 @@ class _Writer:
     ) -> None:
         self.program, self.rank, self.shapes = program, rank, Counter(shapes)
         self.far, self.here = far, set[int]()
-        self.dtype, self.itemsize = kind.library.type_name(kind.dtype), kind.dtype.itemsize
+        self.dtype = kind.library.type_name(kind.dtype)
+        self.itemsize = bytes_of(self.dtype)
         self.width = 8 if text.arithmetic_of(self.program, self.dtype) == "float64" else 4
         """Bytes of a number of the arithmetic."""
         self.labels = text.labels_of(self.program)
