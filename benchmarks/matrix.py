@@ -1,6 +1,13 @@
-"""How fast are the rules that multiply, factorise or sum along matrices? `python -m benchmarks.matrix
-[--rules Muon SOAP ...] [--sizes gpt2 24x256 ...] [--worlds torch numpy jax] [--seconds 10]
-[--processor] [--out FILE]`.
+"""How fast are the rules that multiply, factorise or sum along matrices?
+
+    python -m benchmarks.matrix [--rules Muon SOAP ...] [--sizes gpt2 24x256 ...] [--worlds torch numpy jax]
+                                [--seconds 10] [--cpu] [--without heavyball ...] [--again | --show]
+                                [--note TEXT] [--keep FILE.jsonl] [--out FILE.md]
+
+Every row is kept in a file as soon as it is there (build/matrix-cpu.jsonl), and all rows of that file that
+were measured by the chosen clock go into the table (benchmarks/results/matrix-cpu.md): a run that was stopped
+goes on, and one of a few rules or sizes adds to the table. `--again` measures the chosen ones once more, and
+`--show` none.
 
 Float32 on the CPU: the hidden matrices of four layers of GPT-2 small, the kernels of ResNet-18, 24 and 200
 matrices of 256 x 256 and 1,000 of 64 x 64. Ours by `update_` (under `jit` by `update`), each peer as its
@@ -10,19 +17,14 @@ and size has a process of its own, in which all take turns; figures are medians 
 The limit is what cannot be saved: the bare batched products of the library (Muon, NorMuon, Scion), those and
 the factorisations of a period divided by its length (SOAP, Shampoo, SPlus), those and two triangular solves
 (Kron), or reading and writing the arrays once (Adafactor, CAME, SM3). Rules with factorisations renew them
-every ten steps, ours and all others, and a round is ten steps. With `--processor` figures are seconds of the
+every ten steps, ours and all others, and a round is ten steps. With `--cpu` figures are seconds of the
 processor, of all threads: with one thread (OMP_NUM_THREADS=1) they can be compared where others work too.
 """
 
 import argparse
 import importlib
 import json
-import os
-import platform
-import sys
-import time
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,9 +33,10 @@ import torch
 import optimisers as opt
 from benchmarks import matrix_limits as limits
 from benchmarks import shapes
+from benchmarks.kept import CLOCKS, Found, What, add_options, header, kept_rows, parsed, rows, seconds_by
 from benchmarks.limit import limit_of
 from benchmarks.matrix_peers import PEERS, PERIOD, Shape, Step, arrays, step_of
-from benchmarks.printing import child
+from benchmarks.printing import ROOT
 from benchmarks.timing import Timings, interleaved
 
 LAYER = [(768, 2304), (768, 768), (768, 3072), (3072, 768)]
@@ -57,6 +60,11 @@ class Row(NamedTuple):
     rule: opt.Rule
     target: float | None = None
 
+
+ASKED = ("gpt2", "resnet18", "200x256", "1000x64")
+"""Sizes that are measured unless others are named."""
+
+KEEP, OUT = ROOT / "build" / "matrix-cpu.jsonl", ROOT / "benchmarks" / "results" / "matrix-cpu.md"
 
 ROWS = {
     "Muon": Row(opt.Muon(0.02), 1.15),
@@ -116,13 +124,6 @@ def bare(name: str, sizes: list[Shape], world: str) -> dict[str, Step]:
     return {"limit": limit_of(model, grads, [full] if name in ("CAME", "SM3") else [])}
 
 
-def of_processor(step: Step) -> float:
-    """Seconds of the processor, of all threads."""
-    begin = time.process_time()
-    step()
-    return time.process_time() - begin
-
-
 def once(step: Step) -> Step:
     """One step."""
     return step
@@ -138,8 +139,10 @@ def repeated(step: Step) -> Step:
     return run
 
 
-def measured(name: str, size: str, world: str, seconds: float, *, processor: bool) -> dict[str, Any]:
-    """Milliseconds a step of everyone, and who is left out."""
+def measured(
+    name: str, size: str, world: str, seconds: float, *, clock: str, without: Sequence[str] = ()
+) -> Found:
+    """Milliseconds a step of everyone, and who is left out; peers of some packages are."""
     sizes, found = SIZES[size][1], dict[str, Step]()
     begin = bare(name, sizes, world)
     often = repeated if name in limits.AXES else once
@@ -147,15 +150,16 @@ def measured(name: str, size: str, world: str, seconds: float, *, processor: boo
     missing: list[str] = []
     for peer in PEERS[name] if world == "torch" else ():
         label = f"{peer.path} {peer.note}".strip()
+        if peer.path.partition(".")[0] in without:
+            continue
         try:
             step = step_of(peer, sizes)
             step()
             found[label] = often(step)
         except Exception as error:  # noqa: BLE001 whatever a package of others does, the others are timed
             missing.append(f"{label}: {type(error).__name__}: {error!s:.90}")
-    clock = of_processor if processor else None
-    taken = interleaved(found, seconds=seconds, least=2, warmup=1, clock=clock)
-    return {"ms": milliseconds(taken, name), "missing": missing, "rounds": len(taken.seconds["ours"])}
+    taken = interleaved(found, seconds=seconds, least=2, warmup=1, clock=seconds_by(clock))
+    return {"ms": milliseconds(taken, name), "missing": missing, "threads": torch.get_num_threads()}
 
 
 def milliseconds(taken: Timings, name: str) -> dict[str, tuple[float, float]]:
@@ -171,100 +175,116 @@ def milliseconds(taken: Timings, name: str) -> dict[str, tuple[float, float]]:
 # -- the table -----------------------------------------------------------------------------------------------
 
 
-def lines_of(name: str, size: str, world: str, answer: dict[str, Any]) -> list[str]:
+def of(found: Found) -> str:
+    """What a row is about, for the reader."""
+    return f"{found['rule']}, {SIZES[found['size']][0]}" + (
+        "" if found["world"] == "torch" else f", {found['world']}"
+    )
+
+
+def lines_of(found: Found) -> list[str]:
     """A row of the table for everyone."""
-    ms = answer["ms"]
-    whole = f"{name}, {SIZES[size][0]}" + ("" if world == "torch" else f", {world}")
-    found = [f"| **{whole}** | | | | |"]
+    ms = found["ms"]
+    lines = [f"| **{of(found)}** | | | | |"]
     for who, (median, minimum) in ms.items():
         times = [(median / ms[o][0], minimum / ms[o][1]) for o in ("limit", "ours")]
         ratios = (f"{a:.2f} ({b:.2f})" for a, b in times)
-        found.append(f"| {who} | {median:.1f} | {minimum:.1f} | {' | '.join(ratios)} |")
-    found += [f"| left out: {what} | | | | |" for what in answer["missing"]]
-    return found
+        lines.append(f"| {who} | {median:.1f} | {minimum:.1f} | {' | '.join(ratios)} |")
+    return lines + [f"| left out: {what} | | | | |" for what in found["missing"]]
 
 
-def verdict(name: str, size: str, world: str, answer: dict[str, Any]) -> str:
+def verdict(found: Found) -> str:
     """What was asked of a rule, and what is; peers in bfloat16 do other work."""
-    ms, target = answer["ms"], ROWS[name].target
+    ms, target = found["ms"], ROWS[found["rule"]].target
     said: list[str] = []
     ratio = min(ms["ours"][k] / ms["limit"][k] for k in (0, 1))
     if target is not None:
-        said.append(f"{ratio:.2f} x its limit (at most {target:g}: {'met' if ratio <= target else 'missed'})")
+        said.append(f"{ratio:.2f} x its limit (at most {target:g}: {judge(ratio <= target)})")
     others = {who: v for who, v in ms.items() if who not in ("ours", "limit") and "bfloat16" not in who}
     if others:
         best = min(others, key=lambda who: others[who][0])
-        times, least = others[best][0] / ms["ours"][0], FASTER if size in SMALL else 1.0
+        times, least = others[best][0] / ms["ours"][0], FASTER if found["size"] in SMALL else 1.0
         said.append(f"{times:.1f} x as fast as {best} (at least {least:g}: {judge(times >= least)})")
-    return f"{name}, {SIZES[size][0]}, {world}: {'; '.join(said)}" if said else ""
+    return f"{of(found)}: {'; '.join(said)}" if said else ""
+
+
+def briefly(found: Found) -> list[str]:
+    """A row while it is measured."""
+    if "failed" in found:
+        return [of(found), "FAILED", found["failed"]]
+    return [*(f"{who} {median:.1f} ms" for who, (median, _) in found["ms"].items()), verdict(found)]
 
 
 def judge(met: bool) -> str:
     return "met" if met else "missed"
 
 
-def machine() -> str:
-    """The machine and what is installed, in words."""
-    packages = ["torch", "numpy", "jax", "optax", "heavyball", "pytorch_optimizer", "timm", "came_pytorch"]
-    found: list[str] = []
-    for package in packages:
-        try:
-            found.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            found.append(f"no {package}")
-    system = f"{platform.system()}, {platform.machine()}, {os.cpu_count()} cores"
-    versions = f"Python {platform.python_version()}, {', '.join(found)}"
-    return f"{system}, {torch.get_num_threads()} threads; {versions}; {time.strftime('%Y-%m-%d')}."
-
-
 HEAD = """\
 # Rules of matrices on the CPU
 
-{machine}
+{with_}
 
-Float32. Milliseconds {kind} a step: the median and the least of rounds in which all took turns, and
-how many times the limit and ours that is (of the least in brackets).
+Float32. Milliseconds of the {clock} a step: the median and the least of rounds in which all took turns, and
+how many times the limit and ours that is (of the least in brackets).{note}
 
 | | median | least | x limit | x ours |
 |---|---:|---:|---:|---:|
 """
 
+WORLDS = ("torch", "numpy", "jax")
+
+
+def table(found: Sequence[Found], clock: str, note: str) -> str:
+    """All rows, rule by rule and size by size, and what was asked."""
+    order = [*ROWS], [*SIZES], [*WORLDS]
+    place = {w: i for names in order for i, w in enumerate(names)}
+    known = sorted(found, key=lambda f: [place[f[n]] for n in NAMES])
+    threads = sorted({f["threads"] for f in known})
+    count = " or ".join(map(str, threads)) + (" thread." if threads == [1] else " threads.")
+    head = HEAD.format(with_=" ".join([*header(known), count]), clock=clock, note=note and f" {note}")
+    said = [f"- {what}" for f in known if (what := verdict(f))]
+    rest = "\n".join(line for f in known for line in lines_of(f))
+    return head + "\n".join([rest, "", "What was asked:", "", *said, ""])
+
+
+NAMES = ("rule", "size", "world")
+"""What tells rows apart."""
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.matrix", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.matrix",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--rules", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument("--worlds", nargs="+", choices=["torch", "numpy", "jax"], default=["torch"])
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(ASKED))
+    parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=["torch"])
     parser.add_argument("--seconds", type=float, default=10.0, help="how long each process measures")
-    parser.add_argument("--processor", action="store_true", help="seconds of the processor, not of the clock")
-    parser.add_argument("--out", type=Path, help="a file for the table")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        asked = given.rules[0], given.sizes[0], given.worlds[0], given.seconds
-        print(json.dumps(measured(*asked, processor=given.processor)))
+    add_options(parser, out=OUT, keep=KEEP)
+    chosen = parsed(parser)
+    if chosen.child:
+        name, size, world, seconds, clock, without = chosen.child
+        answer = measured(name, size, world, float(seconds), clock=clock, without=without.split(","))
+        print(json.dumps(answer))
         return
-    rows, said = list[str](), list[str]()
-    for name in given.rules:
-        for size in given.sizes:
-            for world in given.worlds:
-                if world != "torch" and name not in ORTHOGONAL:
-                    continue
-                print(f"{name}, {SIZES[size][0]}, {world} ...", file=sys.stderr, flush=True)
-                words = ["--rules", name, "--sizes", size, "--worlds", world, "--seconds", str(given.seconds)]
-                words += ["--processor"] * given.processor
-                try:
-                    answer = child(*words, module="benchmarks.matrix")
-                except RuntimeError as error:
-                    print(f"left out: {error!s:.2000}", file=sys.stderr, flush=True)
-                    continue
-                new, what = lines_of(name, size, world, answer), verdict(name, size, world, answer)
-                print("\n".join([*new, what]), flush=True)
-                rows, said = [*rows, *new], [*said, *([f"- {what}"] if what else [])]
-    if given.out:
-        kind = "of the processor" if given.processor else "of the clock"
-        text = [HEAD.format(machine=machine(), kind=kind) + "\n".join(rows), "", "What was asked:", "", *said]
-        given.out.write_text("\n".join(text) + "\n")
+    todo: list[What] = [
+        {"rule": name, "size": size, "world": world}
+        for name in chosen.rules
+        for size in chosen.sizes
+        for world in (chosen.worlds if name in ORTHOGONAL else ["torch"])
+    ]
+    clock = CLOCKS[chosen.cpu]
+    for _ in rows(chosen, todo, "benchmarks.matrix", briefly):
+        written(chosen, clock)
+    written(chosen, clock)
+    print(chosen.out)
+
+
+def written(chosen: argparse.Namespace, clock: str) -> None:
+    """Write the table of all rows that are kept."""
+    if found := list(kept_rows(chosen.keep, clock, NAMES).values()):
+        chosen.out.write_text(table(found, clock, chosen.note))
 
 
 if __name__ == "__main__":

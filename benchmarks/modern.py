@@ -22,28 +22,23 @@ step costs. Peers of Optax are fused by XLA; those of other packages are a call 
 """
 
 import argparse
-import contextlib
-import datetime as dt
 import functools
 import gc
 import importlib
-import importlib.metadata
 import json
 import math
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 import optimisers as opt
 from benchmarks import shapes
+from benchmarks.kept import CLOCKS, Found, add_options, header, parsed, rows, seconds_by
 from benchmarks.limit import limit_of
 from benchmarks.modern_rows import ETA, OVER, ROWS, THEN, Row
-from benchmarks.printing import Report, child
+from benchmarks.printing import Report
 from benchmarks.timing import Timings, interleaved
 from optimisers.state.leaf import parts
 
@@ -54,9 +49,6 @@ EXAMPLES = 2
 """Of how many examples gradients are, where a rule takes those of each."""
 
 Step = Callable[[], object]
-Found = dict[str, Any]
-"""What was measured of a rule on a model."""
-
 
 # -- ours and theirs -----------------------------------------------------------------------------------------
 
@@ -166,23 +158,13 @@ def of_optax(path: str, settings: dict[str, Any], sizes: list[shapes.Shape], giv
 
 # -- one rule ------------------------------------------------------------------------------------------------
 
-CLOCKS = {False: "clock", True: "processor"}
-"""Whose time it is, by whether `--cpu` is asked for."""
-
-
-def by_processor(function: Step) -> float:
-    """Seconds of the processor for a call, of all threads."""
-    begin = time.process_time()
-    function()
-    return time.process_time() - begin
-
 
 def measured(name: str, model: str, seconds: float, *, clock: str, without: Sequence[str] = ()) -> Found:
     """Time a rule beside the limit and each of its peers in turn: medians and minima in seconds, ratios to
     ours, what is left out; peers of some packages are.
     """
     row, sizes = ROWS[name], list(shapes.ALL[model]())
-    by = by_processor if clock == CLOCKS[True] else None
+    by = seconds_by(clock)
     step, bound, found = ours(row, sizes)
     rounds: list[Timings] = []
     peers: list[Found] = []
@@ -219,39 +201,6 @@ def measured(name: str, model: str, seconds: float, *, clock: str, without: Sequ
 
 
 # -- all -----------------------------------------------------------------------------------------------------
-
-
-def kept_rows(keep: Path | None, clock: str) -> dict[tuple[str, str], Found]:
-    """The rows of a file by (model, rule), the last of each, that were measured by this clock."""
-    if keep is None or not keep.exists():
-        return {}
-    found = map(json.loads, keep.read_text().splitlines())
-    return {(f["model"], f["rule"]): f for f in found if f.get("clock") == clock}
-
-
-def rows(chosen: argparse.Namespace, clock: str) -> Iterator[Found]:
-    """What was measured of each rule on each model: what stands in the file, else in a fresh process."""
-    kept = kept_rows(chosen.keep, clock)
-    todo = [(model, name) for model in chosen.models for name in chosen.rules]
-    begin = time.perf_counter()
-    for n, (model, name) in enumerate(todo, 1):
-        found = None if chosen.again else kept.get((model, name))
-        if found is None and chosen.show:
-            continue
-        if found is None:
-            how = name, model, str(chosen.seconds), clock, ",".join(chosen.without)
-            try:
-                found = child(*how, module="benchmarks.modern") | {"date": today(), "with": versions()}
-            except (RuntimeError, ValueError, IndexError) as error:  # it failed, or said nothing
-                found = {"failed": str(error).strip().splitlines()[-1]}
-            found |= {"model": model, "rule": name, "clock": clock}
-            if chosen.keep is not None and "failed" not in found:
-                with chosen.keep.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
-        if not chosen.show:
-            now = f"[{n}/{len(todo)}, {time.perf_counter() - begin:.0f} s]"
-            print(now, model, *line(found), sep="  ", flush=True)
-        yield found
 
 
 def by_time(peer: Found) -> float:
@@ -300,38 +249,6 @@ def show(report: Report, model: str, found: Sequence[Found], clock: str) -> None
         report.line(f"Left out: {missing}")
 
 
-def header(found: Sequence[Found]) -> Iterator[str]:
-    """What the rows were measured with, and when."""
-    dates: dict[str, set[str]] = {}
-    for f in found:
-        if "failed" not in f:
-            dates.setdefault(f["with"], set()).add(f["date"])
-    for what, when in dates.items():
-        yield f"{what}; {' to '.join(sorted({min(when), max(when)}))}."
-
-
-def today() -> str:
-    return dt.datetime.now(dt.UTC).date().isoformat()
-
-
-@functools.cache
-def versions() -> str:
-    """This machine and what is installed on it."""
-    processor = platform.machine()
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text()
-        processor = next(x for x in text.splitlines() if x.startswith("model name")).partition(":")[2].strip()
-        processor += f", {text.count('model name')} cores"
-    found = [f"Python {platform.python_version()}"]
-    for name in ("numpy", "numba", "torch", "jax", "optax", *PACKAGES):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    return f"{processor}; {', '.join(found)}"
-
-
-PACKAGES = ("timm", "pytorch_optimizer", "torch-optimi", "schedulefree", "prodigyopt", "dadaptation")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.modern",
@@ -341,28 +258,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(shapes.ALL), default=["small", "gpt2"])
     parser.add_argument("--rules", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seconds", type=float, default=6, help="time for the rounds of each rule")
-    parser.add_argument("--cpu", action="store_true", help="time of the processor, not of the clock")
-    parser.add_argument(
-        "--without", nargs="+", default=[], metavar="PACKAGE", help="packages whose peers are left out"
-    )
-    parser.add_argument(
-        "--keep", type=Path, help="a file for rows, one a line: what stands there is not run again"
-    )
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--again", action="store_true", help="measure also what stands in the file")
-    how.add_argument("--show", action="store_true", help="measure nothing: show what stands in the file")
-    parser.add_argument("--note", default="", help="how it was measured, for the reader of the tables")
-    parser.add_argument("--out", type=Path, help="a file for the tables, as Markdown")
-    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
+    add_options(parser)
+    chosen = parsed(parser)
     if chosen.child:
-        name, model, seconds, clock, without = chosen.child
+        model, name, seconds, clock, without = chosen.child
         print(json.dumps(measured(name, model, float(seconds), clock=clock, without=without.split(","))))
         return
-    if chosen.show and chosen.keep is None:
-        parser.error("--show makes tables of the rows in a file; name it: --keep FILE.jsonl --show")
     clock = CLOCKS[chosen.cpu]
-    found = list(rows(chosen, clock))
+    todo = [{"model": model, "rule": name} for model in chosen.models for name in chosen.rules]
+    found = list(rows(chosen, todo, "benchmarks.modern", lambda row: [row["model"], *line(row)]))
     report = Report(chosen.out)
     report.keep("# Modern rules on a CPU\n\n")
     for text in (*header(found), *filter(None, [chosen.note])):
