@@ -393,6 +393,14 @@ FACTORISED: dict[str, opt.Rule] = {
 open, as they do for the shapes of the rows: so there are none for these.
 """
 
+LITTLE: dict[str, opt.Rule] = {
+    "Adafactor": opt.Adafactor(0.05, lam=0.1),
+    "CAME": opt.CAME(0.05, (0.8, 0.9, 0.95), lam=0.1),
+    "SM3": opt.SM3(0.05, 0.8),
+    "APOLLO": opt.APOLLO(0.05, (0.8, 0.9), lam=0.1, rank=2, every=3),
+}
+"""Rules of little memory, whose state has other shapes than the parameters too."""
+
 
 def name(row: Row) -> str:
     """For `pytest.mark.parametrize(..., ids=name)`."""

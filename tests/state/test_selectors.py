@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import linen as linen_nn
 from flax import nnx
 from torch import nn
 
@@ -104,6 +105,29 @@ def linen() -> dict[str, Any]:
     }
 
 
+def dense(head: str | None) -> Any:
+    """What Linen itself makes of three layers, of which the last has this name, or none of its own."""
+
+    class Layers(linen_nn.Module):
+        @linen_nn.compact
+        def __call__(self, x: Any) -> Any:
+            for width in (5, 6):
+                x = linen_nn.relu(linen_nn.Dense(width)(x))
+            return linen_nn.Dense(2, name=head)(x)
+
+    return Layers().init(jax.random.key(0), jnp.ones((1, 4)))
+
+
+class Sheets(nnx.Module):
+    """Layers of NNX under names of their own, and a head."""
+
+    def __init__(self, layer: Any) -> None:
+        rngs = nnx.Rngs(0)
+        self.filters = nnx.Conv(3, 4, (2, 2), rngs=rngs)
+        self.up, self.down = layer(4, 8, rngs=rngs), layer(8, 4, rngs=rngs)
+        self.norm, self.classifier = nnx.LayerNorm(4, rngs=rngs), layer(4, 2, rngs=rngs)
+
+
 def picked(model: Any, selector: Any) -> set[str]:
     """The paths that a selector picks where it is a key of a dict of rules."""
     state = opt.setup({selector: FAST, "**": SLOW}, model)
@@ -121,6 +145,9 @@ MODELS: list[tuple[str, Callable[[], Any], set[str]]] = [
         linen,
         {"params.Block_0.Dense_0.kernel", "params.Block_0.MultiHeadDotProductAttention_0.query.kernel"},
     ),
+    ("Linen with a named head", lambda: dense("head"), {"params.Dense_0.kernel", "params.Dense_1.kernel"}),
+    ("Linen without one", lambda: dense(None), {"params.Dense_0.kernel", "params.Dense_1.kernel"}),
+    ("NNX with a named head", lambda: Sheets(nnx.Linear), {"up.kernel", "down.kernel", "filters.kernel"}),
     ("counted by Linen", lambda: {"params": {f"Dense_{i}": {"kernel": np.zeros((3, 3))} for i in (0, 1, 10)}},
      {"params.Dense_0.kernel", "params.Dense_1.kernel"}),
     ("sequence", lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2)),

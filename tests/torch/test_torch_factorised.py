@@ -1,5 +1,5 @@
-"""Rules with factorisations behind the faces of torch: schedulers, checkpoints, frozen parameters, wrappers;
-and what `hidden_matrices` gives them of models of other kinds.
+"""Rules with factorisations, and of little memory, behind the faces of torch: schedulers, checkpoints, frozen
+parameters, wrappers; and what `hidden_matrices` gives them of models of other kinds.
 """
 
 import copy
@@ -11,11 +11,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import optimisers as opt  # noqa: E402 torch may not be there
-from tests.table import FACTORISED  # noqa: E402
+from tests.table import FACTORISED, LITTLE  # noqa: E402
 
 nn = torch.nn
 
-every_rule = pytest.mark.parametrize("rule", FACTORISED.values(), ids=FACTORISED.keys())
+RULES: dict[str, opt.Rule] = {**FACTORISED, **LITTLE}
+
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 
 
 def weights(dtype: Any = torch.float32) -> list[Any]:
