@@ -217,6 +217,10 @@ class Exchange:
 
     # -- to the owners --
 
+    def knows(self, what: Round) -> bool:
+        """Whether all is known of which a pass makes the inputs of a round."""
+        return all(self.s.known_of(e) for e in filling(what, tuple(range(len(what.inputs)))).free)
+
     def start(self, what: Round, members: Indices | None) -> None:
         """Have a pass write the inputs of a round, and send them to the owners, with the state it reads."""
         key = id(what), _key(members)
@@ -234,7 +238,11 @@ class Exchange:
         flats = [self.flat(size, kind) for kind in kinds]
         at = [self.library.memory.address(f) + k.itemsize * place for f, k in zip(flats, kinds, strict=True)]
         if flats:
-            self.s.fill(filling(what, tuple(range(len(flats)))), members, at)
+            p = filling(what, tuple(range(len(flats))))
+            for e in p.free:
+                self.s.addresses(e)
+            self.arrive()
+            self.s.fill(p, members, at)
         self.begun[key] = [
             [
                 self.sent(wave, way, self.vector(flat, first, sum(way.given)), kind)

@@ -360,7 +360,7 @@ def start(step: Step, holds: Holds, members: Members, launch: Callable[..., None
         return
     exchange = stacks_of(step, launch).exchange
     for what in operations(step.program, None, holds, arrays.ran, arrays.tables.rank):
-        if exchange is not None and what.chooses is None and not what.only:
+        if exchange is not None and what.chooses is None and not what.only and exchange.knows(what):
             exchange.start(what, members)
 
 
