@@ -53,9 +53,32 @@ def in_pass(e: Expr) -> bool:
     """Whether a value of another shape is made in the pass that reads it: a function of the elements of one
     other.
     """
-    if e.domain != "free" or e.op not in OPERATIONS or OPERATIONS[e.op].family != "elementwise":
+    if not _of_elements(e) or (e.op in _DEAR and _is_small(e)):
         return False
     return e.type == "real" and [a.type for a in e.args if a.domain != "scalar"] == ["real"]
+
+
+_DEAR = frozenset({"sqrt", "divide", "power", "exp", "log"})
+"""Functions that are taken once of a number for each row or column, not again of each element."""
+
+
+def _of_elements(e: Expr) -> bool:
+    """Whether a value of another shape is made element by element."""
+    return e.domain == "free" and e.op in OPERATIONS and OPERATIONS[e.op].family == "elementwise"
+
+
+def _is_small(e: Expr) -> bool:
+    """Whether a value is made of sums along axes, and of state of another shape."""
+    nodes = [e]
+    summed = False
+    for node in nodes:
+        if _of_elements(node):
+            nodes += [a for a in node.args if a.domain != "scalar"]
+        elif node.domain == "free" and node.op in ("sum", "max", "min"):
+            summed = True
+        elif node.domain != "free" or node.op != "input":
+            return False
+    return summed
 
 
 class Lowering:

@@ -77,7 +77,7 @@ def over_root(y: Array, squares: Any, shape: tuple[int, ...], axes: Axes | None)
     if axes is None:
         return y / sqrt(squares)
     rows, columns = squares
-    return y * sqrt(mean_along(rows, axes[0], shape) / columns) / sqrt(rows)
+    return y * sqrt(mean_along(rows, axes[0], shape) / columns) * (1 / sqrt(rows))
 
 
 def limited(u: Array, clip: Any) -> Any:
