@@ -235,3 +235,60 @@ def test_no_stack_of_matrices_is_written() -> None:
     opt.update_(state, model, [np.full((256, 128), i + 1.0, np.float32) for i in range(8)])
     (group,) = opt.explain(state).groups
     assert group.workspace < sum(x.nbytes for x in model) / 4
+
+
+class Balanced(opt.Rule):
+    """Rows of length 1, then columns of length 1, then the largest element of each row 1: every reduction
+    reads what the one before was read for.
+    """
+
+    def init(self, x: Any) -> Any:
+        return opt.zeros_like(x)
+
+    def apply(self, state: Any, x: Any, dx: Any) -> Any:
+        y = dx / (1 + opt.sqrt(opt.ops.sum(opt.abs2(dx), axis=-1, keepdims=True)))
+        y = y / (1 + opt.sqrt(opt.ops.sum(opt.abs2(y + x), axis=-2, keepdims=True)))
+        m = 0.5 * state + y
+        return m, 0.1 * m / (1 + opt.ops.max(opt.ops.abs(m), axis=-1, keepdims=True) * opt.ops.max(abs(y)))
+
+
+def balanced(x: Any, s: Any, g: Any) -> Any:
+    y = g / (1 + np.linalg.norm(g, axis=1, keepdims=True))
+    y = y / (1 + np.linalg.norm(y + x, axis=0, keepdims=True))
+    m = 0.5 * s + y
+    return x - 0.1 * m / (1 + abs(m).max(1, keepdims=True) * abs(y).max()), m
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("shapes", [((70, 40), (130, 33), (70, 40)), ((40, 7), (9, 5), (9, 5), (40, 7))])
+def test_reductions_that_follow_each_other_are_taken_one_after_the_other(
+    library: str, shapes: tuple[tuple[int, int], ...]
+) -> None:
+    make: Any = np.array
+    if library != "numpy":
+        module = pytest.importorskip(library)
+        make = torch.tensor if library == "torch" else module.numpy.asarray
+    rng = np.random.default_rng(0)
+    exact = [rng.standard_normal(s).astype(np.float32) for s in shapes]
+    held: Arrays = [np.zeros(s) for s in shapes]
+    model: Arrays = list(map(make, exact))
+    state = opt.setup(Balanced(), model)
+    for t in range(3):
+        grads = [rng.standard_normal(s).astype(np.float32) for s in shapes]
+        step = opt.update_ if t == 1 and library != "jax" else opt.update
+        state, model = step(state, model, list(map(make, grads)))
+        exact, held = map(list, zip(*map(balanced, exact, held, grads), strict=True))
+
+    for x, wanted in zip(model, exact, strict=True):
+        np.testing.assert_allclose(np.asarray(x), wanted, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "rule", [opt.Adafactor(), opt.CAME(), opt.SM3(), Balanced()], ids=lambda r: type(r).__name__
+)
+def test_rules_that_reduce_along_axes_alone_write_no_stack(rule: opt.Rule) -> None:
+    model = [np.zeros((64, 48), np.float32)] * 3
+    (group,) = opt.explain(opt.setup(rule, [x.copy() for x in model])).groups
+
+    assert not [w for s in group.plan.steps for w in s.writes if "stack" in w]
+    assert sum(s.bytes for s in group.plan.steps if s.kind == "array operations") < 8

@@ -252,7 +252,7 @@ class _Writer:
         step = self.pass_over(p, where)
         return PlanStep(
             "pass over rows",
-            tuple(self.named(name) for name in p.loads if not name.startswith("w")),
+            tuple(name for name in step.reads if not name.startswith("stack")),
             (),
             step.bytes - 2 * self.width * len(gathered),
             len(what.along),

@@ -64,6 +64,20 @@ def is_full_reduction(e: Expr) -> bool:
     return e.op in _REDUCTIONS and e.domain == "scalar"
 
 
+def axis_reduced(e: Expr) -> int | None:
+    """The axis along which a node reduces real numbers in the shape of x; None for any other node."""
+    if (
+        e.op not in _REDUCTIONS
+        or e.domain != "free"
+        or e.args[0].domain != "array"
+        or e.args[0].type != "real"
+    ):
+        return None
+    axis = dict(e.options).get("axis")
+    axes = {axis} if isinstance(axis, int) else set(axis) if isinstance(axis, tuple) else set[int]()
+    return axes.pop() if len(axes) == 1 else None
+
+
 def news_of(e: Expr) -> tuple[Expr, ...]:
     """What an `every` gives where its condition holds."""
     return e.args[1 : 1 + len(e.args) // 2]

@@ -15,7 +15,7 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 
 from optimisers.graph.cached import cached
-from optimisers.graph.expr import Expr, news_of, olds_of, order
+from optimisers.graph.expr import Expr, axis_reduced, news_of, olds_of, order
 from optimisers.graph.lower import Lowering, in_pass
 from optimisers.graph.parts import Held, Part, below, parts, unconditional, under
 from optimisers.graph.passes import Outputs, Pass, maths_of_stores, outputs, pass_of, stages
@@ -70,13 +70,11 @@ def operations(
     if level is not None:
         readers = order([*program.roots, *program.guards], guards=True)
     held = _held(program, done)
-    *before, last = parts(need.roots, known, held)
-    rounds = [_round_of(p, (), need, readers, program, rank) for p in before]
-    rounds.append(_round_of(last, need.reductions, need, readers, program, rank))
+    rounds = _rounds(parts(need.roots, known, held), need, readers, program, rank)
     seen = known | {id(e) for e in unconditional(need.roots)}
     for some in need.sometimes:
         part = Part(tuple(below(some.roots, seen | under(some.only, held))), some.only)
-        rounds.append(_round_of(part, some.reductions, some, readers, program, None))
+        rounds += _rounds([part], some, readers, program, None)
     return tuple(filter(_does_something, rounds))
 
 
@@ -164,6 +162,45 @@ def read_by(roots: Iterable[Expr]) -> dict[int, Expr]:
     return found
 
 
+def _rounds(
+    given: Sequence[Part], need: _Need, readers: Sequence[Expr], program: Program, rank: int | None
+) -> list[Round]:
+    """Parts as rounds; the reductions of the step are of the last."""
+    between = read_by(a for p in given for e in p.nodes for a in _arrays(e))
+    if between:  # passes read some of this between two rounds
+        need = dataclasses.replace(need, read=need.read | between)
+        given = [wave for p in given for wave in _waves(p, {id(e) for e in need.roots})]
+    sums = [()] * (len(given) - 1) + [need.reductions]
+    return [_round_of(p, r, need, readers, program, rank) for p, r in zip(given, sums, strict=True)]
+
+
+def _arrays(e: Expr) -> list[Expr]:
+    """The arguments of the shape of x."""
+    return [a for a in e.args if a.domain == "array"]
+
+
+def _waves(part: Part, roots: set[int]) -> list[Part]:
+    """A part in several, where passes make of what one has computed what the next one reads; without what
+    only such passes compute.
+    """
+    if part.chooses is not None:
+        return [part]
+    alive = set(roots)
+    for e in reversed(part.nodes):
+        if id(e) in alive:
+            alive |= {id(a) for a in e.args if a.domain == "free"} | read_by(_arrays(e)).keys()
+    wave: dict[int, int] = {}
+    for e in part.nodes:
+        beside = [wave[id(a)] for a in e.args if id(a) in wave]
+        before = [wave[i] + 1 for i in read_by(_arrays(e)) if i in wave]
+        wave[id(e)] = max([0, *beside, *before])
+    found: list[list[Expr]] = [[] for _ in range(max(wave.values(), default=0) + 1)]
+    for e in part.nodes:
+        if id(e) in alive:
+            found[wave[id(e)]].append(e)
+    return [dataclasses.replace(part, nodes=tuple(nodes)) for nodes in found]
+
+
 def _round_of(
     part: Part,
     reductions: tuple[Expr, ...],
@@ -206,7 +243,6 @@ def _inputs(read: Iterable[Expr]) -> tuple[tuple[Expr, ...], tuple[Expr, ...]]:
     arrays = {id(a): a for a in read if a.domain == "array"}
     scaled = {i: a for i, a in arrays.items() if _multiple_of(a, arrays)}
     inputs = tuple(a for i, a in arrays.items() if i not in scaled)
-    assert not read_by(inputs)  # what products read is of their domain (see `turn.settled`)
     return inputs, tuple(scaled.values())
 
 
@@ -220,13 +256,9 @@ def _multiple_of(e: Expr, others: Collection[int]) -> bool:
 
 def axis_of(e: Expr, rank: int) -> str:
     """`last` or `first` for a reduction of a value of x's shape along that axis of matrices; else empty."""
-    if e.op not in ("norm2", *_SMALLEST) or e.args[0].domain != "array" or e.domain != "free":
+    at = axis_reduced(e)
+    if at is None:
         return ""
-    axis = dict(e.options).get("axis")
-    axes = {axis} if isinstance(axis, int) else set(axis) if isinstance(axis, tuple) else set[int]()
-    if e.args[0].type != "real" or len(axes) != 1:
-        return ""
-    (at,) = axes
     if at == -1 or at == rank - 1 >= 0:
         return "last"
     return "first" if rank == 2 and at in (0, -2) and e.op in _SMALLEST else ""

@@ -5,7 +5,7 @@ So `transpose(g) / norm(transpose(g))` is maths on the elements of g, which pass
 
 from collections.abc import Callable, Sequence
 
-from optimisers.graph.expr import Expr, Guard, is_full_reduction, order
+from optimisers.graph.expr import Expr, Guard, axis_reduced, is_full_reduction, order
 from optimisers.ops.dispatch import OPERATIONS
 
 
@@ -53,9 +53,14 @@ def settled(roots: Sequence[Expr]) -> tuple[list[Expr], dict[int, Expr]]:
 
 
 def _feeding(nodes: Sequence[Expr]) -> set[int]:
-    """The values that a value of another shape reads, or that are made into such, by id."""
+    """The values that a value of another shape reads, or that are made into such, by id; not those that are
+    reduced along an axis alone, which a pass takes.
+    """
     found: set[int] = set()
+    by_rows = not any(e.op == "every" for e in nodes)
     for e in reversed(nodes):
+        if by_rows and axis_reduced(e) is not None:
+            continue
         if e.domain == "free" or id(e) in found:
             found.update(id(a) for a in e.args if a.domain == "array")
     return found

@@ -296,7 +296,7 @@ class SM3(Rule):
         return SM3State(zeros_like(x), covers_of(real_zeros_like(x), x.shape))
 
     def apply(self, state: SM3State, x: Array, dx: Array) -> Any:
-        v = reduce(minimum, state.covers) + abs2(dx)
+        v = reduce(minimum, [cover + abs2(dx) for cover in state.covers])
         u = dx / where(v > 0, sqrt(v + self.epsilon), 1)
         m = ema(self.rho, state.m, u)
         return SM3State(m, covers_of(v, x.shape)), self.eta * m

@@ -90,6 +90,11 @@ class Reading:
     free: tuple[Indices, ...]
     """Where every row finds each value of another shape."""
 
+    @property
+    def found(self) -> dict[str, Indices]:
+        """The same by the names that kernels have for them."""
+        return {f"f{j}": at for j, at in enumerate(self.free)}
+
 
 def reading(step: Step, p: Pass, members: Members, stacks: Stacks) -> Reading | None:
     """How a pass reads values of another shape row by row; None where all of them have the shape of x."""
@@ -175,6 +180,9 @@ def take(step: Step, launch: Launch, stacks: Stacks, what: Round, members: Membe
         stacks.library.assign(flat, begin)
         at[name] = (stacks.library.memory.address(flat) + size * lines.places)[lines.block]
         held.append((e, flat))
+    seen = reading(step, p, members, stacks) if p.free else None
+    if seen is not None:
+        p, at = seen.p, at | seen.found
     partial = np.empty((len(p.reductions), len(lines.chunks.leaf)))
     launch(step, p, lines, at, *((partial,) if p.reductions else ()))
     for r, parts in zip(p.reductions, partial, strict=True):

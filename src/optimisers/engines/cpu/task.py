@@ -115,8 +115,7 @@ def launch(
     """
     seen = reading(step, p, members)
     if seen is not None:
-        free = {f"f{j}": at for j, at in enumerate(seen.free)}
-        launch_over(step, seen.p, seen.lines, free, *partial, new=new)
+        launch_over(step, seen.p, seen.lines, seen.found, *partial, new=new)
     else:
         launch_with(step, p, chunks, addressed.rows(step, p, new, members), members, *partial)
 

@@ -70,6 +70,8 @@ def prepare(step: Step, holds: Holds, members: Members) -> Callable[[], None] | 
     if p is None or members is not None or not takes(step, p):
         return None
     rounds = operations(step.program, None, holds)
+    if len(rounds) > 1:
+        return None
     what = rounds[0] if rounds else None
     found: list[tuple[Bundles, dict[str, list[Any]]]] = []
     for part in _calls(units(step)):
