@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,23 @@ def run_as_two(module: str, folder: Path, seconds: float, ranks: int = 2) -> Non
         for rank, run in enumerate(runs):
             run.kill()
             (folder / f"{rank}.log").write_text(run.communicate()[0])
+
+
+def ran_once(factory: pytest.TempPathFactory, module: str, seconds: float, ranks: int = 2) -> Path:
+    """The folder in which processes ran a test module together: once, however many workers pytest has."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"{module}.{ranks}"
+    over = folder / "over"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        end = time.monotonic() + seconds + 60
+        while not over.exists() and time.monotonic() < end:
+            time.sleep(0.2)
+    else:
+        run_as_two(module, folder, seconds, ranks)
+        over.touch()
+    return folder
 
 
 def found_by(rank: int, name: str, folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 import optimisers as opt
-from tests.processes import found_by, run_as_two
+from tests.processes import found_by, ran_once
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="gloo meets in a file of a POSIX system"),
@@ -316,9 +316,7 @@ def one_of_four(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where all processes wrote what they found."""
-    found = tmp_path_factory.mktemp("together")
-    run_as_two("tests.checkpoint.test_spread_files", found, 200, ranks=4)
-    return found
+    return ran_once(tmp_path_factory, "tests.checkpoint.test_spread_files", 200, ranks=4)
 
 
 def alone(name: str) -> dict[str, Any]:

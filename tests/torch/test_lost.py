@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import optimisers as opt
-from tests.processes import found_by, run_as_two
+from tests.processes import found_by, ran_once
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo meets in a file of a POSIX system")
 
@@ -150,9 +150,7 @@ def one_of(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the process that lives wrote what it found."""
-    found = tmp_path_factory.mktemp("lost")
-    run_as_two("tests.torch.test_lost", found, 150, ranks=1 + len(LOST))
-    return found
+    return ran_once(tmp_path_factory, "tests.torch.test_lost", 150, ranks=1 + len(LOST))
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import optimisers as opt
-from tests.processes import found_by, run_as_two
+from tests.processes import found_by, ran_once
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo meets in a file of a POSIX system")
 
@@ -310,15 +310,7 @@ def one_of(count: int, rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """Where so many processes wrote what they found."""
-    known: dict[int, Path] = {}
-
-    def of(count: int) -> Path:
-        if count not in known:
-            known[count] = tmp_path_factory.mktemp(f"shares{count}")
-            run_as_two("tests.torch.test_shares", known[count], 200, ranks=count)
-        return known[count]
-
-    return of
+    return lambda count: ran_once(tmp_path_factory, "tests.torch.test_shares", 200, ranks=count)
 
 
 def agreed(folder: Path, name: str, count: int = 2) -> dict[str, Any]:

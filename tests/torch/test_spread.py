@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import optimisers as opt
-from tests.processes import found_by, run_as_two
+from tests.processes import found_by, ran_once
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo meets in a file of a POSIX system")
 
@@ -249,9 +249,7 @@ def one_of_two(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both processes wrote what they found."""
-    found = tmp_path_factory.mktemp("spread")
-    run_as_two("tests.torch.test_spread", found, 200)
-    return found
+    return ran_once(tmp_path_factory, "tests.torch.test_spread", 200)
 
 
 def agreed(folder: Path, name: str) -> dict[str, Any]:

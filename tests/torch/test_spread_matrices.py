@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import optimisers as opt
-from tests.processes import found_by, run_as_two
+from tests.processes import found_by, ran_once
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo meets in a file of a POSIX system")
 
@@ -41,11 +41,17 @@ RULES: dict[str, tuple[opt.Rule | dict[Any, opt.Rule], tuple[tuple[int, ...], ..
 }
 TYPES = {"masters": torch.bfloat16}
 
-WAYS = [
+OF_TWO = [
     *((name, "in place") for name in RULES),
     *((name, "anew") for name in ("rows of equal length", "roots", "noise")),
     *((name, "interpreted") for name in ("clipped before", "sums of rows")),
 ]
+OF_FOUR = [
+    *((name, "in place") for name in ("clipped before", "eigenvectors", "sums of rows, twice", "noise")),
+    ("sums of rows", "interpreted"),
+]
+"""The ways that differ in what is sent, over meshes of two axes too."""
+WAYS = {2: OF_TWO, 4: OF_FOUR}
 
 Arrays = dict[str, Any]
 
@@ -125,7 +131,8 @@ def measured(world: World) -> Arrays:
         return real(out, given, received, sizes, **more)
 
     found: Arrays = {}
-    for name, (rule, shapes) in RULES.items():
+    for name in dict.fromkeys(name for name, _ in WAYS[world.count]):
+        rule, shapes = RULES[name]
         model = world.drawn(0, shapes)
         state = opt.setup(rule, model)
         dist.all_to_all_single, sent = counting, 0
@@ -171,12 +178,14 @@ def refused(world: World) -> Arrays:
     return {}
 
 
-RUNS: dict[str, Callable[[World], Arrays]] = {
-    **{f"{name}, {form}": lambda w, n=name, f=form: trained(w, n, f) for name, form in WAYS},
-    "measured": measured,
-    "continued": continued,
-    "refused": refused,
-}
+def runs(count: int) -> dict[str, Callable[[World], Arrays]]:
+    """What so many processes do."""
+    return {
+        **{f"{name}, {form}": lambda w, n=name, f=form: trained(w, n, f) for name, form in WAYS[count]},
+        "measured": measured,
+        "continued": continued,
+        "refused": refused,
+    }
 
 
 def one_of(rank: int, folder: Path, count: int) -> None:
@@ -185,7 +194,7 @@ def one_of(rank: int, folder: Path, count: int) -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     torch.set_num_threads(1)
     world = World(count)
-    for name, run in RUNS.items():
+    for name, run in runs(count).items():
         try:
             result: Any = run(world)
         except Exception:  # noqa: BLE001 the test of this part shows it
@@ -194,12 +203,22 @@ def one_of(rank: int, folder: Path, count: int) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
-    """How many processes ran, and where they wrote what they found."""
-    folder = tmp_path_factory.mktemp("matrices")
-    run_as_two("tests.torch.test_spread_matrices", folder, 400, ranks=request.param)
-    return request.param, folder
+Ran = tuple[int, Path]
+"""How many processes ran, and where they wrote what they found."""
+
+
+@pytest.fixture(scope="module")
+def ran_by(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Ran]:
+    """So many processes."""
+    return lambda count: (
+        count,
+        ran_once(tmp_path_factory, "tests.torch.test_spread_matrices", 400, ranks=count),
+    )
+
+
+@pytest.fixture(params=[2, 4])
+def ran(request: pytest.FixtureRequest, ran_by: Callable[[int], Ran]) -> Ran:
+    return ran_by(request.param)
 
 
 def agreed(ran: tuple[int, Path], name: str) -> Arrays:
@@ -225,9 +244,11 @@ def alone(name: str, count: int) -> Arrays:
 
 # one of the processes runs them all, which takes the time; what is slow is marked so as a whole
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "form"), WAYS)
-def test_each_matrix_goes_the_way_of_the_whole(name: str, form: str, ran: tuple[int, Path]) -> None:
-    found, wanted = agreed(ran, f"{name}, {form}"), alone(name, ran[0])
+@pytest.mark.parametrize(("count", "name", "form"), [(n, *way) for n, ways in WAYS.items() for way in ways])
+def test_each_matrix_goes_the_way_of_the_whole(
+    count: int, name: str, form: str, ran_by: Callable[[int], Ran]
+) -> None:
+    found, wanted = agreed(ran_by(count), f"{name}, {form}"), alone(name, count)
 
     assert found.keys() == wanted.keys()
     within = 8e-3 if name == "masters" else 1e-9
@@ -236,7 +257,7 @@ def test_each_matrix_goes_the_way_of_the_whole(name: str, form: str, ran: tuple[
 
 
 @pytest.mark.slow
-def test_explain_counts_the_bytes_that_are_sent(ran: tuple[int, Path]) -> None:
+def test_explain_counts_the_bytes_that_are_sent(ran: Ran) -> None:
     for rank in range(ran[0]):
         for name, (sent, said) in found_by(rank, "measured", ran[1]).items():
             assert sent == said, name
@@ -244,7 +265,7 @@ def test_explain_counts_the_bytes_that_are_sent(ran: tuple[int, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_saved_factors_go_on_alike(ran: tuple[int, Path]) -> None:
+def test_saved_factors_go_on_alike(ran: Ran) -> None:
     found = agreed(ran, "continued")
 
     for k in (k for k in found if k.startswith("itself ")):
@@ -253,7 +274,7 @@ def test_saved_factors_go_on_alike(ran: tuple[int, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_processes_that_disagree_are_told(ran: tuple[int, Path]) -> None:
+def test_processes_that_disagree_are_told(ran: Ran) -> None:
     assert agreed(ran, "refused")["said"] == (
         f"processes disagree: grads['rows 2'] is there on {ran[0] - 1} of {ran[0]}; a parameter has a "
         "gradient on all of them or on none"

@@ -18,7 +18,7 @@ import pytest
 
 import optimisers as opt
 from optimisers.engines import cache
-from tests.processes import found_by, run_as_two
+from tests.processes import found_by, ran_once
 
 torch = pytest.importorskip("torch")
 
@@ -1892,9 +1892,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder into which both wrote what they found."""
     if sys.platform == "win32":
         pytest.skip("gloo meets in a file of a POSIX system")
-    folder = tmp_path_factory.mktemp("shards")
-    run_as_two("tests.torch.test_torch_optimizer", folder, 100)
-    return folder
+    return ran_once(tmp_path_factory, "tests.torch.test_torch_optimizer", 100)
 
 
 def unsharded(make: Callable[[Any], Any], norm: float | None) -> dict[str, Any]:
