@@ -326,7 +326,7 @@ MODERN: tuple[Row, ...] = (
         ),
         passes=2,
     ),
-    Row("CAME", opt.CAME(0.05, (0.8, 0.9, 0.95), 0.1, 0.7), passes=3),
+    Row("CAME", opt.CAME(0.05, (0.8, 0.9, 0.95), 0.1, 0.7), passes=4),
     Row("SM3", opt.SM3(0.05, 0.8, 1e-3), passes=2),
     Row("AdamMini", opt.AdamMini(0.05, (0.8, 0.95), 0.1, 1e-3), passes=2),
     Row("AdamMini-rows", opt.AdamMini(0.05, (0.8, 0.95), 0.1, 1e-3, "rows"), passes=2),
