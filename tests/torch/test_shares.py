@@ -432,5 +432,4 @@ def test_what_does_not_fit_is_named_on_every_process_and_changes_nothing(folder:
 
 
 if __name__ == "__main__":
-    folder_ = Path(sys.argv[2])
-    one_of(int(folder_.name[len("shares")]), int(sys.argv[1]), folder_)
+    one_of(int(sys.argv[3]), int(sys.argv[1]), Path(sys.argv[2]))
