@@ -337,28 +337,23 @@ def test_two_save_one_goes_on_and_four_after_it(name: str, folder: Path) -> None
             assert torch.allclose(found[f"{name} {k}"], x, rtol=near, atol=near), k
 
 
+@pytest.mark.parametrize(
+    ("what", "ways"),
+    [("of torch", ("", "by save ", "under DDP ")), ("of shares", ("by torch ", "by save "))],
+    ids=["each has its part of all", "each has its part of the state only"],
+)
 @pytest.mark.parametrize("name", RULES)
-def test_so_they_do_by_the_checkpoints_of_torch(name: str, folder: Path) -> None:
+def test_so_they_do_by_the_checkpoints_of_torch(
+    name: str, what: str, ways: tuple[str, ...], folder: Path
+) -> None:
     near = 2e-2 if name in TYPES else 1e-5
     net = network(name, 0)
     trained(net, opt.TorchOptimizer(net, RULES[name]), name, range(1, LAST.stop))
     for rank in range(4):
-        found = found_by(rank, "of torch", folder)
-        for way in ("", "by save ", "under DDP "):
+        found = found_by(rank, what, folder)
+        for way in ways:
             for k, x in net.state_dict().items():
                 assert torch.allclose(found[f"{name} {way}{k}"], x, rtol=near, atol=near), (way, k)
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_so_they_do_where_each_keeps_its_part_of_the_state_only(name: str, folder: Path) -> None:
-    near = 2e-2 if name in TYPES else 1e-5
-    net = network(name, 0)
-    trained(net, opt.TorchOptimizer(net, RULES[name]), name, range(1, LAST.stop))
-    for rank in range(4):
-        found = found_by(rank, "of shares", folder)
-        for way in ("by torch", "by save"):
-            for k, x in net.state_dict().items():
-                assert torch.allclose(found[f"{name} {way} {k}"], x, rtol=near, atol=near), (way, k)
 
 
 def test_what_goes_wrong_on_one_is_raised_by_all(folder: Path) -> None:
